@@ -1,9 +1,9 @@
 """Builds the optional CPU kernel library; everything else about the package is in pyproject.toml.
 
-The C sources under kernels/cpu/ become one plain shared library, `quip_kernels/_cpu.so` (`_cpu.dll` on Windows), that is
-loaded through ctypes: it uses neither Python's nor PyTorch's ABI, so one build serves every version of both. Processor
-features are chosen at run time by function-level target attributes; no -march flag is wanted here. A machine without a
-C compiler installs all the same: one log line, and the PyTorch path is used.
+The C sources under kernels/cpu/ become one plain shared library, `quip_kernels/_cpu.so` (`_cpu.dll` on Windows),
+that is loaded through ctypes: it uses neither Python's nor PyTorch's ABI, so one build serves every version of both.
+Processor features are chosen at run time by function-level target attributes; no -march flag is wanted here.
+A machine without a C compiler installs all the same: one log line, and the PyTorch path is used.
 """
 
 import logging

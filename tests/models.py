@@ -1,7 +1,7 @@
 """Tiny causal language models with random weights, one for each module tree that the project must cope with.
 
-`tiny_model(arch)` builds one in a few milliseconds, always with the same weights for the same seed. The sizes are small but
-not all powers of two, so that a Hadamard transform of order K * 2^p with K > 1 is met on the way.
+`tiny_model(arch)` builds one in a few milliseconds, always with the same weights for the same seed. The sizes are
+small, but not all powers of two, so that a Hadamard transform of order K * 2^p with K > 1 is met on the way.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def tiny_config(arch: str, **overrides):
 def tiny_model(arch: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
     """Return a tiny random causal model of `arch` in eval mode, the same for the same seed.
 
-    Weights are drawn much larger than Transformers initialises them, so that the logits of two models differ visibly when
-    their weights do; biases and norms are moved off their initial 0 and 1 so that losing one shows.
+    Weights are drawn much larger than Transformers initialises them, so that the logits of two models differ visibly
+    when their weights do; biases and norms are moved off their initial 0 and 1 so that losing one shows.
     """
     config = tiny_config(arch, **overrides)
     with torch.random.fork_rng(devices=[]):

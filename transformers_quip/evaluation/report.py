@@ -1,0 +1,104 @@
+"""Pictures and tables of what each layer lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypedDict
+
+
+class LayerRecord(TypedDict, total=False):
+    """What is known about one quantized linear; `name` is always there.
+
+    Attributes:
+        name: full name of the module, such as `model.layers.3.self_attn.q_proj`.
+        kind: linears that are compared with each other, such as `q_proj`; the name's last part if it is not given.
+        relative_error: ||W - Ŵ||² / ||W||² (squared Frobenius norms), dimensionless.
+        proxy_loss: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), dimensionless.
+        bits: true bits per weight.
+        seconds: wall seconds spent on rounding it.
+    """
+
+    name: str
+    kind: str
+    relative_error: float
+    proxy_loss: float
+    bits: float
+    seconds: float
+
+
+def mean_by_kind(records: Iterable[Mapping], key: str = "proxy_loss") -> dict[str, float]:
+    """Return {kind: mean of `key`} over the records that have `key`, kinds in the order they first occur."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        if key in record:
+            values.setdefault(_kind(record), []).append(float(record[key]))
+    return {kind: sum(found) / len(found) for kind, found in values.items()}
+
+
+def plot_relative_error(
+    records: Iterable[Mapping],
+    path: str | Path,
+    keys: tuple[str, ...] = ("proxy_loss", "relative_error"),
+    title: str = "What each layer lost",
+) -> Path:
+    """Draw the errors of every layer over the depth of the model and write the picture as PNG.
+
+    One panel for each of `keys` that the records have, one line for each kind of layer; the block is the first number
+    in the module's name (records without one are drawn at their position within their kind).
+
+    Args:
+        records: see LayerRecord.
+        path: file to write; its folder is made if it is not there.
+        keys: what to draw, in this order.
+        title: title of the picture.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no record has any of the keys.
+    """
+    records = list(records)
+    keys = tuple(key for key in keys if any(key in record for record in records))
+    if not keys:
+        raise ValueError(f"nothing to draw: {len(records)} records, none with a proxy_loss or relative_error")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'transformers-quip[plot]'") from error
+
+    # a Figure of its own, not pyplot: no window system, and the caller's pyplot state is left alone
+    figure = Figure(figsize=(8, 3.2 * len(keys)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    labels = {"proxy_loss": "relative proxy loss", "relative_error": "relative squared error"}
+    for axes, key in zip(figure.subplots(len(keys), 1, squeeze=False)[:, 0], keys, strict=True):
+        for kind, points in _curves(records, key).items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind)
+        axes.set(xlabel="decoder block", ylabel=labels.get(key, key))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small", ncols=2)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=120)
+    return path
+
+
+def _kind(record: Mapping) -> str:
+    return record.get("kind") or record["name"].rsplit(".", 1)[-1]
+
+
+def _curves(records: list[Mapping], key: str) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        if key not in record:
+            continue
+        points = curves.setdefault(_kind(record), [])
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", record["name"])
+        points.append((int(number.group(1)) if number else len(points), float(record[key])))
+    return {kind: sorted(points) for kind, points in curves.items()}
