@@ -1,0 +1,1 @@
+"""Fast kernels of transformers-quip: the ground floor, which knows tensors and nothing else of the project."""

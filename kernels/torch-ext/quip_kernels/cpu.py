@@ -1,0 +1,102 @@
+"""The compiled CPU library: plain C behind ctypes, so that one build serves every version of Python and PyTorch.
+
+The library is built where a C compiler is found at install time. Without it, or on a processor for which it was not
+built, [`is_available`] is False and callers use their PyTorch path, which gives the same results more slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_LIBRARY = Path(__file__).with_name("_cpu.dll" if sys.platform == "win32" else "_cpu.so")
+MOST_COLUMNS = 256  # of a panel, fixed in the C source
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if not _LIBRARY.exists():
+        logger.info("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)
+        return None
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+    except OSError as error:
+        logger.warning("quip_kernels: the compiled CPU library does not load (%s), using PyTorch", error)
+        return None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.quip_e8p_encode.argtypes = [pointer, size, pointer, pointer, ctypes.c_int]
+    library.quip_e8p_encode.restype = None
+    library.quip_e8p_round_panel.argtypes = [pointer] * 3 + [size] * 2 + [pointer] * 3 + [ctypes.c_int]
+    library.quip_e8p_round_panel.restype = ctypes.c_int
+    return library
+
+
+def is_available() -> bool:
+    """Whether the compiled library can be used."""
+    return _library() is not None
+
+
+def e8p_encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest E8P points: x [N, 8] float32, contiguous, on the CPU → codes [N] int16 and points [N, 8] float32."""
+    _check(x, "x")
+    if x.ndim != 2 or x.shape[1] != 8:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [N, 8]")
+    codes = torch.empty(x.shape[0], dtype=torch.int16)
+    points = torch.empty_like(x)
+    _library().quip_e8p_encode(
+        x.data_ptr(), x.shape[0], codes.data_ptr(), points.data_ptr(), torch.get_num_threads()
+    )
+    return codes, points
+
+
+def e8p_round_panel(
+    target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round a panel of columns block by block, from the last block to the first, with feedback.
+
+    For block k:  x_k = target_k + Σ_{j>k} delta_j feedback[j, k],  points_k = nearest(x_k),  delta_k = base_k − points_k.
+
+    Args:
+        target, base: float32 [rows, columns], contiguous; columns a multiple of 8, at most `MOST_COLUMNS`.
+        feedback: float32 [columns, columns]; only entries with a row in a later block than the column are read.
+
+    Returns:
+        codes int16 [rows, columns/8], points and delta float32 [rows, columns].
+    """
+    rows, columns = target.shape
+    for tensor, name, shape in (
+        (target, "target", (rows, columns)),
+        (base, "base", (rows, columns)),
+        (feedback, "feedback", (columns, columns)),
+    ):
+        _check(tensor, name)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    codes = torch.empty(rows, columns // 8, dtype=torch.int16)
+    points, delta = torch.empty_like(target), torch.empty_like(target)
+    failed = _library().quip_e8p_round_panel(
+        target.data_ptr(),
+        base.data_ptr(),
+        feedback.data_ptr(),
+        rows,
+        columns,
+        codes.data_ptr(),
+        points.data_ptr(),
+        delta.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise ValueError(f"a panel has 8 to {MOST_COLUMNS} columns in multiples of 8, got {columns}")
+    return codes, points, delta
+
+
+def _check(tensor: torch.Tensor, name: str) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")

@@ -1,0 +1,42 @@
+"""Incoherence transforms: orthogonal matrices after which no entry of a weight or Hessian sticks out.
+
+A transform is found by name and is a pure function of (name, size, seed), so that a checkpoint stores only the name and
+the seed. A new transform is a function (size, seed) → [`Transform`] registered here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..registry import Registry
+from .orthogonal import mix_seed
+from .transform import Transform, hadamard, identity
+
+_TRANSFORMS = Registry("incoherence")
+_TRANSFORMS.register("hadamard", hadamard)
+_TRANSFORMS.register("none", identity)
+
+
+def names() -> tuple[str, ...]:
+    """The transforms that a config can name."""
+    return _TRANSFORMS.names()
+
+
+def get(name: str, size: int, seed: int = 0) -> Transform:
+    """The transform of this name and size; cached. Raises `ValueError` for an unknown name."""
+    return _TRANSFORMS[name](size, seed)
+
+
+def signs(size: int, seed: int, role: str) -> torch.Tensor:
+    """Random signs, the start of su (role "in") and sv (role "out").
+
+    They depend on nothing but the arguments: linears that read the same input get the same su, and can share its
+    transform.
+
+    Returns:
+        float32 [size] of ±1 on the CPU.
+    """
+    if role not in ("in", "out"):
+        raise ValueError(f"role={role!r} must be 'in' or 'out'")
+    generator = torch.Generator().manual_seed(mix_seed(seed, size, role == "out"))
+    return torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1

@@ -1,0 +1,51 @@
+"""Names for interchangeable parts: every codebook, transform and rounding method is found by the string in the config."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from a name to an implementation, with errors that list what exists.
+
+    Args:
+        kind: what is registered, as the config calls it ("codebook", "incoherence", "rounding").
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str, entry: T) -> T:
+        """Add `entry` under `name` and return it. Raises `ValueError` if the name is taken."""
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is registered already")
+        self._entries[name] = entry
+        return entry
+
+    def __getitem__(self, name: str) -> T:
+        """Raises `ValueError` with the known names if there is no such entry."""
+        try:
+            return self._entries[name]
+        except (KeyError, TypeError):
+            raise ValueError(self.unknown(name)) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order in which they were registered."""
+        return tuple(self._entries)
+
+    def unknown(self, name: object) -> str:
+        """The text of the error for a name that is not registered."""
+        close = difflib.get_close_matches(str(name), self._entries, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{self.kind}={name!r} is not known, choose one of {', '.join(map(repr, self._entries))}{hint}"
