@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.models import VOCABULARY, tiny_ids, tiny_model
 from torch import nn
 
+from tests.models import VOCABULARY, tiny_ids, tiny_model
 from transformers_quip.evaluation import perplexity
 
 

@@ -1,4 +1,4 @@
-"""setup.py in a copy of the project with one small C file: the library is built where there is a compiler, and only there."""
+"""setup.py in a copy of the project: the library is built where there is a compiler, and only there."""
 
 from __future__ import annotations
 

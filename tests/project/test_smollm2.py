@@ -1,4 +1,4 @@
-"""examples/smollm2.py: finding the GGUF without importing its package, and a folder that is there whole or not at all."""
+"""examples/smollm2.py finds the GGUF without importing its package and leaves a whole folder or none."""
 
 from __future__ import annotations
 
