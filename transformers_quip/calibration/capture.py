@@ -1,0 +1,346 @@
+"""Finding the decoder blocks of a model by its structure, and recording how the model calls them.
+
+Calibration goes block by block: with the hidden states that enter block ``i`` and the other arguments the model calls
+it with, block ``i`` can be run alone, observed, quantized and run again, while the rest of the model lies still.
+Nothing here knows an architecture by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
+
+from .device import evaluating, execution_device, move
+
+_UNCALIBRATED = "use dataset=None (no calibration)"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _first_argument(block: nn.Module) -> str:
+    """The name of the first argument of the block's own forward, whatever hooks replaced it on the instance."""
+    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    return parameters[0].name if parameters else ""
+
+
+def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Every outermost ModuleList of modules that hold linears and are called alike."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(outer + ".") for outer in found):  # named_modules() yields parents first
+            continue
+        members = list(module)
+        if any(_is_linear(member) for member in members):  # a list of heads, not of blocks
+            continue
+        if not any(_is_linear(inner) for member in members for inner in member.modules()):
+            continue
+        if len({_first_argument(member) for member in members}) != 1:
+            continue
+        found[name] = module
+    return found
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of decoder blocks of a causal language model, by structure only.
+
+    A candidate is an outermost `nn.ModuleList` whose members hold linears (`nn.Linear` or Transformers' `Conv1D`),
+    are not linears themselves, and take the same first argument (hybrid models mix classes with one call form). Lists
+    nested in a block, such as experts, are therefore never candidates. Among several, those inside the text decoder
+    that Transformers names (`get_decoder()`; so that the vision tower of a multimodal model does not win) come first,
+    then the longest.
+
+    Returns:
+        (dotted name in `model`, the list).
+
+    Raises:
+        ValueError: an encoder-decoder model, or no such list.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; calibration block by block is for decoder-only "
+            f"(causal) models. Load a causal model, or {_UNCALIBRATED}."
+        )
+    candidates = _block_lists(model)
+    if not candidates:
+        raise ValueError(
+            f"No decoder blocks found in {type(model).__name__}: it has no nn.ModuleList whose members hold nn.Linear "
+            "or Conv1D layers and are called alike, so it cannot be calibrated block by block; "
+            f"{_UNCALIBRATED}."
+        )
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(decoder, nn.Module):
+        inside = {id(module) for module in decoder.modules()}
+        preferred = {name: blocks for name, blocks in candidates.items() if id(blocks) in inside}
+        candidates = preferred or candidates
+    name = max(candidates, key=lambda name: len(candidates[name]))
+    return name, candidates[name]
+
+
+@dataclass
+class BlockCall:
+    """How the model called one block on one batch: everything but the hidden states.
+
+    `args` are the positional arguments after the hidden states; `keyword` is the hidden states' name where the model
+    passes them by keyword, None where they come first by position.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None = None
+
+
+@dataclass
+class BlockInputs:
+    """The hidden states that enter a block, batch by batch, and the recorded calls of every block.
+
+    Attributes:
+        hidden: one tensor [B, T, H] a batch, in the model's dtype, on `storage_device`: at first the inputs of block
+        0.
+            Replace its members (`advance` does) once a block is done.
+        calls: calls[block][batch]. Equal tensors are stored once.
+        storage_device: where hidden states and arguments wait between calls.
+    """
+
+    hidden: list[torch.Tensor]
+    calls: list[list[BlockCall]]
+    storage_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.calls)
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.hidden)
+
+    @torch.no_grad()
+    def call(self, block_index: int, block: nn.Module, batch_index: int) -> torch.Tensor:
+        """Run `block` as the model runs block `block_index`, on the present hidden states of batch `batch_index`.
+
+        Inputs are moved to the block's execution device. Returns the block's hidden states [B, T, H], on that device.
+        """
+        call = self.calls[block_index][batch_index]
+        device = execution_device(block)
+        hidden = move(self.hidden[batch_index], device)
+        args, kwargs = move(call.args, device), move(call.kwargs, device)
+        with evaluating(block):
+            if call.keyword is None:
+                output = block(hidden, *args, **kwargs)
+            else:
+                output = block(*args, **{call.keyword: hidden}, **kwargs)
+        return output[0] if isinstance(output, (tuple, list)) else output
+
+    def advance(self, block_index: int, block: nn.Module) -> None:
+        """Replace the hidden states by the block's outputs, batch after batch: the inputs of the next block."""
+        for batch_index in range(self.num_batches):
+            self.hidden[batch_index] = move(self.call(block_index, block, batch_index), self.storage_device)
+
+    def fork(self) -> BlockInputs:
+        """A second set of hidden states over the same calls.
+
+        To follow the dense and the quantized model side by side. Tensors are shared until one side replaces them.
+        """
+        return BlockInputs(list(self.hidden), self.calls, self.storage_device)
+
+
+class NotBlockByBlock(ValueError):
+    """The model does not run its decoder blocks one after the other on each other's output."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}, so its decoder blocks cannot be calibrated one by one; {_UNCALIBRATED}.")
+
+
+class _LastBlockReached(Exception):
+    """Ends the model's forward once the last block's arguments are known."""
+
+
+class _OtherHiddenStates(Exception):
+    """Ends the model's forward: a block did not get what the one before it handed on."""
+
+
+class _SharedTensors:
+    """Keeps one copy of equal tensors: masks and rotary tables are the same for most blocks and batches."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stored: dict[tuple, list[torch.Tensor]] = {}
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity, within one forward
+
+    def end_of_forward(self) -> None:
+        self._seen.clear()
+
+    def share(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._share_tensor(value)
+        if isinstance(value, Cache):  # replaying into a filled cache would show a block its own past
+            return None
+        if type(value) in (tuple, list):
+            return type(value)(self.share(item) for item in value)
+        if type(value) is dict:
+            return {key: self.share(item) for key, item in value.items()}
+        return value
+
+    def _share_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in self._seen:  # the entry holds the tensor, so its id is not reused
+            return self._seen[id(tensor)][1]
+        kept = move(tensor.detach(), self.device)
+        same_form = self._stored.setdefault((kept.shape, kept.dtype), [])
+        for other in same_form:
+            if torch.equal(other, kept):
+                kept = other
+                break
+        else:
+            same_form.append(kept)
+        self._seen[id(tensor)] = (tensor, kept)
+        return kept
+
+
+class _Recorder:
+    """Stands in for the forward of every block, records the arguments and hands the hidden states on.
+
+    The blocks return a tensor in most models, a tuple in some. Which one the model expects shows in what it hands to
+    the second block: a tensor is tried first.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, storage_device: torch.device):
+        self.blocks = blocks
+        self.tensors = _SharedTensors(storage_device)
+        self.hidden: list[torch.Tensor] = []
+        self.calls: list[list[BlockCall]] = [[] for _ in blocks]
+        self.as_tuple = False
+        self._entering: torch.Tensor | None = None
+        self._next = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replace the blocks' forward on the instances (accelerate keeps its hook there too) and put it back."""
+        before = [block.__dict__.get("forward") for block in self.blocks]
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = self._forward(index, block)
+            yield
+        finally:
+            for block, forward in zip(self.blocks, before, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+    def run(self, model: nn.Module, **inputs: Any) -> None:
+        """One forward of the model up to its last block."""
+        for as_tuple in (self.as_tuple,) if self.hidden else (False, True):
+            self.as_tuple = as_tuple
+            failure = self._attempt(model, inputs)
+            self.tensors.end_of_forward()
+            if failure is None:
+                break
+            for calls in self.calls:
+                del calls[len(self.hidden) :]
+        else:
+            raise NotBlockByBlock(f"{type(model).__name__} changes the hidden states between blocks") from failure
+        self.hidden.append(move(self._entering, self.tensors.device))
+
+    def _attempt(self, model: nn.Module, inputs: dict[str, Any]) -> Exception | None:
+        """Run the model; return what went wrong if the form of the blocks' output may be the cause."""
+        self._entering, self._next = None, 0
+        try:
+            model(**inputs)
+        except _LastBlockReached:
+            return None
+        except NotBlockByBlock:
+            raise
+        except Exception as error:
+            if self._next == 0:  # the blocks have nothing to do with it
+                raise
+            return error
+        raise NotBlockByBlock(f"{type(model).__name__} calls only {self._next} of {len(self.blocks)} blocks")
+
+    def _forward(self, index: int, block: nn.Module) -> Callable[..., Any]:
+        name = _first_argument(block)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if index != self._next:
+                raise NotBlockByBlock(f"Block {index} is called where block {self._next} is expected")
+            keyword = None if args else name
+            hidden = args[0] if args else kwargs.pop(name, None)
+            if index == 0:
+                if not isinstance(hidden, torch.Tensor):
+                    raise NotBlockByBlock(f"{type(block).__name__} takes no hidden states as its first argument")
+                self._entering = hidden.detach()
+            elif not _equal(hidden, self._entering):
+                raise _OtherHiddenStates
+            self.calls[index].append(
+                BlockCall(self.tensors.share(tuple(args[1:])), self.tensors.share(kwargs), keyword)
+            )
+            self._next += 1
+            if self._next == len(self.blocks):
+                raise _LastBlockReached
+            return (self._entering, None) if self.as_tuple else self._entering
+
+        return forward
+
+
+def _equal(a: Any, b: torch.Tensor) -> bool:
+    if not isinstance(a, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a is b or torch.equal(a, b.to(a.device))
+
+
+@torch.no_grad()
+def capture_inputs(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    token_ids: torch.Tensor,
+    batch_size: int,
+    storage_device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> BlockInputs:
+    """Record what enters the first decoder block, and with which other arguments the model calls every block.
+
+    The model runs once a batch with every block's forward replaced by a recorder, and is stopped at the last block:
+    only the embedding and the preparation of masks and positions are computed. Arguments may differ between blocks
+    (Gemma-3 alternates between local and global attention) and are kept for each; equal tensors are kept once.
+
+    Args:
+        model: the causal model, on any devices (accelerate's hooks work).
+        blocks: the list that `find_blocks` returned.
+        token_ids: int64 [N, T].
+        batch_size: sequences a batch.
+        storage_device: where to keep hidden states and arguments.
+        progress: show a tqdm bar.
+
+    Raises:
+        ValueError: the model does not call each block once, in order, on unchanged hidden states.
+    """
+    if token_ids.ndim != 2 or token_ids.numel() == 0:
+        raise ValueError(f"token_ids must be a non-empty [N, T] tensor, got shape {list(token_ids.shape)}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    parameters = inspect.signature(model.forward).parameters
+    takes_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    options = {"use_cache": False} if takes_cache else {}
+    storage_device = torch.device(storage_device)
+    device = execution_device(model.get_input_embeddings())
+    recorder = _Recorder(blocks, storage_device)
+    batches = token_ids.split(batch_size)
+    with evaluating(model), recorder.installed():
+        for batch in tqdm(batches, desc="Capturing block inputs", unit="batch", disable=not progress):
+            recorder.run(model, input_ids=batch.to(device), **options)
+    return BlockInputs(recorder.hidden, recorder.calls, storage_device)
+
+
+def linear_names(block: nn.Module) -> Sequence[str]:
+    """Dotted names, inside `block`, of its linears (`nn.Linear` and `Conv1D`), in the order of the module tree."""
+    return tuple(name for name, module in block.named_modules() if _is_linear(module))

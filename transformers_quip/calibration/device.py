@@ -1,0 +1,67 @@
+"""Small scoped helpers around a model's devices, training mode and matmul precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """The device the module computes on: its accelerate hook's, else that of its first tensor, else the CPU.
+
+    Offloaded weights lie on the meta device between calls; accelerate's hook, on the module or on one inside it, knows
+    where they are brought to.
+    """
+    for inner in module.modules():
+        hook = getattr(inner, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it (in tuples, lists, dicts) on `device`; no copy where it is there already."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(move(item, device) for item in value)
+    if type(value) is dict:
+        return {key: move(item, device) for key, item in value.items()}
+    return value
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run with dropout and its like switched off, and put every module's training flag back afterwards."""
+    training = [inner for inner in module.modules() if inner.training]
+    try:
+        for inner in training:
+            inner.training = False
+        yield
+    finally:
+        for inner in training:
+            inner.training = True
+
+
+@contextmanager
+def cpu_matmul_precision(precision: str) -> Iterator[None]:
+    """Let oneDNN compute float32 matrix products in `precision` ("ieee", "bf16"; products are added in float32).
+
+    The setting is a global of PyTorch; it is put back afterwards.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = precision
+        yield
+    finally:
+        setting.fp32_precision = before

@@ -1,0 +1,129 @@
+"""Watching the inputs of a block's linears while the block runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _Reading:
+    """One tensor that linears read during one call of the block."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor = weakref.ref(tensor)  # a strong reference would keep every input of the block alive
+        self._form = self._describe(tensor)
+        self.leaders: set[str] = set()
+
+    @staticmethod
+    def _describe(tensor: torch.Tensor) -> tuple:
+        version = 0 if tensor.is_inference() else tensor._version  # changed in place: another input
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        # While the first reader's tensor lives its memory is not reused, so equal form means equal content, even where
+        # each linear is given its own view.
+        return self._tensor() is not None and self._describe(tensor) == self._form
+
+
+class LinearObserver:
+    """Calls back with every input of the block's linears, once for those that read the same tensor.
+
+    The linear that reads a tensor first leads a group; the others that read the same tensor (k and v after q, up after
+    gate) join it during the first call in which they run. From then on the groups are fixed, and each call is checked
+    to agree with them. A linear that runs several times in a call is reported each time; one that does not run (an
+    expert without tokens) is not reported, and joins or leads a group when it first runs.
+
+    Attributes:
+        groups: leader's name -> names of its group, the leader first; complete after the first call of the block.
+    """
+
+    def __init__(self, callback: Callable[[str, torch.Tensor], None]):
+        self.groups: dict[str, tuple[str, ...]] = {}
+        self._callback = callback
+        self._leader_of: dict[str, str] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self._readings: list[_Reading] = []
+        self._read_by: dict[str, set[int]] = {}
+        self._reports: dict[str, set[int]] = {}
+        self._formed: set[str] = set()
+
+    def _read(self, name: str, tensor: torch.Tensor) -> None:
+        index = next((i for i, reading in enumerate(self._readings) if reading.is_of(tensor)), len(self._readings))
+        if index == len(self._readings):
+            self._readings.append(_Reading(tensor))
+        reading = self._readings[index]
+        self._read_by.setdefault(name, set()).add(index)
+
+        leader = self._leader_of.get(name)
+        if leader is None:
+            leader = self._join_or_lead(name, index, reading)
+        if leader not in reading.leaders:
+            reading.leaders.add(leader)
+            self._reports.setdefault(leader, set()).add(index)
+            self._callback(leader, tensor.detach())
+
+    def _join_or_lead(self, name: str, index: int, reading: _Reading) -> str:
+        # Join only a group that has seen exactly what this linear has seen: this tensor, once, in this call.
+        joinable = [
+            leader for leader in reading.leaders if leader in self._formed and self._reports[leader] == {index}
+        ]
+        leader = joinable[0] if joinable else name
+        if leader == name:
+            self._formed.add(name)
+        self._leader_of[name] = leader
+        self.groups[leader] = (*self.groups.get(leader, ()), name)
+        return leader
+
+    def _finish(self) -> None:
+        for leader, reports in self._reports.items():
+            for name in self.groups[leader]:
+                read = self._read_by.get(name)
+                if read is not None and read != reports:
+                    raise ValueError(
+                        f"{name} and {leader} read the same input in the first call of the block but not in a later "
+                        "one, so their common statistics would be wrong. Calibrate them apart, or leave them dense "
+                        "(modules_to_not_convert)."
+                    )
+        self._start()
+
+
+@contextmanager
+def observe_linears(
+    block: nn.Module, names: Sequence[str], callback: Callable[[str, torch.Tensor], None]
+) -> Iterator[LinearObserver]:
+    """Call `callback(leader, x)` for every input of the named linears, while the context is open.
+
+    Args:
+        block: the module that is run (`BlockInputs.call`), once or more, inside the context.
+        names: dotted names of linears inside `block`.
+        callback: is given the name of the group's leader and the input x [..., n], detached, before the leader runs.
+            x is the model's own tensor: read it at once, do not keep or change it.
+
+    Yields:
+        The observer. Its `groups` says who follows each leader; names in no group have not run.
+
+    Raises:
+        ValueError: linears that shared an input in the first call do not in a later one.
+    """
+    observer = LinearObserver(callback)
+
+    def reader(name: str) -> Callable[..., None]:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            observer._read(name, args[0] if args else next(iter(kwargs.values())))
+
+        return read
+
+    with ExitStack() as stack:
+        for name in names:
+            hook = block.get_submodule(name).register_forward_pre_hook(reader(name), with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.callback(block.register_forward_pre_hook(lambda *_: observer._start()).remove)
+        stack.callback(block.register_forward_hook(lambda *_: observer._finish()).remove)
+        yield observer
