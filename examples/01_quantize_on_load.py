@@ -1,0 +1,137 @@
+"""Quantize a model to 2 bits while loading it, see what it lost, save it, and load it again in a fresh process.
+
+    python examples/01_quantize_on_load.py [FOLDER] [--dataset self|wikipedia|none] [--num-samples N] ...
+
+FOLDER is any causal language model in Transformers' format; SmolLM2-135M-Instruct by default (see smollm2.py). The
+text for the perplexities is part of the package gensim, so nothing here needs the network. `make demo` runs this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from smollm2 import dense_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from transformers_quip import QuipConfig
+from transformers_quip.evaluation import perplexity, safetensors_bytes, true_bits_per_weight
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from protocol import load_windows
+
+PROMPT = "The three most important inventions of the last century are"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="a dense model; SmolLM2 by default")
+    parser.add_argument("--output", type=Path, help="where to save; beside FOLDER by default")
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--dataset", choices=("self", "wikipedia", "none"), default="self", help="calibration data")
+    parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences (more is better, slower)")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each of them")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens for each perplexity")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reload", type=Path, metavar="PROBE", help=argparse.SUPPRESS)  # the fresh process
+    return parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> None:
+    folder = options.folder or dense_folder()
+    output = options.output or folder.with_name(f"{folder.name}-quip-{options.bits}bit")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    windows = load_windows(tokenizer, calibration=options.num_samples, evaluation=options.windows)
+
+    model = timed("load the dense model", AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32)
+    before = timed("perplexity before", perplexities, model, windows.evaluation)
+    del model
+
+    data = {"self": "self", "none": None, "wikipedia": windows.calibration[:, : options.sequence_length]}
+    config = QuipConfig(
+        bits=options.bits,
+        dataset=data[options.dataset],
+        num_samples=options.num_samples,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+    )
+    model = timed(
+        f"quantize to {options.bits} bits",
+        AutoModelForCausalLM.from_pretrained,
+        folder,
+        dtype=torch.float32,
+        quantization_config=config,
+    )
+    after = timed("perplexity after", perplexities, model, windows.evaluation)
+    for name in before:
+        print(f"  {name:5s} {before[name]:8.2f} -> {after[name]:8.2f}  ({options.windows} windows)")
+
+    timed("save", model.save_pretrained, output)
+    tokenizer.save_pretrained(output)
+
+    probe = {"ids": windows.evaluation["wiki"][:1].contiguous()}
+    with torch.no_grad():
+        probe["logits"] = model(probe["ids"]).logits.contiguous()
+    probe_file = output / "probe.safetensors"
+    save_file(probe, probe_file)
+    try:
+        reply = timed("load it in a fresh process", fresh_process, output, probe_file)
+    finally:
+        probe_file.unlink()
+    if not reply["same_logits"]:
+        raise SystemExit("the reloaded model's logits differ from the saved model's")
+    print("  logits of the reloaded model: identical")
+    print(f"  it writes: {reply['text']!r}")
+
+    print(f"size on disk: {safetensors_bytes(folder) / 1e6:.1f} MB -> {safetensors_bytes(output) / 1e6:.1f} MB")
+    print(f"true bits per weight of the quantized linears: {true_bits_per_weight(model):.3f}")
+    print(f"saved in {output}")
+
+
+def timed(what: str, function, *args, **kwargs):
+    """Call the function and print how long it took."""
+    print(f"{what} ...", flush=True)
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
+    return result
+
+
+def perplexities(model, windows: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: perplexity(model, ids) for name, ids in windows.items()}
+
+
+def fresh_process(folder: Path, probe: Path) -> dict:
+    """Run this file again with --reload and return what it found."""
+    command = [sys.executable, __file__, str(folder), "--reload", str(probe)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def reload(folder: Path, probe_file: Path) -> None:
+    """In the fresh process: load the saved model, compare its logits with the saved ones, and write a sentence."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    probe = load_file(probe_file)
+    with torch.no_grad():
+        same = torch.equal(model(probe["ids"]).logits, probe["logits"])
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    text = tokenizer.decode(written[0], skip_special_tokens=True)
+    print(json.dumps({"same_logits": same, "text": text}))
+
+
+if __name__ == "__main__":
+    options = arguments()
+    if options.reload:
+        reload(options.folder, options.reload)
+    else:
+        logging.set_verbosity_info()  # shows what was quantized, on which data, and what was left dense
+        main(options)
