@@ -1,0 +1,56 @@
+"""Which machine and which versions a figure comes from, and where results are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def describe() -> dict:
+    """Return what a reader needs to judge a timing; nothing that identifies the machine itself."""
+    from quip_kernels import cpu
+
+    packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in packages if (found := _version(name))},
+        "compiled_cpu_library": cpu.is_available(),
+    }
+
+
+def save(name: str, content: dict) -> Path:
+    """Write `content` and the machine's description to results/NAME.json, all or nothing, and return its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"machine": describe(), **content}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"written: {path.relative_to(RESULTS.parent.parent)}")
+    return path
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
