@@ -32,7 +32,7 @@ def cpu_library():
             LIBRARY,
             sources=sources,
             depends=sorted(path.as_posix() for path in SOURCE_FOLDER.glob("*.h")),
-            extra_compile_args=["-O3", "-fPIC", "-pthread"] if posix else [],
+            extra_compile_args=["-O3", "-fPIC", "-pthread", "-fopenmp-simd"] if posix else [],
             extra_link_args=["-pthread"] if posix else [],
             libraries=["m"] if posix else [],
             optional=True,

@@ -31,7 +31,7 @@
 #define FOR_EACH_CPU
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define EACH_LANE for (int l = 0; l < LANES; l++)
+#define EACH_LANE _Pragma("omp simd") for (int l = 0; l < LANES; l++)
 
 typedef float lanes_f[LANES] __attribute__((aligned(64)));
 typedef int32_t lanes_i[LANES] __attribute__((aligned(64)));
