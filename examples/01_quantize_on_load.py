@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from smollm2 import dense_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from transformers_quip import QuipConfig
 from transformers_quip.evaluation import perplexity, safetensors_bytes, true_bits_per_weight
@@ -133,5 +132,4 @@ if __name__ == "__main__":
     if options.reload:
         reload(options.folder, options.reload)
     else:
-        logging.set_verbosity_info()  # shows what was quantized, on which data, and what was left dense
         main(options)

@@ -1,0 +1,152 @@
+"""Perplexity of a model at 2 bits, by the protocol in protocol.py, for several calibrations and seeds.
+
+    python benchmarks/quality.py [FOLDER] [--settings text self none] [--seeds 0 1 2] [--num-samples N]
+
+Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `self` is the bare default (text that the model writes
+itself), `none` is dataset=None. Each run is a fresh process, so that wall and CPU seconds (all threads; loading the
+dense model included) are its own. results/quality.json is written after every run, and runs that it has already are
+replaced, so that a long series can be made in parts. For the first seed of each setting, a picture of the errors of
+every layer is written beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import machine
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from smollm2 import dense_folder
+
+SETTINGS = {
+    "dense": "the dense model in float32",
+    "text": "QuIP#, calibrated on Wikipedia text",
+    "self": "QuIP#, calibrated on text the model wrote (default)",
+    "none": "QuIP#, no calibration",
+}
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Quantize and evaluate in this process; the row of results/quality.json."""
+    import torch
+    from protocol import load_windows
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from transformers_quip import QuipConfig
+    from transformers_quip.evaluation import mean_by_kind, perplexity, plot_relative_error, true_bits_per_weight
+
+    setting, seed = options.run
+    windows = load_windows(
+        AutoTokenizer.from_pretrained(options.folder), calibration=options.num_samples, evaluation=options.windows
+    )
+    arguments = {"dtype": torch.float32}
+    if setting != "dense":
+        dataset = {"text": windows.calibration, "self": "self", "none": None}[setting]
+        arguments["quantization_config"] = QuipConfig(
+            bits=2, dataset=dataset, num_samples=options.num_samples, seed=int(seed)
+        )
+    wall, cpu = time.perf_counter(), time.process_time()
+    model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
+    row = {
+        "setting": setting,
+        "seed": int(seed),
+        "wall_seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+        "windows": options.windows,
+        "perplexity": {name: perplexity(model, ids) for name, ids in windows.evaluation.items()},
+    }
+    if setting == "dense":
+        return row
+    row["num_samples"] = options.num_samples
+    row["true_bits"] = true_bits_per_weight(model)
+    records = layer_records(model, options.folder)
+    for key in ("proxy_loss", "relative_error"):
+        if losses := mean_by_kind(records, key):
+            row[key] = losses
+    if options.picture:
+        plot_relative_error(records, options.picture, title=f"SmolLM2-135M, 2 bits: {SETTINGS[setting]}")
+    return row
+
+
+def layer_records(model, folder: Path) -> list[dict]:
+    """Return what each quantized linear lost, as transformers_quip.evaluation.LayerRecord.
+
+    The proxy losses are those that the quantizer measured, with the Hessian it used; there are none without calibration.
+    The relative errors are computed here from the weights, for all settings alike.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from transformers_quip import QuipLinear
+
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    report = model.hf_quantizer.report
+    losses = {record["name"]: record["proxy_loss"] for record in report.records} if report is not None else {}
+    records = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuipLinear):
+            weight = dense.get_submodule(name).weight.detach()
+            error = (weight - module.dequantize(torch.float32)).square().sum() / weight.square().sum()
+            record = {"name": name, "relative_error": error.item(), "bits": module.true_bits}
+            records.append(record | ({"proxy_loss": losses[name]} if name in losses else {}))
+    return records
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the range where there are several."""
+    mean = f"{statistics.mean(values):.4g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"\n{'setting':8s} {'runs':>4s}  {'wiki':28s} {'news':28s} {'true bits':>9s} {'wall s':>7s} {'CPU s':>7s}")
+    for setting in SETTINGS:
+        found = [row for row in rows if row["setting"] == setting]
+        if not found:
+            continue
+        wiki, news = (spread([row["perplexity"][name] for row in found]) for name in ("wiki", "news"))
+        bits = found[0].get("true_bits", 32)
+        wall, cpu = (statistics.mean(row[key] for row in found) for key in ("wall_seconds", "cpu_seconds"))
+        print(f"{setting:8s} {len(found):4d}  {wiki:28s} {news:28s} {bits:9.3f} {wall:7.0f} {cpu:7.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="a dense model; SmolLM2 by default")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--num-samples", type=int, default=256, help="calibration sequences of 512 tokens")
+    parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
+    parser.add_argument("--name", default="quality", help="write results/NAME.json and results/NAME-*.png")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # the child's setting and seed
+    parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(run(options)))
+        return
+
+    folder = options.folder or dense_folder()
+    results = machine.RESULTS / f"{options.name}.json"
+    rows = json.loads(results.read_text())["rows"] if results.is_file() else []
+    for setting in options.settings:
+        for seed in options.seeds[:1] if setting == "dense" else options.seeds:
+            command = [sys.executable, __file__, str(folder), "--run", setting, str(seed)]
+            command += ["--num-samples", str(options.num_samples), "--windows", str(options.windows)]
+            if setting != "dense" and seed == options.seeds[0]:
+                command += ["--picture", str(machine.RESULTS / f"{options.name}-{setting}.png")]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            row = json.loads(output.splitlines()[-1])
+            rows = [old for old in rows if (old["setting"], old["seed"]) != (setting, seed)] + [row]
+            machine.save(options.name, {"settings": SETTINGS, "rows": rows})
+            print(json.dumps(row), flush=True)
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

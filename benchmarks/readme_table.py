@@ -1,0 +1,121 @@
+"""Write the README's results from results/*.json: the region between the two markers, and nothing else.
+
+    python benchmarks/readme_table.py [--check]
+
+With --check nothing is written, and the exit code is 1 if the README does not show what the files hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parent.parent / "README.md"
+BEGIN = "<!-- results: written by benchmarks/readme_table.py -->"
+END = "<!-- end of results -->"
+NOTHING = "No results yet: `make bench` makes them.\n"
+
+
+def load(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def figure(values: list[float]) -> str:
+    """One figure, or the mean with the range of several, to a sensible number of digits."""
+
+    def text(value: float) -> str:
+        return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+    mean = text(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
+
+
+def quality_table(quality: dict) -> str:
+    lines = [
+        "| SmolLM2-135M-Instruct | true bits | wiki perplexity | news perplexity | wall s | CPU s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setting, description in quality["settings"].items():
+        rows = [row for row in quality["rows"] if row["setting"] == setting]
+        if not rows:
+            continue
+        seeds = f", {len(rows)} seeds" if len(rows) > 1 else ""
+        bits = f"{rows[0]['true_bits']:.3f}" if "true_bits" in rows[0] else "32"
+        wiki, news = (figure([row["perplexity"][name] for row in rows]) for name in ("wiki", "news"))
+        wall, cpu = (f"{statistics.mean(row[key] for row in rows):.0f}" for key in ("wall_seconds", "cpu_seconds"))
+        if setting == "dense":
+            wall = cpu = ""
+        lines.append(f"| {description}{seeds} | {bits} | {wiki} | {news} | {wall} | {cpu} |")
+    return "\n".join(lines) + "\n"
+
+
+def proxy_loss_table(quality: dict) -> str:
+    rows = {row["setting"]: row["proxy_loss"] for row in reversed(quality["rows"]) if row.get("proxy_loss")}
+    if not rows:
+        return ""
+    kinds = list(dict.fromkeys(kind for losses in rows.values() for kind in losses))
+    lines = [
+        "| relative proxy loss, mean of all blocks | " + " | ".join(kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    for setting, losses in rows.items():
+        cells = (f"{losses[kind]:.4f}" if kind in losses else "" for kind in kinds)
+        lines.append(f"| {quality['settings'][setting]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def other_figures() -> str:
+    lines = []
+    if nearest := load("nearest"):
+        for row in nearest["rows"][1:]:
+            lines.append(
+                f"- Nearest-point search, {row['search']}: {row['weights_per_second']:.2g} weights/s, "
+                f"{row['times_plain']:.0f} times the plain table search."
+            )
+    if rounding := load("rounding"):
+        lines.append(
+            f"- Rounding one decoder block (LDLQ and {rounding['refinement_sweeps']} sweeps): "
+            f"{rounding['cpu_seconds']:.1f} CPU seconds."
+        )
+    if memory := load("memory"):
+        lines += [f"- Peak memory, {name}: {value / 1e6:.0f} MB." for name, value in memory["summary"].items()]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def machine_line(content: dict) -> str:
+    found = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"Machine: {found['processor']}, {found['cores']} cores; Python {found['python']}, {versions}.\n"
+
+
+def region() -> str:
+    quality = load("quality")
+    parts = [quality_table(quality), proxy_loss_table(quality)] if quality else []
+    parts.append(other_figures())
+    if quality:
+        parts.append(machine_line(quality))
+    return "\n".join(part for part in parts if part) or NOTHING
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"README.md has not both markers: {BEGIN} and {END}")
+    wanted = f"{before}{BEGIN}\n{region()}{END}{after}"
+    if options.check:
+        sys.exit(0 if wanted == text else "README.md does not show benchmarks/results: run benchmarks/readme_table.py")
+    README.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
