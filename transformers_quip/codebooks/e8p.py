@@ -16,9 +16,7 @@ from quip_kernels import cpu as cpu_kernels
 from .base import Codebook
 
 # Coordinates that are 1/2 (the other five are 3/2) in the last 29 patterns: the part of norm 12 that QuIP# kept.
-_NORM_TWELVE = (
-    "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
-)
+_NORM_TWELVE = "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
 # Bit of the low byte that holds the sign of coordinate 0..7.
 _SIGN_BITS = (0, 4, 1, 5, 2, 6, 3, 7)
 _SHIFT = 0.25
@@ -125,9 +123,7 @@ def _encode_side(x: torch.Tensor, shift: float) -> tuple[torch.Tensor, torch.Ten
     # −1 in `flip` means: the smallest coordinate, if the parity asks for a change.
     needs = (odd != sums_odd) & (flip < 0)
     coordinate = torch.where(flip >= 0, flip, smallest[:, 0])
-    negative = (z < 0) ^ (
-        torch.nn.functional.one_hot(coordinate, 8).bool() & ((flip >= 0) | needs)[:, None]
-    )
+    negative = (z < 0) ^ (torch.nn.functional.one_hot(coordinate, 8).bool() & ((flip >= 0) | needs)[:, None])
     value = torch.where(negative, -base.abs(), base.abs())
     weights = torch.tensor([1 << bit for bit in _SIGN_BITS], device=x.device)
     low = ((negative != (base < 0)).long() * weights).sum(1) ^ int(shift < 0)

@@ -31,7 +31,9 @@ class LDLQ(Rounding):
             panel = weight[:, begin:end]
             target = panel + (weight[:, end:] - points[:, end:]) @ feedback[end:, begin:end]
             part = slice(begin // codebook.block_size, end // codebook.block_size)
-            codes[:, part], points[:, begin:end], _ = codebook.round_panel(target, panel, feedback[begin:end, begin:end])
+            codes[:, part], points[:, begin:end], _ = codebook.round_panel(
+                target, panel, feedback[begin:end, begin:end]
+            )
         rounded = Rounded(codes, points)
         conditional = _inverse_of_blocks(hessian, codebook.block_size)
         for _ in range(sweeps):
@@ -57,7 +59,9 @@ def block_ldl(hessian: torch.Tensor, block_size: int) -> torch.Tensor:
     size = hessian.shape[0]
     cholesky = torch.linalg.cholesky(hessian.double())
     blocks = _diagonal_blocks(cholesky, block_size)
-    inverse = torch.linalg.solve_triangular(blocks, torch.eye(block_size, dtype=blocks.dtype, device=blocks.device).expand_as(blocks), upper=False)
+    inverse = torch.linalg.solve_triangular(
+        blocks, torch.eye(block_size, dtype=blocks.dtype, device=blocks.device).expand_as(blocks), upper=False
+    )
     # Column block k of the factor, times the inverse of its own diagonal block.
     columns = cholesky.reshape(size, -1, block_size).transpose(0, 1) @ inverse
     return columns.transpose(0, 1).reshape(size, size).to(hessian.dtype)

@@ -50,9 +50,7 @@ def e8p_encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [N, 8]")
     codes = torch.empty(x.shape[0], dtype=torch.int16)
     points = torch.empty_like(x)
-    _library().quip_e8p_encode(
-        x.data_ptr(), x.shape[0], codes.data_ptr(), points.data_ptr(), torch.get_num_threads()
-    )
+    _library().quip_e8p_encode(x.data_ptr(), x.shape[0], codes.data_ptr(), points.data_ptr(), torch.get_num_threads())
     return codes, points
 
 
@@ -99,4 +97,6 @@ def e8p_round_panel(
 
 def _check(tensor: torch.Tensor, name: str) -> None:
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
+        raise ValueError(
+            f"{name} must be a contiguous float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}"
+        )

@@ -1,0 +1,95 @@
+"""LDLQ against its definition, written out in float64."""
+
+import pytest
+import torch
+
+from transformers_quip import codebooks, rounding
+from transformers_quip.rounding import proxy_loss
+from transformers_quip.rounding.ldlq import PANEL, block_ldl
+
+BOOK = codebooks.get("e8p")
+
+
+def problem(rows, columns, tokens=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator) * torch.linspace(0.2, 1.5, columns)
+    x = torch.randn(tokens or 4 * columns, columns, generator=generator, dtype=torch.float64) @ mixing.double()
+    hessian = x.T @ x / len(x)
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(columns)
+    return weight, hessian.float()
+
+
+def naive_ldlq(weight, hessian, sweeps):
+    """Block by block with full matrices: no panels, float64."""
+    weight, hessian = weight.double(), hessian.double()
+    blocks = [slice(k, k + 8) for k in range(0, weight.shape[1], 8)]
+    lower = torch.linalg.cholesky(hessian)
+    for block in blocks:
+        lower[:, block] = lower[:, block] @ torch.linalg.inv(lower[block, block])
+    rounded = torch.zeros_like(weight)
+    for block in reversed(blocks):
+        later = slice(block.stop, None)
+        target = weight[:, block] + (weight - rounded)[:, later] @ lower[later, block]
+        rounded[:, block] = BOOK.encode(target.float())[1].double()
+    for _ in range(sweeps):
+        for block in reversed(blocks):
+            step = (weight - rounded) @ hessian[:, block] @ torch.linalg.inv(hessian[block, block])
+            rounded[:, block] = BOOK.encode((rounded[:, block] + step).float())[1].double()
+    return rounded
+
+
+@pytest.mark.parametrize("sweeps", [0, 1, 3])
+@pytest.mark.parametrize("columns", [8, PANEL, PANEL + 40])
+def test_equals_the_definition(columns, sweeps):
+    weight, hessian = problem(48, columns)
+    codes, points = rounding.get("ldlq").round(weight, hessian, BOOK, sweeps)
+    wanted = naive_ldlq(weight, hessian, sweeps)
+    # A tie within float32 rounding may fall either way and changes what follows in its row.
+    assert (points.double() == wanted).all(1).float().mean() > 0.85
+    assert torch.equal(BOOK.decode(codes, columns), points)
+    loss, wanted_loss = (proxy_loss(weight - p.float(), hessian).item() for p in (points, wanted))
+    assert loss == pytest.approx(wanted_loss, rel=0.01)
+
+
+def test_block_ldl_is_a_factorisation():
+    _, hessian = problem(1, 64)
+    factor = block_ldl(hessian.double(), 8)
+    middle = torch.linalg.solve(factor, torch.linalg.solve(factor, hessian.double()).T)
+    inside = torch.block_diag(*[torch.ones(8, 8)] * 8).bool()
+    torch.testing.assert_close(factor[inside].reshape(-1), torch.block_diag(*[torch.eye(8)] * 8)[inside].double())
+    assert middle[~inside].abs().max() < 1e-9 * middle.abs().max()
+    assert (factor.triu(8) == 0).all()
+
+
+def test_feedback_and_sweeps_lower_the_proxy_loss():
+    weight, hessian = problem(96, 256)
+    losses = [
+        proxy_loss(weight - rounding.get(name).round(weight, hessian, BOOK, sweeps).points, hessian).item()
+        for name, sweeps in (("nearest", 0), ("ldlq", 0), ("ldlq", 10))
+    ]
+    assert losses[1] < 0.9 * losses[0]
+    assert losses[2] < losses[1]
+
+
+def test_identity_hessian_makes_ldlq_nearest():
+    weight, _ = problem(32, 64)
+    nearest = rounding.get("nearest").round(weight, None, BOOK, 0)
+    ldlq = rounding.get("ldlq").round(weight, torch.eye(64), BOOK, 2)
+    assert torch.equal(nearest.codes, ldlq.codes)
+    assert torch.equal(nearest.points, ldlq.points)
+
+
+def test_proxy_loss_is_the_output_error():
+    generator = torch.Generator().manual_seed(2)
+    error = torch.randn(5, 12, generator=generator)
+    x = torch.randn(700, 12, generator=generator)
+    wanted = (x.double() @ error.double().T).square().sum() / 700
+    assert proxy_loss(error, (x.T @ x) / 700).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_hessian_without_a_cholesky_factor_is_refused():
+    weight, hessian = problem(4, 16)
+    hessian -= 2 * torch.linalg.eigvalsh(hessian).max() * torch.eye(16)
+    with pytest.raises(torch.linalg.LinAlgError):
+        rounding.get("ldlq").round(weight, hessian, BOOK, 0)
