@@ -1,0 +1,1 @@
+"""What is on disk: the native format, and (later) the formats of others."""

@@ -1,0 +1,189 @@
+"""The native format: which tensors a saved model holds, checked before any of them is used.
+
+For every quantized linear a checkpoint holds `codes` (and `codes_residual` for a codebook of two stages), `su`, `sv`
+and the `bias` if there is one, under the module's name. `config.json` lists those names.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..nn import QuipLinear
+
+# Names of safetensors for the types that the format uses.
+_INTEGER = {torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8"}
+_FLOATING = ("F16", "BF16", "F32", "F64")
+_RANGES = re.compile(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}")
+_REMEDY = "The files are damaged, incomplete, or do not belong to this config.json: download or save the model again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors file says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+
+def read_headers(files: Iterable[str]) -> dict[str, TensorInfo]:
+    """Shape and dtype of every tensor in these safetensors files; no tensor is read.
+
+    Raises:
+        ValueError: a file is truncated or no safetensors file.
+    """
+    headers = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is no safetensors file; transformers-quip reads no other format")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                    part = handle.get_slice(key)
+                    headers[key] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), str(file))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read ({error}). {_REMEDY}") from None
+    return headers
+
+
+def model_names(model: nn.Module, headers: Mapping[str, TensorInfo], conversions: Sequence) -> dict[str, TensorInfo]:
+    """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
+
+    Args:
+        model: the `PreTrainedModel` that is going to be loaded.
+        headers: by their names in the files.
+        conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
+            makes several of appears under each name (with the shape that it has in the file).
+    """
+    conversions = copy.deepcopy(list(conversions))  # renaming a key marks the rules as used
+    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    result = {}
+    for key, info in headers.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        result[name] = info
+        if pattern is not None:
+            converter = next(rule for rule in converters if pattern in rule.source_patterns)
+            first, *others = converter.target_patterns
+            result.update((name.replace(first, other), info) for other in others)
+    return result
+
+
+def check_tensors(linears: Mapping[str, QuipLinear], others: Iterable[str], headers: Mapping[str, TensorInfo]) -> None:
+    """Check that a checkpoint holds every tensor of every quantized linear, in the right shape and type.
+
+    Args:
+        linears: the model's quantized linears by name.
+        others: names of the model's dense linears.
+        headers: the checkpoint's tensors under the names that they have in the model.
+
+    Raises:
+        ValueError: with all that is wrong, the first few by name.
+    """
+    problems = []
+    for name, module in linears.items():
+        for key, parameter in module.named_parameters():
+            info = headers.get(f"{name}.{key}")
+            if info is None:
+                problems.append(f"{name}.{key} is missing")
+                continue
+            if info.shape != tuple(parameter.shape):
+                problems.append(f"{name}.{key} has shape {list(info.shape)} instead of {list(parameter.shape)}")
+            allowed = _FLOATING if parameter.is_floating_point() else (_INTEGER[parameter.dtype],)
+            if info.dtype not in allowed:
+                problems.append(f"{name}.{key} has type {info.dtype} instead of {' or '.join(allowed)}")
+    problems += [
+        f"{name}.codes exists, but config.json does not list {name} among its quantized_modules"
+        for name in others
+        if f"{name}.codes" in headers
+    ]
+    if problems:
+        raise ValueError(
+            f"The quantized checkpoint does not fit the model: {'; '.join(problems[:4])}"
+            f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}. {_REMEDY}."
+        )
+
+
+def check_sources(names: Sequence[str], headers: Mapping[str, TensorInfo]) -> None:
+    """Check that a dense checkpoint holds the weights that are going to be quantized.
+
+    Args:
+        names: of the linears to quantize.
+        headers: as for [`check_tensors`].
+
+    Raises:
+        ValueError: one is missing; it names what lies there instead.
+    """
+    missing = [name for name in names if f"{name}.weight" not in headers]
+    if not missing:
+        return
+    there = sorted(key for key in headers if key.startswith(missing[0] + "."))[:4]
+    found = f"it has {', '.join(there)} instead" if there else "it has nothing of that name"
+    raise ValueError(
+        f"The checkpoint has no {missing[0]}.weight to quantize ({len(missing)} of {len(names)} such weights are "
+        f"missing; {found}). If it was quantized by another method, start from the original, unquantized model."
+    )
+
+
+def compress_names(names: Iterable[str]) -> list[str]:
+    """Module names in a short form, numbers folded: layers.0.fc, layers.1.fc, layers.3.fc → layers.{0-1,3}.fc.
+
+    The inverse of [`expand_names`].
+    """
+    rows = [tuple(name.split(".")) for name in names]
+    for position in range(max(map(len, rows), default=0)):
+        groups: dict[tuple, list[str]] = {}
+        for row in rows:
+            numeric = position < len(row) and row[position].isdecimal()
+            key = (*row[:position], None, *row[position + 1 :]) if numeric else row
+            groups.setdefault(key, []).append(row[position] if numeric else "")
+        rows = [
+            tuple(_fold(values) if part is None else part for part in key) if None in key else key
+            for key, values in groups.items()
+        ]
+    return [".".join(row) for row in rows]
+
+
+def _fold(values: list[str]) -> str:
+    """Numbers as ranges: ["0", "1", "3"] → "{0-1,3}"; a single one stays as it is."""
+    if len(values) == 1:
+        return values[0]
+    runs: list[list[int]] = []
+    for value in sorted(map(int, values)):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return "{" + ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) + "}"
+
+
+def expand_names(names: Iterable[str]) -> list[str]:
+    """The module names that [`compress_names`] folded."""
+    return [expanded for name in names for expanded in _expand(name)]
+
+
+def _expand(name: str) -> Iterable[str]:
+    parts: list[list[str]] = []
+    for part in name.split("."):
+        match = _RANGES.fullmatch(part)
+        if match is None:
+            parts.append([part])
+            continue
+        numbers: list[str] = []
+        for run in match[1].split(","):
+            first, _, last = run.partition("-")
+            numbers.extend(map(str, range(int(first), int(last or first) + 1)))
+        parts.append(numbers)
+    return (".".join(combination) for combination in itertools.product(*parts))

@@ -1,0 +1,370 @@
+"""QuipConfig: every option of the quantization, its default, its check, and its place in config.json."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import codebooks, incoherence, rounding
+from .version import __version__
+
+QUANT_METHOD = "quip"
+FORMAT_VERSION = 1
+# The per-module options that format version 1 knows; see the option `modules`.
+MODULE_OPTIONS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of [`QuipConfig`].
+
+    Args:
+        default: its value where the caller gives none.
+        check: returns the value as it is kept, or raises `ValueError` saying what is allowed.
+        doc: one sentence for the user.
+        stored: what config.json gets for a value, where the value itself only lives at run time.
+    """
+
+    default: Any
+    check: Callable[[Any], Any]
+    doc: str
+    stored: Callable[[Any], Any] = copy.deepcopy
+
+
+def _integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            upper = "" if maximum == 2**63 - 1 else f" and at most {maximum}"
+            raise ValueError(f"must be an integer of at least {minimum}{upper}")
+        return value
+
+    return check
+
+
+def _positive(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError("must be a finite number above 0")
+    return value
+
+
+def _bits(value: Any) -> int | float:
+    known = sorted({codebooks.get(name).bits for name in codebooks.names()})
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value not in known:
+        raise ValueError(f"must be one of {', '.join(f'{bits:g}' for bits in known)}: the bits that a codebook has")
+    return int(value) if value == int(value) else value
+
+
+def _name(names: Callable[[], tuple[str, ...]], optional: bool = False) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if (value is None and optional) or (isinstance(value, str) and value in names()):
+            return value
+        close = difflib.get_close_matches(value, names(), n=1) if isinstance(value, str) else []
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"must be one of {', '.join(map(repr, names()))}{' or None' if optional else ''}{hint}")
+
+    return check
+
+
+def _scale(value: Any) -> str | float:
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError("must be 'auto' or a finite number above 0")
+        return value
+    try:
+        return _positive(value)
+    except ValueError:
+        raise ValueError("must be 'auto' or a finite number above 0") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a non-empty string")
+    return value
+
+
+def _patterns(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError("must be None or a list of module names or patterns, such as ['lm_head']")
+    return list(value)
+
+
+def _modules(value: Any) -> dict[str, dict] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("must be None or a dict of {module name or pattern: {option: value}}")
+    for pattern, options in value.items():
+        known = ", ".join(map(repr, MODULE_OPTIONS)) or "none yet"
+        unknown = sorted(map(str, set(options) - set(MODULE_OPTIONS))) if isinstance(options, dict) else options
+        raise ValueError(
+            f"has {pattern!r}: {unknown!r}, but the options that format version {FORMAT_VERSION} can set for single "
+            f"modules are: {known}"
+        )
+    return dict(value)
+
+
+def _dataset(value: Any) -> Any:
+    if value is None or isinstance(value, torch.Tensor) or _is_table(value):
+        return value
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (list, tuple)):
+        if len(value) == 0:
+            raise ValueError("is empty: give at least one text or token sequence, 'self', or None for no calibration")
+        return value
+    raise ValueError(
+        "must be 'self', the name of a data set, a list of strings, a list or tensor of token ids, a "
+        "datasets.Dataset, or None for no calibration"
+    )
+
+
+def _is_table(value: Any) -> bool:
+    """Whether this is a `datasets.Dataset`, without importing that package."""
+    return all(hasattr(value, name) for name in ("column_names", "__getitem__", "__len__"))
+
+
+def _describe_dataset(value: Any) -> str | None:
+    """What config.json says of the data: the data itself is not needed to load a quantized model."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, torch.Tensor):
+        kind, count = "token sequence", len(value) if value.ndim > 1 else 1
+    elif isinstance(value, (list, tuple)):
+        kind = "text" if isinstance(value[0], str) else "token sequence"
+        count = 1 if isinstance(value[0], int) else len(value)
+    else:
+        kind, count = "data set row", len(value)
+    return f"{count} {kind}{'s' if count != 1 else ''} given by the caller"
+
+
+def _tokenizer(value: Any) -> Any:
+    if value is None or callable(value) or (isinstance(value, str) and value):
+        return value
+    raise ValueError("must be None, a tokenizer, or the name or folder of one")
+
+
+# Every option once: this table makes the signature, the checks, the documentation and the JSON form.
+OPTIONS: dict[str, Option] = {
+    "bits": Option(2, _bits, "Code bits per weight. Not needed where `codebook` is given."),
+    "codebook": Option(
+        None, _name(codebooks.names, optional=True), "Which values 8 weights may take; None: the default for `bits`."
+    ),
+    "incoherence": Option("hadamard", _name(incoherence.names), "The orthogonal transform on both sides of a weight."),
+    "rounding": Option("ldlq", _name(rounding.names), "How the codes are chosen."),
+    "dataset": Option(
+        "self",
+        _dataset,
+        "What to calibrate on: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
+        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of strings, a list or tensor of token "
+        "ids, a `datasets.Dataset`, or None: no calibration, each weight is quantized while it is loaded.",
+        _describe_dataset,
+    ),
+    "tokenizer": Option(
+        None,
+        _tokenizer,
+        "For a data set of text: a tokenizer, or where to load one; None: the model's own.",
+        lambda value: value if isinstance(value, str) else None,
+    ),
+    "text_column": Option("text", _text, "The column of a `datasets.Dataset` that holds the text."),
+    "num_samples": Option(256, _integer(1), "How many token sequences to calibrate on."),
+    "sequence_length": Option(512, _integer(1), "Tokens in each of them."),
+    "batch_size": Option(8, _integer(1), "Sequences in one forward pass."),
+    "damping": Option(
+        0.01, _positive, "Added to the Hessian's diagonal, as a share of its mean; grows until Cholesky works."
+    ),
+    "refinement_sweeps": Option(10, _integer(0), "Passes over the codes after the first rounding."),
+    "scale": Option(
+        "auto", _scale, "'auto': measured for each weight; a number multiplies the scale published for the codebook."
+    ),
+    "modules_to_not_convert": Option(
+        None,
+        _patterns,
+        "Names, suffixes or regular expressions of modules to leave dense, besides the output embeddings.",
+    ),
+    "modules": Option(None, _modules, "Options for single modules: {pattern: {option: value}}."),
+    "seed": Option(0, _integer(0), "Of everything random."),
+}
+
+# Written beside the options by the quantizer, not by the caller.
+_RECORDS = ("calibration", "quantized_modules")
+
+
+class QuipConfig(QuantizationConfigMixin):
+    """How to quantize a model with QuIP# (arXiv 2402.04396), and how a saved model was quantized.
+
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuipConfig(bits=2))
+
+    All options are keywords and can be read as attributes. An unknown option, a value of the wrong type and a
+    combination that cannot work raise `ValueError` with the option, the value and what is allowed.
+
+    Attributes:
+        calibration: after a calibrated run, which data was used (a JSON-serialisable dict); else None.
+        quantized_modules: after any run, the names of the quantized modules, in the short form of
+            [`compress_names`]; else None.
+
+    Options:
+    """
+
+    def __init__(self, **options: Any):
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            raise ValueError(_unknown_option(unknown[0], options[unknown[0]]))
+        self.quant_method = QUANT_METHOD
+        for name, option in OPTIONS.items():
+            setattr(self, name, options.get(name, option.default))
+        if "bits" not in options and self.codebook in codebooks.names():
+            self.bits = codebooks.get(self.codebook).bits
+        self.calibration: dict[str, Any] | None = None
+        self.quantized_modules: list[str] | None = None
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every option and their combination, and settle `codebook`. Raises `ValueError`."""
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            try:
+                setattr(self, name, option.check(value))
+            except ValueError as error:
+                raise ValueError(f"QuipConfig: {name}={_short(value)} {error}") from None
+        if self.codebook is None:
+            self.codebook = codebooks.default_for_bits(self.bits)
+        actual = codebooks.get(self.codebook).bits
+        if actual != self.bits:
+            fitting = [name for name in codebooks.names() if codebooks.get(name).bits == self.bits]
+            raise ValueError(
+                f"QuipConfig: bits={self.bits} and codebook={self.codebook!r}, which has {actual:g} bits, contradict "
+                f"each other; codebooks of {self.bits} bits: {', '.join(map(repr, fitting))}"
+            )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the model is to be run on data before it is quantized."""
+        return self.dataset is not None
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Options that may change when a quantized model is loaded; Transformers asks for them. There are none."""
+        return {}
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set the options among `kwargs`, checked, and return the rest. Nothing changes if one is not valid."""
+        trial = copy.copy(self)
+        for name in OPTIONS.keys() & kwargs.keys():
+            setattr(trial, name, kwargs[name])
+        trial.validate()
+        self.__dict__.update(trial.__dict__)
+        return {name: value for name, value in kwargs.items() if name not in OPTIONS}
+
+    def without_data(self) -> QuipConfig:
+        """A copy that holds what config.json will hold, not the data set or the tokenizer itself."""
+        result = copy.copy(self)
+        for name, option in OPTIONS.items():
+            setattr(result, name, option.stored(getattr(self, name)))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json stores: JSON-serialisable, and equal after [`from_dict`]."""
+        result: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        result.update((name, option.stored(getattr(self, name))) for name, option in OPTIONS.items())
+        result.update((name, copy.deepcopy(getattr(self, name))) for name in _RECORDS)
+        return result
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config of a saved model, or of a dict of options.
+
+        Args:
+            config_dict: as [`to_dict`] returns it. Without "format_version" it is read as options.
+            return_unused_kwargs: return (config, the kwargs that are no options).
+            kwargs: options to change.
+
+        Raises:
+            ValueError: another quant_method, an unknown format_version, an unknown key, codebook or transform.
+        """
+        values = dict(config_dict)
+        method = values.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")
+        if "format_version" in values:
+            config = cls._from_saved(values)
+        else:
+            config = cls(**values)
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def _from_saved(cls, values: dict[str, Any]) -> QuipConfig:
+        version = values.pop("format_version")
+        records = {name: values.pop(name, None) for name in _RECORDS}
+        newer = f"it may need a newer transformers-quip than {__version__}: pip install -U transformers-quip"
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"The model was saved with format_version={version!r}; this transformers-quip reads version "
+                f"{FORMAT_VERSION}: {newer}"
+            )
+        unknown = sorted(name for name in values if name not in OPTIONS)
+        if unknown:
+            raise ValueError(
+                f"The saved quantization_config has {', '.join(map(repr, unknown))}, which format version "
+                f"{FORMAT_VERSION} does not have (it has {', '.join(OPTIONS)}): {newer}"
+            )
+        calibration, quantized = records["calibration"], records["quantized_modules"]
+        if not (calibration is None or isinstance(calibration, dict)):
+            raise ValueError(f"The saved quantization_config has calibration={_short(calibration)}, which is no dict")
+        if not (quantized is None or (isinstance(quantized, list) and all(isinstance(n, str) for n in quantized))):
+            raise ValueError(
+                f"The saved quantization_config has quantized_modules={_short(quantized)}, which is no list of names"
+            )
+        try:
+            config = cls(**values)
+        except ValueError as error:
+            raise ValueError(f"The saved quantization_config cannot be used: {error}; {newer}") from None
+        config.calibration, config.quantized_modules = calibration, quantized
+        return config
+
+    def __deepcopy__(self, memo: dict) -> QuipConfig:
+        """Transformers copies configs freely; the data set and the tokenizer are shared, not copied."""
+        result = copy.copy(self)
+        for name in _RECORDS:
+            setattr(result, name, copy.deepcopy(getattr(self, name), memo))
+        memo[id(self)] = result
+        return result
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.to_dict().items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuipConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None
+
+
+QuipConfig.__signature__ = inspect.Signature(
+    [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in OPTIONS.items()
+    ]
+)
+QuipConfig.__doc__ += "".join(
+    f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items()
+)
+
+
+def _unknown_option(name: str, value: Any) -> str:
+    close = difflib.get_close_matches(name, OPTIONS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"QuipConfig has no option {name!r} (given {_short(value)}), only {', '.join(OPTIONS)}{hint}"
+
+
+def _short(value: Any) -> str:
+    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,37 @@
+"""Where the package's messages go.
+
+Coverage and warnings are for every user, and Transformers shows only warnings unless asked: so the package's logger is
+at INFO and has a handler of its own, which keeps silent where the application has set up logging, or has asked
+Transformers to be quiet (`transformers.logging.set_verbosity_error()`, TRANSFORMERS_VERBOSITY=error).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from transformers.utils import logging as transformers_logging
+
+_NAME = "quip"
+
+
+class _Handler(logging.StreamHandler):
+    """Writes to the present sys.stderr, if nobody else takes care of the message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.getLogger().handlers or transformers_logging.get_verbosity() > max(record.levelno, logging.WARNING):
+            return
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def configure() -> None:
+    """Set the package's logger up, once; a level that the application has set stays."""
+    logger = logging.getLogger(__package__)
+    if not any(handler.name == _NAME for handler in logger.handlers):
+        handler = _Handler()
+        handler.name = _NAME
+        handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+        logger.addHandler(handler)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)

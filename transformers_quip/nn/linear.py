@@ -1,0 +1,180 @@
+"""QuipLinear: a linear layer whose weight is codes between two incoherence transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import codebooks
+from .. import ops as _ops  # noqa: F401 - registers torch.ops.quip
+from .weight import PackedWeight
+
+
+class QuipLinear(nn.Linear):
+    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias, Ŵ = codebook.decode(codes) (QuIP#, arXiv 2402.04396).
+
+    It is an `nn.Linear` so that tools which look for those (PEFT) find it, but it has no weight parameter: `weight` is
+    a read-only stand-in with the shape, dtype and device of the dense weight. All parameters are frozen; there are no
+    buffers. A new module computes zero until its parameters are loaded.
+
+    Args:
+        in_features, out_features: n and m, any positive sizes.
+        bias: whether there is one.
+        codebook, incoherence: names; seed: of the transforms' random part.
+        conv1d: whether it stands for a `transformers.pytorch_utils.Conv1D` (what [`dequantize`] gives back does not
+            depend on it; `nn.replace` does).
+        device, dtype: of the parameters, the dtype of the floating ones.
+
+    Parameters:
+        codes: the codebook's `code_dtype`, [m, ⌈n / block_size⌉].
+        codes_residual: the same for a codebook with a second stage, else None.
+        su: [n]. sv: [m]. bias: [m] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        codebook: str = "e8p",
+        incoherence: str = "hadamard",
+        seed: int = 0,
+        conv1d: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"in_features={in_features} and out_features={out_features} must be positive")
+        book = codebooks.get(codebook)
+        self.in_features, self.out_features = in_features, out_features
+        self.codebook, self.incoherence, self.seed, self.conv1d = codebook, incoherence, seed, conv1d
+        shape = book.codes_shape(out_features, in_features)
+
+        def codes() -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=book.code_dtype, device=device), requires_grad=False)
+
+        def vector(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(size, dtype=dtype, device=device), requires_grad=False)
+
+        self.codes = codes()
+        self.register_parameter("codes_residual", codes() if book.has_residual else None)
+        self.su = vector(in_features)
+        self.sv = vector(out_features)
+        self.register_parameter("bias", vector(out_features) if bias else None)
+        # Transformers' weight initialisation leaves such a module alone.
+        self._is_hf_initialized = True
+
+    @classmethod
+    def from_quantized(cls, linear: nn.Module, quantized: Any, config: Any) -> QuipLinear:
+        """The module that replaces `linear`.
+
+        Args:
+            linear: the dense `nn.Linear` or `Conv1D`; its bias, and its weight's dtype and device are used.
+            quantized: has `codes`, `su` [n] and `sv` [m] (`quantize.layer.QuantizedWeight`), and `codes_residual` for
+                a codebook of two stages.
+            config: has `codebook`, `incoherence` and `seed` ([`QuipConfig`]).
+
+        Raises:
+            ValueError: the tensors do not have the shapes of that linear.
+        """
+        conv1d = not isinstance(linear, nn.Linear)
+        out_features, in_features = reversed(linear.weight.shape) if conv1d else linear.weight.shape
+        module = cls(
+            in_features,
+            out_features,
+            linear.bias is not None,
+            codebook=config.codebook,
+            incoherence=config.incoherence,
+            seed=config.seed,
+            conv1d=conv1d,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        for name in ("codes", "codes_residual", "su", "sv"):
+            expected, given = getattr(module, name), getattr(quantized, name, None)
+            if (expected is None) != (given is None) or (given is not None and given.shape != expected.shape):
+                raise ValueError(
+                    f"{name} of a [{out_features}, {in_features}] linear must be "
+                    f"{None if expected is None else list(expected.shape)}, got "
+                    f"{None if given is None else list(given.shape)}"
+                )
+            if given is not None:
+                value = given.detach().to(device=linear.weight.device, dtype=expected.dtype).contiguous()
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+        if linear.bias is not None:
+            module.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return module.train(linear.training)
+
+    @property
+    def weight(self) -> PackedWeight:
+        """A stand-in with the shape [m, n], dtype and device of the dense weight; see [`PackedWeight`]."""
+        return PackedWeight.like(self.su, self.out_features, self.in_features)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                "the weight of a quantized linear cannot be set: it is stored as codes. Call model.dequantize() "
+                "first, or replace the module by an nn.Linear"
+            )
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Quantized weights have no random start; nothing calls this but code that means a dense linear."""
+        raise TypeError("a quantized linear cannot be initialised at random: load or quantize a weight")
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all tensors that stand for the weight: codes of all stages, su and sv (the bias is not counted)."""
+        tensors = (self.codes, self.codes_residual, self.su, self.sv)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    @property
+    def true_bits(self) -> float:
+        """Bits per weight, with everything that is stored for it: packed_bytes · 8 / (m·n)."""
+        return self.packed_bytes * 8 / (self.out_features * self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Floating point [..., n] → [..., m] in the same dtype. Raises `ValueError` for any other input."""
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            raise ValueError(
+                f"expected floating point [..., {self.in_features}], got {x.dtype} {list(x.shape)} in {self}"
+            )
+        return torch.ops.quip.linear(
+            x,
+            self.codes,
+            self.codes_residual,
+            self.su,
+            self.sv,
+            self.bias,
+            self.codebook,
+            self.incoherence,
+            self.seed,
+        )
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense weight diag(sv) Q_out Ŵ Q_inᵀ diag(su).
+
+        Args:
+            dtype: of the result; None: that of su.
+
+        Returns:
+            [m, n], so that F.linear(x, weight, bias) is what the module computes.
+        """
+        dtype = dtype or self.su.dtype
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = torch.ops.quip.decode(self.codes, self.codes_residual, self.codebook, self.in_features, compute)
+        # Rows first: (Ŵ Q_inᵀ) is Q_in applied to every row of Ŵ; then Q_out to every column.
+        weight = torch.ops.quip.transform(weight, self.incoherence, self.seed, False) * self.su.to(compute)
+        weight = torch.ops.quip.transform(weight.T.contiguous(), self.incoherence, self.seed, False).T
+        return (weight * self.sv.to(compute)[:, None]).to(dtype).contiguous()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"codebook={self.codebook}, bits={self.true_bits:.3f}"
+        )

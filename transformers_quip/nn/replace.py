@@ -1,0 +1,120 @@
+"""Putting quantized linears in the place of dense ones inside a model, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .linear import QuipLinear
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether this is exactly an `nn.Linear` or a `Conv1D`: a subclass may compute something else."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a dense linear."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def dense_weight(module: nn.Module, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight [out, in] of a dense linear, a view (a Conv1D keeps it transposed).
+
+    Args:
+        module: `nn.Linear` or `Conv1D`.
+        weight: its weight as it is stored, where the module does not hold it (yet).
+    """
+    weight = module.weight if weight is None else weight
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuipLinear]:
+    """Every quantized linear of the model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuipLinear)}
+
+
+def replace_linear(model: nn.Module, name: str, quantized: Any, config: Any) -> QuipLinear:
+    """Put a quantized linear in the place of the dense one called `name`, and return it.
+
+    Args:
+        quantized: its codes, su and sv (`quantize.layer.QuantizedWeight`).
+        config: see [`QuipLinear.from_quantized`].
+    """
+    module = QuipLinear.from_quantized(model.get_submodule(name), quantized, config)
+    model.set_submodule(name, module)
+    return module
+
+
+def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear:
+    """Put a quantized linear without values (on the meta device) in the place of the dense one called `name`.
+
+    The bias stays the parameter that it was, loaded or not.
+    """
+    linear = model.get_submodule(name)
+    out_features, in_features = linear_shape(linear)
+    module = QuipLinear(
+        in_features,
+        out_features,
+        linear.bias is not None,
+        codebook=config.codebook,
+        incoherence=config.incoherence,
+        seed=config.seed,
+        conv1d=isinstance(linear, Conv1D),
+        device="meta",
+        dtype=linear.weight.dtype,
+    )
+    if linear.bias is not None:
+        module.bias = linear.bias
+    model.set_submodule(name, module.train(linear.training))
+    return module
+
+
+def freeze(model: nn.Module) -> None:
+    """Switch the gradients of every quantized linear's parameters off (loading switches those of floats on)."""
+    for module in quantized_linears(model).values():
+        module.requires_grad_(False)
+
+
+def to_dense(module: QuipLinear, dtype: torch.dtype | None = None) -> nn.Module:
+    """The dense linear that computes the same: an `nn.Linear`, or a `Conv1D` where that is what was quantized.
+
+    Args:
+        dtype: of its parameters; None: that of su.
+    """
+    dtype = dtype or module.su.dtype
+    weight = module.dequantize(dtype)
+    with torch.device("meta"):
+        if module.conv1d:
+            dense = Conv1D(module.out_features, module.in_features)
+            weight = weight.T.contiguous()
+        else:
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    dense.weight = nn.Parameter(weight)
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype))
+    return dense.train(module.training)
+
+
+def replace_by_dense(model: nn.Module, dtype: torch.dtype | None = None) -> Mapping[str, nn.Module]:
+    """Put a dense linear in the place of every quantized one, and return them by name.
+
+    Raises:
+        ValueError: codes are not in memory (the model is offloaded).
+    """
+    quantized = quantized_linears(model)
+    for name, module in quantized.items():
+        if module.codes.is_meta:
+            raise ValueError(
+                f"{name} is offloaded, so the model cannot be dequantized: load it without a device_map that offloads"
+            )
+    dense = {}
+    for name, module in quantized.items():
+        dense[name] = to_dense(module, dtype)
+        model.set_submodule(name, dense[name])
+    return dense

@@ -1,0 +1,95 @@
+"""The stand-in for the weight that a quantized linear does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_T = torch.Tensor
+# What may be asked of the stand-in: all that does not read or write a value.
+_METADATA = {
+    # attributes
+    *(
+        property_.__get__
+        for property_ in (
+            _T.shape,
+            _T.dtype,
+            _T.device,
+            _T.layout,
+            _T.ndim,
+            _T.itemsize,
+            _T.nbytes,
+            _T.requires_grad,
+            _T.grad,
+            _T.grad_fn,
+            _T.is_leaf,
+            _T.is_meta,
+            _T.is_cpu,
+            _T.is_cuda,
+            _T.is_xpu,
+            _T.is_mps,
+            _T.is_sparse,
+            _T.is_quantized,
+            _T.is_nested,
+        )
+    ),
+    # methods
+    _T.size,
+    _T.dim,
+    _T.ndimension,
+    _T.numel,
+    _T.nelement,
+    _T.element_size,
+    _T.stride,
+    _T.storage_offset,
+    _T.is_contiguous,
+    _T.is_floating_point,
+    _T.is_complex,
+    _T.get_device,
+    _T.__len__,
+    _T.__hash__,
+}
+
+_NO_VALUES = (
+    "the weight of a quantized linear is stored as codes and has no values to read or change. Merging adapters and "
+    "DoRA need a dense weight: call model.dequantize(), or QuipLinear.dequantize() for the weight of one module"
+)
+
+
+class PackedWeight(torch.Tensor):
+    """Has the shape, dtype and device of a dense weight, and no values: using them raises `ValueError`.
+
+    Without that, whatever reads `linear.weight` past the module's forward (merging a LoRA adapter, DoRA's norm, a
+    model that multiplies by the weight itself) would silently compute with garbage.
+    """
+
+    # Transformers' initialisation, which some models begin at the parent of a linear, leaves such a tensor alone.
+    _is_hf_initialized = True
+
+    @classmethod
+    def like(cls, vector: torch.Tensor, out_features: int, in_features: int) -> PackedWeight:
+        """A stand-in of shape [out_features, in_features], of the dtype and on the device of `vector`; no memory."""
+        return vector.detach().new_empty(()).expand(out_features, in_features).as_subclass(cls)
+
+    @property
+    def data(self) -> PackedWeight:
+        """Itself: `.data` is asked for metadata too."""
+        return self
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise ValueError(f"data: {_NO_VALUES}")
+
+    def __repr__(self) -> str:
+        return f"PackedWeight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        # Not a TypeError: Tensor's arithmetic would turn that into "unsupported operand type" without the reason.
+        raise ValueError(f"{getattr(func, '__name__', func)}: {_NO_VALUES}")

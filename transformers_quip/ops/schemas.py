@@ -1,0 +1,52 @@
+"""The ops of `torch.ops.quip`: their signatures, and the shape and type of their results without computing them."""
+
+from __future__ import annotations
+
+import torch
+
+SCHEMAS = {
+    # Q x along the last dimension (Qᵀ x if transpose); Q = incoherence.get(incoherence, x.shape[-1], seed).
+    "transform": "(Tensor x, str incoherence, int seed, bool transpose) -> Tensor",
+    # The weight Ŵ [m, columns] that a grid of codes stands for.
+    "decode": "(Tensor codes, Tensor? codes_residual, str codebook, int columns, ScalarType dtype) -> Tensor",
+    # sv ⊙ Q_out(Ŵ Q_inᵀ(su ⊙ x)) + bias for x [..., n]: [..., m] in the dtype of x.
+    "linear": (
+        "(Tensor x, Tensor codes, Tensor? codes_residual, Tensor su, Tensor sv, Tensor? bias, str codebook, "
+        "str incoherence, int seed) -> Tensor"
+    ),
+}
+
+
+def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
+    """Fake of quip::transform."""
+    return x.new_empty(x.shape)
+
+
+def decode(
+    codes: torch.Tensor, codes_residual: torch.Tensor | None, codebook: str, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Fake of quip::decode."""
+    return codes.new_empty((codes.shape[0], columns), dtype=dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codes_residual: torch.Tensor | None,
+    su: torch.Tensor,
+    sv: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    incoherence: str,
+    seed: int,
+) -> torch.Tensor:
+    """Fake of quip::linear."""
+    return x.new_empty((*x.shape[:-1], sv.shape[0]))
+
+
+def define() -> None:
+    """Define every op and its fake."""
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"quip::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for fake in (transform, decode, linear):
+        torch.library.register_fake(f"quip::{fake.__name__}", fake)

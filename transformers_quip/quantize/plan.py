@@ -1,0 +1,265 @@
+"""What will be quantized and what not, and why: settled from names and shapes before any work is done."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .. import codebooks, incoherence
+from ..calibration.capture import find_blocks
+from ..nn.linear import QuipLinear
+from ..nn.replace import is_dense_linear, linear_shape
+
+if TYPE_CHECKING:
+    from ..config import QuipConfig
+
+OUTPUT_EMBEDDINGS = "output embeddings"
+TIED = "tied to another weight"
+SHARED = "one module used in several places"
+NOT_CONVERTED = "in modules_to_not_convert"
+FLOAT32 = "kept in float32 by the model"
+OUTSIDE_BLOCKS = "outside the decoder blocks"
+EXPERTS = "fused 3-D experts are not supported yet"
+EMBEDDING = "embedding"
+VECTORS = "norms, biases and other vectors"
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What happens to one module (or, for what is no linear, to one parameter).
+
+    Attributes:
+        name: of the module or parameter.
+        shape: (out_features, in_features) of a linear, else the parameter's own.
+        parameters: how many the weight has.
+        linear: whether it is the weight of a dense linear.
+        quantized: whether it is going to be quantized.
+        reason: why not; "" if it is.
+        packed_bytes: of the quantized weight: codes, su and sv; 0 if it stays dense.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    linear: bool = False
+    quantized: bool = False
+    reason: str = ""
+    packed_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """All weights of a model, each with its fate.
+
+    Attributes:
+        entries: linears in the order of the model, then everything else that is not quantized.
+        codebook: the one that is used.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    codebook: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The linears to quantize, in the order of the model."""
+        return tuple(entry.name for entry in self.entries if entry.quantized)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, tied ones once."""
+        return sum(entry.parameters for entry in self.entries)
+
+    @property
+    def share(self) -> float:
+        """The share of the model's parameters that is quantized."""
+        return sum(entry.parameters for entry in self.entries if entry.quantized) / self.parameters
+
+    @property
+    def true_bits(self) -> float:
+        """Bits per quantized weight: all bytes of codes, su and sv."""
+        quantized = [entry for entry in self.entries if entry.quantized]
+        return 8 * sum(entry.packed_bytes for entry in quantized) / sum(entry.parameters for entry in quantized)
+
+    def left_dense(self) -> dict[str, list[PlanEntry]]:
+        """What stays dense, by reason."""
+        groups: dict[str, list[PlanEntry]] = {}
+        for entry in self.entries:
+            if not entry.quantized:
+                groups.setdefault(entry.reason, []).append(entry)
+        return groups
+
+    def summary(self) -> str:
+        """The coverage in a few lines for the user."""
+        lines = [
+            f"{len(self.names)} of {sum(entry.linear for entry in self.entries)} linear layers, {self.share:.1%} of "
+            f"{_count(self.parameters)} parameters, are quantized to {self.true_bits:.3f} bits per weight "
+            f"(codebook {self.codebook})."
+        ]
+        for reason, entries in self.left_dense().items():
+            share = sum(entry.parameters for entry in entries) / self.parameters
+            some = ", ".join(entry.name for entry in entries[:3])
+            more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
+            what = f"{len(entries)} {reason}" if reason == VECTORS else f"{some}{more} ({reason})"
+            lines.append(f"  left dense, {share:.1%}: {what}")
+        return "\n".join(lines)
+
+
+def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
+    """Decide for every weight of the model, on the meta device or not, whether it is quantized.
+
+    A calibrated run quantizes the linears inside the decoder blocks; a run without calibration all linears. Left out
+    are the output embeddings, weights that are tied, modules that the model keeps in float32 and those that
+    `config.modules_to_not_convert` names: a prefix up to a dot, a suffix, or a regular expression, as everywhere in
+    Transformers (there the list replaces the default, here it adds to it).
+
+    Raises:
+        ValueError: there is nothing to quantize, a size cannot be quantized, or a pattern is no regular expression.
+    """
+    if any(isinstance(module, QuipLinear) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is quantized already: start from the original, dense model")
+    patterns = config.modules_to_not_convert or []
+    _check_patterns(patterns)
+    entries = []
+    linears = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
+    if not linears:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear (or Conv1D) layer, so there is nothing that QuIP# can quantize"
+        )
+    dense = _reasons(model, linears, config)
+    for name, module in linears.items():
+        shape = linear_shape(module)
+        reason = dense.get(name, "")
+        size = 0 if reason else _packed_bytes(name, shape, module.weight.dtype, config)
+        entries.append(PlanEntry(name, shape, module.weight.numel(), True, not reason, reason, size))
+    if all(not entry.quantized for entry in entries):
+        found = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries[:4])
+        raise ValueError(f"Nothing of {type(model).__name__} would be quantized ({found})")
+    entries = _without_repetitions(model, entries)
+    entries += _rest(model, linears)
+    return QuantizationPlan(tuple(entries), config.codebook)
+
+
+def unmatched_patterns(model: nn.Module, config: QuipConfig) -> list[str]:
+    """The entries of `modules_to_not_convert` that name no module of the model (a misspelling?)."""
+    names = [name for name, _ in model.named_modules()]
+    return [
+        pattern
+        for pattern in config.modules_to_not_convert or []
+        if all(should_convert_module(name, [pattern]) for name in names)
+    ]
+
+
+def _check_patterns(patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"modules_to_not_convert: {pattern!r} is no regular expression ({error})") from None
+
+
+def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
+    """Why a linear stays dense, for those that do."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = _tied_modules(model)
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *_strict_float32(model)]
+    blocks = find_blocks(model)[0] + "." if config.is_calibrated else ""
+    reasons = {}
+    for name, module in linears.items():
+        if module is output:
+            reasons[name] = f"{OUTPUT_EMBEDDINGS}, {TIED}" if name in tied else OUTPUT_EMBEDDINGS
+        elif name in tied:
+            reasons[name] = TIED
+        elif places[id(module)] > 1:
+            reasons[name] = SHARED
+        elif not should_convert_module(name, config.modules_to_not_convert or []):
+            reasons[name] = NOT_CONVERTED
+        elif not should_convert_module(name, float32):
+            reasons[name] = FLOAT32
+        elif not name.startswith(blocks):
+            reasons[name] = OUTSIDE_BLOCKS
+    return reasons
+
+
+def _strict_float32(model: nn.Module) -> Iterable[str]:
+    return getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+
+
+def _tied_modules(model: nn.Module) -> set[str]:
+    """Modules whose weight is another module's too: by Transformers' table (on the meta device), or by identity."""
+    keys = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {name.rpartition(".")[0] for name in (*keys.keys(), *keys.values())}
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for names in owners.values():
+        if len(set(names)) > 1:
+            tied.update(names)
+    return tied
+
+
+def _packed_bytes(name: str, shape: tuple[int, int], dtype: torch.dtype, config: QuipConfig) -> int:
+    """Bytes of codes, su and sv. Raises `ValueError` for a shape that cannot be quantized."""
+    if min(shape) < 1:
+        raise ValueError(f"{name} has shape {list(shape)}: an empty weight cannot be quantized; leave it out")
+    for size in shape:
+        try:
+            # Transformers builds models under torch.device("meta"), where the cached tables would have no values.
+            with torch.device("cpu"):
+                incoherence.get(config.incoherence, size, config.seed)
+        except ValueError as error:
+            raise ValueError(f"{name} has shape {list(shape)}: {error}") from None
+    book = codebooks.get(config.codebook)
+    rows, columns = book.codes_shape(*shape)
+    stages = 2 if book.has_residual else 1
+    return rows * columns * book.code_dtype.itemsize * stages + sum(shape) * dtype.itemsize
+
+
+def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[PlanEntry]:
+    """Count a weight that is tied to one outside the linears (the embeddings) there, not here."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    result = []
+    for entry in entries:
+        key = f"{entry.name}.weight"
+        elsewhere = key in tied or first[id(model.get_parameter(key))] != key
+        result.append(replace(entry, parameters=0) if elsewhere else entry)
+    return result
+
+
+def _rest(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[PlanEntry]:
+    """Parameters that are no weight of a linear."""
+    weights = {f"{name}.weight" for name in linears}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, parameter in model.named_parameters():
+        if name in weights or name in tied:
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        yield PlanEntry(name, tuple(parameter.shape), parameter.numel(), reason=_why_no_linear(owner, parameter))
+
+
+def _why_no_linear(owner: nn.Module, parameter: nn.Parameter) -> str:
+    if parameter.ndim < 2:
+        return VECTORS
+    if isinstance(owner, nn.Embedding):
+        return EMBEDDING
+    if parameter.ndim == 3 and type(owner).__module__.partition(".")[0] != "torch":
+        return EXPERTS
+    if isinstance(owner, (nn.Linear, Conv1D)):
+        return f"{type(owner).__name__} is a subclass of nn.Linear or Conv1D and may compute something else"
+    return f"a weight of {type(owner).__name__}, which is neither nn.Linear nor Conv1D"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)

@@ -1,0 +1,280 @@
+"""QuipQuantizer: Transformers' hooks, each a few lines that call into the rooms of this package."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from .checkpoints import native
+from .config import QUANT_METHOD, QuipConfig
+from .nn import replace
+from .quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class QuipQuantizer(HfQuantizer):
+    """Quantizes a model while or after it is loaded, or prepares a model for its quantized weights.
+
+    Three ways, by the config and by what is loaded:
+        a quantized folder (`pre_quantized`): empty quantized linears are put in place before the weights are read;
+        `dataset=None`: each weight is quantized as it is read, so that the dense model never exists as a whole;
+        else: the model is loaded dense and then calibrated and quantized block by block.
+    """
+
+    requires_calibration = False
+    quantization_config: QuipConfig
+
+    def __init__(self, quantization_config: QuipConfig, **kwargs: Any):
+        # A copy: what is recorded about this model does not belong into the caller's config.
+        super().__init__(quantization_config.__deepcopy__({}), **kwargs)
+        self._to_quantize: set[str] = set()
+        self._true_bits: float | None = None
+        self._loading: tuple[PreTrainedModel, list[str]] | None = None
+
+    @property
+    def while_loading(self) -> bool:
+        """Whether each weight is quantized as it is read."""
+        return not self.pre_quantized and not self.quantization_config.is_calibrated
+
+    # Before loading
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot work before anything is loaded. Called again with the device map that "auto" becomes."""
+        config = self.quantization_config
+        config.validate()
+        if self.pre_quantized and config.quantized_modules is None:
+            raise ValueError(
+                "The quantization_config of this model names no quantized_modules, so it was not saved by "
+                "transformers-quip after quantizing: quantize the original model, or restore its config.json"
+            )
+        if self.pre_quantized or self.while_loading or not isinstance(device_map, dict):
+            return
+        devices = {torch.device(d).type if isinstance(d, str) else d for d in device_map.values() if d != "disk"}
+        if "disk" in device_map.values() or ("cpu" in devices and len(devices) > 1):
+            raise ValueError(
+                f"The device_map offloads parts of the model (to {sorted(set(map(str, device_map.values())))}), but "
+                f"calibration (dataset={config.to_dict()['dataset']!r}) needs it in memory: use device_map=None "
+                "or 'cpu', or dataset=None, which quantizes each weight while it is loaded"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self._loading = (model, checkpoint_files or [])
+        if self.pre_quantized:
+            self._put_empty_linears(model)
+            return
+        config = self.quantization_config
+        if config.is_calibrated:
+            _check_causal(model)
+        plan = make_plan(model, config)
+        self._true_bits = plan.true_bits
+        self._to_quantize = set(plan.names)
+        self._report(model, plan)
+
+    def _put_empty_linears(self, model: PreTrainedModel) -> None:
+        recorded = set(native.expand_names(self.quantization_config.quantized_modules))
+        prefix = model.base_model_prefix + "."
+        for name, module in list(model.named_modules()):
+            # A head may be loaded on a base model that was saved alone, or the other way round.
+            if replace.is_dense_linear(module) and recorded & {name, prefix + name, name.removeprefix(prefix)}:
+                replace.replace_by_empty(model, name, self.quantization_config)
+        if not replace.quantized_linears(model):
+            raise ValueError(
+                f"None of the quantized modules that config.json names exists in {type(model).__name__} "
+                f"(the first is {next(iter(sorted(recorded)), 'missing')}): is this another architecture?"
+            )
+
+    def _report(self, model: PreTrainedModel, plan: QuantizationPlan) -> None:
+        config = self.quantization_config
+        logger.info(f"{type(model).__name__}: {plan.summary()}")
+        for pattern in unmatched_patterns(model, config):
+            logger.warning(f"modules_to_not_convert: no module of {type(model).__name__} matches {pattern!r}")
+        if not config.is_calibrated and config.bits < 3:
+            logger.warning(
+                f"dataset=None at {config.bits} bits: without calibration the model will be badly damaged (measured: "
+                "perplexities hundreds of times the dense model's). The default, dataset='self', needs no data."
+            )
+
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
+        """Called with the renamings between the checkpoint and the model: now the checkpoint can be checked."""
+        model, files = self._loading
+        self._loading = None
+        if files and (self.pre_quantized or all(str(file).endswith(".safetensors") for file in files)):
+            headers = native.model_names(model, native.read_headers(files), weight_conversions)
+            if self.pre_quantized:
+                dense = [name for name, module in model.named_modules() if replace.is_dense_linear(module)]
+                native.check_tensors(replace.quantized_linears(model), dense, headers)
+            else:
+                native.check_sources(sorted(self._to_quantize), headers)
+        return weight_conversions
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """su, sv and everything dense have the model's dtype, whichever floating type that is."""
+        return dtype
+
+    # While loading
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether this is a weight to quantize as it is read."""
+        return self.while_loading and param_name.removesuffix(".weight") in self._to_quantize
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element that a parameter will have, for device_map="auto"."""
+        if self.param_needs_quantization(model, param_name):
+            return self._true_bits / 8
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What Transformers' loader calls with each weight that needs quantization."""
+        return QuantizeWeight(self.quantization_config)
+
+    def get_weight_conversions(self) -> list:
+        """None: a native checkpoint has the names of the model."""
+        return []
+
+    # After loading
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            if self.while_loading:
+                self._check_all_quantized(model)
+            else:
+                self._calibrate(model)
+            names = native.compress_names(replace.quantized_linears(model))
+            config = self.quantization_config.without_data()
+            config.quantized_modules = names
+            self.quantization_config = model.config.quantization_config = config
+        replace.freeze(model)
+        return model
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
+        from .quantize.model import quantize_model
+
+        quantize_model(model, self.quantization_config)
+        if not replace.quantized_linears(model):
+            raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")
+
+    def _check_all_quantized(self, model: PreTrainedModel) -> None:
+        missed = sorted(self._to_quantize - replace.quantized_linears(model).keys())
+        if missed:
+            raise ValueError(
+                f"{len(missed)} weights that were to be quantized were not in the checkpoint: {', '.join(missed[:4])}"
+            )
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if isinstance(dtype, str):  # config.dtype, after save_pretrained
+            dtype = getattr(torch, dtype)
+        replace.replace_by_dense(model, dtype)
+        if dtype is not None and dtype != model.dtype:
+            nn.Module.to(model, dtype)  # a dense layer of another dtype than its neighbours could not run
+            model.config.dtype = dtype
+        return model
+
+    # What Transformers asks
+
+    def is_serializable(self) -> bool:
+        """Yes: see `checkpoints.native`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top of the frozen weights can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` may compile the forward of a static cache: the ops have fakes and derivatives."""
+        return True
+
+
+class QuantizeWeight(ConversionOps):
+    """Quantizes one weight as the loader has read it, and puts the quantized linear in the place of the dense one."""
+
+    def __init__(self, config: QuipConfig):
+        self.config = config
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str | None = None,
+        model: PreTrainedModel | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Turn {…: weight} into the tensors of the quantized linear by their full names."""
+        from .quantize.layer import quantize_weight
+
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        name = full_layer_name.removesuffix(".weight")
+        linear = model.get_submodule(name)
+        try:
+            quantized = quantize_weight(replace.dense_weight(linear, weight), self.config, name)
+        except Exception as error:
+            return _Raise(error)
+        module = replace.replace_by_empty(model, name, self.config)
+        missing_keys.discard(full_layer_name)
+        values = {key: getattr(quantized, key, None) for key in ("codes", "codes_residual", "su", "sv")}
+        return {
+            f"{name}.{key}": value.to(device=weight.device, dtype=getattr(module, key).dtype).contiguous()
+            for key, value in values.items()
+            if value is not None
+        }
+
+
+class _Raise(dict):
+    """In the place of tensors: lets the loader itself raise the error, as soon as it asks for them.
+
+    The loader catches what an op raises, goes on with all other weights (hours, for a large model), and at the end
+    raises an error that names none of it.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def items(self) -> Iterator:
+        raise self.error
+
+
+def _check_causal(model: PreTrainedModel) -> None:
+    """Calibration runs the model as a decoder on token sequences."""
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model with a generation head, so it cannot be calibrated: "
+            "load it with AutoModelForCausalLM, or quantize without calibration (dataset=None)"
+        )
+
+
+def register() -> None:
+    """Make "quip" known to Transformers. A second import of this package replaces the first one's classes.
+
+    Raises:
+        ImportError: another package has taken the name.
+    """
+    for mapping, kind, add in (
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, QuipConfig, register_quantization_config),
+        (AUTO_QUANTIZER_MAPPING, QuipQuantizer, register_quantizer),
+    ):
+        known = mapping.get(QUANT_METHOD)
+        if known is None:
+            add(QUANT_METHOD)(kind)
+        elif (known.__module__, known.__qualname__) == (kind.__module__, kind.__qualname__):
+            mapping[QUANT_METHOD] = kind
+        else:
+            raise ImportError(
+                f"the quantization method {QUANT_METHOD!r} is taken by {known.__module__}.{known.__qualname__}: "
+                "transformers-quip cannot be used beside it"
+            )
