@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> dict:
 def layer_records(model, folder: Path) -> list[dict]:
     """Return what each quantized linear lost, as transformers_quip.evaluation.LayerRecord.
 
-    The proxy losses are those that the quantizer measured, with the Hessian it used; there are none without calibration.
-    The relative errors are computed here from the weights, for all settings alike.
+    The proxy losses are those that the quantizer measured, with the Hessian it used; without calibration there are
+    none. The relative errors are computed here from the weights, for all settings alike.
     """
     import torch
     from transformers import AutoModelForCausalLM
