@@ -7,7 +7,11 @@ small, but not all powers of two, so that a Hadamard transform of order K * 2^p 
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 128
 HIDDEN = 64
@@ -137,3 +141,17 @@ def save_tiny_model(arch: str, folder, **arguments) -> str:
     """Save `tiny_model(arch, **arguments)` under `folder` and return its path as from_pretrained takes it."""
     tiny_model(arch, **arguments).save_pretrained(folder)
     return str(folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer without training data: every character of ASCII is its code, all others are token 0.
+
+    Its ids fit the tiny models' vocabulary; 0, 1 and 2 are the special tokens the tiny configs name.
+    """
+    vocabulary = {chr(code): code for code in range(3, VOCABULARY)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<pad>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
