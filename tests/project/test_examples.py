@@ -35,7 +35,7 @@ def run(*arguments):
     return result.stdout
 
 
-@pytest.mark.parametrize("dataset", ["self", "wikipedia", "none"])
+@pytest.mark.parametrize("dataset", ["self", "none"])
 def test_quantize_on_load(folder, dataset):
     options = ["--dataset", dataset, "--num-samples", 4, "--sequence-length", 64, "--windows", 1]
     output = run(ROOT / "examples/01_quantize_on_load.py", folder, *options)
