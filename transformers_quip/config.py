@@ -73,6 +73,15 @@ def _name(names: Callable[[], tuple[str, ...]], optional: bool = False) -> Calla
     return check
 
 
+def _choice(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"must be one of {', '.join(map(repr, allowed))}")
+        return value
+
+    return check
+
+
 def _scale(value: Any) -> str | float:
     if isinstance(value, str):
         if value != "auto":
@@ -176,6 +185,12 @@ OPTIONS: dict[str, Option] = {
         lambda value: value if isinstance(value, str) else None,
     ),
     "text_column": Option("text", _text, "The column of a `datasets.Dataset` that holds the text."),
+    "calibrate_on": Option(
+        "quantized",
+        _choice("quantized", "dense", "both"),
+        "Whose activations a block is calibrated on: 'quantized', the model's with all blocks before it quantized; "
+        "'dense', the original model's, as in the paper; 'both', the former, aiming at what the latter would give.",
+    ),
     "num_samples": Option(256, _integer(1), "How many token sequences to calibrate on."),
     "sequence_length": Option(512, _integer(1), "Tokens in each of them."),
     "batch_size": Option(8, _integer(1), "Sequences in one forward pass."),
@@ -264,6 +279,10 @@ class QuipConfig(QuantizationConfigMixin):
         self.__dict__.update(trial.__dict__)
         return {name: value for name, value in kwargs.items() if name not in OPTIONS}
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dict that [`to_dict`] returns: Transformers reads the config of a loaded model's config so."""
+        return self.to_dict().get(key, default)
+
     def without_data(self) -> QuipConfig:
         """A copy that holds what config.json will hold, not the data set or the tokenizer itself."""
         result = copy.copy(self)
@@ -296,6 +315,8 @@ class QuipConfig(QuantizationConfigMixin):
             raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")
         if "format_version" in values:
             config = cls._from_saved(values)
+        elif values.keys() & set(_RECORDS):
+            raise ValueError(f"The saved quantization_config has no format_version: {values!r}")
         else:
             config = cls(**values)
         unused = config.update(**kwargs)
@@ -349,10 +370,7 @@ class QuipConfig(QuantizationConfigMixin):
 
 
 QuipConfig.__signature__ = inspect.Signature(
-    [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-        for name, option in OPTIONS.items()
-    ]
+    [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()]
 )
 QuipConfig.__doc__ += "".join(
     f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items()

@@ -1,0 +1,298 @@
+"""One weight matrix, or several that read the same input: the algorithm of QuIP# (arXiv 2402.04396) from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import codebooks, incoherence, rounding
+from ..codebooks import Codebook
+from ..incoherence import Transform
+from ..rounding import Rounded, proxy_loss
+
+if TYPE_CHECKING:
+    from ..config import QuipConfig
+
+logger = logging.getLogger(__name__)
+
+# Damping may grow this often, tenfold each time, until the Hessian has a Cholesky factor.
+_ATTEMPTS = 6
+# Multiples of the codebook's published scale that scale="auto" tries, and on how many rows of each weight.
+_SCALES = (0.9, 0.95, 1.0, 1.05)
+_SCALE_ROWS = 128
+# Rows without a Hessian are rounded so many numbers at a time, which bounds the memory beside the weight.
+_CHUNK = 1 << 22
+
+
+@dataclass
+class QuantizedWeight:
+    """What replaces a weight W [m, n]:  W ≈ diag(sv) Q_out Ŵ Q_inᵀ diag(su), Ŵ decoded from the codes.
+
+    Attributes:
+        codes: [m, ⌈n / block⌉] of the codebook's integer type.
+        su: float32 [n].
+        sv: float32 [m].
+        statistics: "relative_error", tr(E H Eᵀ) / tr(W H Wᵀ) with the Hessian as it was measured (the share of the
+            output's energy that is lost; of the weight's without calibration); "proxy_loss", the same with the damped
+            Hessian, as the papers report it; "scale", the multiple of the published scale; "damping".
+    """
+
+    codes: torch.Tensor
+    su: torch.Tensor
+    sv: torch.Tensor
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Rotated:
+    """A weight after its transforms, in units of the codebook's points."""
+
+    name: str
+    weight: torch.Tensor
+    target: torch.Tensor
+    sv: torch.Tensor
+    q_out: Transform
+    rotated: torch.Tensor
+    rms: torch.Tensor
+
+
+@torch.no_grad()
+def quantize_weights(
+    weights: Mapping[str, torch.Tensor],
+    hessian: torch.Tensor,
+    config: QuipConfig,
+    drift: torch.Tensor | None = None,
+) -> dict[str, QuantizedWeight]:
+    """Quantize linears that read the same input; they get the same su, and are rounded as one stack of rows.
+
+    Args:
+        weights: name → float [m_i, n].
+        hessian: float32 [n, n] = E[x xᵀ] over the calibration tokens.
+        config: `codebook`, `incoherence`, `rounding`, `damping`, `refinement_sweeps`, `scale` and `seed` are read.
+        drift: float32 [n, n] = E[(x° − x) xᵀ], x° being the dense model's input for the same token: given it, the
+            outputs W x° are aimed at instead of W x, so that a layer makes up for errors before it (GPTAQ,
+            arXiv 2504.02692).
+
+    Returns:
+        name → [`QuantizedWeight`], on the device of the weights.
+
+    Raises:
+        ValueError: a weight or the Hessian has NaN or Inf, or a shape does not fit; the message names the module.
+    """
+    names = ", ".join(weights)
+    for name, weight in weights.items():
+        _check_weight(name, weight)
+        if weight.shape[1] != hessian.shape[0]:
+            raise ValueError(f"{name} has {weight.shape[1]} columns, but its Hessian is {list(hessian.shape)}")
+    if not torch.isfinite(hessian).all():
+        raise ValueError(f"the Hessian of {names} has NaN or Inf: the model's activations overflow in its dtype")
+    stack = torch.cat([weight.float() for weight in weights.values()])
+    damped, damping = _damp(hessian.to(stack), config.damping, names)
+    target = stack if drift is None else stack + _correction(stack, damped, drift.to(stack))
+    su = _input_scales(stack, damped, config)
+    q_in = incoherence.get(config.incoherence, hessian.shape[0], config.seed)
+    rotated_hessian = _rotate_hessian(damped, su, q_in)
+    sizes = [weight.shape[0] for weight in weights.values()]
+    parts = [
+        _rotate(name, weight, wanted, su, q_in, config)
+        for name, weight, wanted in zip(weights, stack.split(sizes), target.split(sizes), strict=True)
+    ]
+    book = codebooks.get(config.codebook)
+    if config.scale == "auto":
+        factors = _best_scales(parts, rotated_hessian, book, config)
+    else:
+        factors = [float(config.scale)] * len(parts)
+    scales = [_unit(part, book, factor) for part, factor in zip(parts, factors, strict=True)]
+    rounded = _round(
+        torch.cat([part.rotated / scale for part, scale in zip(parts, scales, strict=True)]),
+        rotated_hessian,
+        book,
+        config,
+        config.refinement_sweeps,
+    )
+    results = {}
+    for part, factor, codes, points in zip(
+        parts, factors, rounded.codes.split(sizes), rounded.points.split(sizes), strict=True
+    ):
+        decoded = _rotate_back(points[:, : stack.shape[1]], part.q_out, q_in) * su
+        sv = _output_scales(part.target, decoded, damped)
+        error = part.target - decoded * sv[:, None]
+        results[part.name] = QuantizedWeight(
+            codes.clone(),
+            su,
+            sv,
+            {
+                "relative_error": _ratio(error, part.target, hessian.to(stack)),
+                "proxy_loss": _ratio(error, part.target, damped),
+                "scale": factor,
+                "damping": damping,
+            },
+        )
+    return results
+
+
+@torch.no_grad()
+def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> QuantizedWeight:
+    """Quantize one weight without calibration: the nearest points after the transforms.
+
+    Args:
+        weight: float [m, n].
+        config: `codebook`, `incoherence`, `scale` and `seed` are read.
+        name: of the module, for errors.
+
+    Raises:
+        ValueError: the weight has NaN or Inf, or is no matrix; the message names the module.
+    """
+    _check_weight(name, weight)
+    size = weight.shape[1]
+    book = codebooks.get(config.codebook)
+    su = incoherence.signs(size, config.seed, "in").to(weight.device)
+    q_in = incoherence.get(config.incoherence, size, config.seed)
+    part = _rotate(name, weight.float(), None, su, q_in, config)
+    factor = 1.0 if config.scale == "auto" else float(config.scale)
+    scale = _unit(part, book, factor)
+    codes = torch.empty(book.codes_shape(*weight.shape), dtype=book.code_dtype, device=weight.device)
+    points = part.rotated
+    rows = max(_CHUNK // points.shape[1], 1)
+    for begin in range(0, len(points), rows):
+        chunk = slice(begin, begin + rows)
+        codes[chunk], points[chunk] = rounding.get("nearest").round(points[chunk] / scale, None, book, 0)
+    decoded = _rotate_back(points[:, :size], part.q_out, q_in) * su
+    energy = decoded.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    sv = (decoded * part.weight).sum(1) / energy
+    lost = (part.weight - decoded * sv[:, None]).square().sum() / part.weight.square().sum().clamp_min(1e-30)
+    return QuantizedWeight(codes, su, sv, {"relative_error": lost.item(), "scale": factor})
+
+
+def _check_weight(name: str, weight: torch.Tensor) -> None:
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"{name} has a weight of shape {list(weight.shape)}, expected a matrix that is not empty")
+    if not weight.is_floating_point():
+        raise ValueError(f"{name} has a weight of {weight.dtype}, expected a floating-point one")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name} has NaN or Inf in its weight: the checkpoint is damaged, or overflows in {weight.dtype}")
+
+
+def _damp(hessian: torch.Tensor, damping: float, names: str) -> tuple[torch.Tensor, float]:
+    """H + damping · mean(diag H) · I, with as much damping as a Cholesky factor needs, and that damping."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().item()
+    if mean <= 0:
+        logger.warning("%s: every calibration input was zero, so the weights are rounded without feedback", names)
+        return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), damping
+    dead = int((diagonal <= 0).sum())
+    if dead:
+        logger.warning("%s: %d of %d input columns were zero in all calibration data", names, dead, len(diagonal))
+    for attempt in range(_ATTEMPTS):
+        amount = damping * 10**attempt
+        damped = hessian.clone()
+        damped.diagonal().add_(amount * mean)
+        # Judged in the precision that rounding uses; rounding errors alone can make a small eigenvalue negative.
+        if torch.linalg.cholesky_ex(damped.double()).info == 0:
+            if attempt:
+                logger.warning("%s: the Hessian is not positive definite, damping grew to %g", names, amount)
+            return damped, amount
+    raise ValueError(
+        f"the Hessian of {names} is not positive definite even with damping {amount:g}: the activations are not those "
+        "of a working model, or the Hessian is not symmetric"
+    )
+
+
+def _correction(weight: torch.Tensor, damped: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+    """W E[(x° − x) xᵀ] H⁻¹: what to add to W so that it gives W x° for x, as well as a linear map can."""
+    factor = torch.linalg.cholesky(damped.double())
+    return torch.cholesky_solve((weight @ drift).double().T, factor).T.to(weight.dtype)
+
+
+def _input_scales(stack: torch.Tensor, damped: torch.Tensor, config: QuipConfig) -> torch.Tensor:
+    """su [n]: random signs, and QuIP's diagonal rescaling (arXiv 2307.13304, section 4 and algorithm 1).
+
+    Columns are multiplied by D = (diag H / diag WᵀW)^¼ before they are rounded, so that important columns get finer
+    steps; su divides again.
+    """
+    energy = stack.square().mean(0)
+    importance = damped.diagonal()
+    ratio = (importance / energy.clamp_min(energy.mean() * 1e-6)).clamp_min(torch.finfo(stack.dtype).tiny)
+    logarithm = ratio.log() / 4
+    signs = incoherence.signs(stack.shape[1], config.seed, "in").to(stack.device)
+    return signs * (logarithm.mean() - logarithm).exp()
+
+
+def _rotate_hessian(damped: torch.Tensor, su: torch.Tensor, q_in: Transform) -> torch.Tensor:
+    """Q_inᵀ diag(su) H diag(su) Q_in, exactly symmetric: the Hessian of the rotated inputs."""
+    half = q_in.apply_transpose(damped * su)
+    rotated = q_in.apply_transpose(half.T.contiguous() * su)
+    return (rotated + rotated.T) / 2
+
+
+def _rotate(
+    name: str, weight: torch.Tensor, target: torch.Tensor | None, su: torch.Tensor, q_in: Transform, config: QuipConfig
+) -> _Rotated:
+    """Q_outᵀ diag(sv)⁻¹ W diag(su)⁻¹ Q_in with random signs for sv."""
+    target = weight if target is None else target
+    sv = incoherence.signs(weight.shape[0], config.seed, "out").to(weight.device)
+    q_out = incoherence.get(config.incoherence, weight.shape[0], config.seed)
+    rotated = q_in.apply_transpose(target / su)
+    rotated = q_out.apply_transpose(rotated.T.contiguous() * sv).T.contiguous()
+    rms = rotated.square().mean().sqrt()
+    size = codebooks.get(config.codebook).block_size
+    rotated = torch.nn.functional.pad(rotated, (0, -rotated.shape[1] % size))
+    return _Rotated(name, weight, target, sv, q_out, rotated, rms)
+
+
+def _rotate_back(points: torch.Tensor, q_out: Transform, q_in: Transform) -> torch.Tensor:
+    """Q_out Ŵ Q_inᵀ."""
+    return q_out.apply(q_in.apply(points).T.contiguous()).T.contiguous()
+
+
+def _unit(part: _Rotated, book: Codebook, factor: float) -> float:
+    """The length that one unit of the codebook stands for; 1 for a weight of zeros."""
+    return (part.rms.item() / (book.gaussian_scale * factor)) or 1.0
+
+
+def _round(weight: torch.Tensor, hessian: torch.Tensor, book: Codebook, config: QuipConfig, sweeps: int) -> Rounded:
+    """Round, after completing the Hessian to whole blocks with independent columns."""
+    missing = weight.shape[1] - hessian.shape[0]
+    if missing:
+        mean = hessian.diagonal().mean()
+        extra = mean * torch.eye(missing, dtype=hessian.dtype, device=hessian.device)
+        hessian = torch.block_diag(hessian, extra)
+    return rounding.get(config.rounding).round(weight, hessian, book, sweeps)
+
+
+def _best_scales(parts: list[_Rotated], hessian: torch.Tensor, book: Codebook, config: QuipConfig) -> list[float]:
+    """For each weight, the multiple of the published scale with the least proxy loss on a sample of its rows."""
+    samples, rows = [], []
+    for part in parts:
+        count = min(_SCALE_ROWS, len(part.rotated))
+        step = len(part.rotated) / count
+        samples.append(part.rotated[(torch.arange(count) * step).long().to(part.rotated.device)])
+        rows.append(count)
+    losses = []
+    for factor in _SCALES:
+        units = [_unit(part, book, factor) for part in parts]
+        scaled = torch.cat([sample / unit for sample, unit in zip(samples, units, strict=True)])
+        points = _round(scaled, hessian, book, config, min(config.refinement_sweeps, 2)).points
+        columns = hessian.shape[0]
+        errors = (points - scaled)[:, :columns].split(rows)
+        losses.append([proxy_loss(error * unit, hessian).item() for error, unit in zip(errors, units, strict=True)])
+    best = [min(range(len(_SCALES)), key=lambda k, i=i: losses[k][i]) for i in range(len(parts))]
+    return [_SCALES[k] for k in best]
+
+
+def _output_scales(target: torch.Tensor, decoded: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
+    """The sv [m] of least proxy loss for the codes as they are: a weighted least-squares fit, row by row."""
+    moved = decoded @ damped
+    energy = (moved * decoded).sum(1)
+    fitted = (moved * target).sum(1) / energy.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(energy > 0, fitted, torch.zeros_like(fitted))
+
+
+def _ratio(error: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    total = proxy_loss(weight, hessian).item()
+    return proxy_loss(error, hessian).item() / total if total > 0 else math.nan
