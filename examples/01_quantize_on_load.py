@@ -122,7 +122,7 @@ def reload(folder: Path, probe_file: Path) -> None:
     with torch.no_grad():
         same = torch.equal(model(probe["ids"]).logits, probe["logits"])
     prompt = tokenizer(PROMPT, return_tensors="pt")
-    written = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    written = model.generate(**prompt, max_new_tokens=24, do_sample=False)
     text = tokenizer.decode(written[0], skip_special_tokens=True)
     print(json.dumps({"same_logits": same, "text": text}))
 
