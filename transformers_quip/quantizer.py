@@ -20,6 +20,8 @@ from .quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .quantize.model import QuantizationReport
+
 logger = logging.getLogger(__name__)
 
 
@@ -30,6 +32,9 @@ class QuipQuantizer(HfQuantizer):
         a quantized folder (`pre_quantized`): empty quantized linears are put in place before the weights are read;
         `dataset=None`: each weight is quantized as it is read, so that the dense model never exists as a whole;
         else: the model is loaded dense and then calibrated and quantized block by block.
+
+    Attributes:
+        report: after a calibrated run, what was done to each module (`quantize.model.QuantizationReport`); else None.
     """
 
     requires_calibration = False
@@ -38,6 +43,7 @@ class QuipQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuipConfig, **kwargs: Any):
         # A copy: what is recorded about this model does not belong into the caller's config.
         super().__init__(quantization_config.__deepcopy__({}), **kwargs)
+        self.report: QuantizationReport | None = None
         self._to_quantize: set[str] = set()
         self._true_bits: float | None = None
         self._loading: tuple[PreTrainedModel, list[str]] | None = None
@@ -60,8 +66,8 @@ class QuipQuantizer(HfQuantizer):
             )
         if self.pre_quantized or self.while_loading or not isinstance(device_map, dict):
             return
-        devices = {torch.device(d).type if isinstance(d, str) else d for d in device_map.values() if d != "disk"}
-        if "disk" in device_map.values() or ("cpu" in devices and len(devices) > 1):
+        devices = {d if d in ("cpu", "disk") else "accelerator" for d in map(str, device_map.values())}
+        if "disk" in devices or len(devices) > 1:
             raise ValueError(
                 f"The device_map offloads parts of the model (to {sorted(set(map(str, device_map.values())))}), but "
                 f"calibration (dataset={config.to_dict()['dataset']!r}) needs it in memory: use device_map=None "
@@ -162,7 +168,7 @@ class QuipQuantizer(HfQuantizer):
     def _calibrate(self, model: PreTrainedModel) -> None:
         from .quantize.model import quantize_model
 
-        quantize_model(model, self.quantization_config)
+        self.report = quantize_model(model, self.quantization_config)
         if not replace.quantized_linears(model):
             raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")
 

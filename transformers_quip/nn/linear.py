@@ -140,9 +140,7 @@ class QuipLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floating point [..., n] → [..., m] in the same dtype. Raises `ValueError` for any other input."""
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
-            raise ValueError(
-                f"expected floating point [..., {self.in_features}], got {x.dtype} {list(x.shape)} in {self}"
-            )
+            raise ValueError(f"expected floating point [..., {self.in_features}], got {x.dtype} {list(x.shape)} in {self}")
         return torch.ops.quip.linear(
             x,
             self.codes,

@@ -86,9 +86,7 @@ class PackedWeight(torch.Tensor):
         return f"PackedWeight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
         # Not a TypeError: Tensor's arithmetic would turn that into "unsupported operand type" without the reason.

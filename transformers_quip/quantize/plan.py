@@ -176,10 +176,10 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
     for name, module in linears.items():
         if module is output:
             reasons[name] = f"{OUTPUT_EMBEDDINGS}, {TIED}" if name in tied else OUTPUT_EMBEDDINGS
-        elif name in tied:
-            reasons[name] = TIED
         elif places[id(module)] > 1:
             reasons[name] = SHARED
+        elif name in tied:
+            reasons[name] = TIED
         elif not should_convert_module(name, config.modules_to_not_convert or []):
             reasons[name] = NOT_CONVERTED
         elif not should_convert_module(name, float32):

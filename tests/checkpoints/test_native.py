@@ -1,0 +1,109 @@
+"""The native format: names in short form, and the check of a checkpoint's tensors."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from transformers_quip import QuipLinear
+from transformers_quip.checkpoints import native
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        ([], []),
+        (["fc"], ["fc"]),
+        (["layers.0.fc", "layers.1.fc", "layers.2.fc"], ["layers.{0-2}.fc"]),
+        (["layers.0.fc", "layers.2.fc", "layers.3.fc", "layers.10.fc"], ["layers.{0,2-3,10}.fc"]),
+        (["layers.0.a", "layers.0.b", "layers.1.a", "layers.1.b", "head"], ["layers.{0-1}.a", "layers.{0-1}.b", "head"]),
+        (["l.0.e.0.w", "l.0.e.1.w", "l.1.e.0.w", "l.1.e.1.w"], ["l.{0-1}.e.{0-1}.w"]),
+        (["l.0.e.0.w", "l.0.e.1.w", "l.1.e.0.w"], ["l.{0-1}.e.0.w", "l.0.e.1.w"]),
+        (["0", "1", "fc1", "fc2"], ["{0-1}", "fc1", "fc2"]),
+        (["layers.7.fc"], ["layers.7.fc"]),
+    ],
+)
+def test_names_in_short_form(names, short):
+    assert native.compress_names(names) == short
+    assert sorted(native.expand_names(short)) == sorted(names)
+
+
+def headers(**changes):
+    result = {
+        "fc.codes": native.TensorInfo((12, 8), "I16", "a"),
+        "fc.su": native.TensorInfo((64,), "BF16", "a"),
+        "fc.sv": native.TensorInfo((12,), "F32", "a"),
+        "fc.bias": native.TensorInfo((12,), "F16", "a"),
+        "norm.weight": native.TensorInfo((64,), "F32", "a"),
+    }
+    for name, value in changes.items():
+        key = name.replace("_", ".")
+        if value is None:
+            del result[key]
+        else:
+            result[key] = native.TensorInfo(*value, "a")
+    return result
+
+
+def test_a_checkpoint_that_fits():
+    native.check_tensors({"fc": QuipLinear(64, 12, device="meta")}, ["other"], headers())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fc_codes": None}, r"fc\.codes is missing"),
+        ({"fc_bias": None}, r"fc\.bias is missing"),
+        ({"fc_codes": ((12, 7), "I16")}, r"fc\.codes has shape \[12, 7\] instead of \[12, 8\]"),
+        ({"fc_su": ((12,), "F32")}, r"fc\.su has shape \[12\] instead of \[64\]"),
+        ({"fc_codes": ((12, 8), "I32")}, r"fc\.codes has type I32 instead of I16"),
+        ({"fc_sv": ((12,), "F8_E4M3")}, r"fc\.sv has type F8_E4M3 instead of F16 or BF16 or F32 or F64"),
+        ({"fc_sv": ((12,), "I16"), "fc_su": None}, r"fc\.su is missing; fc\.sv has type I16"),
+        ({"other_codes": ((1, 1), "I16")}, r"other\.codes exists, but config\.json does not list other"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(changes, said):
+    with pytest.raises(ValueError, match=said) as error:
+        native.check_tensors({"fc": QuipLinear(64, 12, device="meta")}, ["other"], headers(**changes))
+    assert "download or save the model again" in str(error.value)
+
+
+def test_many_problems_are_one_short_error():
+    linears = {f"fc{i}": QuipLinear(8, 8, device="meta") for i in range(30)}
+    with pytest.raises(ValueError, match="and 116 more") as error:
+        native.check_tensors(linears, [], {})
+    assert len(str(error.value)) < 500
+
+
+def test_the_source_of_a_quantization_is_checked():
+    native.check_sources(["norm"], headers())
+    with pytest.raises(ValueError, match=r"no fc\.weight to quantize \(1 of 2 .* it has fc\.bias, fc\.codes"):
+        native.check_sources(["norm", "fc"], headers())
+    with pytest.raises(ValueError, match="nothing of that name"):
+        native.check_sources(["absent"], headers())
+
+
+def test_headers_of_files(tmp_path):
+    save_file({"a": torch.zeros(2, 3, dtype=torch.int16)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "2.safetensors")
+    files = [str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")]
+    assert native.read_headers(files) == {
+        "a": native.TensorInfo((2, 3), "I16", files[0]),
+        "b": native.TensorInfo((4,), "BF16", files[1]),
+    }
+
+
+@pytest.mark.parametrize("kept", [3, 40, -1])
+def test_a_truncated_file(tmp_path, kept):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(200, 3)}, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .* download or save the model again"):
+        native.read_headers([str(file)])
+
+
+def test_pickle_files_are_not_read(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(nn.Linear(2, 2).state_dict(), file)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is no safetensors file"):
+        native.read_headers([str(file)])

@@ -1,0 +1,48 @@
+"""Tiny models on disk, dense and quantized, made once for all integration tests."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.models import save_tiny_model, tiny_ids
+from transformers_quip import QuipConfig
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    """dense(arch, dtype=...) → folder of a tiny dense model."""
+
+    @functools.cache
+    def folder(arch: str, **arguments) -> str:
+        return save_tiny_model(arch, tmp_path_factory.mktemp(arch), **arguments)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantized(dense, tmp_path_factory):
+    """quantized(arch, dtype=...) → folder of the same model, quantized without calibration."""
+
+    @functools.cache
+    def folder(arch: str, **arguments) -> str:
+        path = tmp_path_factory.mktemp(arch)
+        config = QuipConfig(dataset=None)
+        AutoModelForCausalLM.from_pretrained(dense(arch), quantization_config=config, **arguments).save_pretrained(path)
+        return str(path)
+
+    return folder
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return tiny_ids()
+
+
+@pytest.fixture(scope="session")
+def calibrated_config():
+    """A calibrated run that takes a moment: 4 sequences of 16 given tokens, one sweep."""
+    return QuipConfig(dataset=tiny_ids(4, 16, seed=5), num_samples=4, sequence_length=16, refinement_sweeps=1)

@@ -1,0 +1,124 @@
+"""Ways to load: dtypes, device maps and offload, other heads, copies; always the same codes and logits."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.models import tiny_model
+from transformers_quip import QuipConfig
+from transformers_quip.nn.replace import quantized_linears
+
+PARTS = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
+DISK = {**dict.fromkeys(PARTS, "cpu"), "model.layers.1": "disk"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_dtypes(dtype, dense, ids, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense("opt"), quantization_config=QuipConfig(dataset=None), dtype=dtype)
+    linear = model.model.decoder.layers[0].fc1
+    assert linear.su.dtype == linear.sv.dtype == linear.bias.dtype == linear.weight.dtype == dtype
+    logits = model(ids).logits
+    assert logits.dtype == dtype
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert reloaded.dtype == dtype
+    assert torch.equal(reloaded(ids).logits, logits)
+    # The codes do not depend on the dtype that a saved model is loaded in.
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).model.decoder.layers[0].fc1
+    assert torch.equal(other.codes, linear.codes)
+    assert torch.equal(other.su, linear.su.float())
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, DISK], ids=["auto", "cpu", "dict", "disk"])
+@torch.no_grad()
+def test_device_maps(device_map, dense, quantized, ids, tmp_path):
+    logits = AutoModelForCausalLM.from_pretrained(quantized("llama"))(ids).logits
+    while_loading = AutoModelForCausalLM.from_pretrained(
+        dense("llama"), quantization_config=QuipConfig(dataset=None), device_map=device_map, offload_folder=tmp_path / "a"
+    )
+    assert torch.equal(while_loading(ids).logits, logits)
+    loaded = AutoModelForCausalLM.from_pretrained(quantized("llama"), device_map=device_map, offload_folder=tmp_path / "b")
+    assert torch.equal(loaded(ids).logits, logits)
+    if device_map is DISK:
+        linear = while_loading.model.layers[1].mlp.up_proj
+        assert all(parameter.is_meta for parameter in linear.parameters())
+        with pytest.raises(ValueError, match="is offloaded"):
+            while_loading.dequantize()
+    while_loading.save_pretrained(tmp_path / "c")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "c")(ids).logits, logits)
+
+
+@torch.no_grad()
+def test_base_model_and_other_heads(dense, quantized, ids, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(quantized("llama"))
+    base = AutoModel.from_pretrained(quantized("llama"))
+    assert len(quantized_linears(base)) == 14
+    hidden = whole.model(ids).last_hidden_state
+    assert torch.equal(base(ids).last_hidden_state, hidden)
+    # A new head is dense, and new.
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(quantized("llama"), output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"}
+    assert type(classifier.score) is torch.nn.Linear
+    assert torch.equal(classifier.model(ids).last_hidden_state, hidden)
+    # A base model that was saved alone gets a head.
+    AutoModel.from_pretrained(dense("llama"), quantization_config=QuipConfig(dataset=None)).save_pretrained(tmp_path)
+    headed, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"lm_head.weight"}
+    assert torch.equal(headed.model(ids).last_hidden_state, hidden)
+
+
+@torch.no_grad()
+def test_copies(quantized, ids):
+    model = AutoModelForCausalLM.from_pretrained(quantized("gpt2"))
+    logits = model(ids).logits
+    other = AutoModelForCausalLM.from_pretrained(quantized("gpt2"))
+    for linear in quantized_linears(other).values():
+        linear.codes.zero_()
+    assert not torch.equal(other(ids).logits, logits)
+    other.load_state_dict(model.state_dict())
+    from_state = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other, from_state):
+        assert torch.equal(copied(ids).logits, logits)
+
+
+def test_a_copy_of_a_model_does_not_copy_or_keep_the_data(dense, calibrated_config):
+    model = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=calibrated_config)
+    data = calibrated_config.dataset
+    gc.collect()
+    holders = [o for o in gc.get_referrers(data) if isinstance(o, dict) and o is not vars(calibrated_config)]
+    assert not [o for o in holders if "quant_method" in o]
+    assert model.config.quantization_config is model.hf_quantizer.quantization_config
+
+
+@torch.no_grad()
+def test_weights_that_the_loader_fuses_or_renames(dense, ids, tmp_path):
+    """Mixtral's experts are separate in the file and one tensor in the model; the router is renamed."""
+    model = AutoModelForCausalLM.from_pretrained(dense("mixtral"), quantization_config=QuipConfig(dataset=None))
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    original = tiny_model("mixtral")
+    for i in (0, 1):
+        for name in ("experts.gate_up_proj", "experts.down_proj", "gate.weight"):
+            expected = original.model.layers[i].mlp.get_parameter(name)
+            assert torch.equal(reloaded.model.layers[i].mlp.get_parameter(name), expected)
+    assert torch.equal(reloaded(ids).logits, model(ids).logits)
+
+
+def test_float32_modules_of_a_half_model_stay_dense(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=50)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = T5ForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=QuipConfig(dataset=None), dtype=torch.float16
+    )
+    feed_forward = model.encoder.block[0].layer[1].DenseReluDense
+    assert type(feed_forward.wo) is torch.nn.Linear
+    assert feed_forward.wo.weight.dtype == torch.float32
+    assert feed_forward.wi.su.dtype == torch.float16
+    assert torch.isfinite(model(input_ids=torch.ones(1, 4).long(), decoder_input_ids=torch.ones(1, 2).long()).logits).all()

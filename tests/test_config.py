@@ -1,0 +1,231 @@
+"""QuipConfig: defaults, checks of every option, and the JSON round trip."""
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from transformers_quip import QuipConfig, codebooks
+from transformers_quip.config import OPTIONS
+
+
+class Table:
+    """Stands for a datasets.Dataset."""
+
+    column_names = ("text",)
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        raise AssertionError("the config has no business with the rows")
+
+
+def test_defaults():
+    config = QuipConfig()
+    documented = {
+        "bits": 2,
+        "codebook": "e8p",
+        "incoherence": "hadamard",
+        "rounding": "ldlq",
+        "dataset": "self",
+        "tokenizer": None,
+        "text_column": "text",
+        "num_samples": 256,
+        "sequence_length": 512,
+        "batch_size": 8,
+        "damping": 0.01,
+        "refinement_sweeps": 10,
+        "scale": "auto",
+        "modules_to_not_convert": None,
+        "modules": None,
+        "seed": 0,
+    }
+    assert {name: getattr(config, name) for name in documented} == documented
+    assert config.quant_method == "quip"
+    assert config.is_calibrated
+    assert not QuipConfig(dataset=None).is_calibrated
+
+
+def test_every_option_is_a_documented_keyword():
+    parameters = inspect.signature(QuipConfig).parameters
+    assert list(parameters) == list(OPTIONS)
+    assert all(f"{name} (default" in QuipConfig.__doc__ for name in OPTIONS)
+    with pytest.raises(TypeError):
+        QuipConfig(2)
+
+
+def test_codebook_chooses_the_bits_and_bits_the_codebook():
+    assert QuipConfig(bits=2).codebook == "e8p"
+    assert QuipConfig(codebook="e8p").bits == 2
+    assert QuipConfig(bits=2.0).bits == 2
+    assert isinstance(QuipConfig(bits=2.0).bits, int)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bits": 3.7}, ["bits=3.7", "must be one of", "2"]),
+        ({"bits": True}, ["bits=True", "must be one of"]),
+        ({"bits": "2"}, ["bits='2'"]),
+        ({"bits": None}, ["bits=None"]),
+        ({"codebook": "e8q"}, ["codebook='e8q'", "'e8p'", "did you mean 'e8p'"]),
+        ({"codebook": 8}, ["codebook=8", "'e8p'"]),
+        ({"incoherence": "hadamar"}, ["incoherence='hadamar'", "'none'", "did you mean 'hadamard'"]),
+        ({"incoherence": None}, ["incoherence=None", "'hadamard'"]),
+        ({"rounding": "gptq"}, ["rounding='gptq'", "'ldlq'", "'nearest'"]),
+        ({"dataset": ""}, ["dataset=''", "'self'"]),
+        ({"dataset": []}, ["dataset=[]", "empty"]),
+        ({"dataset": 3}, ["dataset=3", "'self'"]),
+        ({"dataset": {"a": 1}}, ["dataset={'a': 1}"]),
+        ({"tokenizer": 3}, ["tokenizer=3"]),
+        ({"text_column": None}, ["text_column=None", "string"]),
+        ({"num_samples": 0}, ["num_samples=0", "at least 1"]),
+        ({"num_samples": 1.5}, ["num_samples=1.5", "integer"]),
+        ({"num_samples": True}, ["num_samples=True", "integer"]),
+        ({"sequence_length": -1}, ["sequence_length=-1", "at least 1"]),
+        ({"batch_size": "8"}, ["batch_size='8'", "integer"]),
+        ({"damping": 0}, ["damping=0", "above 0"]),
+        ({"damping": float("nan")}, ["damping=nan", "above 0"]),
+        ({"damping": False}, ["damping=False"]),
+        ({"refinement_sweeps": -1}, ["refinement_sweeps=-1", "at least 0"]),
+        ({"scale": "best"}, ["scale='best'", "'auto'"]),
+        ({"scale": -0.9}, ["scale=-0.9", "'auto'"]),
+        ({"scale": True}, ["scale=True", "'auto'"]),
+        ({"modules_to_not_convert": "lm_head"}, ["modules_to_not_convert='lm_head'", "list"]),
+        ({"modules_to_not_convert": [1]}, ["modules_to_not_convert=[1]", "list"]),
+        ({"modules": []}, ["modules=[]", "dict"]),
+        ({"modules": {"mlp": {"bits": 4}}}, ["modules=", "'mlp'", "'bits'", "none yet"]),
+        ({"seed": -1}, ["seed=-1"]),
+        ({"seed": 2**63}, ["seed="]),
+        ({"bit": 2}, ["no option 'bit'", "given 2", "num_samples", "did you mean 'bits'"]),
+        ({"quantized_modules": ["a"]}, ["no option 'quantized_modules'"]),
+    ],
+)
+def test_a_wrong_option_is_named_with_its_value_and_what_is_allowed(options, said):
+    with pytest.raises(ValueError) as error:
+        QuipConfig(**options)
+    for text in said:
+        assert text in str(error.value)
+
+
+def test_bits_and_codebook_that_contradict_each_other(monkeypatch):
+    book = copy.copy(codebooks.get("e8p"))
+    book.name, book.bits = "wide", 4
+    monkeypatch.setitem(codebooks._CODEBOOKS._entries, "wide", book)
+    assert QuipConfig(codebook="wide").bits == 4
+    with pytest.raises(ValueError, match=r"bits=2 and codebook='wide', which has 4 bits.*'e8p'"):
+        QuipConfig(bits=2, codebook="wide")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "stored"),
+    [
+        (None, None),
+        ("self", "self"),
+        ("wikitext2", "wikitext2"),
+        (["one", "two"], "2 texts given by the caller"),
+        (["one"], "1 text given by the caller"),
+        ([[1, 2], [3]], "2 token sequences given by the caller"),
+        ([1, 2, 3], "1 token sequence given by the caller"),
+        (torch.zeros(5, 9, dtype=torch.long), "5 token sequences given by the caller"),
+        (Table(), "7 data set rows given by the caller"),
+    ],
+)
+def test_data_is_stored_as_a_description(dataset, stored):
+    config = QuipConfig(dataset=dataset, tokenizer=len)
+    saved = json.loads(config.to_json_string())
+    assert saved["dataset"] == stored
+    assert saved["tokenizer"] is None
+    assert config.dataset is dataset
+    assert QuipConfig.from_dict(saved).dataset == stored
+
+
+def test_json_round_trip_is_exact():
+    config = QuipConfig(
+        num_samples=3,
+        damping=0.02,
+        scale=0.9,
+        modules_to_not_convert=["fc1", r"layers\.0\..*"],
+        tokenizer="some/folder",
+        seed=2**62,
+    )
+    config.calibration = {"dataset": "self", "tokens": 48}
+    config.quantized_modules = ["model.layers.{0-3}.fc"]
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert saved["quant_method"] == "quip"
+    assert saved["format_version"] == 1
+    loaded = AutoQuantizationConfig.from_dict(saved)
+    assert isinstance(loaded, QuipConfig)
+    assert loaded.to_dict() == saved
+    assert loaded == config
+    assert loaded != QuipConfig()
+    assert dict(loaded) == saved
+    assert loaded.get("bits") == 2
+    assert loaded.get("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": 2}, ["format_version=2", "version 1", "newer transformers-quip"]),
+        ({"format_version": None}, ["format_version=None", "version 1"]),
+        ({"format_version": "1"}, ["format_version='1'"]),
+        ({"codebook": "trellis9"}, ["codebook='trellis9'", "'e8p'", "newer transformers-quip"]),
+        ({"incoherence": "fourier"}, ["incoherence='fourier'", "'hadamard'", "newer transformers-quip"]),
+        ({"group_size": 128}, ["'group_size'", "does not have", "newer transformers-quip"]),
+        ({"modules": {"mlp": {"bits": 4}}}, ["modules=", "newer transformers-quip"]),
+        ({"calibration": "self"}, ["calibration='self'", "dict"]),
+        ({"quantized_modules": "all"}, ["quantized_modules='all'", "list"]),
+        ({"quant_method": "gptq"}, ["quant_method='gptq'"]),
+    ],
+)
+def test_a_saved_config_that_is_not_understood_is_an_error(change, said):
+    with pytest.raises(ValueError) as error:
+        QuipConfig.from_dict({**QuipConfig().to_dict(), **change})
+    for text in said:
+        assert text in str(error.value)
+
+
+def test_a_saved_config_without_format_version_is_an_error():
+    saved = QuipConfig().to_dict()
+    del saved["format_version"]
+    with pytest.raises(ValueError, match="no format_version"):
+        QuipConfig.from_dict(saved)
+
+
+def test_a_dict_of_options_is_a_config():
+    config, rest = QuipConfig.from_dict({"quant_method": "quip", "seed": 5}, return_unused_kwargs=True, bits=2, other=1)
+    assert config == QuipConfig(seed=5)
+    assert rest == {"other": 1}
+
+
+def test_update_checks_and_changes_all_or_nothing():
+    config = QuipConfig()
+    assert config.update(seed=3, other=1) == {"other": 1}
+    assert config.seed == 3
+    with pytest.raises(ValueError, match="batch_size=0"):
+        config.update(seed=4, batch_size=0)
+    assert config.seed == 3
+
+
+def test_values_set_later_are_checked_by_validate():
+    config = QuipConfig()
+    config.num_samples = "many"
+    with pytest.raises(ValueError, match="num_samples='many'"):
+        config.validate()
+
+
+def test_copies_share_the_data_but_not_the_records():
+    data = torch.zeros(2, 3, dtype=torch.long)
+    config = QuipConfig(dataset=data)
+    config.calibration = {"tokens": 6}
+    copied = copy.deepcopy(config)
+    assert copied.dataset is data
+    copied.calibration["tokens"] = 7
+    assert config.calibration == {"tokens": 6}
+    assert config.without_data().dataset == "2 token sequences given by the caller"
+    assert config.dataset is data
