@@ -117,9 +117,7 @@ def main() -> None:
             summary[f"none above import and quantized size ({peak})"] = above - results["none"]["model_bytes"]
     for name, value in summary.items():
         print(f"{name}: {value / 1e6:.0f} MB")
-    machine.save(
-        "memory", {"num_samples": options.num_samples, "modes": MODES, "results": results, "summary": summary}
-    )
+    machine.save("memory", {"num_samples": options.num_samples, "modes": MODES, "results": results, "summary": summary})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> dict:
 
     from transformers_quip import QuipConfig
     from transformers_quip.evaluation import mean_by_kind, perplexity, plot_relative_error, true_bits_per_weight
+    from transformers_quip.evaluation.report import ERRORS
 
     setting, seed = options.run
     windows = load_windows(
@@ -66,9 +67,11 @@ def run(options: argparse.Namespace) -> dict:
     row["num_samples"] = options.num_samples
     row["true_bits"] = true_bits_per_weight(model)
     records = layer_records(model, options.folder)
-    for key in ("proxy_loss", "relative_error"):
+    for key in ERRORS:
         if losses := mean_by_kind(records, key):
             row[key] = losses
+    if report := model.hf_quantizer.report:
+        row["data"], row["stages"] = report.data, dict(report.seconds)
     if options.picture:
         plot_relative_error(records, options.picture, title=f"SmolLM2-135M, 2 bits: {SETTINGS[setting]}")
     return row
@@ -77,24 +80,25 @@ def run(options: argparse.Namespace) -> dict:
 def layer_records(model, folder: Path) -> list[dict]:
     """Return what each quantized linear lost, as transformers_quip.evaluation.LayerRecord.
 
-    The proxy losses are those that the quantizer measured, with the Hessian it used; without calibration there are
-    none. The relative errors are computed here from the weights, for all settings alike.
+    Proxy loss and relative error are those that the quantizer measured with its Hessians; without calibration there are
+    none. The errors of the weights are computed here, for all settings alike.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from transformers_quip import QuipLinear
+    from transformers_quip.nn.replace import dense_weight
 
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     report = model.hf_quantizer.report
-    losses = {record["name"]: record["proxy_loss"] for record in report.records} if report is not None else {}
+    measured = {record["name"]: record for record in report.modules} if report else {}
     records = []
     for name, module in model.named_modules():
         if isinstance(module, QuipLinear):
-            weight = dense.get_submodule(name).weight.detach()
+            weight = dense_weight(dense.get_submodule(name)).detach()
             error = (weight - module.dequantize(torch.float32)).square().sum() / weight.square().sum()
-            record = {"name": name, "relative_error": error.item(), "bits": module.true_bits}
-            records.append(record | ({"proxy_loss": losses[name]} if name in losses else {}))
+            found = {key: measured[name][key] for key in ("proxy_loss", "relative_error", "seconds") if name in measured}
+            records.append({"name": name, "weight_error": error.item(), "bits": module.true_bits, **found})
     return records
 
 

@@ -9,23 +9,33 @@ from typing import TypedDict
 
 
 class LayerRecord(TypedDict, total=False):
-    """What is known about one quantized linear; `name` is always there.
+    """What is known about one quantized linear; `name` is always there, the rest where it was measured.
 
     Attributes:
         name: full name of the module, such as `model.layers.3.self_attn.q_proj`.
         kind: linears that are compared with each other, such as `q_proj`; the name's last part if it is not given.
-        relative_error: ||W - Ŵ||² / ||W||² (squared Frobenius norms), dimensionless.
-        proxy_loss: tr((W - Ŵ) H (W - Ŵ)ᵀ) / tr(W H Wᵀ), dimensionless.
+        proxy_loss: tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Ŵ and the damped Hessian, dimensionless.
+        relative_error: the same with the Hessian as it was measured: the share of the output's energy that is lost.
+        weight_error: ‖E‖² / ‖W‖², the same without a Hessian.
         bits: true bits per weight.
         seconds: wall seconds spent on rounding it.
     """
 
     name: str
     kind: str
-    relative_error: float
     proxy_loss: float
+    relative_error: float
+    weight_error: float
     bits: float
     seconds: float
+
+
+# What is drawn of a record, and how it is called.
+ERRORS = {
+    "proxy_loss": "relative proxy loss",
+    "relative_error": "relative error of the output",
+    "weight_error": "relative error of the weight",
+}
 
 
 def mean_by_kind(records: Iterable[Mapping], key: str = "proxy_loss") -> dict[str, float]:
@@ -40,7 +50,7 @@ def mean_by_kind(records: Iterable[Mapping], key: str = "proxy_loss") -> dict[st
 def plot_relative_error(
     records: Iterable[Mapping],
     path: str | Path,
-    keys: tuple[str, ...] = ("proxy_loss", "relative_error"),
+    keys: tuple[str, ...] = tuple(ERRORS),
     title: str = "What each layer lost",
 ) -> Path:
     """Draw the errors of every layer over the depth of the model and write the picture as PNG.
@@ -64,7 +74,7 @@ def plot_relative_error(
     records = list(records)
     keys = tuple(key for key in keys if any(key in record for record in records))
     if not keys:
-        raise ValueError(f"nothing to draw: {len(records)} records, none with a proxy_loss or relative_error")
+        raise ValueError(f"nothing to draw: {len(records)} records, none with any of {', '.join(ERRORS)}")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -75,11 +85,10 @@ def plot_relative_error(
     figure = Figure(figsize=(8, 3.2 * len(keys)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    labels = {"proxy_loss": "relative proxy loss", "relative_error": "relative squared error"}
     for axes, key in zip(figure.subplots(len(keys), 1, squeeze=False)[:, 0], keys, strict=True):
         for kind, points in _curves(records, key).items():
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind)
-        axes.set(xlabel="decoder block", ylabel=labels.get(key, key))
+        axes.set(xlabel="decoder block", ylabel=ERRORS.get(key, key))
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small", ncols=2)
