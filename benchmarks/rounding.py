@@ -86,7 +86,8 @@ def main() -> None:
             wall_seconds += time.perf_counter() - wall
             records += [{"name": name, **result.statistics} for name, result in quantized.items()]
         losses = mean_by_kind(records)
-        print(f"{index:5d} {cpu_seconds:8.2f} {wall_seconds:8.2f}   {losses}")
+        shown = ", ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items())
+        print(f"{index:5d} {cpu_seconds:8.2f} {wall_seconds:8.2f}   {shown}")
         rows.append({"block": index, "cpu_seconds": cpu_seconds, "wall_seconds": wall_seconds, "proxy_loss": losses})
     median = statistics.median(row["cpu_seconds"] for row in rows)
     print(f"median: {median:.2f} CPU seconds a block, {config.refinement_sweeps} sweeps")
