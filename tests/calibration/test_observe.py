@@ -26,9 +26,7 @@ def test_groups_of_real_blocks(arch):
     inputs = capture_inputs(model, blocks, tiny_ids(5, 12), 2, progress=False)
     seen = {}
     block = blocks[0]
-    with observe_linears(
-        block, linear_names(block), lambda leader, x: seen.setdefault(leader, []).append(x.clone())
-    ) as o:
+    with observe_linears(block, linear_names(block), lambda leader, x: seen.setdefault(leader, []).append(x.clone())) as o:
         inputs.advance(0, block)
     assert {frozenset(group) for group in o.groups.values()} == {frozenset(group) for group in GROUPS[arch]}
     assert all(group[0] == leader for leader, group in o.groups.items())

@@ -1,8 +1,10 @@
 """Calibration: token ids, the blocks' inputs, and the Hessians of the linears that read them."""
 
-from .capture import BlockCall, BlockInputs, capture_inputs, find_blocks, linear_names
+from .capture import BlockCall, BlockInputs, NotBlockByBlock, capture_inputs, find_blocks, linear_names
+from .dataset import load_token_ids
 from .hessian import CrossMomentAccumulator, HessianAccumulator
 from .observe import LinearObserver, observe_linears
+from .synthetic import write_text
 
 __all__ = [
     "BlockCall",
@@ -10,8 +12,11 @@ __all__ = [
     "CrossMomentAccumulator",
     "HessianAccumulator",
     "LinearObserver",
+    "NotBlockByBlock",
     "capture_inputs",
     "find_blocks",
     "linear_names",
+    "load_token_ids",
     "observe_linears",
+    "write_text",
 ]

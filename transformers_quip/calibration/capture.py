@@ -17,15 +17,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
-from transformers.pytorch_utils import Conv1D
 
-from .device import evaluating, execution_device, move
+from .device import evaluating, execution_device, is_linear, move
 
 _UNCALIBRATED = "use dataset=None (no calibration)"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def _first_argument(block: nn.Module) -> str:
@@ -43,9 +38,9 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         if any(name.startswith(outer + ".") for outer in found):  # named_modules() yields parents first
             continue
         members = list(module)
-        if any(_is_linear(member) for member in members):  # a list of heads, not of blocks
+        if any(is_linear(member) for member in members):  # a list of heads, not of blocks
             continue
-        if not any(_is_linear(inner) for member in members for inner in member.modules()):
+        if not any(is_linear(inner) for member in members for inner in member.modules()):
             continue
         if len({_first_argument(member) for member in members}) != 1:
             continue
@@ -281,9 +276,7 @@ class _Recorder:
                 self._entering = hidden.detach()
             elif not _equal(hidden, self._entering):
                 raise _OtherHiddenStates
-            self.calls[index].append(
-                BlockCall(self.tensors.share(tuple(args[1:])), self.tensors.share(kwargs), keyword)
-            )
+            self.calls[index].append(BlockCall(self.tensors.share(tuple(args[1:])), self.tensors.share(kwargs), keyword))
             self._next += 1
             if self._next == len(self.blocks):
                 raise _LastBlockReached
@@ -343,4 +336,4 @@ def capture_inputs(
 
 def linear_names(block: nn.Module) -> Sequence[str]:
     """Dotted names, inside `block`, of its linears (`nn.Linear` and `Conv1D`), in the order of the module tree."""
-    return tuple(name for name, module in block.named_modules() if _is_linear(module))
+    return tuple(name for name, module in block.named_modules() if is_linear(module))

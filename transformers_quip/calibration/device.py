@@ -1,13 +1,19 @@
-"""Small scoped helpers around a model's devices, training mode and matmul precision."""
+"""Scoped helpers around a model's devices, its training mode and the precision of its matrix products."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is an `nn.Linear`, of any subclass, or Transformers' `Conv1D`."""
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -65,3 +71,27 @@ def cpu_matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         setting.fp32_precision = before
+
+
+@contextmanager
+def fast_cpu_linears(model: nn.Module) -> Iterator[None]:
+    """Let the model's float32 linears on the CPU use bfloat16 factors (products are added in float32): 3 times faster.
+
+    Only the linears: with the same setting, SDPA's many small products would each go through oneDNN, 30 times slower.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+
+    def fast(*_: Any) -> None:
+        setting.fp32_precision = "bf16"
+
+    def usual(*_: Any) -> None:
+        setting.fp32_precision = before
+
+    with ExitStack() as stack:
+        stack.callback(usual)
+        for module in model.modules():
+            if is_linear(module):
+                stack.callback(module.register_forward_pre_hook(fast).remove)
+                stack.callback(module.register_forward_hook(usual).remove)
+        yield

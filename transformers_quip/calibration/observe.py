@@ -71,9 +71,7 @@ class LinearObserver:
 
     def _join_or_lead(self, name: str, index: int, reading: _Reading) -> str:
         # Join only a group that has seen exactly what this linear has seen: this tensor, once, in this call.
-        joinable = [
-            leader for leader in reading.leaders if leader in self._formed and self._reports[leader] == {index}
-        ]
+        joinable = [leader for leader in reading.leaders if leader in self._formed and self._reports[leader] == {index}]
         leader = joinable[0] if joinable else name
         if leader == name:
             self._formed.add(name)

@@ -1,0 +1,69 @@
+"""A key/value cache that neither copies itself at each token nor shows attention its unused part.
+
+Transformers' DynamicCache concatenates at each step, and its StaticCache needs a mask, with which SDPA repeats the
+keys of grouped-query attention: 12 times slower on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """A DynamicLayer over memory set aside at the first token; `keys` and `values` are views of the filled part."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._key_memory, self._value_memory = (
+            states.new_empty(*states.shape[:-2], self.capacity, states.shape[-1]) for states in (key_states, value_states)
+        )
+        self.keys, self.values = self._key_memory[..., :0, :], self._value_memory[..., :0, :]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [B, heads, tokens, head_dim] and return all keys and values so far.
+
+        Raises:
+            ValueError: more tokens than the capacity.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if end > self.capacity:
+            raise ValueError(f"A cache for {self.capacity} tokens cannot hold {end}.")
+        self._key_memory[..., start:end, :] = key_states
+        self._value_memory[..., start:end, :] = value_states
+        self.keys, self.values = self._key_memory[..., :end, :], self._value_memory[..., :end, :]
+        return self.keys, self.values
+
+
+def growing_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
+    """An empty cache for a model of this config: as DynamicCache, its full-attention layers with room for `capacity`.
+
+    Layers of other kinds (sliding windows, states of linear attention) stay what Transformers makes them.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def cache_bytes(cache: DynamicCache, tokens: int) -> int:
+    """The bytes that a cache which holds one token needs for `tokens` tokens.
+
+    Layers with a state of fixed size (linear attention) do not grow; sliding windows are counted in full.
+    """
+    total = 0
+    for layer in cache.layers:
+        tensors = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
+        growing = sum(tensors[name].nbytes for name in ("keys", "values") if name in tensors)
+        total += growing * tokens or sum(value.nbytes for value in tensors.values())
+    return total
