@@ -41,7 +41,7 @@ def test_quantize_on_load(folder, dataset):
     output = run(ROOT / "examples/01_quantize_on_load.py", folder, *options)
     saved = folder.with_name("tiny-quip-2bit")
     assert "logits of the reloaded model: identical" in output
-    assert "it writes: 'The three most important inventions" in output
+    assert re.search("it writes: ['\"]The three most important inventions", output)
     assert json.loads((saved / "config.json").read_text())["quantization_config"]["quant_method"] == "quip"
     assert not (saved / "probe.safetensors").exists()
     # on paper: 2 bits, and 32 bits for every input and output feature, over all linears of a block
