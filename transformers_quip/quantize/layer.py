@@ -92,11 +92,9 @@ def quantize_weights(
     if not torch.isfinite(hessian).all():
         raise ValueError(f"the Hessian of {names} has NaN or Inf: the model's activations overflow in its dtype")
     stack = torch.cat([weight.float() for weight in weights.values()])
-    damped, damping = _damp(hessian.to(stack), config.damping, names)
-    target = stack if drift is None else stack + _correction(stack, damped, drift.to(stack))
-    su = _input_scales(stack, damped, config)
     q_in = incoherence.get(config.incoherence, hessian.shape[0], config.seed)
-    rotated_hessian = _rotate_hessian(damped, su, q_in)
+    damped, damping, su, rotated_hessian = _prepare_hessian(hessian.to(stack), stack, q_in, config, names)
+    target = stack if drift is None else stack + _correction(stack, damped, drift.to(stack))
     sizes = [weight.shape[0] for weight in weights.values()]
     parts = [
         _rotate(name, weight, wanted, su, q_in, config)
@@ -178,27 +176,35 @@ def _check_weight(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name} has NaN or Inf in its weight: the checkpoint is damaged, or overflows in {weight.dtype}")
 
 
-def _damp(hessian: torch.Tensor, damping: float, names: str) -> tuple[torch.Tensor, float]:
-    """H + damping · mean(diag H) · I, with as much damping as a Cholesky factor needs, and that damping."""
+def _prepare_hessian(
+    hessian: torch.Tensor, stack: torch.Tensor, q_in: Transform, config: QuipConfig, names: str
+) -> tuple[torch.Tensor, float, torch.Tensor, torch.Tensor]:
+    """H + damping · mean(diag H) · I with as much damping as a Cholesky factor needs; that damping; su; Q-rotated."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean().item()
+    dead = int((diagonal <= 0).sum())
     if mean <= 0:
         logger.warning("%s: every calibration input was zero, so the weights are rounded without feedback", names)
-        return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device), damping
-    dead = int((diagonal <= 0).sum())
-    if dead:
+        hessian, mean = torch.zeros_like(hessian), 1 / config.damping
+    elif dead:
         logger.warning("%s: %d of %d input columns were zero in all calibration data", names, dead, len(diagonal))
     for attempt in range(_ATTEMPTS):
-        amount = damping * 10**attempt
+        damping = config.damping * 10**attempt
         damped = hessian.clone()
-        damped.diagonal().add_(amount * mean)
-        # Judged in the precision that rounding uses; rounding errors alone can make a small eigenvalue negative.
-        if torch.linalg.cholesky_ex(damped.double()).info == 0:
+        damped.diagonal().add_(damping * mean)
+        if (damped.diagonal() <= 0).any():
+            continue
+        # A column without data has no importance to go by: the average one keeps its weights as good as the others'.
+        importance = torch.where(diagonal > 0, damped.diagonal(), damped.diagonal().mean())
+        su = _input_scales(stack, importance, config)
+        rotated = _rotate_hessian(damped, su, q_in)
+        # Judged as rounding will see it: rounding errors alone can make a small eigenvalue negative.
+        if torch.linalg.cholesky_ex(rotated.double()).info == 0:
             if attempt:
-                logger.warning("%s: the Hessian is not positive definite, damping grew to %g", names, amount)
-            return damped, amount
+                logger.warning("%s: the Hessian is not positive definite, damping grew to %g", names, damping)
+            return damped, damping, su, rotated
     raise ValueError(
-        f"the Hessian of {names} is not positive definite even with damping {amount:g}: the activations are not those "
+        f"the Hessian of {names} is not positive definite even with damping {damping:g}: the activations are not those "
         "of a working model, or the Hessian is not symmetric"
     )
 
@@ -209,16 +215,15 @@ def _correction(weight: torch.Tensor, damped: torch.Tensor, drift: torch.Tensor)
     return torch.cholesky_solve((weight @ drift).double().T, factor).T.to(weight.dtype)
 
 
-def _input_scales(stack: torch.Tensor, damped: torch.Tensor, config: QuipConfig) -> torch.Tensor:
+def _input_scales(stack: torch.Tensor, importance: torch.Tensor, config: QuipConfig) -> torch.Tensor:
     """su [n]: random signs, and QuIP's diagonal rescaling (arXiv 2307.13304, section 4 and algorithm 1).
 
     Columns are multiplied by D = (diag H / diag WᵀW)^¼ before they are rounded, so that important columns get finer
     steps; su divides again.
     """
     energy = stack.square().mean(0)
-    importance = damped.diagonal()
-    ratio = (importance / energy.clamp_min(energy.mean() * 1e-6)).clamp_min(torch.finfo(stack.dtype).tiny)
-    logarithm = ratio.log() / 4
+    floor = max(energy.mean().item() * 1e-6, torch.finfo(stack.dtype).tiny)  # a column of zeros has no scale
+    logarithm = (importance.log() - energy.clamp_min(floor).log()) / 4
     signs = incoherence.signs(stack.shape[1], config.seed, "in").to(stack.device)
     return signs * (logarithm.mean() - logarithm).exp()
 
@@ -267,22 +272,18 @@ def _round(weight: torch.Tensor, hessian: torch.Tensor, book: Codebook, config: 
 
 def _best_scales(parts: list[_Rotated], hessian: torch.Tensor, book: Codebook, config: QuipConfig) -> list[float]:
     """For each weight, the multiple of the published scale with the least proxy loss on a sample of its rows."""
-    samples, rows = [], []
+    samples = []
     for part in parts:
         count = min(_SCALE_ROWS, len(part.rotated))
         step = len(part.rotated) / count
-        samples.append(part.rotated[(torch.arange(count) * step).long().to(part.rotated.device)])
-        rows.append(count)
-    losses = []
-    for factor in _SCALES:
-        units = [_unit(part, book, factor) for part in parts]
-        scaled = torch.cat([sample / unit for sample, unit in zip(samples, units, strict=True)])
-        points = _round(scaled, hessian, book, config, min(config.refinement_sweeps, 2)).points
-        columns = hessian.shape[0]
-        errors = (points - scaled)[:, :columns].split(rows)
-        losses.append([proxy_loss(error * unit, hessian).item() for error, unit in zip(errors, units, strict=True)])
-    best = [min(range(len(_SCALES)), key=lambda k, i=i: losses[k][i]) for i in range(len(parts))]
-    return [_SCALES[k] for k in best]
+        samples.append(part.rotated[(torch.arange(count, device=part.rotated.device) * step).long()])
+    # One call for all: rows are rounded independently, and a method's factorisations are made once.
+    units = [[_unit(part, book, factor) for part in parts] for factor in _SCALES]
+    scaled = [sample / unit for row in units for sample, unit in zip(samples, row, strict=True)]
+    points = _round(torch.cat(scaled), hessian, book, config, min(config.refinement_sweeps, 2)).points
+    errors = iter((points - torch.cat(scaled))[:, : hessian.shape[0]].split([len(sample) for sample in scaled]))
+    losses = [[proxy_loss(next(errors) * unit, hessian).item() for unit in row] for row in units]
+    return [min(zip(column, _SCALES, strict=True))[1] for column in zip(*losses, strict=True)]
 
 
 def _output_scales(target: torch.Tensor, decoded: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:

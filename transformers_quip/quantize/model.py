@@ -23,6 +23,7 @@ from ..calibration import (
     observe_linears,
 )
 from ..calibration.dataset import load_token_ids
+from ..calibration.device import cpu_matmul_precision
 from ..nn import replace
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
 from .plan import make_plan
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
+
+# The forward passes of a float32 model on a CPU: three times as fast on one with bfloat16 products, and the Hessians
+# differ by less than their sampling noise. Hessians, transforms and rounding are always computed in float32.
+_FORWARD_PRECISION = "bf16"
 
 
 @dataclass
@@ -78,6 +83,11 @@ def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = 
     Raises:
         ValueError: see [`make_plan`], [`load_token_ids`] and [`quantize_weights`].
     """
+    with cpu_matmul_precision("ieee"):  # a Hessian rotated in lower precision is no longer positive definite
+        return _quantize_model(model, config, tokenizer)
+
+
+def _quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any) -> QuantizationReport:
     started = time.perf_counter()
     plan = make_plan(model, config)
     ids, description = load_token_ids(config, model, tokenizer)
@@ -117,7 +127,8 @@ def _quantize_block(
     """Observe, quantize and replay one block; `prefix` is its name in the model with a dot."""
     with _timed(report, "observe"):
         statistics = _BlockStatistics(prefix, config.calibrate_on)
-        statistics.collect(block, index, names, inputs, dense)
+        with cpu_matmul_precision(_FORWARD_PRECISION):
+            statistics.collect(block, index, names, inputs, dense)
     quantized: dict[str, QuantizedWeight] = {}
     with _timed(report, "round"):
         for leader, members in statistics.groups.items():
@@ -152,7 +163,8 @@ def _quantize_block(
             # Dense weights with the same values make the replay one plain product a linear instead of a decode a batch.
             block.set_submodule(n, _Replayed(module))
         if config.calibrate_on != "dense" and index + 1 < inputs.num_blocks:
-            inputs.advance(index, block)
+            with cpu_matmul_precision(_FORWARD_PRECISION):
+                inputs.advance(index, block)
         for n in names:
             block.set_submodule(n, block.get_submodule(n).quantized)
 
