@@ -12,6 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from . import memory
 from .checkpoints import native
 from .config import QUANT_METHOD, QuipConfig
 from .nn import replace
@@ -47,6 +48,7 @@ class QuipQuantizer(HfQuantizer):
         self._to_quantize: set[str] = set()
         self._true_bits: float | None = None
         self._loading: tuple[PreTrainedModel, list[str]] | None = None
+        self._memory = memory.Returner()
 
     @property
     def while_loading(self) -> bool:
@@ -78,6 +80,7 @@ class QuipQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self._loading = (model, checkpoint_files or [])
+        self._memory = memory.Returner(checkpoint_files or [])
         if self.pre_quantized:
             self._put_empty_linears(model)
             return
@@ -144,7 +147,7 @@ class QuipQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What Transformers' loader calls with each weight that needs quantization."""
-        return QuantizeWeight(self.quantization_config)
+        return QuantizeWeight(self.quantization_config, self._memory)
 
     def get_weight_conversions(self) -> list:
         """None: a native checkpoint has the names of the model."""
@@ -208,8 +211,9 @@ class QuipQuantizer(HfQuantizer):
 class QuantizeWeight(ConversionOps):
     """Quantizes one weight as the loader has read it, and puts the quantized linear in the place of the dense one."""
 
-    def __init__(self, config: QuipConfig):
+    def __init__(self, config: QuipConfig, returner: memory.Returner):
         self.config = config
+        self.returner = returner
 
     def convert(
         self,
@@ -232,6 +236,7 @@ class QuantizeWeight(ConversionOps):
             return _Raise(error)
         module = replace.replace_by_empty(model, name, self.config)
         missing_keys.discard(full_layer_name)
+        self.returner.handled(weight.nbytes)
         values = {key: getattr(quantized, key, None) for key in ("codes", "codes_residual", "su", "sv")}
         return {
             f"{name}.{key}": value.to(device=weight.device, dtype=getattr(module, key).dtype).contiguous()

@@ -146,6 +146,13 @@ def test_from_quantized_linear(dtype, bias):
     assert module.weight.dtype == dtype
 
 
+def test_from_quantized_shares_nothing():
+    given = values(12, 64)
+    module = QuipLinear.from_quantized(nn.Linear(64, 12), given, QuipConfig())
+    for name in ("codes", "su", "sv"):
+        assert module.get_parameter(name).data_ptr() != getattr(given, name).data_ptr()
+
+
 def test_from_quantized_conv1d():
     module = QuipLinear.from_quantized(Conv1D(12, 64), values(12, 64), QuipConfig())
     assert (module.in_features, module.out_features, module.conv1d) == (64, 12, True)

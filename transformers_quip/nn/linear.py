@@ -103,7 +103,8 @@ class QuipLinear(nn.Linear):
                     f"{None if given is None else list(given.shape)}"
                 )
             if given is not None:
-                value = given.detach().to(device=linear.weight.device, dtype=expected.dtype).contiguous()
+                # Always a copy: linears that read one input are given one su, and safetensors saves no shared tensors.
+                value = torch.empty(expected.shape, dtype=expected.dtype, device=linear.weight.device).copy_(given)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         if linear.bias is not None:
             module.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
