@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> dict:
     if report := model.hf_quantizer.report:
         row["data"], row["stages"] = report.data, dict(report.seconds)
     if options.picture:
-        plot_relative_error(records, options.picture, title=f"SmolLM2-135M, 2 bits: {SETTINGS[setting]}")
+        plot_relative_error(records, options.picture, title=f"{options.folder.name}, 2 bits: {SETTINGS[setting]}")
     return row
 
 
