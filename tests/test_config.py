@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -79,6 +80,7 @@ def test_codebook_chooses_the_bits_and_bits_the_codebook():
         ({"rounding": "gptq"}, ["rounding='gptq'", "'ldlq'", "'nearest'"]),
         ({"dataset": ""}, ["dataset=''", "'self'"]),
         ({"dataset": []}, ["dataset=[]", "empty"]),
+        ({"dataset": torch.zeros(0, 4)}, ["dataset=<Tensor of shape (0, 4)>", "empty"]),
         ({"dataset": 3}, ["dataset=3", "'self'"]),
         ({"dataset": {"a": 1}}, ["dataset={'a': 1}"]),
         ({"tokenizer": 3}, ["tokenizer=3"]),
@@ -132,6 +134,7 @@ def test_bits_and_codebook_that_contradict_each_other(monkeypatch):
         ([[1, 2], [3]], "2 token sequences given by the caller"),
         ([1, 2, 3], "1 token sequence given by the caller"),
         (torch.zeros(5, 9, dtype=torch.long), "5 token sequences given by the caller"),
+        (np.zeros((3, 2), dtype=np.int64), "3 token sequences given by the caller"),
         (Table(), "7 data set rows given by the caller"),
     ],
 )

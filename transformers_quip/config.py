@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -123,13 +124,16 @@ def _modules(value: Any) -> dict[str, dict] | None:
 
 
 def _dataset(value: Any) -> Any:
-    if value is None or isinstance(value, torch.Tensor) or _is_table(value):
+    empty = "is empty: give at least one text or token sequence, 'self', or None for no calibration"
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        if math.prod(value.shape) == 0:
+            raise ValueError(empty)
         return value
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) or _is_table(value):
         if len(value) == 0:
-            raise ValueError("is empty: give at least one text or token sequence, 'self', or None for no calibration")
+            raise ValueError(empty)
+        return value
+    if value is None or (isinstance(value, str) and value):
         return value
     raise ValueError(
         "must be 'self', the name of a data set, a list of strings, a list or tensor of token ids, a "
@@ -146,7 +150,7 @@ def _describe_dataset(value: Any) -> str | None:
     """What config.json says of the data: the data itself is not needed to load a quantized model."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, np.ndarray)):
         kind, count = "token sequence", len(value) if value.ndim > 1 else 1
     elif isinstance(value, (list, tuple)):
         kind = "text" if isinstance(value[0], str) else "token sequence"
@@ -384,5 +388,6 @@ def _unknown_option(name: str, value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+    array = isinstance(value, (torch.Tensor, np.ndarray))
+    text = f"<{type(value).__name__} of shape {tuple(value.shape)}>" if array else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -53,6 +53,24 @@ def test_device_maps(device_map, dense, quantized, ids, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "c")(ids).logits, logits)
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu"])
+@torch.no_grad()
+def test_device_maps_of_a_calibrated_run(device_map, dense, calibrated_config, ids):
+    models = [
+        AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=calibrated_config, device_map=placed)
+        for placed in (None, device_map)
+    ]
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+
+
+@torch.no_grad()
+def test_a_dict_of_options_as_quantization_config(dense, quantized, ids):
+    options = {"quant_method": "quip", "bits": 2, "dataset": None}
+    model = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=options)
+    expected = AutoModelForCausalLM.from_pretrained(quantized("llama"))
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
 @torch.no_grad()
 def test_base_model_and_other_heads(dense, quantized, ids, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(quantized("llama"))
