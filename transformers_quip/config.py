@@ -229,7 +229,7 @@ class QuipConfig(QuantizationConfigMixin):
     Attributes:
         calibration: after a calibrated run, which data was used (a JSON-serialisable dict); else None.
         quantized_modules: after any run, the names of the quantized modules, in the short form of
-            [`compress_names`]; else None.
+            `checkpoints.native.compress_names`; else None.
 
     Options:
     """
@@ -376,8 +376,10 @@ class QuipConfig(QuantizationConfigMixin):
 QuipConfig.__signature__ = inspect.Signature(
     [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()]
 )
-QuipConfig.__doc__ += "".join(
-    f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items()
+QuipConfig.__doc__ = (
+    QuipConfig.__doc__.rstrip()
+    + "\n"
+    + "".join(f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items())
 )
 
 

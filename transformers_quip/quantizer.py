@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -121,7 +122,7 @@ class QuipQuantizer(HfQuantizer):
         model, files = self._loading
         self._loading = None
         if files and (self.pre_quantized or all(str(file).endswith(".safetensors") for file in files)):
-            headers = native.model_names(model, native.read_headers(files), weight_conversions)
+            headers = _names_in_model(model, native.read_headers(files), weight_conversions)
             if self.pre_quantized:
                 dense = [name for name, module in model.named_modules() if replace.is_dense_linear(module)]
                 native.check_tensors(replace.quantized_linears(model), dense, headers)
@@ -267,6 +268,34 @@ def _check_causal(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is no causal language model with a generation head, so it cannot be calibrated: "
             "load it with AutoModelForCausalLM, or quantize without calibration (dataset=None)"
         )
+
+
+def _names_in_model(
+    model: PreTrainedModel, headers: dict[str, native.TensorInfo], conversions: list
+) -> dict[str, native.TensorInfo]:
+    """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
+
+    Args:
+        model: that is going to be loaded.
+        headers: by their names in the files.
+        conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
+            makes several of appears under each name (with the shape that it has in the file).
+    """
+    conversions = copy.deepcopy(list(conversions))  # renaming a key marks the rules as used
+    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    result = {}
+    for key, info in headers.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        result[name] = info
+        if pattern is not None:
+            converter = next(rule for rule in converters if pattern in rule.source_patterns)
+            first, *others = converter.target_patterns
+            result.update((name.replace(first, other), info) for other in others)
+    return result
 
 
 def register() -> None:

@@ -6,7 +6,6 @@ and the `bias` if there is one, under the module's name. `config.json` lists tho
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +14,6 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-from ..nn import QuipLinear
 
 # Names of safetensors for the types that the format uses.
 _INTEGER = {torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8"}
@@ -55,37 +51,11 @@ def read_headers(files: Iterable[str]) -> dict[str, TensorInfo]:
     return headers
 
 
-def model_names(model: nn.Module, headers: Mapping[str, TensorInfo], conversions: Sequence) -> dict[str, TensorInfo]:
-    """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
-
-    Args:
-        model: the `PreTrainedModel` that is going to be loaded.
-        headers: by their names in the files.
-        conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
-            makes several of appears under each name (with the shape that it has in the file).
-    """
-    conversions = copy.deepcopy(list(conversions))  # renaming a key marks the rules as used
-    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    result = {}
-    for key, info in headers.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, pattern = key, None
-        result[name] = info
-        if pattern is not None:
-            converter = next(rule for rule in converters if pattern in rule.source_patterns)
-            first, *others = converter.target_patterns
-            result.update((name.replace(first, other), info) for other in others)
-    return result
-
-
-def check_tensors(linears: Mapping[str, QuipLinear], others: Iterable[str], headers: Mapping[str, TensorInfo]) -> None:
+def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], headers: Mapping[str, TensorInfo]) -> None:
     """Check that a checkpoint holds every tensor of every quantized linear, in the right shape and type.
 
     Args:
-        linears: the model's quantized linears by name.
+        linears: the model's quantized linears (`nn.QuipLinear`) by name.
         others: names of the model's dense linears.
         headers: the checkpoint's tensors under the names that they have in the model.
 

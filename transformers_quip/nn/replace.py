@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .linear import QuipLinear
+
+LINEARS = (nn.Linear, Conv1D)
 
 
 def is_dense_linear(module: nn.Module) -> bool:
     """Whether this is exactly an `nn.Linear` or a `Conv1D`: a subclass may compute something else."""
-    return type(module) in (nn.Linear, Conv1D)
+    return type(module) in LINEARS
+
+
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns means this module, as everywhere in Transformers.
+
+    A pattern is a prefix up to a dot, a suffix, or a regular expression that matches from the start up to a dot.
+    """
+    return not should_convert_module(name, list(patterns))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

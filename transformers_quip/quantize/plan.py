@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .. import codebooks, incoherence
 from ..calibration.capture import find_blocks
 from ..nn.linear import QuipLinear
-from ..nn.replace import is_dense_linear, linear_shape
+from ..nn.replace import LINEARS, is_dense_linear, is_named, linear_shape
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -151,9 +149,7 @@ def unmatched_patterns(model: nn.Module, config: QuipConfig) -> list[str]:
     """The entries of `modules_to_not_convert` that name no module of the model (a misspelling?)."""
     names = [name for name, _ in model.named_modules()]
     return [
-        pattern
-        for pattern in config.modules_to_not_convert or []
-        if all(should_convert_module(name, [pattern]) for name in names)
+        pattern for pattern in config.modules_to_not_convert or [] if not any(is_named(name, [pattern]) for name in names)
     ]
 
 
@@ -180,9 +176,9 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
             reasons[name] = SHARED
         elif name in tied:
             reasons[name] = TIED
-        elif not should_convert_module(name, config.modules_to_not_convert or []):
+        elif is_named(name, config.modules_to_not_convert or []):
             reasons[name] = NOT_CONVERTED
-        elif not should_convert_module(name, float32):
+        elif is_named(name, float32):
             reasons[name] = FLOAT32
         elif not name.startswith(blocks):
             reasons[name] = OUTSIDE_BLOCKS
@@ -253,7 +249,7 @@ def _why_no_linear(owner: nn.Module, parameter: nn.Parameter) -> str:
         return EMBEDDING
     if parameter.ndim == 3 and type(owner).__module__.partition(".")[0] != "torch":
         return EXPERTS
-    if isinstance(owner, (nn.Linear, Conv1D)):
+    if isinstance(owner, LINEARS):
         return f"{type(owner).__name__} is a subclass of nn.Linear or Conv1D and may compute something else"
     return f"a weight of {type(owner).__name__}, which is neither nn.Linear nor Conv1D"
 
