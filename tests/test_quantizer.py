@@ -1,7 +1,6 @@
 """QuipQuantizer apart from loading: registration, messages, what it tells Transformers."""
 
 import importlib
-import logging
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils import logging as transformers_logging
 
 import transformers_quip
 from tests.models import save_tiny_model, tiny_model
@@ -90,28 +88,3 @@ def test_coverage_and_warnings_are_logged(tmp_path, caplog):
     assert "model.layers.0.self_attn.k_proj, model.layers.1.self_attn.k_proj (in modules_to_not_convert)" in levels["INFO"]
     assert "no module of LlamaForCausalLM matches 'q_porj'" in caplog.text
     assert "dataset=None at 2 bits" in caplog.text
-
-
-def test_messages_reach_a_user_who_set_up_nothing(monkeypatch, capsys):
-    """Without handlers on the root logger, INFO goes to stderr, unless Transformers was told to be quiet."""
-    log = logging.getLogger("transformers_quip.test")
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    verbosity = transformers_logging.get_verbosity()
-    try:
-        transformers_logging.set_verbosity_warning()
-        log.info("coverage")
-        log.debug("detail")
-        assert capsys.readouterr().err == "[transformers_quip.test] coverage\n"
-        transformers_logging.set_verbosity_error()
-        log.info("coverage")
-        log.warning("careful")
-        log.error("broken")
-        assert capsys.readouterr().err == "[transformers_quip.test] broken\n"
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def test_messages_of_an_application_with_logging_are_not_doubled(monkeypatch, capsys):
-    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.NullHandler()])
-    logging.getLogger("transformers_quip.test").warning("careful")
-    assert capsys.readouterr().err == ""
