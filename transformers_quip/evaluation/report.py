@@ -90,6 +90,7 @@ def plot_relative_error(
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind)
         axes.set(xlabel="decoder block", ylabel=ERRORS.get(key, key))
         axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small", ncols=2)
     path = Path(path)
