@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def options(**changes):
 
 def second_moments(model, names):
     """E[x xᵀ] of the inputs of the named linears in a plain forward of the whole model, in float64."""
-    sums, hooks = {name: 0 for name in names}, []
+    sums, hooks = dict.fromkeys(names, 0), []
     for name in names:
 
         def hook(module, args, name=name):
@@ -43,7 +44,7 @@ def same_codes(a, b):
 
 @pytest.mark.parametrize("calibrate_on", ["quantized", "dense"])
 def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkeypatch):
-    monkeypatch.setattr("transformers_quip.quantize.model._FORWARD_PRECISION", "ieee")
+    monkeypatch.setattr("transformers_quip.quantize.model.calibration_autocast", lambda block: nullcontext())
     dense = tiny_model("llama")
     model = copy.deepcopy(dense)
     config = options(calibrate_on=calibrate_on)
@@ -63,18 +64,6 @@ def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkey
             # Sums in another order move a Hessian by 1e-7, and now and then a code.
             assert same_codes(result.codes, model.get_submodule(member).codes) > 0.97
             torch.testing.assert_close(model.get_submodule(member).su, result.su, rtol=1e-4, atol=1e-5)
-
-
-def test_aiming_at_the_dense_model_brings_the_outputs_nearer():
-    dense = tiny_model("llama")
-    with torch.no_grad():
-        wanted = dense.model(IDS).last_hidden_state
-        errors = {}
-        for calibrate_on in ("quantized", "both"):
-            model = copy.deepcopy(dense)
-            quantize_model(model, options(calibrate_on=calibrate_on))
-            errors[calibrate_on] = (model.model(IDS).last_hidden_state - wanted).square().sum().item()
-    assert errors["both"] < errors["quantized"]
 
 
 def test_report_and_record():
@@ -135,9 +124,7 @@ def test_global_precision_settings_do_not_reach_the_rounding():
         assert setting.fp32_precision == "bf16"
     finally:
         setting.fp32_precision = before
-    for a, b in zip(
-        replace.quantized_linears(model).values(), replace.quantized_linears(reference).values(), strict=True
-    ):
+    for a, b in zip(replace.quantized_linears(model).values(), replace.quantized_linears(reference).values(), strict=True):
         assert torch.equal(a.codes, b.codes)
 
 
