@@ -110,3 +110,14 @@ def test_no_tokens_is_an_error():
 def test_wrong_inputs(x):
     with pytest.raises(ValueError, match=r"must be floating point \[\.\.\., 8\]"):
         HessianAccumulator(8).add(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_around_it_changes_nothing(dtype):
+    """The sums, rounded to bfloat16, would make a Hessian that is not positive definite."""
+    x = activations(3000, 64, seed=4).to(dtype)
+    outside, inside = HessianAccumulator(64), HessianAccumulator(64)
+    outside.add(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside.add(x)
+    assert torch.equal(inside.hessian(), outside.hessian())

@@ -47,7 +47,8 @@ class HessianAccumulator:
             )
         x = x.reshape(-1, self.size)
         # The product of two bfloat16 numbers is exact in float32, in which oneDNN adds them up: exact, and faster.
-        with cpu_matmul_precision("bf16" if x.dtype == torch.bfloat16 else "ieee"):
+        exact = cpu_matmul_precision("bf16" if x.dtype == torch.bfloat16 else "ieee")
+        with exact, torch.autocast(self._sum.device.type, enabled=False):
             for tokens in x.split(_TOKENS):
                 tokens = tokens.to(self._sum.device, torch.float32)
                 for start in range(0, self.size, _COLUMNS):
