@@ -190,8 +190,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "text_column": Option("text", _text, "The column of a `datasets.Dataset` that holds the text."),
     "calibrate_on": Option(
-        "quantized",
-        _choice("quantized", "dense", "mixed"),
+        "mixed",
+        _choice("mixed", "quantized", "dense"),
         "Whose activations a block is calibrated on: 'quantized', those of the model with all blocks before it quantized; "
         "'dense', the original model's, as in the paper; 'mixed', every second batch the one or the other.",
     ),

@@ -21,8 +21,8 @@ def options(**changes):
     return QuipConfig(bits=2, dataset=IDS, sequence_length=24, num_samples=12, batch_size=5, **changes)
 
 
-def second_moments(model, names):
-    """E[x xᵀ] of the inputs of the named linears in a plain forward of the whole model, in float64."""
+def moments(model, names, ids):
+    """Σ x xᵀ of the inputs of the named linears in a plain forward of the whole model, in float64."""
     sums, hooks = dict.fromkeys(names, 0), []
     for name in names:
 
@@ -32,17 +32,17 @@ def second_moments(model, names):
 
         hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
     with torch.no_grad():
-        model(IDS)
+        model(ids)
     for hook in hooks:
         hook.remove()
-    return {name: (total / IDS.numel()).float() for name, total in sums.items()}
+    return sums
 
 
 def same_codes(a, b):
     return (a == b).float().mean().item()
 
 
-@pytest.mark.parametrize("calibrate_on", ["quantized", "dense"])
+@pytest.mark.parametrize("calibrate_on", ["quantized", "dense", "mixed"])
 def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkeypatch):
     monkeypatch.setattr("transformers_quip.quantize.model.calibration_autocast", lambda block: nullcontext())
     dense = tiny_model("llama")
@@ -52,9 +52,11 @@ def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkey
     last = "model.layers.1.mlp.down_proj"
     names = ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.gate_proj", last]
     half = copy.deepcopy(dense)
-    if calibrate_on == "quantized":
-        half.model.layers[0] = copy.deepcopy(model.model.layers[0])
-    hessians = second_moments(half, names)
+    half.model.layers[0] = copy.deepcopy(model.model.layers[0])
+    batches = IDS.split(5)
+    followed = {"quantized": [half] * 3, "dense": [dense] * 3, "mixed": [half, dense, half]}[calibrate_on]
+    parts = [moments(one, names, batch) for one, batch in zip(followed, batches, strict=True)]
+    hessians = {name: (sum(part[name] for part in parts) / IDS.numel()).float() for name in names}
     for name in names:
         weight = {name: dense.get_submodule(name).weight.data}
         if name.endswith("gate_proj"):
