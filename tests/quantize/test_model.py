@@ -137,6 +137,14 @@ def test_activations_that_overflow_name_the_module():
         quantize_model(model, options())
 
 
+def test_too_few_tokens_are_named(caplog):
+    """72 tokens are enough for 64 columns, but not for the 96 of down_proj."""
+    with caplog.at_level(logging.WARNING):
+        quantize_model(tiny_model("llama"), QuipConfig(bits=2, dataset=IDS[:3], num_samples=3, sequence_length=24))
+    assert "model.layers.1.mlp.down_proj: 72 calibration tokens are too few for its 96 inputs" in caplog.text
+    assert "gate_proj" not in caplog.text
+
+
 def test_a_linear_that_no_token_reaches_is_named(caplog):
     model = tiny_model("llama")
     attention = model.model.layers[0].self_attn

@@ -193,7 +193,15 @@ class _Hessians:
 
     def pop(self, leader: str) -> torch.Tensor:
         """The Hessian of one input; its accumulator is freed."""
-        return self._accumulators.pop(leader).hessian()
+        accumulator = self._accumulators.pop(leader)
+        if accumulator.tokens < accumulator.size:
+            logger.warning(
+                "%s: %d calibration tokens are too few for its %d inputs (its Hessian has no full rank): raise num_samples",
+                ", ".join(self.prefix + name for name in self.groups[leader]),
+                accumulator.tokens,
+                accumulator.size,
+            )
+        return accumulator.hessian()
 
     def _add(self, leader: str, x: torch.Tensor) -> None:
         if leader not in self._accumulators:
