@@ -1,7 +1,7 @@
 /* Products of sixteen rows of E8P codes with int8 planes, with AVX-512 (VBMI, VNNI, GFNI).
  *
- * Codes stay in their logical order: each row gives 64 bytes, 32 codes, and 8x8 transpositions of 4-code words bring
- * the sixteen rows side by side, row r in lane r. A group is then 16 rows x 4 codes: 64 high bytes and 64 low bytes.
+ * Codes stay in their logical order: each row gives 16 bytes, 8 codes, and shuffles bring the sixteen rows side by side,
+ * row r in lane r. A group is then 16 rows x 4 codes: 64 high bytes and 64 low bytes.
  * The magnitudes of all 512 weights come from a table of 256 x 16 bits that is kept in eight registers; an affine map
  * over bits (GFNI) makes from each low byte what the sign and the shift contribute to coordinate j, and one ternary
  * operation puts the two together: 64 bytes 4 w + 31, multiplied and summed in fours by vpdpbusd. */
@@ -11,8 +11,8 @@
 #include <immintrin.h>
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")))
-#define ROW_CODES 32 /* of one row, loaded at once */
-#define GROUPS 8     /* of four codes in those */
+#define ROW_CODES 8 /* of one row, loaded at once: two groups */
+#define FEW 4       /* planes whose sums are kept in registers */
 
 typedef struct {
     __m512i low[4], high[4], sign[BLOCK], odd, magnitude;
@@ -66,60 +66,65 @@ AVX512 INLINE void expand(const tables *t, __m512i first, __m512i second, __m512
     }
 }
 
-/* words[k] of eight rows x 8 words of 64 bits each: word k of the eight rows. */
-AVX512 INLINE void transpose(const __m512i *rows, __m512i *words) {
-    __m512i even[4], odd[4];
+/* Eight codes of sixteen rows (fewer, where `present` says so), rearranged: words[0] and words[1] have the first four
+ * codes of rows 0 1 4 5 8 9 12 13 and of the others, words[2] and words[3] the second four. Packing to bytes, which works
+ * in quarters of a register, then gives the rows in their order. */
+AVX512 INLINE void gather(const int16_t *const *row, int64_t begin, __mmask8 present, __m512i *words) {
+    __m512i four[4]; /* number i has rows i, i + 4, i + 8, i + 12 */
     for (int i = 0; i < 4; i++) {
-        even[i] = _mm512_unpacklo_epi64(rows[2 * i], rows[2 * i + 1]);
-        odd[i] = _mm512_unpackhi_epi64(rows[2 * i], rows[2 * i + 1]);
+        __m128i codes[4];
+        for (int q = 0; q < 4; q++) {
+            const int16_t *at = row[i + 4 * q] + begin;
+            codes[q] = present == 0xff ? _mm_loadu_si128((const __m128i *)at) : _mm_maskz_loadu_epi16(present, at);
+        }
+        four[i] = _mm512_inserti32x4(_mm512_castsi128_si512(codes[0]), codes[1], 1);
+        four[i] = _mm512_inserti32x4(_mm512_inserti32x4(four[i], codes[2], 2), codes[3], 3);
     }
-    for (int parity = 0; parity < 2; parity++) {
-        const __m512i *half = parity ? odd : even;
-        const __m512i a = _mm512_shuffle_i64x2(half[0], half[1], 0x88), b = _mm512_shuffle_i64x2(half[2], half[3], 0x88);
-        const __m512i c = _mm512_shuffle_i64x2(half[0], half[1], 0xdd), d = _mm512_shuffle_i64x2(half[2], half[3], 0xdd);
-        words[parity] = _mm512_shuffle_i64x2(a, b, 0x88);
-        words[parity + 4] = _mm512_shuffle_i64x2(a, b, 0xdd);
-        words[parity + 2] = _mm512_shuffle_i64x2(c, d, 0x88);
-        words[parity + 6] = _mm512_shuffle_i64x2(c, d, 0xdd);
-    }
+    words[0] = _mm512_unpacklo_epi64(four[0], four[1]);
+    words[1] = _mm512_unpacklo_epi64(four[2], four[3]);
+    words[2] = _mm512_unpackhi_epi64(four[0], four[1]);
+    words[3] = _mm512_unpackhi_epi64(four[2], four[3]);
 }
 
-/* 32 codes of sixteen rows, rearranged: first[k] has 4 codes of rows 0 1 4 5 8 9 12 13, second[k] of the others. Packing
- * to bytes, which works in quarters of a register, then gives the rows in their order. */
-AVX512 INLINE void gather(const int16_t *const *row, int64_t begin, __mmask32 present, __m512i *first, __m512i *second) {
-    static const uint8_t order[LANES] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
-    __m512i rows[8];
-    for (int i = 0; i < 8; i++) rows[i] = _mm512_maskz_loadu_epi16(present, row[order[i]] + begin);
-    transpose(rows, first);
-    for (int i = 0; i < 8; i++) rows[i] = _mm512_maskz_loadu_epi16(present, row[order[8 + i]] + begin);
-    transpose(rows, second);
+/* Rows are read sixteen abreast, which no processor foresees; the next sixteen rows are fetched in order. */
+INLINE void fetch_ahead(const int16_t *const *row, int64_t blocks, int64_t begin) {
+    const char *next = (const char *)(row[LANES - 1] + blocks) + begin * LANES * (int64_t)sizeof(int16_t);
+    for (int i = 0; i < ROW_CODES * LANES * (int)sizeof(int16_t); i += 64) __builtin_prefetch(next + i);
+}
+
+AVX512 INLINE void add_few(const tables *t, const int16_t *const *row, int64_t begin, __mmask8 present,
+                           const int8_t *planes, int64_t stride, const int columns, const int chains,
+                           __m512i (*sum)[4]) {
+    __m512i words[4], weights[BLOCK];
+    const int8_t *x = planes + begin * BLOCK;
+    gather(row, begin, present, words);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++, x += 32) {
+        expand(t, words[2 * k], words[2 * k + 1], weights);
+#pragma GCC unroll 8
+        for (int j = 0; j < BLOCK; j++)
+#pragma GCC unroll 4
+            for (int c = 0; c < columns; c++)
+                sum[c][j % chains] = _mm512_dpbusd_epi32(sum[c][j % chains], weights[j],
+                                                         _mm512_set1_epi32(((const int32_t *)(x + c * stride))[j]));
+    }
 }
 
 /* The whole product for a number of planes that the compiler knows, summed in registers. */
 AVX512 INLINE void few_planes(const tables *t, const int16_t *const *row, int64_t blocks, const int8_t *planes,
                               int64_t stride, const int columns, int32_t (*sums)[LANES]) {
-    enum { MOST = 4 };
     const int chains = columns == 1 ? 4 : 2; /* vpdpbusd takes five cycles: several sums of each plane at a time */
-    __m512i sum[MOST][4];
+    __m512i sum[FEW][4];
 #pragma GCC unroll 4
     for (int c = 0; c < columns; c++)
 #pragma GCC unroll 4
         for (int i = 0; i < chains; i++) sum[c][i] = _mm512_setzero_si512();
-    for (int64_t begin = 0; begin < blocks; begin += ROW_CODES) {
-        const int count = blocks - begin < ROW_CODES ? (int)(blocks - begin) : ROW_CODES;
-        __m512i first[GROUPS], second[GROUPS], weights[BLOCK];
-        gather(row, begin, count == ROW_CODES ? ~0u : (1u << count) - 1, first, second);
-        const int8_t *x = planes + begin * BLOCK;
-        for (int k = 0; 4 * k < count; k++, x += 32) {
-            expand(t, first[k], second[k], weights);
-#pragma GCC unroll 8
-            for (int j = 0; j < BLOCK; j++)
-#pragma GCC unroll 4
-                for (int c = 0; c < columns; c++)
-                    sum[c][j % chains] = _mm512_dpbusd_epi32(sum[c][j % chains], weights[j],
-                                                             _mm512_set1_epi32(((const int32_t *)(x + c * stride))[j]));
-        }
+    int64_t begin = 0;
+    for (; begin + ROW_CODES <= blocks; begin += ROW_CODES) {
+        fetch_ahead(row, blocks, begin);
+        add_few(t, row, begin, 0xff, planes, stride, columns, chains, sum);
     }
+    if (begin < blocks) add_few(t, row, begin, (__mmask8)((1 << (blocks - begin)) - 1), planes, stride, columns, chains, sum);
 #pragma GCC unroll 4
     for (int c = 0; c < columns; c++) {
         __m512i all = _mm512_add_epi32(sum[c][0], sum[c][1]);
@@ -133,12 +138,13 @@ AVX512 INLINE void many_planes(const tables *t, const int16_t *const *row, int64
                                int64_t stride, int columns, int32_t (*sums)[LANES]) {
     for (int c = 0; c < columns; c++) _mm512_storeu_si512(sums[c], _mm512_setzero_si512());
     for (int64_t begin = 0; begin < blocks; begin += ROW_CODES) {
-        const int count = blocks - begin < ROW_CODES ? (int)(blocks - begin) : ROW_CODES;
-        __m512i first[GROUPS], second[GROUPS], weights[BLOCK];
-        gather(row, begin, count == ROW_CODES ? ~0u : (1u << count) - 1, first, second);
-        for (int k = 0; 4 * k < count; k++) {
+        const int64_t count = blocks - begin < ROW_CODES ? blocks - begin : ROW_CODES;
+        __m512i words[4], weights[BLOCK];
+        fetch_ahead(row, blocks, begin);
+        gather(row, begin, (__mmask8)((1 << count) - 1), words);
+        for (int k = 0; k < 2; k++) {
             const int8_t *x = planes + begin * BLOCK + 32 * k;
-            expand(t, first[k], second[k], weights);
+            expand(t, words[2 * k], words[2 * k + 1], weights);
             for (int c = 0; c < columns; c++, x += stride) {
                 __m512i even = _mm512_loadu_si512(sums[c]), odd = _mm512_setzero_si512();
 #pragma GCC unroll 4

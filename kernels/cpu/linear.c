@@ -122,7 +122,7 @@ static void read_vectors(void *context, int64_t first, int64_t last) {
 }
 
 /* Tiles [first, last) of sixteen rows of codes, for all vectors. */
-static void multiply_tiles(void *context, int64_t first, int64_t last) {
+FOR_EACH_CPU static void multiply_tiles(void *context, int64_t first, int64_t last) {
     linear *work = context;
     const quip_linear_call *call = work->call;
     const int64_t blocks = (call->n + BLOCK - 1) / BLOCK, m = call->m;
@@ -140,11 +140,11 @@ static void multiply_tiles(void *context, int64_t first, int64_t last) {
         for (int64_t v = 0; v < call->count; v++) {
             const int32_t(*digits)[LANES] = (const int32_t(*)[LANES])sums + v * call->planes;
             const double unit = work->scale[v] / 4, offset = work->offset[v];
-            for (int r = 0; r < rows; r++) {
-                double sum = 0;
-                for (int c = call->planes - 1; c >= 0; c--) sum = 256 * sum + digits[c][r];
-                work->z[v * m + row + r] = (float)((sum - offset) * unit);
-            }
+            double sum[LANES] = {0};
+            float z[LANES];
+            for (int c = call->planes - 1; c >= 0; c--) EACH_LANE sum[l] = 256 * sum[l] + digits[c][l];
+            EACH_LANE z[l] = (float)((sum[l] - offset) * unit);
+            memcpy(work->z + v * m + row, z, (size_t)rows * sizeof *z);
         }
     }
     if (sums != on_stack) free(sums);
