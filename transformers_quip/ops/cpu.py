@@ -23,7 +23,9 @@ DECODED_WEIGHTS = 1 << 22
 
 
 @functools.lru_cache(maxsize=512)
-def _kernel_transform(incoherence: str, size: int, seed: int) -> tuple[kernels.Transform | None, transforms.Transform | None]:
+def _kernel_transform(
+    incoherence: str, size: int, seed: int
+) -> tuple[kernels.Transform | None, transforms.Transform | None]:
     """The transform as the library takes it, or as PyTorch applies it; neither for the identity."""
     q = transforms.get(incoherence, size, seed)
     if q.is_identity:

@@ -208,9 +208,7 @@ def _vector(vector: torch.Tensor | None, size: int, name: str) -> tuple[torch.Te
 def _type(tensor: torch.Tensor, name: str) -> int:
     kind = DTYPES.get(tensor.dtype)
     if kind is None or tensor.device.type != "cpu":
-        raise ValueError(
-            f"{name} must be float32, bfloat16 or float16 on the CPU, got {tensor.dtype} on {tensor.device}"
-        )
+        raise ValueError(f"{name} must be float32, bfloat16 or float16 on the CPU, got {tensor.dtype} on {tensor.device}")
     return kind
 
 
