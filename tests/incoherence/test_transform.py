@@ -66,7 +66,9 @@ def test_one_coordinate_is_spread_over_all(size):
     unit = torch.zeros(1, size, dtype=torch.float64)
     unit[0, size // 3] = 1
     largest = transform.apply(unit).abs().max().item() * math.sqrt(size)
-    exact = all(not isinstance(f, Hartley) and (f.abs() - f.abs().max()).abs().max() < 1e-9 for f in transform._factors)
+    exact = all(
+        not isinstance(f, Hartley) and (f.abs() - f.abs().max()).abs().max() < 1e-9 for f in transform._factors
+    )
     assert largest < 1.0001 if exact else largest < 12
 
 

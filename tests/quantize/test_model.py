@@ -135,7 +135,9 @@ def test_global_precision_settings_do_not_reach_the_rounding():
         assert setting.fp32_precision == "bf16"
     finally:
         setting.fp32_precision = before
-    for a, b in zip(replace.quantized_linears(model).values(), replace.quantized_linears(reference).values(), strict=True):
+    for a, b in zip(
+        replace.quantized_linears(model).values(), replace.quantized_linears(reference).values(), strict=True
+    ):
         assert torch.equal(a.codes, b.codes)
 
 

@@ -16,9 +16,7 @@ from quip_kernels import cpu as cpu_kernels
 from .base import Codebook
 
 # Coordinates that are 1/2 (the other five are 3/2) in the last 29 patterns: the part of norm 12 that QuIP# kept.
-_NORM_TWELVE = (
-    "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
-)
+_NORM_TWELVE = "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
 # Bit of the low byte that holds the sign of coordinate 0..7.
 _SIGN_BITS = (0, 4, 1, 5, 2, 6, 3, 7)
 _SHIFT = 0.25
