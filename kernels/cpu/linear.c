@@ -15,18 +15,19 @@
 #define PAD 256
 
 typedef struct {
-    const void *x;                  /* [count][n], rows x_stride apart */
     const int16_t *codes;           /* [m][ceil(n / 8)] */
     const void *su, *sv, *bias;     /* [n], [m], [m]; null for none */
-    void *y;                        /* [count][m] */
     const quip_transform *in, *out; /* of size n and m; null for none */
-    int64_t count, n, m, x_stride;
-    int32_t x_type, su_type, sv_type, bias_type, y_type;
-    int32_t planes, level, threads;
-} quip_linear_call;
+    int64_t n, m;
+    int32_t su_type, sv_type, bias_type;
+} quip_layer;
 
 typedef struct {
-    const quip_linear_call *call;
+    const quip_layer *layer;
+    const void *x;
+    void *y;
+    int64_t count, x_stride; /* vectors; from one to the next */
+    int x_type, y_type, count_planes, level;
     quip_products products;
     int64_t stride; /* of planes */
     int8_t *planes; /* [count][planes][stride] */
@@ -99,8 +100,8 @@ FOR_EACH_CPU static void make_planes(const float *restrict t, int64_t n, int cou
 /* Vectors [first, last): su * x, the transposed input transform, digits. */
 static void read_vectors(void *context, int64_t first, int64_t last) {
     linear *work = context;
-    const quip_linear_call *call = work->call;
-    const int64_t n = call->n;
+    const quip_layer *layer = work->layer;
+    const int64_t n = layer->n;
     float *memory = quip_get_memory(2 * n * (int64_t)sizeof *memory);
     if (!memory) {
         __atomic_store_n(&work->failed, 1, __ATOMIC_RELAXED);
@@ -108,14 +109,14 @@ static void read_vectors(void *context, int64_t first, int64_t last) {
     }
     for (int64_t v = first; v < last; v++) {
         float *t = memory;
-        quip_load(call->x, call->x_type, v * call->x_stride, t, n);
+        quip_load(work->x, work->x_type, v * work->x_stride, t, n);
         if (work->su) quip_scale_vector(t, work->su, n);
-        if (call->in) t = quip_apply(call->in, 1, t, memory + n);
-        int8_t *planes = work->planes + v * call->planes * work->stride;
-        make_planes(t, n, call->planes, planes, work->stride, work->scale + v, work->offset + v);
+        if (layer->in) t = quip_apply(layer->in, 1, t, memory + n);
+        int8_t *planes = work->planes + v * work->count_planes * work->stride;
+        make_planes(t, n, work->count_planes, planes, work->stride, work->scale + v, work->offset + v);
         work->offset[v] *= E8P_OFFSET;
 #if defined(__x86_64__)
-        if (call->level == QUIP_AVX512) quip_order_avx512(planes, call->planes * work->stride);
+        if (work->level == QUIP_AVX512) quip_order_avx512(planes, work->count_planes * work->stride);
 #endif
     }
     free(memory);
@@ -124,9 +125,9 @@ static void read_vectors(void *context, int64_t first, int64_t last) {
 /* Tiles [first, last) of sixteen rows of codes, for all vectors. */
 FOR_EACH_CPU static void multiply_tiles(void *context, int64_t first, int64_t last) {
     linear *work = context;
-    const quip_linear_call *call = work->call;
-    const int64_t blocks = (call->n + BLOCK - 1) / BLOCK, m = call->m;
-    const int columns = (int)call->count * call->planes;
+    const quip_layer *layer = work->layer;
+    const int64_t blocks = (layer->n + BLOCK - 1) / BLOCK, m = layer->m;
+    const int columns = (int)work->count * work->count_planes;
     int32_t on_stack[8][LANES] __attribute__((aligned(64)));
     int32_t(*sums)[LANES] = columns <= 8 ? on_stack : quip_get_memory(columns * (int64_t)sizeof *sums);
     if (!sums) {
@@ -136,13 +137,13 @@ FOR_EACH_CPU static void multiply_tiles(void *context, int64_t first, int64_t la
     for (int64_t tile = first; tile < last; tile++) {
         const int64_t row = tile * LANES;
         const int rows = m - row < LANES ? (int)(m - row) : LANES;
-        work->products(call->codes + row * blocks, rows, blocks, work->planes, work->stride, columns, sums);
-        for (int64_t v = 0; v < call->count; v++) {
-            const int32_t(*digits)[LANES] = (const int32_t(*)[LANES])sums + v * call->planes;
+        work->products(layer->codes + row * blocks, rows, blocks, work->planes, work->stride, columns, sums);
+        for (int64_t v = 0; v < work->count; v++) {
+            const int32_t(*digits)[LANES] = (const int32_t(*)[LANES])sums + v * work->count_planes;
             const double unit = work->scale[v] / 4, offset = work->offset[v];
             double sum[LANES] = {0};
             float z[LANES];
-            for (int c = call->planes - 1; c >= 0; c--) EACH_LANE sum[l] = 256 * sum[l] + digits[c][l];
+            for (int c = work->count_planes - 1; c >= 0; c--) EACH_LANE sum[l] = 256 * sum[l] + digits[c][l];
             EACH_LANE z[l] = (float)((sum[l] - offset) * unit);
             memcpy(work->z + v * m + row, z, (size_t)rows * sizeof *z);
         }
@@ -153,8 +154,8 @@ FOR_EACH_CPU static void multiply_tiles(void *context, int64_t first, int64_t la
 /* Vectors [first, last): the output transform, sv and bias. */
 static void write_vectors(void *context, int64_t first, int64_t last) {
     linear *work = context;
-    const quip_linear_call *call = work->call;
-    const int64_t m = call->m;
+    const quip_layer *layer = work->layer;
+    const int64_t m = layer->m;
     float *scratch = quip_get_memory(m * (int64_t)sizeof *scratch);
     if (!scratch) {
         __atomic_store_n(&work->failed, 1, __ATOMIC_RELAXED);
@@ -162,10 +163,10 @@ static void write_vectors(void *context, int64_t first, int64_t last) {
     }
     for (int64_t v = first; v < last; v++) {
         float *t = work->z + v * m;
-        if (call->out) t = quip_apply(call->out, 0, t, scratch);
+        if (layer->out) t = quip_apply(layer->out, 0, t, scratch);
         if (work->sv) quip_scale_vector(t, work->sv, m);
         if (work->bias) quip_add_vector(t, work->bias, m);
-        quip_store(t, call->y, call->y_type, v * m, m);
+        quip_store(t, work->y, work->y_type, v * m, m);
     }
     free(scratch);
 }
@@ -192,21 +193,33 @@ EXPORT int quip_cpu_level(void) {
     return QUIP_PLAIN;
 }
 
-/* See quip_linear_call. Returns 0, -1 for arguments that are out of range, -2 for want of memory. */
-EXPORT int quip_e8p_linear(const quip_linear_call *call) {
-    const int64_t n = call->n, m = call->m, count = call->count;
-    if (n < 1 || n > MOST_COLUMNS || m < 1 || count < 0 || call->planes < 1 || call->planes > MOST_PLANES) return -1;
-    if (count > INT32_MAX / MOST_PLANES || (call->in && call->in->size != n) || (call->out && call->out->size != m))
+/* y[count][m] of x[count][n], vectors of x `x_stride` apart. Returns 0, -1 for arguments that are out of range, -2 for want
+ * of memory. planes: int8 digits that an activation becomes; level: at most what quip_cpu_level() gives. */
+EXPORT int quip_e8p_linear(const quip_layer *layer, const void *x, void *y, int64_t count, int64_t x_stride, int x_type,
+                           int y_type, int planes, int level, int threads) {
+    const int64_t n = layer->n, m = layer->m;
+    if (n < 1 || n > MOST_COLUMNS || m < 1 || count < 0 || planes < 1 || planes > MOST_PLANES) return -1;
+    if (count > INT32_MAX / MOST_PLANES || (layer->in && layer->in->size != n) || (layer->out && layer->out->size != m))
         return -1;
     if (count == 0) return 0;
     quip_e8p_make_tables();
 
-    linear work = {.call = call, .products = products_of(call->level), .stride = (n + PAD - 1) / PAD * PAD};
+    linear work = {.layer = layer,
+                   .x = x,
+                   .y = y,
+                   .count = count,
+                   .x_stride = x_stride,
+                   .x_type = x_type,
+                   .y_type = y_type,
+                   .count_planes = planes,
+                   .level = level,
+                   .products = products_of(level),
+                   .stride = (n + PAD - 1) / PAD * PAD};
     /* One piece of memory, its parts in multiples of 64 bytes. */
     const int64_t part[] = {
-        count * call->planes * work.stride,        count * (int64_t)sizeof(double), count * (int64_t)sizeof(double),
+        count * planes * work.stride,        count * (int64_t)sizeof(double), count * (int64_t)sizeof(double),
         count * m * (int64_t)sizeof(float),        n * (int64_t)sizeof(float),      m * (int64_t)sizeof(float),
-        call->bias ? m * (int64_t)sizeof(float) : 0,
+        layer->bias ? m * (int64_t)sizeof(float) : 0,
     };
     int64_t begin[8] = {0};
     for (int i = 0; i < 7; i++) begin[i + 1] = begin[i] + (part[i] + 63) / 64 * 64;
@@ -216,24 +229,24 @@ EXPORT int quip_e8p_linear(const quip_linear_call *call) {
     work.scale = (double *)(memory + begin[1]);
     work.offset = (double *)(memory + begin[2]);
     work.z = (float *)(memory + begin[3]);
-    if (call->su) {
+    if (layer->su) {
         work.su = (float *)(memory + begin[4]);
-        quip_load(call->su, call->su_type, 0, work.su, n);
+        quip_load(layer->su, layer->su_type, 0, work.su, n);
     }
-    if (call->sv) {
+    if (layer->sv) {
         work.sv = (float *)(memory + begin[5]);
-        quip_load(call->sv, call->sv_type, 0, work.sv, m);
+        quip_load(layer->sv, layer->sv_type, 0, work.sv, m);
     }
-    if (call->bias) {
+    if (layer->bias) {
         work.bias = (float *)(memory + begin[6]);
-        quip_load(call->bias, call->bias_type, 0, work.bias, m);
+        quip_load(layer->bias, layer->bias_type, 0, work.bias, m);
     }
 
-    const int64_t tiles = (m + LANES - 1) / LANES, tile_work = LANES * n * count * call->planes;
+    const int64_t tiles = (m + LANES - 1) / LANES, tile_work = LANES * n * count * planes;
     const int64_t grain = (1 << 17) / tile_work + 1; /* tiles that take some microseconds */
-    quip_parallel(read_vectors, &work, count, 1, call->threads);
-    if (!work.failed) quip_parallel(multiply_tiles, &work, tiles, grain, call->threads);
-    if (!work.failed) quip_parallel(write_vectors, &work, count, 1, call->threads);
+    quip_parallel(read_vectors, &work, count, 1, threads);
+    if (!work.failed) quip_parallel(multiply_tiles, &work, tiles, grain, threads);
+    if (!work.failed) quip_parallel(write_vectors, &work, count, 1, threads);
     free(memory);
     return work.failed ? -2 : 0;
 }

@@ -91,13 +91,12 @@ def linear(
 ) -> torch.Tensor:
     """See [`reference.linear`]. One call into the library for few vectors; for many, a matrix product block by block."""
     n, m = su.shape[0], sv.shape[0]
+    planes = _planes(codebook, codes_residual is None, x.dtype, su.dtype, sv.dtype, None if bias is None else bias.dtype)
     vectors = x.numel() // n
-    covered = _is_covered(codebook, x.dtype) and {su.dtype, sv.dtype} <= kernels.DTYPES.keys()
-    if not covered or vectors == 0 or n > kernels.MOST_FEATURES or (bias is not None and bias.dtype not in kernels.DTYPES):
+    if planes is None or vectors == 0 or n > kernels.MOST_FEATURES:
         return reference.linear(x, codes, codes_residual, su, sv, bias, codebook, incoherence, seed)
-    reference.check_codes(codes, codes_residual, codebook, n)
-    planes = planes_for(x.dtype)
-    (q_in, slow_in), (q_out, slow_out) = (_kernel_transform(incoherence, size, seed) for size in (n, m))
+    q_in, slow_in = _kernel_transform(incoherence, n, seed)
+    q_out, slow_out = _kernel_transform(incoherence, m, seed)
     if vectors > MOST_VECTORS[planes]:
         return _many_vectors(x, codes, su, sv, bias, (q_in, slow_in), (q_out, slow_out))
     if slow_in is None and slow_out is None:
@@ -105,6 +104,15 @@ def linear(
     t = _transform_in(x, su, q_in, slow_in, torch.float32)
     z = kernels.linear(t, codes, None, None, None, None, None, planes)
     return _transform_out(z, sv, bias, q_out, slow_out, x.dtype)
+
+
+def _planes(codebook: str, one_stage: bool, *dtypes: torch.dtype | None) -> int | None:
+    """In how many bytes activations (of the first dtype) are multiplied; None where the library has no kernel."""
+    if not one_stage or not _is_covered(codebook, dtypes[0]):
+        return None
+    if any(dtype is not None and dtype not in kernels.DTYPES for dtype in dtypes[1:]):
+        return None
+    return planes_for(dtypes[0])
 
 
 def _many_vectors(

@@ -32,14 +32,13 @@ class TransformArguments(ctypes.Structure):
     )
 
 
-class LinearCall(ctypes.Structure):
-    """`quip_linear_call` of linear.c."""
+class LayerArguments(ctypes.Structure):
+    """`quip_layer` of linear.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "su", "sv", "bias", "y", "transform_in", "transform_out")),
-        *((name, ctypes.c_int64) for name in ("count", "n", "m", "x_stride")),
-        *((name, ctypes.c_int32) for name in ("x_type", "su_type", "sv_type", "bias_type", "y_type")),
-        *((name, ctypes.c_int32) for name in ("planes", "level", "threads")),
+        *((name, ctypes.c_void_p) for name in ("codes", "su", "sv", "bias", "transform_in", "transform_out")),
+        *((name, ctypes.c_int64) for name in ("n", "m")),
+        *((name, ctypes.c_int32) for name in ("su_type", "sv_type", "bias_type")),
     )
 
 
@@ -70,7 +69,7 @@ def library() -> ctypes.CDLL | None:
     for name, result, arguments in (
         ("quip_e8p_encode", None, [pointer, size, pointer, pointer, number]),
         ("quip_e8p_round_panel", number, [pointer] * 3 + [size] * 2 + [pointer] * 3 + [number]),
-        ("quip_e8p_linear", number, [pointer]),
+        ("quip_e8p_linear", number, [pointer] * 3 + [size] * 2 + [number] * 5),
         ("quip_e8p_decode", None, [pointer, size, size, pointer, number, number, number]),
         ("quip_transform_vectors", number, [pointer]),
         ("quip_cpu_level", number, []),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .cpu_library import MOST_FACTORS, LinearCall, TransformArguments, TransformCall, default_level, library
+from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, TransformCall, default_level, library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLANES = (1, 2, 3)
@@ -77,51 +77,82 @@ def linear(
     Raises:
         ValueError: a tensor is not as described.
     """
+    vectors = x if x.is_contiguous() else _rows(x, x.shape[-1])
+    codes, su, sv, bias = (v if v is None or v.is_contiguous() else v.contiguous() for v in (codes, su, sv, bias))
+    layer, address, m, n = _layer(vectors, codes, su, sv, bias, transform_in, transform_out)
+    if planes not in PLANES:
+        raise ValueError(f"planes={planes} must be 1, 2 or 3")
+    y = x.new_empty((*x.shape[:-1], m), dtype=dtype)
+    count = x.numel() // n
+    failed = library().quip_e8p_linear(
+        address,
+        vectors.data_ptr(),
+        y.data_ptr(),
+        count,
+        n if vectors is x else vectors.stride(0),
+        _type(vectors, "x"),
+        _type(y, "the result"),
+        planes,
+        default_level() if level is None else level,
+        torch.get_num_threads(),
+    )
+    del layer  # had to live until here, whatever other threads do to the cache
+    if failed:
+        raise MemoryError(f"no memory for {count} vectors of {n} inputs and {m} outputs")
+    return y
+
+
+_layers: dict[tuple, tuple] = {}
+_MOST_LAYERS = 4096
+
+
+def _layer(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    su: torch.Tensor | None,
+    sv: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    transform_in: Transform | None,
+    transform_out: Transform | None,
+) -> tuple[LayerArguments, int, int, int]:
+    """The layer's description for the library, its address, m and n.
+
+    Descriptions are kept: to make and check one takes longer than to compute a small layer. They hold nothing but what
+    is in their key, so that one is right for any tensors which have the same key.
+    """
+    key = (
+        x.shape[-1],
+        *((v.data_ptr(), v.shape, v.dtype, v.device) if v is not None else None for v in (codes, su, sv, bias)),
+        transform_in,
+        transform_out,
+    )
+    found = _layers.get(key)
+    if found is not None:
+        return found
     m, n = codes.shape[0], x.shape[-1]
-    if codes.dtype != torch.int16 or codes.dim() != 2 or codes.shape[1] != -(-n // 8) or not m:
-        raise ValueError(f"codes for {n} inputs must be int16 [m, {-(-n // 8)}], got {codes.dtype} {list(codes.shape)}")
-    if planes not in PLANES or not 0 < n <= MOST_FEATURES:
-        raise ValueError(f"planes={planes} must be 1, 2 or 3, and the inputs 1 to {MOST_FEATURES}, got {n}")
+    if codes.dtype != torch.int16 or codes.dim() != 2 or codes.shape[1] != -(-n // 8) or not m or not codes.is_cpu:
+        raise ValueError(
+            f"codes for {n} inputs must be int16 [m, {-(-n // 8)}] on the CPU, got {codes.dtype} {list(codes.shape)} on "
+            f"{codes.device}"
+        )
+    if not 0 < n <= MOST_FEATURES:
+        raise ValueError(f"the inputs must be 1 to {MOST_FEATURES}, got {n}")
     for transform, size in ((transform_in, n), (transform_out, m)):
         if transform is not None and transform.size != size:
             raise ValueError(f"a transform of size {transform.size} was given for {size} features")
-    vectors = _rows(x, n)
-    codes = codes if codes.is_contiguous() else codes.contiguous()
-    y = torch.empty((*x.shape[:-1], m), dtype=dtype or x.dtype)
-    (su, su_type), (sv, sv_type), (bias, bias_type) = (
-        _vector(su, n, "su"),
-        _vector(sv, m, "sv"),
-        _vector(bias, m, "bias"),
+    types = [_vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
+    arguments = LayerArguments(
+        *(None if v is None else v.data_ptr() for v in (codes, su, sv, bias)),
+        *(None if q is None else q.address for q in (transform_in, transform_out)),
+        n,
+        m,
+        *types,
     )
-    failed = library().quip_e8p_linear(
-        ctypes.byref(
-            LinearCall(
-                vectors.data_ptr(),
-                codes.data_ptr(),
-                None if su is None else su.data_ptr(),
-                None if sv is None else sv.data_ptr(),
-                None if bias is None else bias.data_ptr(),
-                y.data_ptr(),
-                None if transform_in is None else transform_in.address,
-                None if transform_out is None else transform_out.address,
-                vectors.shape[0],
-                n,
-                m,
-                vectors.stride(0),
-                _type(vectors, "x"),
-                su_type,
-                sv_type,
-                bias_type,
-                _type(y, "the result"),
-                planes,
-                default_level() if level is None else level,
-                torch.get_num_threads(),
-            )
-        )
-    )
-    if failed:
-        raise MemoryError(f"no memory for {vectors.shape[0]} vectors of {n} inputs and {m} outputs")
-    return y
+    if len(_layers) >= _MOST_LAYERS:
+        _layers.clear()
+    # the key keeps the transforms alive
+    found = _layers[key] = (arguments, ctypes.addressof(arguments), m, n)
+    return found
 
 
 def transform(
@@ -148,17 +179,18 @@ def transform(
         raise ValueError(f"expected [..., {n}], got {list(x.shape)}")
     vectors = _rows(x, n)
     y = torch.empty(x.shape, dtype=dtype or x.dtype)
-    given = [_vector(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
+    types = [_vector_type(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
+    given = [v if v is None else v.contiguous() for v in (before, after, bias)]
     call = TransformCall(
         vectors.data_ptr(),
         y.data_ptr(),
-        *(None if v is None else v.data_ptr() for v, _ in given),
+        *(None if v is None else v.data_ptr() for v in given),
         q.address,
         vectors.shape[0],
         vectors.stride(0),
         _type(vectors, "x"),
         _type(y, "the result"),
-        *(kind for _, kind in given),
+        *types,
         transpose,
         torch.get_num_threads(),
     )
@@ -197,17 +229,17 @@ def _rows(x: torch.Tensor, size: int) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
 
-def _vector(vector: torch.Tensor | None, size: int, name: str) -> tuple[torch.Tensor | None, int]:
+def _vector_type(vector: torch.Tensor | None, size: int, name: str) -> int:
     if vector is None:
-        return None, 0
+        return 0
     if vector.shape != (size,):
         raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{size}]")
-    return vector if vector.is_contiguous() else vector.contiguous(), _type(vector, name)
+    return _type(vector, name)
 
 
 def _type(tensor: torch.Tensor, name: str) -> int:
     kind = DTYPES.get(tensor.dtype)
-    if kind is None or tensor.device.type != "cpu":
+    if kind is None or not tensor.is_cpu:
         raise ValueError(f"{name} must be float32, bfloat16 or float16 on the CPU, got {tensor.dtype} on {tensor.device}")
     return kind
 
