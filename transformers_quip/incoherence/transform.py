@@ -32,6 +32,16 @@ class Transform:
         self.size = math.prod(factor.shape[0] for factor in self._factors)
         self._tables: dict[tuple[torch.device, torch.dtype], list] = {}
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether Q is the identity for certain."""
+        return not self._factors
+
+    @property
+    def dense_factors(self) -> tuple[torch.Tensor, ...] | None:
+        """The factors F₁, F₂, … as float64 matrices; None if one of them is not kept as a matrix."""
+        return None if any(isinstance(factor, Hartley) for factor in self._factors) else self._factors
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Q x for every vector along the last dimension: [..., size] → [..., size], float32 or float64."""
         return self._multiply(x, transpose=False)
