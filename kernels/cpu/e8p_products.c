@@ -6,7 +6,7 @@
 
 #include "common.h"
 
-#define STRETCH 64 /* codes that are expanded at a time, a multiple of 8: 512 bytes */
+#define STRETCH 256 /* codes that are expanded at a time, a multiple of 8: 2 KiB */
 
 INLINE void expand(const int16_t *codes, int count, uint8_t *bytes) {
     for (int k = 0; k < count; k++) {
@@ -43,6 +43,24 @@ AVX2 static inline int32_t total(__m256i v) {
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
 }
 
+AVX2 INLINE __m128i pair(const uint64_t *table, uint64_t first, uint64_t second) {
+    const __m128d low = _mm_castsi128_pd(_mm_loadl_epi64((const __m128i *)(table + first)));
+    return _mm_castpd_si128(_mm_loadh_pd(low, (const double *)(table + second)));
+}
+
+/* As `expand`, for whole groups of four codes. */
+AVX2 INLINE void expand_avx2(const int16_t *codes, int count, uint8_t *bytes) {
+    for (int k = 0; k < count; k += 4) {
+        uint64_t four;
+        memcpy(&four, codes + k, sizeof four);
+        const __m128i low = _mm_xor_si128(pair(quip_e8p_pattern, four >> 8 & 255, four >> 24 & 255),
+                                          pair(quip_e8p_signs, four & 255, four >> 16 & 255));
+        const __m128i high = _mm_xor_si128(pair(quip_e8p_pattern, four >> 40 & 255, four >> 56),
+                                           pair(quip_e8p_signs, four >> 32 & 255, four >> 48 & 255));
+        _mm256_store_si256((__m256i *)(bytes + BLOCK * k), _mm256_set_m128i(high, low));
+    }
+}
+
 /* A byte is at most 42, so that the sum of two products by vpmaddubsw stays within 16 bits: 4 * 42 * 128 < 2^15. */
 AVX2 INLINE __m256i step(__m256i sum, const uint8_t *bytes, const int8_t *x) {
     const __m256i low = _mm256_maddubs_epi16(_mm256_load_si256((const __m256i *)bytes),
@@ -60,12 +78,10 @@ AVX2 HIDDEN void quip_products_avx2(const int16_t *codes, int64_t rows, int64_t 
         for (int64_t first = 0; first < blocks; first += STRETCH) {
             const int count = blocks - first < STRETCH ? (int)(blocks - first) : STRETCH;
             const int end = (count * BLOCK + 63) & ~63; /* planes go on with zeros */
-            if (count == STRETCH)
-                expand(codes + first, STRETCH, bytes);
-            else {
-                expand(codes + first, count, bytes);
-                memset(bytes + BLOCK * count, 0, (size_t)(end - BLOCK * count));
-            }
+            const int whole = count & ~3;
+            expand_avx2(codes + first, whole, bytes);
+            expand(codes + first + whole, count - whole, bytes + BLOCK * whole);
+            memset(bytes + BLOCK * count, 0, (size_t)(end - BLOCK * count));
             const int8_t *x = planes + BLOCK * first;
             int c = 0;
             for (; c + 3 <= columns; c += 3) {

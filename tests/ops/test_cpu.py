@@ -13,7 +13,7 @@ from transformers_quip.ops import cpu, reference
 
 needs_library = pytest.mark.skipif(not cpu_kernels.is_available(), reason="the CPU library was not compiled")
 
-MANY = 40  # vectors: more than any setting multiplies by the codes
+MANY = 72  # vectors: more than any setting multiplies by the codes
 # Relative to the size of the output. Products with decoded weights are in the dtype of x if that is bfloat16.
 ACCURACY = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 

@@ -1,0 +1,126 @@
+"""One quantized linear layer on the CPU against PyTorch's dense one and against our reference, by instruction set.
+
+    python benchmarks/cpu_kernels.py [--threads N ...] [--vectors N ...] [--shapes MxN ...] [--seconds S]
+
+All ways compute in turns within one run, and medians are compared. "products" are the codes times a vector alone; a
+"layer" has the transforms, su and sv as well; "op" is `torch.ops.quip.linear`, Python included. Before anything is timed,
+each layer is checked against a float64 computation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import machine
+import torch
+
+import transformers_quip  # noqa: F401 - registers the ops
+from quip_kernels import cpu, cpu_library
+from quip_kernels import cpu_linear as kernels
+from transformers_quip import codebooks, incoherence
+from transformers_quip.ops import reference
+
+SHAPES = ("1536x576", "4096x4096", "14336x4096")
+ACTIVATIONS = {1: "int8", 2: "int16", 3: "exact"}
+ACCURACY = {1: 2e-2, 2: 6e-3, 3: 6e-3}  # of bfloat16 results
+
+
+def ways_of(m: int, n: int, vectors: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Every way to compute a random layer of this shape for bfloat16 vectors."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-(2**15), 2**15, (m, -(-n // 8)), generator=generator).to(torch.int16)
+    su, sv = (incoherence.signs(size, 0, role).bfloat16() for size, role in ((n, "in"), (m, "out")))
+    x = torch.randn(vectors, n, generator=generator).bfloat16()
+    dense = torch.randn(m, n, generator=generator).bfloat16()
+    transforms = [incoherence.get("hadamard", size, 0) for size in (n, m)]
+    q_in, q_out = (kernels.Transform(q.dense_factors) for q in transforms)
+    x_single, dense_single = x.float(), dense.float()
+    arguments = (x, codes, None, su, sv, None, "e8p", "hadamard", 0)
+
+    z = transforms[0].apply_transpose(x.double() * su.double()) @ codebooks.get("e8p").decode(codes, n, torch.float64).T
+    expected = transforms[1].apply(z) * sv.double()
+
+    ways = {
+        "dense bfloat16": lambda: torch.nn.functional.linear(x, dense),
+        "dense float32": lambda: torch.nn.functional.linear(x_single, dense_single),
+        "reference": lambda: reference.linear(*arguments),
+        "op": lambda: torch.ops.quip.linear(*arguments),
+    }
+    checked = {"reference": 6e-3, "op": 1e-2}
+    for level in range(1, cpu_library.library().quip_cpu_level() + 1):
+        for planes, activations in ACTIVATIONS.items():
+            kind = f"{cpu_library.LEVELS[level]} {activations}"
+            ways[f"{kind} products"] = lambda planes=planes, level=level: kernels.linear(
+                x, codes, None, None, None, None, None, planes, level=level
+            )
+            ways[f"{kind} layer"] = lambda planes=planes, level=level: kernels.linear(
+                x, codes, su, sv, None, q_in, q_out, planes, level=level
+            )
+            checked[f"{kind} layer"] = ACCURACY[planes]
+    for name, most in checked.items():
+        error = ((ways[name]().double() - expected).norm() / expected.norm()).item()
+        if error > most:
+            raise SystemExit(f"{name} at {m}x{n}: relative error {error:.2g}, at most {most} was expected")
+    return ways
+
+
+def medians(ways: dict[str, Callable[[], torch.Tensor]], seconds: float) -> dict[str, float]:
+    """Median time of a call of each way, measured in turns for about so many seconds a way."""
+    repeats = {}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        way()
+        repeats[name] = max(1, int(0.005 / (time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    stop = time.perf_counter() + seconds * len(ways)
+    while time.perf_counter() < stop or min(map(len, times.values())) < 5:
+        for name, way in ways.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                way()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--vectors", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="MxN")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each way")
+    options = parser.parse_args()
+    if not cpu.is_available():
+        raise SystemExit("the CPU library was not compiled: there is nothing to measure")
+
+    rows = []
+    for shape in options.shapes:
+        m, n = map(int, shape.split("x"))
+        for vectors in options.vectors:
+            ways = ways_of(m, n, vectors)
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                found = medians(ways, options.seconds)
+                print(f"\n{shape}, {vectors} vectors, {threads} threads")
+                print(f"{'way':26s} {'us':>10s} {'Gweights/s':>11s} {'x bfloat16':>11s} {'x float32':>10s}")
+                for name, taken in found.items():
+                    row = {
+                        "shape": shape,
+                        "vectors": vectors,
+                        "threads": threads,
+                        "way": name,
+                        "microseconds": taken * 1e6,
+                        "gweights_per_second": m * n / taken / 1e9,
+                        "times_dense_bfloat16": found["dense bfloat16"] / taken,
+                        "times_dense_float32": found["dense float32"] / taken,
+                    }
+                    rows.append(row)
+                    numbers = list(row.values())[4:]
+                    print(f"{name:26s} {numbers[0]:10.1f} {numbers[1]:11.2f} {numbers[2]:11.2f} {numbers[3]:10.2f}")
+    machine.save("cpu_kernels", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
