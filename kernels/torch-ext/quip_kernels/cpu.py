@@ -97,6 +97,4 @@ def e8p_round_panel(
 
 def _check(tensor: torch.Tensor, name: str) -> None:
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be a contiguous float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}"
-        )
+        raise ValueError(f"{name} must be a contiguous float32 tensor on the CPU, got {tensor.dtype} on {tensor.device}")
