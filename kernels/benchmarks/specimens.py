@@ -89,7 +89,7 @@ def _small_batch(batch: int, terms: int, gather: bool) -> Specimen:
     )
 
 
-def _sylvester(power: int, parts: int, dtype: str, terms: int) -> Specimen:
+def _sylvester(power: int, dtype: str, terms: int) -> Specimen:
     a, b = transform_tile(power)
     return Specimen(
         sylvester_kernel,
@@ -100,10 +100,11 @@ def _sylvester(power: int, parts: int, dtype: str, terms: int) -> Specimen:
             "bias": "*" + dtype,
             "y": "*" + dtype,
             "columns": "i32",
+            "parts": "i32",
             "part_stride": "i32",
             "scale": "fp32",
         },
-        {"row_scale": None, "A": a, "B": b, "P": power, "PARTS": parts, "TERMS": terms, "TERM": tl.bfloat16},
+        {"row_scale": None, "A": a, "B": b, "P": power, "TERMS": terms, "TERM": tl.bfloat16},
         warps=transform_warps(a * b),
     )
 
@@ -126,8 +127,8 @@ def _sylvester_quantize(power: int, digits: int, dtype: str, terms: int) -> Spec
     )
 
 
-def _factor(order: int, parts: int, terms: int) -> Specimen:
-    block = 64 if order > 32 else (32 if order > 16 else 16)
+def _factor(order: int, terms: int) -> Specimen:
+    block = 32 if order > 16 else 16
     return Specimen(
         factor_kernel,
         {
@@ -140,6 +141,7 @@ def _factor(order: int, parts: int, terms: int) -> Specimen:
             "before": "i32",
             "order": "i32",
             "after": "i32",
+            "parts": "i32",
             "part_stride": "i32",
             "scale": "fp32",
         },
@@ -147,9 +149,8 @@ def _factor(order: int, parts: int, terms: int) -> Specimen:
             "post": None,
             "bias": None,
             "BLOCK_I": block,
-            "BLOCK_J": min(block, 32),
-            "BLOCK_G": 32,
-            "PARTS": parts,
+            "BLOCK_J": block,
+            "BLOCK_G": 64,
             "TRANSPOSE": True,
             "TERMS": terms,
             "TERM": tl.bfloat16,
@@ -206,18 +207,16 @@ SPECIMENS = {
         )
     },
     **{
-        f"sylvester {power} {dtype}": _sylvester(power, 4, dtype, 3 if dtype == "fp32" else 2)
-        for power in (1, 16, 128, 256, 512, 1024, 2048, 4096, 8192)
+        f"sylvester {power} {dtype}": _sylvester(power, dtype, 3 if dtype == "fp32" else 2)
+        for power in (1, 16, 128, 256, 512, 1024, 2048, 4096)
         for dtype in ("fp16", "fp32")
-        if power in (128, 4096, 8192) or dtype == "fp32"
+        if power in (128, 4096) or dtype == "fp32"
     },
     **{
         f"sylvester quantize {power} {digits}": _sylvester_quantize(
             power, digits, "fp32" if digits == 3 else "bf16", 2 + digits // 3
         )
-        for power, digits in ((256, 2), (2048, 2), (4096, 1), (4096, 2), (4096, 3), (8192, 2), (8192, 3))
+        for power, digits in ((256, 2), (2048, 2), (4096, 1), (4096, 2), (4096, 3))
     },
-    **{
-        f"factor {order} terms {terms}": _factor(order, 4, terms) for order, terms in ((12, 3), (28, 2), (172, 3), (172, 0))
-    },
+    **{f"factor {order} terms {terms}": _factor(order, terms) for order, terms in ((12, 3), (28, 2), (172, 3), (172, 0))},
 }

@@ -32,6 +32,11 @@ class Transform:
         self.size = math.prod(factor.shape[0] for factor in self._factors)
         self._tables: dict[tuple[torch.device, torch.dtype], list] = {}
 
+    @property
+    def factors(self) -> tuple[torch.Tensor | Hartley, ...]:
+        """The factors in the order of the product, float64 on the CPU; none for the identity."""
+        return self._factors
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Q x for every vector along the last dimension: [..., size] → [..., size], float32 or float64."""
         return self._multiply(x, transpose=False)

@@ -1,19 +1,20 @@
 """`torch.ops.quip.*`: what a quantized linear computes. Importing this registers the ops.
 
 `schemas` says what the ops take and return, `reference` computes them with plain PyTorch on any device, `autograd`
-differentiates them. A faster version for a device is registered beside the reference and tested against it.
+differentiates them. A faster version for a device (`triton`) is registered beside the reference and tested against it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import autograd, reference, schemas
+from . import autograd, reference, schemas, triton
 
-__all__ = ["autograd", "reference", "schemas"]
+__all__ = ["autograd", "reference", "schemas", "triton"]
 
 # PyTorch keeps ops for the life of the process, also where this package is imported a second time.
 if not hasattr(torch.ops.quip, "linear"):
     schemas.define()
     reference.register()
     autograd.register()
+    triton.register()

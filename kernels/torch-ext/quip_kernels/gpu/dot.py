@@ -28,30 +28,21 @@ def dot_bytes(a, b, c, ARCH: tl.constexpr):
 
 
 @triton.jit
-def dot_signs(x, signs, TERMS: tl.constexpr, LEFT: tl.constexpr):
-    """x · signs (signs · x if LEFT) in float32, for entries 0 and ±1 of a 16-bit dtype.
+def dot_signs(x, signs, TERMS: tl.constexpr):
+    """x · signs in float32, for entries 0 and ±1 of a 16-bit dtype.
 
     x is float32 and is taken apart into TERMS numbers of that dtype, the first its rounding, the next that of the rest:
-    with bfloat16, 2 terms keep 16 bits of x and 3 all 24, over its whole range. TERMS = 0 is one product in float32.
+    with bfloat16, 2 terms keep 16 bits of x and 3 all 24, over its whole range. TERMS = 0 is one product in float32, of
+    any entries. x is on the left because Triton spreads the left side over the warps and repeats the right one in each.
     """
     if TERMS == 0:
-        wide = signs.to(tl.float32)
-        if LEFT:
-            total = tl.dot(wide, x, input_precision="ieee")
-        else:
-            total = tl.dot(x, wide, input_precision="ieee")
+        total = tl.dot(x, signs, input_precision="ieee")
     else:
         rest = x
         term = rest.to(signs.dtype)
-        if LEFT:
-            total = tl.dot(signs, term)
-        else:
-            total = tl.dot(term, signs)
+        total = tl.dot(term, signs)
         for _ in tl.static_range(TERMS - 1):
             rest -= term.to(tl.float32)
             term = rest.to(signs.dtype)
-            if LEFT:
-                total = tl.dot(signs, term, total)
-            else:
-                total = tl.dot(term, signs, total)
+            total = tl.dot(term, signs, total)
     return total

@@ -3,8 +3,8 @@
 A transform Q = F₁ ⊗ … ⊗ S has dense factors F (Hadamard matrices of order K, or random orthogonal ones) and at the end
 Sylvester's matrix S of a power of two. The factors act on different axes and may be applied in any order:
 
-    `sylvester_kernel`  blocks of P = A·B neighbours, as H_A · [A, B] · H_B with two small products of signs; P ≤ 8192
-    `factor_kernel`     y[b, i, r] = Σ_j F[i, j] x[b, j, r] in chunks, for every other factor and what is beyond 8192
+    `sylvester_kernel`  blocks of P neighbours as tiles [P/B, B], one small product of signs for either side; P ≤ 4096
+    `factor_kernel`     y[b, i, r] = Σ_j F[i, j] x[b, j, r] in chunks, for every other factor and what is beyond 4096
 
 The first pass multiplies by a vector (su) and by a factor per row while it loads, or adds up the parts of a split product;
 the last multiplies by a vector (sv) and adds the bias while it stores. Everything is float32 inside.
@@ -26,7 +26,7 @@ from .launch import device_of, term_dtype
 from .quantize import Digits, lowest_digit, quantize, round_to_integer, scale_of
 
 # Sylvester factors in one pass: a larger tile does not fit into the registers of a program.
-LARGEST_BLOCK = 8192
+LARGEST_BLOCK = 4096
 
 
 class Plan(NamedTuple):
@@ -62,11 +62,11 @@ def _sylvester(ORDER: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load(x, pre, row_scale, row, column, inside, columns, part_stride, PARTS: tl.constexpr):
+def _load(x, pre, row_scale, row, column, inside, columns, parts, part_stride):
     """x [row, column], parts added up, times pre [column] and row_scale [row]; pre and row_scale may be None."""
     place = row * columns + column
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
+    for part in range(1, parts):
         value += tl.load(x + part * part_stride + place, mask=inside, other=0.0).to(tl.float32)
     if pre is not None:
         value *= tl.load(pre + column, mask=inside, other=0.0).to(tl.float32)
@@ -86,15 +86,22 @@ def _store(y, post, bias, value, row, column, inside, columns):
 
 
 @triton.jit
-def _transform_tile(
-    value, scale, A: tl.constexpr, B: tl.constexpr, P: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr
-):
-    """The tile [A, B] under S_P: on the columns if P ≤ B (rows are other blocks then), else on all of it."""
-    value = dot_signs(value, _sylvester(B, P if P < B else B, TERM), TERMS, False)
-    if P > B:
-        value = dot_signs(value * scale, _sylvester(A, A, TERM), TERMS, True)
+def _columns_of_tile(A: tl.constexpr, B: tl.constexpr, P: tl.constexpr, loaded: tl.constexpr):
+    """Which number of its row stands where in a tile: [A, B] as it is loaded, [B, A] as `_transform_tile` returns it."""
+    a = tl.arange(0, A)
+    b = tl.arange(0, B)
+    if loaded or P <= B:
+        return a[:, None] * B + b[None, :]
     else:
-        value *= scale
+        return a[None, :] * B + b[:, None]
+
+
+@triton.jit
+def _transform_tile(value, A: tl.constexpr, B: tl.constexpr, P: tl.constexpr, TERMS: tl.constexpr, TERM: tl.constexpr):
+    """S_P on every P numbers of a tile: on its rows if P ≤ B, else as S_{P/B} ⊗ S_B, and then the tile is transposed."""
+    value = dot_signs(value, _sylvester(B, P if P < B else B, TERM), TERMS)
+    if P > B:
+        value = dot_signs(tl.trans(value), _sylvester(A, P // B, TERM), TERMS)
     return value
 
 
@@ -107,22 +114,22 @@ def sylvester_kernel(
     bias,
     y,
     columns,
+    parts,
     part_stride,
     scale,
     A: tl.constexpr,
     B: tl.constexpr,
     P: tl.constexpr,
-    PARTS: tl.constexpr,
     TERMS: tl.constexpr,
     TERM: tl.constexpr,
 ):
     """scale · S_P on every P neighbours of the rows of x [M, columns]; A·B numbers of a row a program."""
     row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * (A * B) + tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
-    inside = column < columns
-    value = _load(x, pre, row_scale, row, column, inside, columns, part_stride, PARTS)
-    value = _transform_tile(value, scale, A, B, P, TERMS, TERM)
-    _store(y, post, bias, value, row, column, inside, columns)
+    column = tl.program_id(0) * (A * B) + _columns_of_tile(A, B, P, True)
+    value = _load(x, pre, row_scale, row, column, column < columns, columns, parts, part_stride)
+    value = _transform_tile(value, A, B, P, TERMS, TERM) * scale
+    column = tl.program_id(0) * (A * B) + _columns_of_tile(A, B, P, False)
+    _store(y, post, bias, value, row, column, column < columns, columns)
 
 
 @triton.jit
@@ -142,9 +149,10 @@ def sylvester_quantize_kernel(
 ):
     """The digits of scale · S_n (pre ⊙ x) for x [M, n], n = A·B; a row a program. See `quantize`."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
+    place = _columns_of_tile(A, B, A * B, True)
     value = tl.load(x + row * (A * B) + place).to(tl.float32) * tl.load(pre + place).to(tl.float32)
-    value = _transform_tile(value, scale, A, B, A * B, TERMS, TERM)
+    # [A, B] once more: four neighbours go into a word
+    value = tl.trans(_transform_tile(value, A, B, A * B, TERMS, TERM)) * scale
     largest = tl.max(tl.max(tl.abs(value), 1), 0)
     poison = tl.sum(tl.sum(value * 0.0, 1), 0)
     step, inverse = scale_of(largest, poison, DIGITS)
@@ -173,51 +181,58 @@ def factor_kernel(
     before,
     order,
     after,
+    parts,
     part_stride,
     scale,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    PARTS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     TERMS: tl.constexpr,
     TERM: tl.constexpr,
 ):
-    """y[m, b, i, r] = scale · Σ_j factor[i, j] x[m, b, j, r] (factor[j, i] if TRANSPOSE), b < before, r < after; i, j < order.
+    """y[m, b, i, r] = scale · Σ_j factor[i, j] x[m, b, j, r] (factor[j, i] if TRANSPOSE); i, j < order.
 
-    groups = all triples (m, b, r); a program has BLOCK_G of them and BLOCK_I of the i. TERMS is 0 unless entries are ±1.
+    groups = all triples (m, b, r) with b < before and r < after; a program has BLOCK_G of them and BLOCK_I of the i.
+    TERMS is 0 unless entries are ±1.
     """
-    columns = before * order * after
-    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
-    known = (group < groups)[None, :]
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
+    known = group < groups
     outer = tl.minimum(group, groups - 1) // after
-    row = (outer // before).to(tl.int64)[None, :]
-    start = ((outer % before) * (order * after) + group % after)[None, :]
-    value = tl.zeros([BLOCK_I, BLOCK_G], tl.float32)
+    row = (outer // before).to(tl.int64)
+    start = (outer % before) * (order * after) + group % after
+    columns = before * order * after
+    value = tl.zeros([BLOCK_G, BLOCK_I], tl.float32)
     for first in range(0, order, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         source = _load(
-            x, pre, row_scale, row, start + (j * after)[:, None], known & (j < order)[:, None], columns, part_stride, PARTS
+            x,
+            pre,
+            row_scale,
+            row,
+            start + j[None, :] * after,
+            known & (j < order)[None, :],
+            columns,
+            parts,
+            part_stride,
         )
-        if TRANSPOSE:
-            entry = factor + j[None, :] * order + i[:, None]
-        else:
-            entry = factor + i[:, None] * order + j[None, :]
-        matrix = tl.load(entry, mask=(i < order)[:, None] & (j < order)[None, :], other=0).to(tl.float32)
+        j = j[:, None]
+        entry = factor + (j * order + i if TRANSPOSE else i * order + j)
+        matrix = tl.load(entry, mask=(i < order) & (j < order), other=0).to(tl.float32)
         if TERMS > 0:
             matrix = matrix.to(TERM)
-        value += dot_signs(source, matrix, TERMS, True)
-    column = start + (i * after)[:, None]
-    _store(y, post, bias, value * scale, row, column, known & (i < order)[:, None], columns)
+        value += dot_signs(source, matrix, TERMS)
+    _store(y, post, bias, value * scale, row, start + i * after, known & (i < order), columns)
 
 
-def make_plan(factors: Sequence[torch.Tensor], device: torch.device) -> Plan:
+def make_plan(size: int, factors: Sequence[torch.Tensor], device: torch.device) -> Plan:
     """What the kernels need to know of a transform F₁ ⊗ F₂ ⊗ ….
 
     Args:
-        factors: orthogonal matrices, float64 [f, f] on the CPU; entries all of one size are taken for a Hadamard
-            matrix, and those of Sylvester's at the end are put together.
+        size: its order.
+        factors: orthogonal matrices, none for the identity, float64 [f, f] on the CPU; entries all of one size are taken
+            for a Hadamard matrix, and those of Sylvester's at the end are put together.
     """
     rest = [factor for factor in factors if factor.shape[0] > 1]
     power = 1
@@ -234,7 +249,7 @@ def make_plan(factors: Sequence[torch.Tensor], device: torch.device) -> Plan:
         is_sign.append(signs)
         dense.append((factor.sign().to(torch.int8) if signs else factor.float()).contiguous().to(device))
         scale /= math.sqrt(order) if signs else 1
-    return Plan(math.prod(factor.shape[0] for factor in factors), tuple(dense), tuple(is_sign), power, scale)
+    return Plan(size, tuple(dense), tuple(is_sign), power, scale)
 
 
 def _sylvester_matrix(order: int) -> torch.Tensor:
@@ -279,7 +294,7 @@ def transform(
     if x.ndim not in (2, 3) or x.shape[-1] != plan.size:
         raise ValueError(f"expected [M, {plan.size}] or [P, M, {plan.size}], got {list(x.shape)}")
     parts, rows = (x.shape[0] if x.ndim == 3 else 1), x.shape[-2]
-    terms = 3 if dtype == torch.float32 or x.dtype == torch.float32 and x.ndim == 2 else 2
+    terms = 3 if dtype == torch.float32 else 2
     passes = len(plan.factors) + (plan.power > 1 or not plan.factors)
     before = 1
     for index in range(passes):
@@ -293,8 +308,8 @@ def transform(
                 order = factor.shape[0]
                 after = plan.size // (before * order)
                 groups = rows * before * after
-                block = 64 if order > 32 else (32 if order > 16 else 16)
-                factor_kernel[(triton.cdiv(groups, 32), triton.cdiv(order, block))](
+                block = 32 if order > 16 else 16
+                factor_kernel[(triton.cdiv(groups, 64), triton.cdiv(order, block))](
                     x,
                     pre,
                     row_scale,
@@ -305,12 +320,12 @@ def transform(
                     before,
                     order,
                     after,
+                    parts,
                     rows * plan.size,
                     scale,
                     BLOCK_I=block,
-                    BLOCK_J=min(block, 32),
-                    BLOCK_G=32,
-                    PARTS=parts,
+                    BLOCK_J=block,
+                    BLOCK_G=64,
                     TRANSPOSE=transpose,
                     TERMS=terms if plan.signs[index] else 0,
                     TERM=term_dtype(),
@@ -326,12 +341,12 @@ def transform(
                     *ends,
                     y,
                     plan.size,
+                    parts,
                     rows * plan.size,
                     scale,
                     A=a,
                     B=b,
                     P=plan.power,
-                    PARTS=parts,
                     TERMS=terms,
                     TERM=term_dtype(),
                     num_warps=warps(a * b),
@@ -367,12 +382,12 @@ def transform_quantize(x: torch.Tensor, plan: Plan, pre: torch.Tensor, digits: i
 
 def tile(power: int) -> tuple[int, int]:
     """Rows and columns of a tile for blocks of `power` neighbours; products need at least 16 of either."""
-    if power <= 128:
+    if power <= 64:
         return 16, max(16, power)
-    a = 1 << ((power.bit_length() - 1) // 2)
-    return a, power // a
+    b = 1 << (power.bit_length() // 2)
+    return max(16, power // b), b
 
 
 def warps(numbers: int) -> int:
     """Warps for a tile of so many numbers."""
-    return 8 if numbers > 2048 else 4
+    return 4 if numbers < 2048 else (8 if numbers < 4096 else 16)
