@@ -1,7 +1,7 @@
 """The kernel layout of E8P codes, and the table that kernels decode them with.
 
-A logical code (int16, QuIP#, arXiv 2402.04396, section 4.2) names 8 neighbouring weights: its high byte one of 256 patterns,
-its low byte eight sign bits whose parity p gives the side of the shift and flips bit 0. Every weight is a multiple of 1/4,
+A logical code (int16; QuIP#, arXiv 2402.04396, section 4.2) names 8 neighbouring weights: its high byte one of 256
+patterns, its low byte eight sign bits whose parity p gives the side of the shift and flips bit 0. Every weight is a multiple of 1/4,
 
     w = (2·nibble − 15) / 4        nibble in 2 … 13,
 
@@ -16,8 +16,8 @@ of either at once and one shift serves four codes:
     signs     bit 4k + i = sign bit of nibble k of code i
 
 Nibble 2j + h of a code is its weight 4h + j: the nibbles at even places are the first four weights, so that four
-consecutive 8-bit activations face four bytes of masked nibbles. Bit 0, which the parity flips, belongs to nibble 0. The planes hold the same bits as the codes, in another
-order; [`unpack`] is the exact inverse of [`pack`].
+consecutive 8-bit activations face four bytes of masked nibbles. Bit 0, which the parity flips, belongs to nibble 0. The
+planes hold the same bits as the codes, in another order; [`unpack`] is the exact inverse of [`pack`].
 """
 
 from __future__ import annotations

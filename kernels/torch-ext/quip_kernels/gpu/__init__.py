@@ -3,3 +3,7 @@
 `decode` (what a word of codes means) and `dot` (products) are the parts; `transform`, `quantize`, `matvec`, `small_batch`
 and `dequantize` are a kernel each, with the function that launches it.
 """
+
+from . import dequantize, matvec, quantize, small_batch, transform
+
+__all__ = ["dequantize", "matvec", "quantize", "small_batch", "transform"]

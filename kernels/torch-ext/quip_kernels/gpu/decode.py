@@ -1,4 +1,4 @@
-"""From two words of codes to nibbles and weights: the part that all E8P kernels share. The layout is described in `..e8p`."""
+"""From two words of codes to nibbles and weights, as all E8P kernels need it. The layout is described in `..e8p`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def weight_of_nibble(nibbles, k: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _twice_weight(nibbles, k: tl.constexpr):
-    """2w = nibble − 7.5 of nibble k as float16: the nibble becomes the units of 64 … 79, so that no conversion is needed."""
+    """2w = nibble − 7.5 of nibble k as float16; it becomes the units of 64 … 79, so that no conversion is needed."""
     bits = nibbles << 4 if k == 0 else nibbles >> (4 * k - 4)
     return ((bits & 0xF0) | 0x5400).to(tl.uint16).to(tl.float16, bitcast=True) - 71.5
 

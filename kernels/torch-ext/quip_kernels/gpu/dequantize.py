@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import e8p
-from .decode import weight_of_nibble, look_up, signs_of_words
+from .decode import look_up, signs_of_words, weight_of_nibble
 from .launch import device_of
 
 

@@ -53,7 +53,7 @@ def largest_integer(DIGITS: tl.constexpr):
 
 @triton.jit
 def scale_of(largest, poison, DIGITS: tl.constexpr):
-    """scale and 1/scale for max|x| = largest; poison is 0, or NaN where x has one, or an infinity: so is then the result."""
+    """scale and 1/scale for max|x| = largest; poison is 0, or NaN where x is not finite, and so is then the scale."""
     limit = largest_integer(DIGITS)
     scale = largest / limit + poison
     return scale, tl.where(largest > 0, limit / largest, 0.0)
