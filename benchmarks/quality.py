@@ -5,7 +5,8 @@
 Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `self` is the bare default (text that the model writes
 itself), `none` is dataset=None. Each run is a fresh process, so that wall and CPU seconds (all threads; loading the
 dense model included) are its own. results/quality.json is written after every run, and runs that it has already are
-replaced, so that a long series can be made in parts. For the first seed of each setting, a picture of the errors of
+replaced, so that a long series can be made in parts, also side by side with fewer threads (OMP_NUM_THREADS): seconds are
+taken from the runs with the most threads alone. For the first seed of each setting, a picture of the errors of
 every layer is written beside it.
 """
 
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> dict:
         "seed": int(seed),
         "wall_seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
+        "threads": torch.get_num_threads(),
         "windows": options.windows,
         "perplexity": {name: perplexity(model, ids) for name, ids in windows.evaluation.items()},
     }
@@ -108,6 +110,12 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
 
 
+def timed(rows: list[dict]) -> list[dict]:
+    """The runs whose seconds count: those that had the most threads."""
+    most = max(row["threads"] for row in rows)
+    return [row for row in rows if row["threads"] == most]
+
+
 def print_table(rows: list[dict]) -> None:
     print(f"\n{'setting':8s} {'runs':>4s}  {'wiki':28s} {'news':28s} {'true bits':>9s} {'wall s':>7s} {'CPU s':>7s}")
     for setting in SETTINGS:
@@ -116,7 +124,7 @@ def print_table(rows: list[dict]) -> None:
             continue
         wiki, news = (spread([row["perplexity"][name] for row in found]) for name in ("wiki", "news"))
         bits = found[0].get("true_bits", 32)
-        wall, cpu = (statistics.mean(row[key] for row in found) for key in ("wall_seconds", "cpu_seconds"))
+        wall, cpu = (statistics.mean(row[key] for row in timed(found)) for key in ("wall_seconds", "cpu_seconds"))
         print(f"{setting:8s} {len(found):4d}  {wiki:28s} {news:28s} {bits:9.3f} {wall:7.0f} {cpu:7.0f}")
 
 
@@ -137,7 +145,7 @@ def main() -> None:
 
     folder = options.folder or dense_folder()
     results = machine.RESULTS / f"{options.name}.json"
-    rows = json.loads(results.read_text())["rows"] if results.is_file() else []
+    rows = []
     for setting in options.settings:
         for seed in options.seeds[:1] if setting == "dense" else options.seeds:
             command = [sys.executable, __file__, str(folder), "--run", setting, str(seed)]
@@ -146,7 +154,9 @@ def main() -> None:
                 command += ["--picture", str(machine.RESULTS / f"{options.name}-{setting}.png")]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             row = json.loads(output.splitlines()[-1])
+            rows = json.loads(results.read_text())["rows"] if results.is_file() else []  # others may write it meanwhile
             rows = [old for old in rows if (old["setting"], old["seed"]) != (setting, seed)] + [row]
+            rows.sort(key=lambda row: (list(SETTINGS).index(row["setting"]), row["seed"]))
             machine.save(options.name, {"settings": SETTINGS, "rows": rows})
             print(json.dumps(row), flush=True)
     print_table(rows)

@@ -47,7 +47,8 @@ def quality_table(quality: dict) -> str:
         seeds = f", {len(rows)} seeds" if len(rows) > 1 else ""
         bits = f"{rows[0]['true_bits']:.3f}" if "true_bits" in rows[0] else "32"
         wiki, news = (figure([row["perplexity"][name] for row in rows]) for name in ("wiki", "news"))
-        wall, cpu = (f"{statistics.mean(row[key] for row in rows):.0f}" for key in ("wall_seconds", "cpu_seconds"))
+        timed = [row for row in rows if row["threads"] == max(other["threads"] for other in rows)]
+        wall, cpu = (f"{statistics.mean(row[key] for row in timed):.0f}" for key in ("wall_seconds", "cpu_seconds"))
         if setting == "dense":
             wall = cpu = ""
         lines.append(f"| {description}{seeds} | {bits} | {wiki} | {news} | {wall} | {cpu} |")

@@ -190,10 +190,10 @@ OPTIONS: dict[str, Option] = {
     ),
     "text_column": Option("text", _text, "The column of a `datasets.Dataset` that holds the text."),
     "calibrate_on": Option(
-        "quantized",
-        _choice("quantized", "dense", "both"),
-        "Whose activations a block is calibrated on: 'quantized', the model's with all blocks before it quantized; "
-        "'dense', the original model's, as in the paper; 'both', the former, aiming at what the latter would give.",
+        "mixed",
+        _choice("mixed", "quantized", "dense"),
+        "Whose activations a block is calibrated on: 'quantized', those of the model with all blocks before it quantized; "
+        "'dense', the original model's, as in the paper; 'mixed', every second batch the one or the other.",
     ),
     "num_samples": Option(256, _integer(1), "How many token sequences to calibrate on."),
     "sequence_length": Option(512, _integer(1), "Tokens in each of them."),

@@ -10,36 +10,16 @@
  */
 #include <math.h>
 #include <pthread.h>
-#include <stdint.h>
 #include <string.h>
 
-#define LANES 16
-#define BLOCK 8
+#include "common.h"
+
 #define FAMILIES 7
-#define TRIPLES 29
 #define KEYS 6561 /* 3^8: a pattern as eight digits, coordinate 0 first */
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_CPU
-#endif
-#define INLINE static inline __attribute__((always_inline))
-#define EACH_LANE _Pragma("omp simd") for (int l = 0; l < LANES; l++)
 
 typedef float lanes_f[LANES] __attribute__((aligned(64)));
 typedef int32_t lanes_i[LANES] __attribute__((aligned(64)));
 
-/* Coordinates that are 1/2 in the patterns of norm 12. */
-static const char triples[TRIPLES][4] = {"123", "023", "013", "012", "367", "357", "347", "356", "346", "345",
-                                         "267", "257", "247", "256", "246", "245", "167", "157", "147", "156",
-                                         "146", "045", "067", "057", "047", "056", "046", "014", "237"};
 static int triple_at[TRIPLES][3];
 static int32_t triple_mask[FAMILIES + TRIPLES];
 static uint8_t pattern_of_key[KEYS];
@@ -56,7 +36,7 @@ static void make_tables(void) {
         int key = 0;
         int32_t mask = 0;
         for (int i = 0; i < 3; i++) {
-            triple_at[t][i] = triples[t][i] - '0';
+            triple_at[t][i] = quip_e8p_triples[t][i] - '0';
             mask |= 1 << triple_at[t][i];
         }
         for (int i = 0; i < BLOCK; i++) key = 3 * key + !(mask >> i & 1);

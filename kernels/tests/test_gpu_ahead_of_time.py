@@ -66,7 +66,9 @@ def test_no_spills(name, target):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "target"), [case for case in CASES if case[0] not in USUAL or case[1] not in USUAL_TARGETS])
+@pytest.mark.parametrize(
+    ("name", "target"), [case for case in CASES if case[0] not in USUAL or case[1] not in USUAL_TARGETS]
+)
 def test_no_spills_anywhere(name, target):
     check(name, target)
 

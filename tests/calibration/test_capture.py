@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from tests.models import ARCHITECTURES, HIDDEN, tiny_ids, tiny_model
-from transformers_quip.calibration import BlockInputs, capture_inputs, find_blocks, linear_names
+from transformers_quip.calibration import capture_inputs, find_blocks, linear_names
 
 BLOCKS = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
 
@@ -231,18 +231,6 @@ def test_offloaded_models(arch):
         inputs.advance(index, block)
     torch.testing.assert_close(inputs.hidden[0], truth[-1], rtol=1e-5, atol=1e-5)
     assert [block.__dict__.get("forward") for block in blocks] == hooked
-
-
-def test_fork_follows_a_second_model():
-    model = tiny_model("llama")
-    _, blocks = find_blocks(model)
-    dense = capture_inputs(model, blocks, tiny_ids(), 2, progress=False)
-    other = dense.fork()
-    before = dense.hidden[0].clone()
-    other.advance(0, blocks[1])
-    assert isinstance(other, BlockInputs)
-    assert torch.equal(dense.hidden[0], before)
-    assert not torch.allclose(other.hidden[0], before)
 
 
 def test_hidden_states_keep_the_models_dtype():

@@ -135,6 +135,15 @@ def test_round_panel_follows_its_definition(method, rows, columns, monkeypatch):
     assert torch.equal(BOOK.decode(codes, columns), points)
 
 
+def test_tables_have_values_whatever_the_default_device():
+    for table in (e8p.magnitudes, e8p.signed_base, e8p.points, e8p._candidates, e8p._points_on):
+        table.cache_clear()
+    with torch.device("meta"):
+        assert e8p.points().device.type == "cpu"
+        assert all(part.device.type == "cpu" for part in e8p._candidates(torch.device("cpu")))
+    assert sha256(e8p.points()) == "69038254fded6881558c6369a333e7e5a9160a1425321c215a1cef0278cbea7a"
+
+
 def test_registry_names_what_exists():
     assert codebooks.default_for_bits(2) == "e8p"
     with pytest.raises(ValueError, match="did you mean 'e8p'"):

@@ -66,9 +66,7 @@ def test_one_coordinate_is_spread_over_all(size):
     unit = torch.zeros(1, size, dtype=torch.float64)
     unit[0, size // 3] = 1
     largest = transform.apply(unit).abs().max().item() * math.sqrt(size)
-    exact = all(
-        not isinstance(f, Hartley) and (f.abs() - f.abs().max()).abs().max() < 1e-9 for f in transform._factors
-    )
+    exact = all(not isinstance(f, Hartley) and (f.abs() - f.abs().max()).abs().max() < 1e-9 for f in transform._factors)
     assert largest < 1.0001 if exact else largest < 12
 
 
@@ -120,3 +118,13 @@ def test_signs_are_seeded_and_differ_by_role():
         assert abs((signs * other).mean().item()) < 0.08
     with pytest.raises(ValueError, match="role"):
         incoherence.signs(8, 0, "su")
+
+
+def test_tables_have_values_whatever_the_default_device():
+    incoherence.transform.hadamard.cache_clear()
+    with torch.device("meta"):
+        transform = incoherence.get("hadamard", 107 * 4, 11)
+        signs = incoherence.signs(8, 0, "in")
+    assert signs.device.type == "cpu"
+    x = torch.randn(2, 428, dtype=torch.float64)
+    torch.testing.assert_close(transform.apply_transpose(transform.apply(x)), x, rtol=0, atol=1e-12)

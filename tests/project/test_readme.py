@@ -55,19 +55,21 @@ def test_the_results_are_those_of_the_benchmarks():
 
 def test_tables_from_results(tmp_path, monkeypatch):
     machine = {"processor": "P", "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0"}}
-    row = {"setting": "text", "true_bits": 2.09, "wall_seconds": 100, "cpu_seconds": 200, "proxy_loss": {"q": 0.01234}}
+    row = {"setting": "text", "true_bits": 2.09, "wall_seconds": 100, "cpu_seconds": 200, "threads": 2}
+    row["proxy_loss"] = {"q": 0.01234}
     quality = {
         "machine": machine,
         "settings": {"dense": "dense model", "text": "on text"},
         "rows": [
             {**row, "seed": 0, "perplexity": {"wiki": 50.0, "news": 100.0}},
-            {**row, "seed": 1, "perplexity": {"wiki": 52.0, "news": 20000.0}},
+            {**row, "seed": 1, "perplexity": {"wiki": 52.0, "news": 20000.0}, "threads": 1, "wall_seconds": 999},
             {
                 "setting": "dense",
                 "seed": 0,
                 "perplexity": {"wiki": 17.76, "news": 30.85},
                 "wall_seconds": 1,
                 "cpu_seconds": 1,
+                "threads": 2,
             },
         ],
     }

@@ -100,25 +100,6 @@ def test_measured_scale_is_no_worse_than_a_wrong_one():
     assert errors["auto"] < min(errors[0.5], errors[2.0])
 
 
-def test_drift_aims_at_the_outputs_of_the_dense_model():
-    """Inputs that the quantized model has distorted in a way that a linear map can undo in part."""
-    weight, dense = weights((48, 64)), tokens(4000, 64)
-    generator = torch.Generator().manual_seed(9)
-    distortion = torch.eye(64) + 0.15 * torch.randn(64, 64, generator=generator) / 8
-    seen = dense @ distortion + 0.05 * torch.randn(dense.shape, generator=generator)
-    drift = ((dense - seen).double().T @ seen.double() / len(seen)).float()
-    wanted = dense.double() @ weight["block.0"].double().T
-    without, aimed = (quantize_weights(weight, hessian_of(seen), options(), given)["block.0"] for given in (None, drift))
-    errors = [output_error(weight["block.0"], result, seen, wanted) for result in (without, aimed)]
-    assert errors[1] < 0.8 * errors[0]
-
-
-def test_drift_of_zero_changes_nothing():
-    weight, x = weights((16, 32)), tokens(300, 32)
-    a, b = (quantize_weights(weight, hessian_of(x), options(), d)["block.0"] for d in (None, torch.zeros(32, 32)))
-    assert torch.equal(a.codes, b.codes)
-
-
 def test_too_few_tokens_and_dead_columns(caplog):
     weight, x = weights((32, 64)), tokens(20, 64)
     x[:, [3, 40]] = 0

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ def options(**changes):
     return QuipConfig(bits=2, dataset=IDS, sequence_length=24, num_samples=12, batch_size=5, **changes)
 
 
-def second_moments(model, names):
-    """E[x xᵀ] of the inputs of the named linears in a plain forward of the whole model, in float64."""
-    sums, hooks = {name: 0 for name in names}, []
+def moments(model, names, ids):
+    """Σ x xᵀ of the inputs of the named linears in a plain forward of the whole model, in float64."""
+    sums, hooks = dict.fromkeys(names, 0), []
     for name in names:
 
         def hook(module, args, name=name):
@@ -31,19 +32,19 @@ def second_moments(model, names):
 
         hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
     with torch.no_grad():
-        model(IDS)
+        model(ids)
     for hook in hooks:
         hook.remove()
-    return {name: (total / IDS.numel()).float() for name, total in sums.items()}
+    return sums
 
 
 def same_codes(a, b):
     return (a == b).float().mean().item()
 
 
-@pytest.mark.parametrize("calibrate_on", ["quantized", "dense"])
+@pytest.mark.parametrize("calibrate_on", ["quantized", "dense", "mixed"])
 def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkeypatch):
-    monkeypatch.setattr("transformers_quip.quantize.model._FORWARD_PRECISION", "ieee")
+    monkeypatch.setattr("transformers_quip.quantize.model.calibration_autocast", lambda block: nullcontext())
     dense = tiny_model("llama")
     model = copy.deepcopy(dense)
     config = options(calibrate_on=calibrate_on)
@@ -51,9 +52,11 @@ def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkey
     last = "model.layers.1.mlp.down_proj"
     names = ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.gate_proj", last]
     half = copy.deepcopy(dense)
-    if calibrate_on == "quantized":
-        half.model.layers[0] = copy.deepcopy(model.model.layers[0])
-    hessians = second_moments(half, names)
+    half.model.layers[0] = copy.deepcopy(model.model.layers[0])
+    batches = IDS.split(5)
+    followed = {"quantized": [half] * 3, "dense": [dense] * 3, "mixed": [half, dense, half]}[calibrate_on]
+    parts = [moments(one, names, batch) for one, batch in zip(followed, batches, strict=True)]
+    hessians = {name: (sum(part[name] for part in parts) / IDS.numel()).float() for name in names}
     for name in names:
         weight = {name: dense.get_submodule(name).weight.data}
         if name.endswith("gate_proj"):
@@ -63,18 +66,6 @@ def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkey
             # Sums in another order move a Hessian by 1e-7, and now and then a code.
             assert same_codes(result.codes, model.get_submodule(member).codes) > 0.97
             torch.testing.assert_close(model.get_submodule(member).su, result.su, rtol=1e-4, atol=1e-5)
-
-
-def test_aiming_at_the_dense_model_brings_the_outputs_nearer():
-    dense = tiny_model("llama")
-    with torch.no_grad():
-        wanted = dense.model(IDS).last_hidden_state
-        errors = {}
-        for calibrate_on in ("quantized", "both"):
-            model = copy.deepcopy(dense)
-            quantize_model(model, options(calibrate_on=calibrate_on))
-            errors[calibrate_on] = (model.model(IDS).last_hidden_state - wanted).square().sum().item()
-    assert errors["both"] < errors["quantized"]
 
 
 def test_report_and_record():
@@ -135,9 +126,7 @@ def test_global_precision_settings_do_not_reach_the_rounding():
         assert setting.fp32_precision == "bf16"
     finally:
         setting.fp32_precision = before
-    for a, b in zip(
-        replace.quantized_linears(model).values(), replace.quantized_linears(reference).values(), strict=True
-    ):
+    for a, b in zip(replace.quantized_linears(model).values(), replace.quantized_linears(reference).values(), strict=True):
         assert torch.equal(a.codes, b.codes)
 
 
@@ -146,6 +135,14 @@ def test_activations_that_overflow_name_the_module():
     model.model.layers[1].input_layernorm.weight.data[5] = float("inf")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj hold NaN or Inf"):
         quantize_model(model, options())
+
+
+def test_too_few_tokens_are_named(caplog):
+    """72 tokens are enough for 64 columns, but not for the 96 of down_proj."""
+    with caplog.at_level(logging.WARNING):
+        quantize_model(tiny_model("llama"), QuipConfig(bits=2, dataset=IDS[:3], num_samples=3, sequence_length=24))
+    assert "model.layers.1.mlp.down_proj: 72 calibration tokens are too few for its 96 inputs" in caplog.text
+    assert "gate_proj" not in caplog.text
 
 
 def test_a_linear_that_no_token_reaches_is_named(caplog):

@@ -2,14 +2,13 @@
 
 from .capture import BlockCall, BlockInputs, NotBlockByBlock, capture_inputs, find_blocks, linear_names
 from .dataset import load_token_ids
-from .hessian import CrossMomentAccumulator, HessianAccumulator
+from .hessian import HessianAccumulator
 from .observe import LinearObserver, observe_linears
 from .synthetic import write_text
 
 __all__ = [
     "BlockCall",
     "BlockInputs",
-    "CrossMomentAccumulator",
     "HessianAccumulator",
     "LinearObserver",
     "NotBlockByBlock",

@@ -8,7 +8,7 @@ Nothing here knows an architecture by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,17 +138,14 @@ class BlockInputs:
                 output = block(*args, **{call.keyword: hidden}, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output
 
-    def advance(self, block_index: int, block: nn.Module) -> None:
-        """Replace the hidden states by the block's outputs, batch after batch: the inputs of the next block."""
-        for batch_index in range(self.num_batches):
-            self.hidden[batch_index] = move(self.call(block_index, block, batch_index), self.storage_device)
+    def advance(self, block_index: int, block: nn.Module, batches: Iterable[int] | None = None) -> None:
+        """Replace the hidden states by the block's outputs, batch after batch: the inputs of the next block.
 
-    def fork(self) -> BlockInputs:
-        """A second set of hidden states over the same calls.
-
-        To follow the dense and the quantized model side by side. Tensors are shared until one side replaces them.
+        Args:
+            batches: which ones; None: all.
         """
-        return BlockInputs(list(self.hidden), self.calls, self.storage_device)
+        for batch_index in range(self.num_batches) if batches is None else batches:
+            self.hidden[batch_index] = move(self.call(block_index, block, batch_index), self.storage_device)
 
 
 class NotBlockByBlock(ValueError):

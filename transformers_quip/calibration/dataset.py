@@ -17,6 +17,9 @@ from .synthetic import write_text
 
 logger = logging.getLogger(__name__)
 
+# Text that the model writes itself is packed from documents of this length: half the time of documents that fill a
+# window (attention over long caches is what takes it), and more of them start afresh.
+_DOCUMENT_LENGTH = 128
 _ALLOWED = (
     "'self' (text the model writes itself), the name of a data set that Optimum knows (wikitext2, c4, c4-new), a list of "
     "strings, a list of token id sequences, a tensor [samples, tokens] of token ids, or a datasets.Dataset"
@@ -50,7 +53,7 @@ def load_token_ids(config: Any, model: nn.Module, tokenizer: Any = None) -> tupl
     dataset, samples = config.dataset, config.num_samples
     length = _fitting_length(config.sequence_length, model)
     if isinstance(dataset, str) and dataset == "self":
-        ids = write_text(model, samples, length, seed=config.seed)
+        ids = write_text(model, samples, length, config.seed, document_length=_DOCUMENT_LENGTH)
         return ids, f"self: {samples} x {length} tokens written by the model itself, seed {config.seed}"
 
     if isinstance(dataset, str):

@@ -13,49 +13,7 @@ _TOKENS = 4096
 _COLUMNS = 256
 
 
-class _MomentAccumulator:
-    """A float64 sum of x yᵀ over tokens: float32 products a panel of columns and a chunk of tokens at a time."""
-
-    def __init__(self, size: int, device: torch.device | str = "cpu", name: str = ""):
-        self.size = size
-        self.name = name or "the linear"
-        self.tokens = 0
-        self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
-
-    def _accumulate(self, x: torch.Tensor, y: torch.Tensor, upper: bool) -> None:
-        for tensor in (x, y):
-            if tensor.shape[-1] != self.size or tensor.shape != x.shape or not tensor.is_floating_point():
-                raise ValueError(
-                    f"Inputs of {self.name} must be floating point [..., {self.size}], of one shape, got "
-                    f"{list(tensor.shape)} of {tensor.dtype}."
-                )
-        x, y = x.reshape(-1, self.size), y.reshape(-1, self.size)
-        # bfloat16 numbers lose nothing as bfloat16 factors, and oneDNN adds their products in float32: exact and
-        # faster.
-        exact_in_bf16 = x.dtype == y.dtype == torch.bfloat16
-        with cpu_matmul_precision("bf16" if exact_in_bf16 else "ieee"):
-            for left, right in zip(x.split(_TOKENS), y.split(_TOKENS), strict=True):
-                left = left.to(self._sum.device, torch.float32)
-                right = left if y is x else right.to(self._sum.device, torch.float32)
-                for start in range(0, self.size, _COLUMNS):
-                    rows = slice(start, start + _COLUMNS)
-                    first = start if upper else 0
-                    self._sum[rows, first:] += left[:, rows].T @ right[:, first:]
-        self.tokens += len(x)
-
-    def _check(self, statistic: torch.Tensor) -> None:
-        if self.tokens == 0:
-            raise ValueError(f"No activations were seen for {self.name}: it did not run on the calibration data.")
-        bad = ~statistic.isfinite()
-        if bad.any():
-            raise ValueError(
-                f"The calibration inputs of {self.name} hold NaN or Inf in column {int(bad.nonzero()[0, 0])} (of "
-                f"{self.size}; {int(bad.sum()) if bad.ndim == 1 else int(bad.any(-1).sum())} columns in all). The "
-                "model overflows in its dtype, or its weights do: load it with dtype=torch.float32."
-            )
-
-
-class HessianAccumulator(_MomentAccumulator):
+class HessianAccumulator:
     """Accumulates the Hessian H = E[x xᵀ] over the tokens of many batches.
 
     Products are computed in float32 and summed in float64, upper triangle only. The sum takes 8·size² bytes (1.6 GB
@@ -70,6 +28,12 @@ class HessianAccumulator(_MomentAccumulator):
         tokens: the number of x summed so far.
     """
 
+    def __init__(self, size: int, device: torch.device | str = "cpu", name: str = ""):
+        self.size = size
+        self.name = name or "the linear"
+        self.tokens = 0
+        self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
+
     @torch.no_grad()
     def add(self, x: torch.Tensor) -> None:
         """Add the tokens of x [..., n], of any float dtype.
@@ -77,7 +41,20 @@ class HessianAccumulator(_MomentAccumulator):
         Raises:
             ValueError: another number of columns, or not floating point.
         """
-        self._accumulate(x, x, upper=True)
+        if x.shape[-1] != self.size or not x.is_floating_point():
+            raise ValueError(
+                f"Inputs of {self.name} must be floating point [..., {self.size}], got {list(x.shape)} of {x.dtype}."
+            )
+        x = x.reshape(-1, self.size)
+        # The product of two bfloat16 numbers is exact in float32, in which oneDNN adds them up: exact, and faster.
+        exact = cpu_matmul_precision("bf16" if x.dtype == torch.bfloat16 else "ieee")
+        with exact, torch.autocast(self._sum.device.type, enabled=False):
+            for tokens in x.split(_TOKENS):
+                tokens = tokens.to(self._sum.device, torch.float32)
+                for start in range(0, self.size, _COLUMNS):
+                    rows = slice(start, start + _COLUMNS)
+                    self._sum[rows, start:] += tokens[:, rows].T @ tokens[:, start:]
+        self.tokens += len(x)
 
     @torch.no_grad()
     def hessian(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -86,7 +63,7 @@ class HessianAccumulator(_MomentAccumulator):
         Raises:
             ValueError: no tokens were added, or an activation was NaN or Inf (every such value reaches the diagonal).
         """
-        self._check(self._sum.diagonal())
+        self._check()
         result = torch.empty(self.size, self.size, dtype=dtype, device=self._sum.device)
         for start in range(0, self.size, _COLUMNS):
             rows, after = slice(start, start + _COLUMNS), start + _COLUMNS
@@ -97,28 +74,13 @@ class HessianAccumulator(_MomentAccumulator):
             result[after:, rows] = panel[:, _COLUMNS:].T
         return result
 
-
-class CrossMomentAccumulator(_MomentAccumulator):
-    """Accumulates C = E[x yᵀ] of two inputs for the same tokens, such as the dense model's and the quantized model's.
-
-    Arguments, arithmetic and memory as in `HessianAccumulator`, without the symmetry.
-    """
-
-    @torch.no_grad()
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the tokens of x and y, both [..., n] and of one shape, of any float dtype.
-
-        Raises:
-            ValueError: shapes differ, another number of columns, or not floating point.
-        """
-        self._accumulate(x, y, upper=False)
-
-    @torch.no_grad()
-    def moment(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The mean of x yᵀ, [n, n].
-
-        Raises:
-            ValueError: no tokens were added, or an activation was NaN or Inf.
-        """
-        self._check(self._sum)
-        return (self._sum / self.tokens).to(dtype)
+    def _check(self) -> None:
+        if self.tokens == 0:
+            raise ValueError(f"No activations were seen for {self.name}: it did not run on the calibration data.")
+        bad = ~self._sum.diagonal().isfinite()
+        if bad.any():
+            raise ValueError(
+                f"The calibration inputs of {self.name} hold NaN or Inf in column {int(bad.nonzero()[0, 0])} (of "
+                f"{self.size}; {int(bad.sum())} columns in all). The model overflows in its dtype, or its weights do: "
+                "load it with dtype=torch.float32."
+            )

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 STARTS = ("random", "bos")
 
 # Beyond this many documents at once a matrix product gains nothing more.
-_MOST_AT_ONCE = 128
+_MOST_AT_ONCE = 256
 _MEMORY = 1 << 30
 
 
@@ -60,7 +60,7 @@ def write_text(
             one document a sequence (None).
         greedy_tokens: so many tokens after the first are the likeliest ones instead of sampled ones.
         batch_size: documents written at once; None: as many as fit into 1 GiB (half of the free memory on a GPU), at
-            most 128.
+            most 256.
         progress: show a tqdm bar.
 
     Returns:

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
+from collections.abc import Callable
 
 import torch
+
+
+def table(function: Callable) -> Callable:
+    """Cache a function that builds a constant, and let it build on the CPU.
+
+    Transformers builds models under torch.device("meta"); a table made first there would be cached without values.
+    """
+
+    @functools.cache
+    @functools.wraps(function)
+    def build(*arguments):
+        with torch.device("cpu"):
+            return function(*arguments)
+
+    return build
 
 
 class Codebook(abc.ABC):

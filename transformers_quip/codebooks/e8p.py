@@ -13,17 +13,19 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 
-from .base import Codebook
+from .base import Codebook, table
 
 # Coordinates that are 1/2 (the other five are 3/2) in the last 29 patterns: the part of norm 12 that QuIP# kept.
-_NORM_TWELVE = "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
+_NORM_TWELVE = (
+    "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
+)
 # Bit of the low byte that holds the sign of coordinate 0..7.
 _SIGN_BITS = (0, 4, 1, 5, 2, 6, 3, 7)
 _SHIFT = 0.25
 _FORBIDDEN = -1e4
 
 
-@functools.cache
+@table
 def magnitudes() -> torch.Tensor:
     """The 256 patterns |v|: float32 [256, 8].
 
@@ -34,7 +36,7 @@ def magnitudes() -> torch.Tensor:
     return torch.tensor(small + large)
 
 
-@functools.cache
+@table
 def signed_base() -> torch.Tensor:
     """The patterns with coordinate 7 negated where the sum is odd, so that every row has an even sum: [256, 8]."""
     base = magnitudes().clone()
@@ -42,7 +44,7 @@ def signed_base() -> torch.Tensor:
     return base
 
 
-@functools.cache
+@table
 def points() -> torch.Tensor:
     """All points in the order of their codes: float32 [65536, 8], multiples of 1/4 in [−2.75, 2.75]."""
     low = torch.arange(256)
@@ -85,8 +87,8 @@ class E8P(Codebook):
 
     def decode(self, codes: torch.Tensor, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See [`Codebook.decode`]. The values are exact in every floating dtype down to 8 bits."""
-        table = _points_on(codes.device, dtype)
-        flat = table.index_select(0, codes.reshape(-1).int() & 0xFFFF)
+        values = _points_on(codes.device, dtype)
+        flat = values.index_select(0, codes.reshape(-1).int() & 0xFFFF)
         return flat.reshape(codes.shape[0], -1)[:, :columns]
 
 
@@ -115,8 +117,8 @@ def _encode_side(x: torch.Tensor, shift: float) -> tuple[torch.Tensor, torch.Ten
     for_even = torch.where(odd.bool()[:, None], flipped, y)
     for_odd = torch.where(odd.bool()[:, None], y, flipped)
     features = torch.cat([for_even, for_odd, odd[:, None].float(), torch.ones_like(y[:, :1])], dim=1)
-    table, pattern, flip = _candidates(x.device)
-    winner = (features @ table).argmax(1)
+    scores, pattern, flip = _candidates(x.device)
+    winner = (features @ scores).argmax(1)
     pattern, flip = pattern[winner], flip[winner]
     base = _base_on(x.device)[pattern]
     sums_odd = magnitudes().to(x.device)[pattern].sum(1).long() % 2
@@ -131,7 +133,7 @@ def _encode_side(x: torch.Tensor, shift: float) -> tuple[torch.Tensor, torch.Ten
     return codes, value + shift, ((z - value) ** 2).sum(1)
 
 
-@functools.lru_cache(maxsize=8)
+@table
 def _candidates(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores ⟨z, v⟩ − |v|²/2 as one product: table [18, 343], and each candidate's pattern and changed coordinate."""
     columns, patterns, flips = [], [], []

@@ -24,7 +24,9 @@ def names() -> tuple[str, ...]:
 
 def get(name: str, size: int, seed: int = 0) -> Transform:
     """The transform of this name and size; cached. Raises `ValueError` for an unknown name."""
-    return _TRANSFORMS[name](size, seed)
+    # Transformers builds models under torch.device("meta"), where a table made first would be cached without values.
+    with torch.device("cpu"):
+        return _TRANSFORMS[name](size, seed)
 
 
 def signs(size: int, seed: int, role: str) -> torch.Tensor:
@@ -39,4 +41,4 @@ def signs(size: int, seed: int, role: str) -> torch.Tensor:
     if role not in ("in", "out"):
         raise ValueError(f"role={role!r} must be 'in' or 'out'")
     generator = torch.Generator().manual_seed(mix_seed(seed, size, role == "out"))
-    return torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
+    return torch.randint(0, 2, (size,), generator=generator, device="cpu").float() * 2 - 1

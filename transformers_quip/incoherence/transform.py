@@ -33,9 +33,14 @@ class Transform:
         self._tables: dict[tuple[torch.device, torch.dtype], list] = {}
 
     @property
-    def factors(self) -> tuple[torch.Tensor | Hartley, ...]:
-        """The factors in the order of the product, float64 on the CPU; none for the identity."""
-        return self._factors
+    def is_identity(self) -> bool:
+        """Whether Q is the identity for certain."""
+        return not self._factors
+
+    @property
+    def dense_factors(self) -> tuple[torch.Tensor, ...] | None:
+        """The factors F₁, F₂, … as float64 matrices; None if one of them is not kept as a matrix."""
+        return None if any(isinstance(factor, Hartley) for factor in self._factors) else self._factors
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Q x for every vector along the last dimension: [..., size] → [..., size], float32 or float64."""

@@ -11,6 +11,8 @@ from .. import codebooks
 from .. import ops as _ops  # noqa: F401 - registers torch.ops.quip
 from .weight import PackedWeight
 
+_TENSORS = ("codes", "codes_residual", "su", "sv", "bias")
+
 
 class QuipLinear(nn.Linear):
     """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias, Ŵ = codebook.decode(codes) (QuIP#, arXiv 2402.04396).
@@ -142,17 +144,14 @@ class QuipLinear(nn.Linear):
         """Floating point [..., n] → [..., m] in the same dtype. Raises `ValueError` for any other input."""
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f"expected floating point [..., {self.in_features}], got {x.dtype} {list(x.shape)} in {self}")
-        return torch.ops.quip.linear(
-            x,
-            self.codes,
-            self.codes_residual,
-            self.su,
-            self.sv,
-            self.bias,
-            self.codebook,
-            self.incoherence,
-            self.seed,
-        )
+        tensors = self._parameters  # asking the module for each of them takes five times as long
+        arguments = (x, *(tensors[name] for name in _TENSORS))
+        names = (self.codebook, self.incoherence, self.seed)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return torch.ops.quip.linear(*arguments, *names)
+        # An op with derivatives written in Python costs more to call than a small layer to compute.
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.quip.linear(*arguments, *names)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -49,6 +49,12 @@ def decode(
     Returns:
         Ŵ [m, columns].
     """
+    check_codes(codes, codes_residual, codebook, columns)
+    return codebooks.get(codebook).decode(codes, columns, dtype).contiguous()
+
+
+def check_codes(codes: torch.Tensor, codes_residual: torch.Tensor | None, codebook: str, columns: int) -> None:
+    """Raise `ValueError` for codes that are not those of `columns` columns in this codebook."""
     book = codebooks.get(codebook)
     if codes_residual is not None:
         raise ValueError(f"codebook {codebook!r} has one stage and takes no codes_residual")
@@ -57,7 +63,6 @@ def decode(
             f"codes for {columns} columns of codebook {codebook!r} are {book.code_dtype} "
             f"{list(book.codes_shape(codes.shape[0], columns))}, got {codes.dtype} {list(codes.shape)}"
         )
-    return book.decode(codes, columns, dtype).contiguous()
 
 
 def linear(

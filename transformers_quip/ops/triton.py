@@ -16,6 +16,7 @@ from quip_kernels import e8p
 
 from .. import incoherence as transforms
 from . import reference
+from .backend import get_activations, get_backend
 
 if TYPE_CHECKING:
     from quip_kernels.gpu.transform import Plan
@@ -24,30 +25,12 @@ if TYPE_CHECKING:
 MATVEC_UP_TO = 4
 SMALL_BATCH_UP_TO = 64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_ACTIVATIONS = ("exact", "int8")
-_activations = "exact"
-
-
-def set_activations(kind: str) -> None:
-    """How activations are rounded between the transform and the codes, for up to `MATVEC_UP_TO` vectors.
-
-    Args:
-        kind: "exact" (the default): fixed point with 16 bits for float16 and bfloat16, 24 bits for float32, an error
-            below that of the dtype itself. "int8": 8 bits, faster, with a relative error of the result near 1 %.
-
-    Raises:
-        ValueError: for any other kind.
-    """
-    global _activations
-    if kind not in _ACTIVATIONS:
-        raise ValueError(f"activations={kind!r} must be one of {', '.join(_ACTIVATIONS)}")
-    _activations = kind
 
 
 def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
     """See [`reference.transform`]; computed in float32."""
-    plan = _plan(incoherence, x.shape[-1], seed, x.device)
-    if x.dtype not in _DTYPES or plan is None or x.numel() == 0:
+    plan = _plan(incoherence, x.shape[-1], seed, x.device) if _is_covered(x) else None
+    if plan is None:
         return reference.transform(x, incoherence, seed, transpose)
     from quip_kernels.gpu.transform import transform as launch
 
@@ -60,8 +43,8 @@ def decode(
     """See [`reference.decode`]; takes either layout of the codes."""
     if not _packed(codes, codebook):
         return reference.decode(codes, codes_residual, codebook, columns, dtype)
-    if codes_residual is not None:
-        raise ValueError(f"codebook {codebook!r} has one stage and takes no codes_residual")
+    if codes_residual is not None or get_backend() not in ("auto", "triton"):
+        return reference.decode(e8p.unpack(codes, columns), codes_residual, codebook, columns, dtype)
     from quip_kernels.gpu.dequantize import dequantize
 
     return dequantize(codes, columns, dtype if dtype in _DTYPES else torch.float32).to(dtype)
@@ -116,7 +99,7 @@ def _product(
     batch, columns = x.shape
     wide = x.dtype == torch.float32
     if batch <= MATVEC_UP_TO:
-        digits = 1 if _activations == "int8" else (3 if wide else 2)
+        digits = 1 if get_activations() == "int8" else (3 if wide else 2)
         return matvec.matvec(kernels.transform_quantize(x, plan, su, digits), planes, columns), None
     inner = kernels.transform(x, plan, True, torch.float32, pre=su)
     if batch <= SMALL_BATCH_UP_TO:
@@ -128,6 +111,10 @@ def _product(
     return inner[0] @ dequantize.dequantize(planes, columns, torch.float16).T, scales
 
 
+def _is_covered(x: torch.Tensor) -> bool:
+    return x.dtype in _DTYPES and x.numel() > 0 and get_backend() in ("auto", "triton")
+
+
 def _packed(codes: torch.Tensor, codebook: str) -> bool:
     return codebook == "e8p" and codes.dtype == torch.int32
 
@@ -137,10 +124,8 @@ def _plan(name: str, size: int, seed: int, device: torch.device) -> Plan | None:
     """The transform for the kernels; None for a transform that is no product of matrices."""
     from quip_kernels.gpu.transform import make_plan
 
-    factors = transforms.get(name, size, seed).factors
-    if not all(isinstance(factor, torch.Tensor) for factor in factors):
-        return None
-    return make_plan(size, factors, device)
+    factors = transforms.get(name, size, seed).dense_factors
+    return None if factors is None else make_plan(size, factors, device)
 
 
 def register() -> None:

@@ -54,7 +54,6 @@ class _Rotated:
 
     name: str
     weight: torch.Tensor
-    target: torch.Tensor
     sv: torch.Tensor
     q_out: Transform
     rotated: torch.Tensor
@@ -66,7 +65,6 @@ def quantize_weights(
     weights: Mapping[str, torch.Tensor],
     hessian: torch.Tensor,
     config: QuipConfig,
-    drift: torch.Tensor | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Quantize linears that read the same input; they get the same su, and are rounded as one stack of rows.
 
@@ -74,9 +72,6 @@ def quantize_weights(
         weights: name → float [m_i, n].
         hessian: float32 [n, n] = E[x xᵀ] over the calibration tokens.
         config: `codebook`, `incoherence`, `rounding`, `damping`, `refinement_sweeps`, `scale` and `seed` are read.
-        drift: float32 [n, n] = E[(x° − x) xᵀ], x° being the dense model's input for the same token: given it, the
-            outputs W x° are aimed at instead of W x, so that a layer makes up for errors before it (GPTAQ,
-            arXiv 2504.02692).
 
     Returns:
         name → [`QuantizedWeight`], on the device of the weights.
@@ -94,12 +89,8 @@ def quantize_weights(
     stack = torch.cat([weight.float() for weight in weights.values()])
     q_in = incoherence.get(config.incoherence, hessian.shape[0], config.seed)
     damped, damping, su, rotated_hessian = _prepare_hessian(hessian.to(stack), stack, q_in, config, names)
-    target = stack if drift is None else stack + _correction(stack, damped, drift.to(stack))
     sizes = [weight.shape[0] for weight in weights.values()]
-    parts = [
-        _rotate(name, weight, wanted, su, q_in, config)
-        for name, weight, wanted in zip(weights, stack.split(sizes), target.split(sizes), strict=True)
-    ]
+    parts = [_rotate(name, weight, su, q_in, config) for name, weight in zip(weights, stack.split(sizes), strict=True)]
     book = codebooks.get(config.codebook)
     if config.scale == "auto":
         factors = _best_scales(parts, rotated_hessian, book, config)
@@ -118,15 +109,15 @@ def quantize_weights(
         parts, factors, rounded.codes.split(sizes), rounded.points.split(sizes), strict=True
     ):
         decoded = _rotate_back(points[:, : stack.shape[1]], part.q_out, q_in) * su
-        sv = _output_scales(part.target, decoded, damped)
-        error = part.target - decoded * sv[:, None]
+        sv = _output_scales(part.weight, decoded, damped)
+        error = part.weight - decoded * sv[:, None]
         results[part.name] = QuantizedWeight(
             codes.clone(),
             su,
             sv,
             {
-                "relative_error": _ratio(error, part.target, hessian.to(stack)),
-                "proxy_loss": _ratio(error, part.target, damped),
+                "relative_error": _ratio(error, part.weight, hessian.to(stack)),
+                "proxy_loss": _ratio(error, part.weight, damped),
                 "scale": factor,
                 "damping": damping,
             },
@@ -151,7 +142,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
     book = codebooks.get(config.codebook)
     su = incoherence.signs(size, config.seed, "in").to(weight.device)
     q_in = incoherence.get(config.incoherence, size, config.seed)
-    part = _rotate(name, weight.float(), None, su, q_in, config)
+    part = _rotate(name, weight.float(), su, q_in, config)
     factor = 1.0 if config.scale == "auto" else float(config.scale)
     scale = _unit(part, book, factor)
     codes = torch.empty(book.codes_shape(*weight.shape), dtype=book.code_dtype, device=weight.device)
@@ -209,12 +200,6 @@ def _prepare_hessian(
     )
 
 
-def _correction(weight: torch.Tensor, damped: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
-    """W E[(x° − x) xᵀ] H⁻¹: what to add to W so that it gives W x° for x, as well as a linear map can."""
-    factor = torch.linalg.cholesky(damped.double())
-    return torch.cholesky_solve((weight @ drift).double().T, factor).T.to(weight.dtype)
-
-
 def _input_scales(stack: torch.Tensor, importance: torch.Tensor, config: QuipConfig) -> torch.Tensor:
     """su [n]: random signs, and QuIP's diagonal rescaling (arXiv 2307.13304, section 4 and algorithm 1).
 
@@ -235,19 +220,16 @@ def _rotate_hessian(damped: torch.Tensor, su: torch.Tensor, q_in: Transform) -> 
     return (rotated + rotated.T) / 2
 
 
-def _rotate(
-    name: str, weight: torch.Tensor, target: torch.Tensor | None, su: torch.Tensor, q_in: Transform, config: QuipConfig
-) -> _Rotated:
+def _rotate(name: str, weight: torch.Tensor, su: torch.Tensor, q_in: Transform, config: QuipConfig) -> _Rotated:
     """Q_outᵀ diag(sv)⁻¹ W diag(su)⁻¹ Q_in with random signs for sv."""
-    target = weight if target is None else target
     sv = incoherence.signs(weight.shape[0], config.seed, "out").to(weight.device)
     q_out = incoherence.get(config.incoherence, weight.shape[0], config.seed)
-    rotated = q_in.apply_transpose(target / su)
+    rotated = q_in.apply_transpose(weight / su)
     rotated = q_out.apply_transpose(rotated.T.contiguous() * sv).T.contiguous()
     rms = rotated.square().mean().sqrt()
     size = codebooks.get(config.codebook).block_size
     rotated = torch.nn.functional.pad(rotated, (0, -rotated.shape[1] % size))
-    return _Rotated(name, weight, target, sv, q_out, rotated, rms)
+    return _Rotated(name, weight, sv, q_out, rotated, rms)
 
 
 def _rotate_back(points: torch.Tensor, q_out: Transform, q_in: Transform) -> torch.Tensor:
@@ -286,11 +268,11 @@ def _best_scales(parts: list[_Rotated], hessian: torch.Tensor, book: Codebook, c
     return [min(zip(column, _SCALES, strict=True))[1] for column in zip(*losses, strict=True)]
 
 
-def _output_scales(target: torch.Tensor, decoded: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
+def _output_scales(weight: torch.Tensor, decoded: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
     """The sv [m] of least proxy loss for the codes as they are: a weighted least-squares fit, row by row."""
     moved = decoded @ damped
     energy = (moved * decoded).sum(1)
-    fitted = (moved * target).sum(1) / energy.clamp_min(torch.finfo(torch.float32).tiny)
+    fitted = (moved * weight).sum(1) / energy.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(energy > 0, fitted, torch.zeros_like(fitted))
 
 

@@ -14,16 +14,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration import (
-    BlockInputs,
-    CrossMomentAccumulator,
-    HessianAccumulator,
-    capture_inputs,
-    find_blocks,
-    observe_linears,
-)
+from ..calibration import BlockInputs, HessianAccumulator, capture_inputs, find_blocks, observe_linears
 from ..calibration.dataset import load_token_ids
-from ..calibration.device import cpu_matmul_precision
+from ..calibration.device import autocast_dtype, calibration_autocast, cpu_matmul_precision
 from ..nn import replace
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
 from .plan import make_plan
@@ -34,10 +27,6 @@ if TYPE_CHECKING:
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
-
-# The forward passes of a float32 model on a CPU: three times as fast on one with bfloat16 products, and the Hessians
-# differ by less than their sampling noise. Hessians, transforms and rounding are always computed in float32.
-_FORWARD_PRECISION = "bf16"
 
 
 @dataclass
@@ -69,8 +58,8 @@ def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = 
     """Quantize the linears of a causal model's decoder blocks, in place.
 
     For each block in turn: Hessians from one pass over the calibration tokens, all its weights quantized, and the
-    block replayed with them. Beside the model, memory holds one block's Hessians and one set of hidden states (two
-    with `calibrate_on="both"`), on the CPU.
+    block replayed with them. Beside the model, memory holds one block's Hessians and one set of hidden states (on the
+    CPU).
 
     Args:
         model: dense, in memory.
@@ -84,89 +73,86 @@ def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = 
         ValueError: see [`make_plan`], [`load_token_ids`] and [`quantize_weights`].
     """
     with cpu_matmul_precision("ieee"):  # a Hessian rotated in lower precision is no longer positive definite
-        return _quantize_model(model, config, tokenizer)
+        return _Recipe(model, config, tokenizer).run()
 
 
-def _quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any) -> QuantizationReport:
-    started = time.perf_counter()
-    plan = make_plan(model, config)
-    ids, description = load_token_ids(config, model, tokenizer)
-    logger.info("Calibrating on %s.", description)
-    report = QuantizationReport(description, ids.numel())
-    report.seconds["data"] = time.perf_counter() - started
-    name, blocks = find_blocks(model)
-    with _timed(report, "capture"):
-        inputs = capture_inputs(model, blocks, ids, config.batch_size)
-    dense = inputs.fork() if config.calibrate_on == "both" else None
-    bar = tqdm(blocks, desc="Quantizing", unit="block")
-    for index, block in enumerate(bar):
-        prefix = f"{name}.{index}."
-        names = [entry.removeprefix(prefix) for entry in plan.names if entry.startswith(prefix)]
-        _quantize_block(block, index, prefix, names, inputs, dense, config, report)
-        if report.modules:
-            bar.set_postfix_str(f"relative error {report.mean_relative_error:.4f}")
-    config.calibration = {
-        "data": description,
-        "sequences": ids.shape[0],
-        "tokens": ids.numel(),
-        "mean_relative_error": round(report.mean_relative_error, 6),
-    }
-    return report
+class _Recipe:
+    """One run over one model; see [`quantize_model`]."""
+
+    def __init__(self, model: PreTrainedModel, config: QuipConfig, tokenizer: Any):
+        self.model = model
+        self.config = config
+        self.plan = make_plan(model, config)
+        started = time.perf_counter()
+        self.ids, description = load_token_ids(config, model, tokenizer)
+        logger.info("Calibrating on %s.", description)
+        self.report = QuantizationReport(description, self.ids.numel())
+        self.report.seconds["data"] = time.perf_counter() - started
+
+    def run(self) -> QuantizationReport:
+        name, blocks = find_blocks(self.model)
+        with self._timed("capture"):
+            inputs = capture_inputs(self.model, blocks, self.ids, self.config.batch_size)
+        bar = tqdm(blocks, desc="Quantizing", unit="block")
+        for index, block in enumerate(bar):
+            prefix = f"{name}.{index}."
+            names = [entry.removeprefix(prefix) for entry in self.plan.names if entry.startswith(prefix)]
+            self._quantize_block(block, index, prefix, names, inputs)
+            if self.report.modules:
+                bar.set_postfix_str(f"relative error {self.report.mean_relative_error:.4f}")
+        self.config.calibration = {
+            "data": self.report.data,
+            "sequences": self.ids.shape[0],
+            "tokens": self.ids.numel(),
+            "mean_relative_error": round(self.report.mean_relative_error, 6),
+        }
+        return self.report
+
+    def _quantize_block(self, block: nn.Module, index: int, prefix: str, names: list[str], inputs: BlockInputs) -> None:
+        """Observe, quantize and replay one block; `prefix` is its name in the model with a dot."""
+        dense, quantized = _split_batches(inputs.num_batches, self.config.calibrate_on)
+        with self._timed("observe"), calibration_autocast(block):
+            hessians = _Hessians(prefix)
+            hessians.collect(block, index, names, inputs, dense)
+        with self._timed("round"):
+            results: dict[str, QuantizedWeight] = {}
+            for leader, members in hessians.groups.items():
+                started = time.perf_counter()
+                weights = {prefix + n: replace.dense_weight(block.get_submodule(n)) for n in members}
+                done = quantize_weights(weights, hessians.pop(leader), self.config)
+                seconds = (time.perf_counter() - started) / len(done)
+                for full_name, result in done.items():
+                    self._record(full_name, weights[full_name], result, seconds)
+                results.update(done)
+            for full_name in (prefix + n for n in names if prefix + n not in results):
+                logger.warning("%s: no calibration token reached it, so it is quantized without calibration", full_name)
+                weight = replace.dense_weight(self.model.get_submodule(full_name))
+                results[full_name] = quantize_weight(weight, self.config, full_name)
+                self._record(full_name, weight, results[full_name], 0.0)
+        with self._timed("replay"), calibration_autocast(block):
+            for n in names:
+                # Its values as a dense weight make the replay one product a linear instead of a decode a batch.
+                block.set_submodule(n, _Replayed(replace.replace_linear(block, n, results.pop(prefix + n), self.config)))
+            if index + 1 < inputs.num_blocks:
+                inputs.advance(index, block, quantized)
+            for n in names:
+                block.set_submodule(n, block.get_submodule(n).quantized)
+
+    def _record(self, name: str, weight: torch.Tensor, result: QuantizedWeight, seconds: float) -> None:
+        self.report.modules.append({"name": name, "shape": list(weight.shape), "seconds": seconds, **result.statistics})
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.report.seconds[stage] += time.perf_counter() - started
 
 
-def _quantize_block(
-    block: nn.Module,
-    index: int,
-    prefix: str,
-    names: list[str],
-    inputs: BlockInputs,
-    dense: BlockInputs | None,
-    config: QuipConfig,
-    report: QuantizationReport,
-) -> None:
-    """Observe, quantize and replay one block; `prefix` is its name in the model with a dot."""
-    with _timed(report, "observe"):
-        statistics = _BlockStatistics(prefix, config.calibrate_on)
-        with cpu_matmul_precision(_FORWARD_PRECISION):
-            statistics.collect(block, index, names, inputs, dense)
-    quantized: dict[str, QuantizedWeight] = {}
-    with _timed(report, "round"):
-        for leader, members in statistics.groups.items():
-            started = time.perf_counter()
-            weights = {prefix + n: replace.dense_weight(block.get_submodule(n)) for n in members}
-            hessian, drift = statistics.pop(leader)
-            done = quantize_weights(weights, hessian, config, drift)
-            for full_name, result in done.items():
-                quantized[full_name] = result
-                report.modules.append(
-                    {
-                        "name": full_name,
-                        "shape": list(weights[full_name].shape),
-                        "seconds": (time.perf_counter() - started) / len(done),
-                        **result.statistics,
-                    }
-                )
-    for n in names:
-        if prefix + n not in quantized:
-            logger.warning(
-                "%s: no calibration token reached it (of %d), so it is quantized without calibration",
-                prefix + n,
-                report.tokens,
-            )
-            weight = replace.dense_weight(block.get_submodule(n))
-            result = quantize_weight(weight, config, prefix + n)
-            quantized[prefix + n] = result
-            report.modules.append({"name": prefix + n, "shape": list(weight.shape), "seconds": 0.0, **result.statistics})
-    with _timed(report, "replay"):
-        for n in names:
-            module = replace.replace_linear(block, n, quantized.pop(prefix + n), config)
-            # Dense weights with the same values make the replay one plain product a linear instead of a decode a batch.
-            block.set_submodule(n, _Replayed(module))
-        if config.calibrate_on != "dense" and index + 1 < inputs.num_blocks:
-            with cpu_matmul_precision(_FORWARD_PRECISION):
-                inputs.advance(index, block)
-        for n in names:
-            block.set_submodule(n, block.get_submodule(n).quantized)
+def _split_batches(count: int, calibrate_on: str) -> tuple[range, range]:
+    """The batches that follow the dense model, and those that follow the model quantized so far."""
+    dense = {"dense": range(count), "quantized": range(0), "mixed": range(1, count, 2)}[calibrate_on]
+    quantized = {"dense": range(0), "quantized": range(count), "mixed": range(0, count, 2)}[calibrate_on]
+    return dense, quantized
 
 
 class _Replayed(nn.Module):
@@ -181,71 +167,44 @@ class _Replayed(nn.Module):
         return nn.functional.linear(x, self.dense.to(x.dtype), self.quantized.bias)
 
 
-class _BlockStatistics:
-    """Hessians, and where asked for drifts, of every input that the linears of one block read.
+class _Hessians:
+    """The Hessian of every input that the linears of one block read.
 
     Args:
         prefix: the block's name in the model with a dot, for errors.
-        calibrate_on: the option of the config.
 
     Attributes:
         groups: leader → the linears that read one input.
     """
 
-    def __init__(self, prefix: str, calibrate_on: str):
+    def __init__(self, prefix: str):
         self.prefix = prefix
-        self.calibrate_on = calibrate_on
         self.groups: Mapping[str, tuple[str, ...]] = {}
-        self._hessians: dict[str, HessianAccumulator] = {}
-        self._drifts: dict[str, CrossMomentAccumulator] = {}
-        # The dense model's inputs in the present batch, in the order of the calls; the quantized model's follow.
-        self._reference: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._in_dense_model = False
+        self._accumulators: dict[str, HessianAccumulator] = {}
 
-    def collect(
-        self, block: nn.Module, index: int, names: list[str], inputs: BlockInputs, dense: BlockInputs | None
-    ) -> None:
-        """Run the block over all batches. The hidden states of the dense model are advanced on the way."""
-        with observe_linears(block, names, self._observe) as observer:
+    def collect(self, block: nn.Module, index: int, names: list[str], inputs: BlockInputs, dense: range) -> None:
+        """Run the dense block over all batches, once; the batches of `dense` are advanced by that pass."""
+        with observe_linears(block, names, self._add) as observer:
             for batch in range(inputs.num_batches):
-                if dense is not None:
-                    self._reference.clear()
-                    self._in_dense_model = True
-                    dense.hidden[batch] = dense.call(index, block, batch).to(dense.storage_device)
-                    self._in_dense_model = False
                 output = inputs.call(index, block, batch)
-                if self.calibrate_on == "dense":
+                if batch in dense:
                     inputs.hidden[batch] = output.to(inputs.storage_device)
         self.groups = observer.groups
 
-    def pop(self, leader: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The Hessian and the drift of one input; their accumulators are freed."""
-        hessian = self._hessians.pop(leader).hessian()
-        drift = self._drifts.pop(leader, None)
-        return hessian, None if drift is None else drift.moment()
+    def pop(self, leader: str) -> torch.Tensor:
+        """The Hessian of one input; its accumulator is freed."""
+        accumulator = self._accumulators.pop(leader)
+        if accumulator.tokens < accumulator.size:
+            logger.warning(
+                "%s: %d calibration tokens are too few for its %d inputs (its Hessian has no full rank): raise num_samples",
+                ", ".join(self.prefix + name for name in self.groups[leader]),
+                accumulator.tokens,
+                accumulator.size,
+            )
+        return accumulator.hessian()
 
-    def _observe(self, leader: str, x: torch.Tensor) -> None:
-        if self._in_dense_model:
-            self._reference[leader].append(x)
-            return
-        size, name = x.shape[-1], self.prefix + leader
-        first = leader not in self._hessians
-        if first:
-            self._hessians[leader] = HessianAccumulator(size, x.device, name)
-        self._hessians[leader].add(x)
-        if self.calibrate_on != "both":
-            return
-        reference = self._reference[leader].pop(0) if self._reference[leader] else None
-        if reference is None or reference.shape != x.shape:
-            # An expert that another set of tokens was routed to: there is nothing to compare token by token.
-            self._drifts.pop(leader, None)
-        elif first or leader in self._drifts:
-            drift = self._drifts.setdefault(leader, CrossMomentAccumulator(size, x.device, name))
-            drift.add(reference - x, x)
-
-
-@contextmanager
-def _timed(report: QuantizationReport, stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    report.seconds[stage] += time.perf_counter() - started
+    def _add(self, leader: str, x: torch.Tensor) -> None:
+        if leader not in self._accumulators:
+            self._accumulators[leader] = HessianAccumulator(x.shape[-1], x.device, self.prefix + leader)
+        # What the product really multiplies: under autocast that is x in the lower precision.
+        self._accumulators[leader].add(x.to(autocast_dtype(x)))

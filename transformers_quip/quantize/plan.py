@@ -208,9 +208,7 @@ def _packed_bytes(name: str, shape: tuple[int, int], dtype: torch.dtype, config:
         raise ValueError(f"{name} has shape {list(shape)}: an empty weight cannot be quantized; leave it out")
     for size in shape:
         try:
-            # Transformers builds models under torch.device("meta"), where the cached tables would have no values.
-            with torch.device("cpu"):
-                incoherence.get(config.incoherence, size, config.seed)
+            incoherence.get(config.incoherence, size, config.seed)
         except ValueError as error:
             raise ValueError(f"{name} has shape {list(shape)}: {error}") from None
     book = codebooks.get(config.codebook)

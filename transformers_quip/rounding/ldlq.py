@@ -31,9 +31,7 @@ class LDLQ(Rounding):
             panel = weight[:, begin:end]
             target = panel + (weight[:, end:] - points[:, end:]) @ feedback[end:, begin:end]
             part = slice(begin // codebook.block_size, end // codebook.block_size)
-            codes[:, part], points[:, begin:end], _ = codebook.round_panel(
-                target, panel, feedback[begin:end, begin:end]
-            )
+            codes[:, part], points[:, begin:end], _ = codebook.round_panel(target, panel, feedback[begin:end, begin:end])
         rounded = Rounded(codes, points)
         conditional = _inverse_of_blocks(hessian, codebook.block_size)
         for _ in range(sweeps):

@@ -14,9 +14,7 @@ class Nearest(Rounding):
     name = "nearest"
     needs_hessian = False
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int = 0
-    ) -> Rounded:
+    def round(self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int = 0) -> Rounded:
         """See [`Rounding.round`]; `hessian` and `sweeps` are without effect."""
         blocks = weight.reshape(weight.shape[0], -1, codebook.block_size)
         codes, points = codebook.encode(blocks)

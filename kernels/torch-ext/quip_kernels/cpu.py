@@ -6,41 +6,16 @@ built, [`is_available`] is False and callers use their PyTorch path, which gives
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
-import sys
-from pathlib import Path
-
 import torch
 
-logger = logging.getLogger(__name__)
+from .cpu_library import library
 
-_LIBRARY = Path(__file__).with_name("_cpu.dll" if sys.platform == "win32" else "_cpu.so")
 MOST_COLUMNS = 256  # of a panel, fixed in the C source
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if not _LIBRARY.exists():
-        logger.info("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)
-        return None
-    try:
-        library = ctypes.CDLL(str(_LIBRARY))
-    except OSError as error:
-        logger.warning("quip_kernels: the compiled CPU library does not load (%s), using PyTorch", error)
-        return None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.quip_e8p_encode.argtypes = [pointer, size, pointer, pointer, ctypes.c_int]
-    library.quip_e8p_encode.restype = None
-    library.quip_e8p_round_panel.argtypes = [pointer] * 3 + [size] * 2 + [pointer] * 3 + [ctypes.c_int]
-    library.quip_e8p_round_panel.restype = ctypes.c_int
-    return library
 
 
 def is_available() -> bool:
     """Whether the compiled library can be used."""
-    return _library() is not None
+    return library() is not None
 
 
 def e8p_encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +25,7 @@ def e8p_encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [N, 8]")
     codes = torch.empty(x.shape[0], dtype=torch.int16)
     points = torch.empty_like(x)
-    _library().quip_e8p_encode(x.data_ptr(), x.shape[0], codes.data_ptr(), points.data_ptr(), torch.get_num_threads())
+    library().quip_e8p_encode(x.data_ptr(), x.shape[0], codes.data_ptr(), points.data_ptr(), torch.get_num_threads())
     return codes, points
 
 
@@ -79,7 +54,7 @@ def e8p_round_panel(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     codes = torch.empty(rows, columns // 8, dtype=torch.int16)
     points, delta = torch.empty_like(target), torch.empty_like(target)
-    failed = _library().quip_e8p_round_panel(
+    failed = library().quip_e8p_round_panel(
         target.data_ptr(),
         base.data_ptr(),
         feedback.data_ptr(),

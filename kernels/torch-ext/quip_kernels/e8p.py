@@ -1,7 +1,8 @@
 """The kernel layout of E8P codes, and the table that kernels decode them with.
 
 A logical code (int16; QuIP#, arXiv 2402.04396, section 4.2) names 8 neighbouring weights: its high byte one of 256
-patterns, its low byte eight sign bits whose parity p gives the side of the shift and flips bit 0. Every weight is a multiple of 1/4,
+patterns, its low byte eight sign bits whose parity p gives the side of the shift and flips bit 0. The weights are
+multiples of 1/4,
 
     w = (2·nibble − 15) / 4        nibble in 2 … 13,
 

@@ -1,0 +1,77 @@
+/* What the C sources of this library share. */
+#ifndef QUIP_COMMON_H
+#define QUIP_COMMON_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#define HIDDEN
+#else
+#define EXPORT __attribute__((visibility("default")))
+#define HIDDEN __attribute__((visibility("hidden")))
+#endif
+
+/* One version per instruction set, made by the compiler and picked by the loader. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+#define LANES 16
+#define BLOCK 8 /* weights of one E8P code */
+#define EACH_LANE _Pragma("omp simd") for (int l = 0; l < LANES; l++)
+
+/* threads.c: body(context, first, last) for parts of [0, count), in steps of `grain`, on at most `threads` threads. */
+typedef void (*quip_body)(void *context, int64_t first, int64_t last);
+HIDDEN void quip_parallel(quip_body body, void *context, int64_t count, int64_t grain, int threads);
+
+/* convert.c: the floating types that tensors may have. */
+enum { QUIP_FLOAT32, QUIP_BFLOAT16, QUIP_FLOAT16 };
+HIDDEN void quip_load(const void *from, int type, int64_t offset, float *to, int64_t count);
+HIDDEN void quip_store(const float *from, void *to, int type, int64_t offset, int64_t count);
+
+/* transform.c: an orthogonal matrix, the Kronecker product of dense factors and a Sylvester matrix (the last factor). */
+#define MOST_FACTORS 8
+typedef struct {
+    int64_t size, count, power;         /* the product of all orders; of dense factors; order of the Sylvester part */
+    int64_t orders[MOST_FACTORS];
+    const float *factors[MOST_FACTORS]; /* [order][order], row-major */
+    const float *transposed[MOST_FACTORS];
+} quip_transform;
+/* Q x, or its transpose times x: x [size] is overwritten, as is scratch [size]; returns the one that holds the result. */
+HIDDEN float *quip_apply(const quip_transform *q, int transpose, float *x, float *scratch);
+
+/* vectors.c */
+HIDDEN void *quip_get_memory(int64_t bytes); /* on a 64-byte boundary, to be freed; null where there is none */
+HIDDEN void quip_scale_vector(float *x, const float *by, int64_t n);
+HIDDEN void quip_add_vector(float *x, const float *other, int64_t n);
+
+/* e8p_tables.c. A weight w of the codebook is kept as the byte 4 w + 31, which is the exclusive or of a byte that
+ * depends on the high byte of its code and a byte that depends on the low one. */
+#define E8P_OFFSET 31
+#define TRIPLES 29
+extern HIDDEN const char quip_e8p_triples[TRIPLES][4];
+extern HIDDEN uint64_t quip_e8p_pattern[256], quip_e8p_signs[256]; /* eight bytes, coordinate 0 at the lowest address */
+extern HIDDEN uint8_t quip_e8p_low[256], quip_e8p_high[256];       /* |w| of coordinates 0-3 and 4-7, two bits each */
+HIDDEN void quip_e8p_make_tables(void);
+
+/* e8p_products*.c: sums[c][r] = sum over i of (4 w_ri + 31) plane_c[i], for up to 16 rows and any number of planes.
+ * planes: int8, plane c begins at c * stride; stride is a multiple of 256, completed with zeros. */
+typedef void (*quip_products)(const int16_t *codes, int64_t rows, int64_t blocks, const int8_t *planes, int64_t stride,
+                              int columns, int32_t (*sums)[LANES]);
+enum { QUIP_PLAIN, QUIP_AVX2, QUIP_AVX512 };
+HIDDEN void quip_products_plain(const int16_t *codes, int64_t rows, int64_t blocks, const int8_t *planes,
+                                int64_t stride, int columns, int32_t (*sums)[LANES]);
+#if defined(__x86_64__)
+HIDDEN void quip_products_avx2(const int16_t *codes, int64_t rows, int64_t blocks, const int8_t *planes,
+                               int64_t stride, int columns, int32_t (*sums)[LANES]);
+HIDDEN void quip_products_avx512(const int16_t *codes, int64_t rows, int64_t blocks, const int8_t *planes,
+                                 int64_t stride, int columns, int32_t (*sums)[LANES]);
+/* The order of a plane that quip_products_avx512 reads, in place. */
+HIDDEN void quip_order_avx512(int8_t *plane, int64_t stride);
+#endif
+
+#endif

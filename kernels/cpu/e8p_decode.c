@@ -1,0 +1,102 @@
+/* Weights of a grid of E8P codes, in float32, bfloat16 or float16 (all exact). */
+#include <string.h>
+
+#include "common.h"
+
+/* The 16 bits of the weight of a byte 4 w + 31; the bytes are even, from 20 to 42. */
+static uint16_t sixteen_bits(int byte, int type) {
+    const float weight = (float)(byte - E8P_OFFSET) / 4;
+    uint16_t bits;
+    quip_store(&weight, &bits, type == QUIP_FLOAT16 ? QUIP_FLOAT16 : QUIP_BFLOAT16, 0, 1);
+    return bits;
+}
+
+typedef struct {
+    const int16_t *codes;
+    int64_t blocks, columns;
+    int type, level;
+    void *out;
+    uint16_t values[LANES]; /* by half the byte, modulo 16 */
+} grid;
+
+INLINE uint64_t eight_bytes(int16_t code) {
+    return quip_e8p_pattern[(uint16_t)code >> 8] ^ quip_e8p_signs[code & 255];
+}
+
+/* Codes [first, blocks) of one row. */
+static void decode_plain(const grid *g, const int16_t *codes, int64_t first, int64_t row) {
+    for (int64_t k = first; k < g->blocks; k++) {
+        const int64_t begin = row * g->columns + BLOCK * k, left = g->columns - BLOCK * k;
+        const uint64_t eight = eight_bytes(codes[k]);
+        uint8_t bytes[BLOCK];
+        memcpy(bytes, &eight, sizeof bytes);
+        for (int i = 0; i < BLOCK && i < left; i++) {
+            const uint16_t value = g->values[bytes[i] >> 1 & 15];
+            if (g->type == QUIP_FLOAT32) {
+                const uint32_t bits = (uint32_t)value << 16;
+                memcpy((float *)g->out + begin + i, &bits, sizeof bits);
+            } else
+                ((uint16_t *)g->out)[begin + i] = value;
+        }
+    }
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+/* Whole groups of four codes of one row; returns how many codes were decoded. */
+__attribute__((target("avx2"))) static int64_t decode_avx2(const grid *g, const int16_t *codes, int64_t row) {
+    uint8_t low_bytes[16], high_bytes[16];
+    for (int i = 0; i < LANES; i++) {
+        low_bytes[i] = (uint8_t)g->values[i];
+        high_bytes[i] = (uint8_t)(g->values[i] >> 8);
+    }
+    const __m256i low_table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low_bytes));
+    const __m256i high_table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high_bytes));
+    const __m256i mask = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    int64_t k = 0;
+    for (; BLOCK * (k + 4) <= g->columns; k += 4) {
+        /* The two middle codes are exchanged, because unpacking works in halves of a register. */
+        const __m256i bytes =
+            _mm256_set_epi64x((long long)eight_bytes(codes[k + 3]), (long long)eight_bytes(codes[k + 1]),
+                              (long long)eight_bytes(codes[k + 2]), (long long)eight_bytes(codes[k]));
+        const __m256i index = _mm256_and_si256(_mm256_srli_epi16(bytes, 1), mask);
+        const __m256i low = _mm256_shuffle_epi8(low_table, index), high = _mm256_shuffle_epi8(high_table, index);
+        const __m256i half[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+        if (g->type == QUIP_FLOAT32) {
+            float *out = (float *)g->out + row * g->columns + BLOCK * k;
+            for (int i = 0; i < 2; i++) {
+                const __m256i a = _mm256_unpacklo_epi16(zero, half[i]), b = _mm256_unpackhi_epi16(zero, half[i]);
+                _mm256_storeu_si256((__m256i *)(out + 16 * i), _mm256_permute2x128_si256(a, b, 0x20));
+                _mm256_storeu_si256((__m256i *)(out + 16 * i + 8), _mm256_permute2x128_si256(a, b, 0x31));
+            }
+        } else {
+            uint16_t *out = (uint16_t *)g->out + row * g->columns + BLOCK * k;
+            _mm256_storeu_si256((__m256i *)out, half[0]);
+            _mm256_storeu_si256((__m256i *)(out + 16), half[1]);
+        }
+    }
+    return k;
+}
+#endif
+
+static void decode_rows(void *context, int64_t first, int64_t last) {
+    const grid *g = context;
+    for (int64_t row = first; row < last; row++) {
+        const int16_t *codes = g->codes + row * g->blocks;
+        int64_t done = 0;
+#if defined(__x86_64__)
+        if (g->level >= QUIP_AVX2) done = decode_avx2(g, codes, row);
+#endif
+        decode_plain(g, codes, done, row);
+    }
+}
+
+/* out[rows][columns] of `type` from codes[rows][ceil(columns / 8)]. level: at most what quip_cpu_level() gives. */
+EXPORT void quip_e8p_decode(const int16_t *codes, int64_t rows, int64_t columns, void *out, int type, int level,
+                            int threads) {
+    grid g = {codes, (columns + BLOCK - 1) / BLOCK, columns, type, level, out, {0}};
+    quip_e8p_make_tables();
+    for (int byte = 20; byte <= 42; byte += 2) g.values[byte >> 1 & 15] = sixteen_bits(byte, type);
+    quip_parallel(decode_rows, &g, rows, 65536 / (columns + 1) + 1, threads);
+}

@@ -1,0 +1,61 @@
+/* Incoherence transforms of many vectors, without a weight between them. */
+#include <stdlib.h>
+
+#include "common.h"
+
+HIDDEN void *quip_get_memory(int64_t bytes) { return aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64)); }
+
+FOR_EACH_CPU HIDDEN void quip_scale_vector(float *restrict x, const float *restrict by, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] *= by[i];
+}
+
+FOR_EACH_CPU HIDDEN void quip_add_vector(float *restrict x, const float *restrict other, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] += other[i];
+}
+
+typedef struct {
+    const void *x;
+    void *y;
+    const void *before, *after, *bias; /* null for none */
+    const quip_transform *q;
+    int64_t count, x_stride;
+    int32_t x_type, y_type, before_type, after_type, bias_type, transpose, threads, failed;
+    float *vectors[3];
+} quip_transform_call;
+
+static void transform_vectors(void *context, int64_t first, int64_t last) {
+    quip_transform_call *call = context;
+    const int64_t n = call->q->size;
+    float *memory = quip_get_memory(2 * n * (int64_t)sizeof *memory);
+    if (!memory) {
+        __atomic_store_n(&call->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    for (int64_t v = first; v < last; v++) {
+        float *t = memory;
+        quip_load(call->x, call->x_type, v * call->x_stride, t, n);
+        if (call->vectors[0]) quip_scale_vector(t, call->vectors[0], n);
+        t = quip_apply(call->q, call->transpose, t, memory + n);
+        if (call->vectors[1]) quip_scale_vector(t, call->vectors[1], n);
+        if (call->vectors[2]) quip_add_vector(t, call->vectors[2], n);
+        quip_store(t, call->y, call->y_type, v * n, n);
+    }
+    free(memory);
+}
+
+/* y = after * Q( before * x ) + bias for many vectors, or with the transpose of Q. Returns 0, -2 for want of memory. */
+EXPORT int quip_transform_vectors(quip_transform_call *call) {
+    const int64_t n = call->q->size;
+    const void *given[3] = {call->before, call->after, call->bias};
+    const int types[3] = {call->before_type, call->after_type, call->bias_type};
+    float *memory = quip_get_memory(3 * n * (int64_t)sizeof *memory);
+    if (!memory) return -2;
+    for (int i = 0; i < 3; i++) {
+        call->vectors[i] = given[i] ? memory + i * n : 0;
+        if (given[i]) quip_load(given[i], types[i], 0, call->vectors[i], n);
+    }
+    call->failed = 0;
+    quip_parallel(transform_vectors, call, call->count, 16384 / n + 1, call->threads);
+    free(memory);
+    return call->failed ? -2 : 0;
+}

@@ -1,0 +1,106 @@
+"""Loading the compiled CPU library, and what it finds on this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+PATH = Path(__file__).with_name("_cpu.dll" if sys.platform == "win32" else "_cpu.so")
+LEVELS = ("plain", "avx2", "avx512")  # instruction sets of the products, in the order of the C source's numbers
+LEVEL_VARIABLE = "QUIP_KERNELS_CPU_LEVEL"
+MOST_FACTORS = 8  # of a transform, fixed in the C source
+
+
+class TransformArguments(ctypes.Structure):
+    """`quip_transform` of common.h."""
+
+    _fields_ = (
+        ("size", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("power", ctypes.c_int64),
+        ("orders", ctypes.c_int64 * MOST_FACTORS),
+        ("factors", ctypes.c_void_p * MOST_FACTORS),
+        ("transposed", ctypes.c_void_p * MOST_FACTORS),
+    )
+
+
+class LayerArguments(ctypes.Structure):
+    """`quip_layer` of linear.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "su", "sv", "bias", "transform_in", "transform_out")),
+        *((name, ctypes.c_int64) for name in ("n", "m")),
+        *((name, ctypes.c_int32) for name in ("su_type", "sv_type", "bias_type")),
+    )
+
+
+class TransformCall(ctypes.Structure):
+    """`quip_transform_call` of vectors.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "before", "after", "bias", "transform")),
+        *((name, ctypes.c_int64) for name in ("count", "x_stride")),
+        *((name, ctypes.c_int32) for name in ("x_type", "y_type", "before_type", "after_type", "bias_type")),
+        *((name, ctypes.c_int32) for name in ("transpose", "threads", "failed")),
+        ("vectors", ctypes.c_void_p * 3),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where there is none or it does not load (one log line says so)."""
+    if not PATH.exists():
+        logger.info("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)
+        return None
+    try:
+        found = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        logger.warning("quip_kernels: the compiled CPU library does not load (%s), using PyTorch", error)
+        return None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    for name, result, arguments in (
+        ("quip_e8p_encode", None, [pointer, size, pointer, pointer, number]),
+        ("quip_e8p_round_panel", number, [pointer] * 3 + [size] * 2 + [pointer] * 3 + [number]),
+        ("quip_e8p_linear", number, [pointer] * 3 + [size] * 2 + [number] * 5),
+        ("quip_e8p_decode", None, [pointer, size, size, pointer, number, number, number]),
+        ("quip_transform_vectors", number, [pointer]),
+        ("quip_cpu_level", number, []),
+        ("quip_share_threads", None, [pointer]),
+    ):
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    found.quip_share_threads(_openmp_entry())
+    return found
+
+
+def _openmp_entry() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that PyTorch runs on, so that both share one set of threads."""
+    if not torch.backends.openmp.is_available() or sys.platform == "win32":
+        return None
+    # PyTorch makes the libraries that it depends on visible to the whole process.
+    entry = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if entry is None else ctypes.cast(entry, ctypes.c_void_p).value
+
+
+@functools.cache
+def default_level() -> int:
+    """The instruction set that products use: the best of this processor, or what QUIP_KERNELS_CPU_LEVEL names.
+
+    Raises:
+        ValueError: the variable names no level, or one that this processor has not.
+    """
+    best = library().quip_cpu_level()
+    wanted = os.environ.get(LEVEL_VARIABLE, "")
+    if not wanted:
+        return best
+    if wanted not in LEVELS[: best + 1]:
+        raise ValueError(f"{LEVEL_VARIABLE}={wanted!r} must be one of {', '.join(LEVELS[: best + 1])} on this processor")
+    return LEVELS.index(wanted)

@@ -1,0 +1,255 @@
+"""Linear layers of E8P codes on the CPU: the fused layer, its transforms alone, and the decoded weight.
+
+The layer is one call into the compiled library (`cpu.is_available`): su ⊙ x, the input transform, the products with
+the codes, the output transform, sv and bias. The transformed vector is written as integers of `8·planes` bits times a
+scale of its own, and the products are exact sums of integers: with three planes (24 bits) the result has the accuracy
+of float32 arithmetic, with two (16 bits) an error of about 4e-5 of the output's size, with one (8 bits) 0.9 %.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, TransformCall, default_level, library
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PLANES = (1, 2, 3)
+MOST_FEATURES = 1 << 18  # inputs of a layer, fixed in the C source
+
+
+class Transform:
+    """An orthogonal matrix Q, the Kronecker product of small factors, in the form that the library takes.
+
+    Args:
+        factors: square orthogonal matrices, Q = F₁ ⊗ F₂ ⊗ …, at most 8 that are not a Sylvester-Hadamard matrix. Those
+            at the end that are one, scaled to be orthogonal, become a fast Walsh-Hadamard transform.
+    """
+
+    def __init__(self, factors: Sequence[torch.Tensor]):
+        dense, power = list(factors), 1
+        while dense and _is_sylvester(dense[-1]):
+            power *= dense.pop().shape[0]
+        if len(dense) > MOST_FACTORS:
+            raise ValueError(f"a transform of {len(dense)} dense factors, at most {MOST_FACTORS} can be")
+        self.size = power * math.prod(factor.shape[0] for factor in dense)
+        self._kept = [(f.float().contiguous(), f.float().T.contiguous()) for f in dense]  # the pointers' owners
+        arguments = TransformArguments(size=self.size, count=len(dense), power=power)
+        for i, (factor, transposed) in enumerate(self._kept):
+            arguments.orders[i] = factor.shape[0]
+            arguments.factors[i], arguments.transposed[i] = factor.data_ptr(), transposed.data_ptr()
+        self._arguments = arguments
+        self.address = ctypes.addressof(arguments)
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    su: torch.Tensor | None,
+    sv: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    transform_in: Transform | None,
+    transform_out: Transform | None,
+    planes: int = 3,
+    dtype: torch.dtype | None = None,
+    level: int | None = None,
+) -> torch.Tensor:
+    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias for E8P codes; what is None is left out.
+
+    Meant for few vectors: every vector is multiplied by the codes themselves, in the same way however many there are.
+    The result does not depend on the number of threads.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., n], n at most 2¹⁸.
+        codes: int16 [m, ⌈n/8⌉].
+        su: [n]; sv, bias: [m]; each float32, bfloat16 or float16.
+        transform_in, transform_out: of sizes n and m.
+        planes: 3 for the accuracy of float32; 2 or 1 for activations of 16 or 8 bits.
+        dtype: of the result; None: that of x.
+        level: instruction set, an index of `cpu_library.LEVELS`; None: [`default_level`].
+
+    Returns:
+        [..., m]. A vector with an entry that is not finite gives NaN.
+
+    Raises:
+        ValueError: a tensor is not as described.
+    """
+    vectors = x if x.is_contiguous() else _rows(x, x.shape[-1])
+    codes, su, sv, bias = (v if v is None or v.is_contiguous() else v.contiguous() for v in (codes, su, sv, bias))
+    layer, address, m, n = _layer(vectors, codes, su, sv, bias, transform_in, transform_out)
+    if planes not in PLANES:
+        raise ValueError(f"planes={planes} must be 1, 2 or 3")
+    y = x.new_empty((*x.shape[:-1], m), dtype=dtype)
+    count = x.numel() // n
+    failed = library().quip_e8p_linear(
+        address,
+        vectors.data_ptr(),
+        y.data_ptr(),
+        count,
+        n if vectors is x else vectors.stride(0),
+        _type(vectors, "x"),
+        _type(y, "the result"),
+        planes,
+        default_level() if level is None else level,
+        torch.get_num_threads(),
+    )
+    del layer  # had to live until here, whatever other threads do to the cache
+    if failed:
+        raise MemoryError(f"no memory for {count} vectors of {n} inputs and {m} outputs")
+    return y
+
+
+_layers: dict[tuple, tuple] = {}
+_MOST_LAYERS = 4096
+
+
+def _layer(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    su: torch.Tensor | None,
+    sv: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    transform_in: Transform | None,
+    transform_out: Transform | None,
+) -> tuple[LayerArguments, int, int, int]:
+    """The layer's description for the library, its address, m and n.
+
+    Descriptions are kept: to make and check one takes longer than to compute a small layer. They hold nothing but what
+    is in their key, so that one is right for any tensors which have the same key.
+    """
+    key = (
+        x.shape[-1],
+        *((v.data_ptr(), v.shape, v.dtype, v.device) if v is not None else None for v in (codes, su, sv, bias)),
+        transform_in,
+        transform_out,
+    )
+    found = _layers.get(key)
+    if found is not None:
+        return found
+    m, n = codes.shape[0], x.shape[-1]
+    if codes.dtype != torch.int16 or codes.dim() != 2 or codes.shape[1] != -(-n // 8) or not m or not codes.is_cpu:
+        raise ValueError(
+            f"codes for {n} inputs must be int16 [m, {-(-n // 8)}] on the CPU, got {codes.dtype} {list(codes.shape)} on "
+            f"{codes.device}"
+        )
+    if not 0 < n <= MOST_FEATURES:
+        raise ValueError(f"the inputs must be 1 to {MOST_FEATURES}, got {n}")
+    for transform, size in ((transform_in, n), (transform_out, m)):
+        if transform is not None and transform.size != size:
+            raise ValueError(f"a transform of size {transform.size} was given for {size} features")
+    types = [_vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
+    arguments = LayerArguments(
+        *(None if v is None else v.data_ptr() for v in (codes, su, sv, bias)),
+        *(None if q is None else q.address for q in (transform_in, transform_out)),
+        n,
+        m,
+        *types,
+    )
+    if len(_layers) >= _MOST_LAYERS:
+        _layers.clear()
+    # the key keeps the transforms alive
+    found = _layers[key] = (arguments, ctypes.addressof(arguments), m, n)
+    return found
+
+
+def transform(
+    x: torch.Tensor,
+    q: Transform,
+    transpose: bool = False,
+    before: torch.Tensor | None = None,
+    after: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """after ⊙ Q( before ⊙ x ) + bias along the last dimension (Qᵀ if `transpose`), computed in float32.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., n].
+        before, after, bias: [n] of such a dtype, or None.
+        dtype: of the result; None: that of x.
+
+    Raises:
+        ValueError: a tensor is not as described.
+    """
+    n = q.size
+    if x.shape[-1] != n:
+        raise ValueError(f"expected [..., {n}], got {list(x.shape)}")
+    vectors = _rows(x, n)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype)
+    types = [_vector_type(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
+    given = [v if v is None else v.contiguous() for v in (before, after, bias)]
+    call = TransformCall(
+        vectors.data_ptr(),
+        y.data_ptr(),
+        *(None if v is None else v.data_ptr() for v in given),
+        q.address,
+        vectors.shape[0],
+        vectors.stride(0),
+        _type(vectors, "x"),
+        _type(y, "the result"),
+        *types,
+        transpose,
+        torch.get_num_threads(),
+    )
+    if library().quip_transform_vectors(ctypes.byref(call)):
+        raise MemoryError(f"no memory to transform {vectors.shape[0]} vectors of {n} numbers")
+    return y
+
+
+def decode(codes: torch.Tensor, columns: int, dtype: torch.dtype, level: int | None = None) -> torch.Tensor:
+    """The weight Ŵ [m, columns] of E8P codes int16 [m, ⌈columns/8⌉], in float32, bfloat16 or float16 (all exact).
+
+    Raises:
+        ValueError: codes or the dtype are not as described.
+    """
+    if codes.dtype != torch.int16 or codes.dim() != 2 or codes.shape[1] != -(-columns // 8):
+        raise ValueError(
+            f"codes for {columns} columns must be int16 [m, {-(-columns // 8)}], got {codes.dtype} {list(codes.shape)}"
+        )
+    codes = codes.contiguous()
+    weight = torch.empty(codes.shape[0], columns, dtype=dtype)
+    library().quip_e8p_decode(
+        codes.data_ptr(),
+        codes.shape[0],
+        columns,
+        weight.data_ptr(),
+        _type(weight, "the weight"),
+        default_level() if level is None else level,
+        torch.get_num_threads(),
+    )
+    return weight
+
+
+def _rows(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x as [vectors, size] with neighbours in memory along the last dimension; a copy only where it must be."""
+    rows = x.reshape(-1, size) if x.numel() else x.new_empty(0, size)
+    return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
+
+
+def _vector_type(vector: torch.Tensor | None, size: int, name: str) -> int:
+    if vector is None:
+        return 0
+    if vector.shape != (size,):
+        raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{size}]")
+    return _type(vector, name)
+
+
+def _type(tensor: torch.Tensor, name: str) -> int:
+    kind = DTYPES.get(tensor.dtype)
+    if kind is None or not tensor.is_cpu:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16 on the CPU, got {tensor.dtype} on {tensor.device}")
+    return kind
+
+
+def _is_sylvester(factor: torch.Tensor) -> bool:
+    """Whether the matrix is Sylvester's of its order, divided by the root of the order."""
+    order = factor.shape[0]
+    if order & (order - 1):
+        return False
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return torch.allclose(factor.double() * math.sqrt(order), matrix, rtol=0, atol=1e-6)
