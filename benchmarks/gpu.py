@@ -150,7 +150,7 @@ def check_values() -> float:
 
 
 def tokens_per_second(model: nn.Module, tokens: int) -> dict:
-    """Speed (median of three) and time of the first calls of generate() with a static cache, which Transformers compiles."""
+    """Speed (median of three) and time of the first calls of generate() with a static cache, which is compiled."""
     ids = torch.randint(0, model.config.vocab_size, (1, 16), device=model.device)
     settings = {
         "max_new_tokens": tokens,

@@ -124,7 +124,7 @@ def unpack(planes: torch.Tensor, columns: int) -> torch.Tensor:
             for k, weight in enumerate(_WEIGHT_OF_NIBBLE):
                 code |= ((signs >> (4 * k + i)) & 1) << _SIGN_BITS[weight]
             codes[first : first + 1024, :, i] = code.to(torch.int16)
-    return codes.view(rows, -1)[:, : -(-columns // 8)].contiguous()
+    return codes.flatten(1)[:, : -(-columns // 8)].contiguous()
 
 
 def check(planes: torch.Tensor, columns: int) -> None:

@@ -47,8 +47,8 @@ class Digits(NamedTuple):
 
 @triton.jit
 def largest_integer(DIGITS: tl.constexpr):
-    """Σ 127·256^d: every |q| up to it has digits −127 … 127 at the top."""
-    return 127.0 if DIGITS == 1 else (32639.0 if DIGITS == 2 else 8355711.0)
+    """What max|x| becomes. The top digit of every |q| ≤ Σ 127·256^d fits; with three digits, x/scale may round beyond it."""
+    return 127.0 if DIGITS == 1 else (32639.0 if DIGITS == 2 else 8355000.0)
 
 
 @triton.jit
