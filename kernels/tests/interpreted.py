@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton import knobs
 
 from quip_kernels import e8p
-from quip_kernels.gpu import dequantize, matvec, quantize, small_batch, transform
+from quip_kernels.gpu import dequantize, launch, matvec, quantize, small_batch, transform
 from tests import truth
 from transformers_quip import incoherence, set_activations
 from transformers_quip.ops import triton as ops
 
-if not knobs.runtime.interpret:
+if not launch.interpreted():
     raise RuntimeError("run test_gpu_interpreted.py, which starts these tests with Triton's interpreter")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

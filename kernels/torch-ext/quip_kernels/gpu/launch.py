@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 
 import torch
 import triton.language as tl
-from triton import knobs
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 before Triton is imported)."""
-    return bool(knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def arch() -> str:

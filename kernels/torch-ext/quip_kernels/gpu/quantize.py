@@ -47,7 +47,7 @@ class Digits(NamedTuple):
 
 @triton.jit
 def largest_integer(DIGITS: tl.constexpr):
-    """What max|x| becomes. The top digit of every |q| ≤ Σ 127·256^d fits; with three digits, x/scale may round beyond it."""
+    """What max|x| becomes: Σ 127·256^d, so that the top digit fits; of three digits less, as x/scale is rounded too."""
     return 127.0 if DIGITS == 1 else (32639.0 if DIGITS == 2 else 8355000.0)
 
 
