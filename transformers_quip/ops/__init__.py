@@ -1,17 +1,17 @@
 """`torch.ops.quip.*`: what a quantized linear computes. Importing this registers the ops.
 
 `schemas` says what the ops take and return, `reference` computes them with plain PyTorch on any device, `autograd`
-differentiates them. A faster version for a device (`cpu`) is registered beside the reference and tested against it;
-`backend` lets the user choose.
+differentiates them. A faster version for a device (`cpu`, `triton`) is registered beside the reference and tested
+against it; `backend` lets the user choose.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import autograd, backend, cpu, reference, schemas
+from . import autograd, backend, cpu, reference, schemas, triton
 
-__all__ = ["autograd", "backend", "cpu", "reference", "schemas"]
+__all__ = ["autograd", "backend", "cpu", "reference", "schemas", "triton"]
 
 backend.read_environment()
 
@@ -21,3 +21,4 @@ if not hasattr(torch.ops.quip, "linear"):
     reference.register()
     cpu.register()
     autograd.register()
+    triton.register()

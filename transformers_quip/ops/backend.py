@@ -28,7 +28,7 @@ def _missing_for_cpu() -> str | None:
 def _missing_for_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton (pip install triton)"
-    if importlib.util.find_spec("quip_kernels.triton") is None:
+    if importlib.util.find_spec("quip_kernels.gpu") is None:
         return "the Triton kernels: this version of transformers-quip has none"
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         return "a GPU that PyTorch can use (CUDA, ROCm or XPU)"
@@ -74,7 +74,7 @@ def get_backend() -> str:
 
 
 def set_activations(name: str) -> None:
-    """Choose the precision of activations in compiled CPU kernels.
+    """Choose the precision of activations in kernels that multiply them by codes.
 
     The environment variable TRANSFORMERS_QUIP_ACTIVATIONS does the same when the package is imported.
 

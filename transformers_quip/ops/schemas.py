@@ -26,7 +26,8 @@ def decode(
     codes: torch.Tensor, codes_residual: torch.Tensor | None, codebook: str, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Fake of quip::decode."""
-    return codes.new_empty((codes.shape[0], columns), dtype=dtype)
+    # [m, c] in the logical layout, [2, m, words] in that of the kernels
+    return codes.new_empty((codes.shape[-2], columns), dtype=dtype)
 
 
 def linear(

@@ -1,0 +1,226 @@
+"""Speed on a GPU: products with packed codes against the memory's speed, and generate() against the dense model.
+
+    PYTHONPATH=.:kernels/torch-ext python benchmarks/gpu.py
+
+Needs a GPU and nothing else: models are made on the device from random codes, as speed does not depend on the values. Takes
+a few minutes, most of them in torch.compile; what does not fit into --minutes any more is left out and named. Prints tables
+and writes results/gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import machine
+import torch
+from torch import nn
+
+from quip_kernels import e8p
+from transformers_quip import QuipLinear
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
+# Weights are rotated so that none is read from a cache: more bytes than any GPU's last level holds.
+ROTATED_BYTES = 512 << 20
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing that would end later (default: 7)")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of generate() (default: 128)")
+    parser.add_argument("--layers", type=int, default=32, help="decoder blocks of the model (default: 32)")
+    parser.add_argument("--only", choices=["layers", "generate"], help="one of the two parts")
+    options = parser.parse_args(arguments)
+    if options.tokens < 2 or options.layers < 1 or options.minutes <= 0:
+        parser.error("--tokens must be at least 2, --layers at least 1, --minutes positive")
+    return options
+
+
+def random_linear(m: int, n: int, device: torch.device, dtype: torch.dtype, packed: bool = True) -> QuipLinear:
+    """A quantized linear with random codes, whose output has about the size of its input."""
+    linear = QuipLinear(n, m, False, device=device, dtype=dtype)
+    codes = torch.randint(-(2**15), 2**15, linear.codes.shape, dtype=torch.int16, device=device)
+    linear.codes = nn.Parameter(e8p.pack(codes) if packed else codes, requires_grad=False)
+    with torch.no_grad():
+        linear.su.fill_(1.0)
+        linear.sv.fill_(n**-0.5)
+    return linear
+
+
+def quantize_randomly(model: nn.Module, packed: bool = True) -> int:
+    """Put a [`random_linear`] in the place of every linear of the decoder blocks; returns how many there were."""
+    blocks = model.model.layers
+    linears = [(name, module) for name, module in blocks.named_modules() if type(module) is nn.Linear]
+    for name, module in linears:
+        parent, _, child = name.rpartition(".")
+        weight = module.weight
+        replacement = random_linear(*weight.shape, weight.device, weight.dtype, packed)
+        setattr(blocks.get_submodule(parent), child, replacement)
+    return len(linears)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Text in columns: numbers to the right, with three significant digits."""
+    text = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *text]) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *text]
+    )
+
+
+def seconds(calls: Sequence[Callable[[], object]], repeat: int = 7) -> float:
+    """Median time of one of the calls, replayed together as a CUDA graph so that launches cost nothing."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeat):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times) / len(calls)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 1 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds([lambda: target.copy_(source)] * 4)
+
+
+def measure_layer(m: int, n: int, bandwidth: float) -> dict:
+    """Times of one vector in bfloat16 through [m, n]: the product alone in both precisions, the layer, the dense layer."""
+    from quip_kernels.gpu import matvec, quantize
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    packed_bytes = 2 * m * e8p.words(n) * 4
+    count = max(2, -(-ROTATED_BYTES // packed_bytes))
+    linears = [random_linear(m, n, device, dtype) for _ in range(min(count, 64))]
+    x = torch.randn(1, n, device=device, dtype=dtype)
+    result = {"m": m, "n": n, "packed_bytes": packed_bytes, "copy_bandwidth": bandwidth}
+    with torch.no_grad():
+        for name, digits in (("int8", 1), ("exact", 2)):
+            quantized = quantize.quantize(x.float(), digits)
+            time_ = seconds([lambda w=w, q=quantized: matvec.matvec(q, w.codes, n) for w in linears])
+            result[f"matvec_{name}_us"] = time_ * 1e6
+            result[f"matvec_{name}_share"] = packed_bytes / time_ / bandwidth
+        result["layer_us"] = seconds([lambda w=w: w(x) for w in linears]) * 1e6
+        del linears
+        dense = [torch.randn(m, n, device=device, dtype=dtype) for _ in range(max(2, -(-ROTATED_BYTES // (2 * m * n))))]
+        result["dense_us"] = seconds([lambda w=w: nn.functional.linear(x, w) for w in dense]) * 1e6
+        result["layer_speedup"] = result["dense_us"] / result["layer_us"]
+    return result
+
+
+def check_values() -> float:
+    """Relative error of a layer on the device against float64 on the CPU; a wrong kernel has no speed."""
+    linear = random_linear(1024, 4096, torch.device("cuda"), torch.float32, packed=False)
+    x = torch.randn(1, 4096, device="cuda")
+    with torch.no_grad():
+        wanted = linear.cpu().double()(x.cpu().double())
+        linear = linear.float().cuda()
+        error = float((linear(x).cpu().double() - wanted).norm() / wanted.norm())
+    if not error < 1e-5:
+        raise RuntimeError(f"the kernels are wrong here: relative error {error:.2e}")
+    return error
+
+
+def tokens_per_second(model: nn.Module, tokens: int) -> dict:
+    """Speed (median of three) and time of the first calls of generate() with a static cache, which is compiled."""
+    ids = torch.randint(0, model.config.vocab_size, (1, 16), device=model.device)
+    settings = {
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(ids),
+    }
+    begin = time.perf_counter()
+    for _ in range(2):  # compiles, then records the graphs
+        model.generate(ids, **settings)
+        torch.cuda.synchronize()
+    warm_up = time.perf_counter() - begin
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        model.generate(ids, **settings)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return {"tokens_per_second": tokens / statistics.median(times), "first_calls_seconds": warm_up}
+
+
+def measure_generate(layers: int, tokens: int, deadline: float) -> dict:
+    """A model of Llama-3-8B's shape in bfloat16 with random weights, and then with random codes."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(**{**LLAMA_3_8B, "num_hidden_layers": layers}, bos_token_id=None, eos_token_id=None)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    result = {"layers": layers, "new_tokens": tokens}
+    result["dense"] = tokens_per_second(model, tokens)
+    print(f"dense bf16: {result['dense']['tokens_per_second']:.1f} tokens/s", flush=True)
+    # what was compiled is of no use any more, and its graphs hold memory
+    torch._dynamo.reset()
+    result["replaced"] = quantize_randomly(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    if time.perf_counter() + result["dense"]["first_calls_seconds"] > deadline:
+        print("no time is left for the quantized model: use --only generate, or more --minutes")
+        return result
+    result["quip"] = tokens_per_second(model, tokens)
+    result["speedup"] = result["quip"]["tokens_per_second"] / result["dense"]["tokens_per_second"]
+    print(f"2 bits:     {result['quip']['tokens_per_second']:.1f} tokens/s, {result['speedup']:.2f} times", flush=True)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu.py needs a GPU that PyTorch can use (torch.cuda), and there is none here.", file=sys.stderr)
+        return 1
+    deadline = time.perf_counter() + 60 * options.minutes
+    properties = torch.cuda.get_device_properties(0)
+    results = {"gpu": properties.name, "processors": properties.multi_processor_count, "memory": properties.total_memory}
+    results["relative_error"] = check_values()
+    print(f"{properties.name}, PyTorch {torch.__version__}; relative error {results['relative_error']:.1e}", flush=True)
+    if options.only != "generate":
+        results["copy_bandwidth"] = bandwidth = copy_bandwidth()
+        print(f"copy: {bandwidth / 1e9:.0f} GB/s")
+        results["layers"] = [measure_layer(m, n, bandwidth) for m, n in SHAPES]
+        columns = ("m", "n", "matvec_int8_us", "matvec_exact_us", "matvec_int8_share", "matvec_exact_share")
+        columns += ("layer_us", "dense_us", "layer_speedup")
+        print(table(columns, [[layer[column] for column in columns] for layer in results["layers"]]), flush=True)
+        torch.cuda.empty_cache()
+    if options.only != "layers":
+        results["generate"] = measure_generate(options.layers, options.tokens, deadline)
+    machine.save("gpu", results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, instructions per weight.
+
+    PYTHONPATH=kernels/torch-ext python kernels/benchmarks/instructions.py [--kernel REGEX] [--target sm_90 …]
+
+Every specimen (kernels/benchmarks/specimens.py) is compiled ahead of time for every target. For NVIDIA, `cuobjdump` and
+`nvdisasm`, which Triton brings along, tell the resources and the machine code; instructions are counted between the target
+and the end of the largest backward branch, the main loop. For AMD, the numbers stand in the assembly itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from specimens import SPECIMENS, Specimen
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
+}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel on one target.
+
+    Attributes:
+        registers: of a thread. shared: bytes of a program.
+        spills: bytes of registers that do not fit and live in memory. local: other bytes of a thread's own memory.
+        loop: opcode → count in the main loop, of one warp; empty if there is none, and on AMD.
+        per_weight: instructions of a thread in the main loop per weight that it decodes; None if that has no meaning.
+        loads: opcodes of the loads from global memory in the main loop with their widths.
+    """
+
+    registers: int
+    spills: int
+    local: int
+    shared: int
+    loop: dict[str, int]
+    per_weight: float | None
+    loads: dict[str, int]
+
+
+@functools.cache
+def inspect(name: str, target: str) -> Report:
+    """Compile a specimen for a target and read what came out. Both by name (`SPECIMENS`, `TARGETS`)."""
+    specimen, gpu = SPECIMENS[name], TARGETS[target]
+    kernel = _compile(specimen, gpu)
+    if gpu.backend == "hip":
+        return _read_amd(kernel)
+    return _read_nvidia(kernel, specimen)
+
+
+def _compile(specimen: Specimen, gpu: GPUTarget):
+    names = specimen.kernel.arg_names
+    constants = {key: (value(gpu) if callable(value) else value) for key, value in specimen.constants.items()}
+    source = ASTSource(
+        specimen.kernel,
+        {name: specimen.arguments.get(name, "constexpr") for name in names},
+        {(names.index(key),): value for key, value in constants.items()},
+        # launches find out by themselves which pointers and sizes are multiples of 16; torch's allocations are
+        {
+            (names.index(key),): [["tt.divisibility", 16]]
+            for key, kind in specimen.arguments.items()
+            if kind.startswith("*")
+        },
+    )
+    return triton.compile(source, target=gpu, options={"num_warps": specimen.warps})
+
+
+def _read_nvidia(kernel, specimen: Specimen) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", str(cubin))
+        code = _run("nvdisasm", "-c", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump names no resources:\n{usage}")
+    registers, stack, local = map(int, found.groups())
+    loop, spilling = _main_loop(code)
+    loads = collections.Counter(".".join(part for part in op.split(".") if part in ("LDG", "64", "128")) for op in loop)
+    per_weight = None
+    if specimen.weights_in_loop and loop:
+        per_weight = len(loop) * 32 * specimen.warps / specimen.weights_in_loop
+    return Report(
+        registers,
+        stack if spilling else 0,
+        local + (0 if spilling else stack),
+        kernel.metadata.shared,
+        dict(collections.Counter(op.split(".")[0] for op in loop).most_common()),
+        per_weight,
+        {op: count for op, count in loads.items() if op.startswith("LDG")},
+    )
+
+
+def _main_loop(code: str) -> tuple[list[str], bool]:
+    """The opcodes inside the largest backward branch, and whether any instruction uses local memory."""
+    labels, lines = {}, []
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_\w+):", line)
+        if label:
+            labels[label[1]] = len(lines)
+        instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if instruction:
+            lines.append(instruction[1].strip())
+    first, last = 0, -1
+    for place, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        # every kernel ends in a branch to itself
+        if branch and labels.get(branch[1], place) < place and place - labels[branch[1]] > last - first:
+            first, last = labels[branch[1]], place
+    opcodes = [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines]
+    return opcodes[first : last + 1], any(op.split(".")[0] in ("STL", "LDL") for op in opcodes)
+
+
+def _read_amd(kernel) -> Report:
+    assembly = kernel.asm["amdgcn"]
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, assembly)
+        if found is None:
+            raise RuntimeError(f"the assembly does not say {pattern!r}")
+        return int(found[1])
+
+    return Report(
+        number(r"\.vgpr_count:\s+(\d+)"),
+        4 * (number(r"\.vgpr_spill_count:\s+(\d+)") + number(r"\.sgpr_spill_count:\s+(\d+)")),
+        number(r"\.private_segment_fixed_size:\s+(\d+)"),
+        kernel.metadata.shared,
+        {},
+        None,
+        {},
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([str(_TOOLS / tool), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", default="", help="a regular expression: only the specimens whose names match")
+    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--opcodes", action="store_true", help="list the opcodes of the main loop")
+    options = parser.parse_args()
+    print(f"Triton {triton.__version__}")
+    print(
+        f"{'kernel':28} {'target':8} {'registers':>9} {'spills':>6} {'local':>5} {'shared':>6} {'instr/weight':>12}  loads"
+    )
+    for name in SPECIMENS:
+        if not re.search(options.kernel, name):
+            continue
+        for target in options.target:
+            report = inspect(name, target)
+            per_weight = f"{report.per_weight:.2f}" if report.per_weight else "-"
+            loads = " ".join(f"{count}×{op}" for op, count in report.loads.items())
+            print(
+                f"{name:28} {target:8} {report.registers:9} {report.spills:6} {report.local:5} {report.shared:6} "
+                f"{per_weight:>12}  {loads}",
+                flush=True,
+            )
+            if options.opcodes:
+                print("    " + " ".join(f"{op}:{count}" for op, count in report.loop.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Every Triton kernel with the arguments of a typical launch, to be compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton.language as tl
+
+from quip_kernels.gpu.dequantize import dequantize_kernel
+from quip_kernels.gpu.matvec import matvec_kernel, tile
+from quip_kernels.gpu.quantize import quantize_kernel
+from quip_kernels.gpu.small_batch import halves_kernel, small_batch_kernel
+from quip_kernels.gpu.transform import factor_kernel, sylvester_kernel, sylvester_quantize_kernel
+from quip_kernels.gpu.transform import tile as transform_tile
+from quip_kernels.gpu.transform import warps as transform_warps
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A kernel and how it is launched.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        arguments: name → type of what is passed when it runs, as Triton writes it ("*fp32", "i32").
+        constants: name → value of the rest, or a function of the target (`GPUTarget`).
+        warps: of a program.
+        weights_in_loop: weights that a program decodes in one round of its main loop; 0 if that has no meaning.
+    """
+
+    kernel: Any
+    arguments: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int = 4
+    weights_in_loop: int = 0
+
+
+def _arch(gpu: Any) -> str:
+    return gpu.backend
+
+
+def _matvec(vectors: int, digits: int, gather: bool, even: bool = True) -> Specimen:
+    cuda, hip = tile(vectors, digits, "cuda"), tile(vectors, digits, "hip")
+    return Specimen(
+        matvec_kernel,
+        {
+            "digits": "*i32",
+            "sums": "*i32",
+            "scales": "*fp32",
+            "planes": "*i32",
+            "table": "*i32",
+            "parts": "*fp32",
+            "rows": "i32",
+            "vectors": "i32",
+            "quads": "i32",
+            "blocks_per_part": "i32",
+        },
+        {
+            "VECTORS": cuda.vectors,
+            "DIGITS": digits,
+            "BLOCK_ROWS": cuda.rows,
+            "BLOCK_WORDS": cuda.words,
+            "EVEN": even,
+            "GATHER": gather,
+            "MERGE": lambda gpu: (hip if gpu.backend == "hip" else cuda).merge,
+            "ARCH": _arch,
+        },
+        weights_in_loop=cuda.rows * cuda.words * 32,
+    )
+
+
+def _small_batch(batch: int, terms: int, gather: bool) -> Specimen:
+    return Specimen(
+        small_batch_kernel,
+        {
+            "values": "*fp16",
+            "scales": "*fp32",
+            "planes": "*i32",
+            "table": "*i32",
+            "parts": "*fp32",
+            "batch": "i32",
+            "rows": "i32",
+            "quads": "i32",
+            "blocks_per_part": "i32",
+        },
+        {"TERMS": terms, "BLOCK_BATCH": batch, "BLOCK_ROWS": 64, "BLOCK_WORDS": 4, "GATHER": gather},
+        weights_in_loop=64 * 4 * 32,
+    )
+
+
+def _sylvester(power: int, dtype: str, terms: int) -> Specimen:
+    a, b = transform_tile(power)
+    return Specimen(
+        sylvester_kernel,
+        {
+            "x": "*fp32",
+            "pre": "*" + dtype,
+            "post": "*" + dtype,
+            "bias": "*" + dtype,
+            "y": "*" + dtype,
+            "columns": "i32",
+            "parts": "i32",
+            "part_stride": "i32",
+            "scale": "fp32",
+        },
+        {"row_scale": None, "A": a, "B": b, "P": power, "TERMS": terms, "TERM": tl.bfloat16},
+        warps=transform_warps(a * b),
+    )
+
+
+def _sylvester_quantize(power: int, digits: int, dtype: str, terms: int) -> Specimen:
+    a, b = transform_tile(power)
+    return Specimen(
+        sylvester_quantize_kernel,
+        {
+            "x": "*" + dtype,
+            "pre": "*" + dtype,
+            "digits": "*i32",
+            "sums": "*i32",
+            "scales": "*fp32",
+            "words": "i32",
+            "scale": "fp32",
+        },
+        {"A": a, "B": b, "DIGITS": digits, "TERMS": terms, "TERM": tl.bfloat16},
+        warps=transform_warps(power),
+    )
+
+
+def _factor(order: int, terms: int) -> Specimen:
+    block = 32 if order > 16 else 16
+    return Specimen(
+        factor_kernel,
+        {
+            "x": "*fp32",
+            "pre": "*bf16",
+            "row_scale": "*fp32",
+            "factor": "*i8" if terms else "*fp32",
+            "y": "*fp32",
+            "groups": "i32",
+            "before": "i32",
+            "order": "i32",
+            "after": "i32",
+            "parts": "i32",
+            "part_stride": "i32",
+            "scale": "fp32",
+        },
+        {
+            "post": None,
+            "bias": None,
+            "BLOCK_I": block,
+            "BLOCK_J": block,
+            "BLOCK_G": 64,
+            "TRANSPOSE": True,
+            "TERMS": terms,
+            "TERM": tl.bfloat16,
+        },
+    )
+
+
+SPECIMENS = {
+    **{
+        f"matvec {vectors}×{digits} {'gather' if gather else 'load'}": _matvec(vectors, digits, gather)
+        for vectors, digits in ((1, 1), (1, 2), (1, 3), (2, 2), (4, 2), (4, 3))
+        for gather in (True, False)
+    },
+    "matvec 1×2 uneven": _matvec(1, 2, True, even=False),
+    "dequantize": Specimen(
+        dequantize_kernel,
+        {"planes": "*i32", "table": "*i32", "weight": "*fp16", "rows": "i32", "words": "i32", "columns": "i32"},
+        {"BLOCK_ROWS": 16, "BLOCK_CODES": 32},
+    ),
+    **{
+        f"quantize {digits}": Specimen(
+            quantize_kernel,
+            {"x": "*fp32", "digits": "*i32", "sums": "*i32", "scales": "*fp32", "columns": "i32", "words": "i32"},
+            {"DIGITS": digits, "BLOCK": 1024},
+            warps=8,
+        )
+        for digits in (1, 2, 3)
+    },
+    **{
+        f"halves {terms}": Specimen(
+            halves_kernel,
+            {
+                "x": "*fp32",
+                "values": "*fp16",
+                "scales": "*fp32",
+                "columns": "i32",
+                "width": "i32",
+                "limit": "fp32",
+                "term_stride": "i32",
+            },
+            {"TERMS": terms, "BLOCK": 2048},
+        )
+        for terms in (1, 2)
+    },
+    **{
+        f"small batch {batch}×{terms} {'gather' if gather else 'load'}": _small_batch(batch, terms, gather)
+        for batch, terms, gather in (
+            (16, 1, True),
+            (16, 1, False),
+            (16, 2, True),
+            (32, 1, True),
+            (64, 1, True),
+            (64, 2, True),
+        )
+    },
+    **{
+        f"sylvester {power} {dtype}": _sylvester(power, dtype, 3 if dtype == "fp32" else 2)
+        for power in (1, 16, 128, 256, 512, 1024, 2048, 4096)
+        for dtype in ("fp16", "fp32")
+        if power in (128, 4096) or dtype == "fp32"
+    },
+    **{
+        f"sylvester quantize {power} {digits}": _sylvester_quantize(
+            power, digits, "fp32" if digits == 3 else "bf16", 2 + digits // 3
+        )
+        for power, digits in ((256, 2), (2048, 2), (4096, 1), (4096, 2), (4096, 3))
+    },
+    **{f"factor {order} terms {terms}": _factor(order, terms) for order, terms in ((12, 3), (28, 2), (172, 3), (172, 0))},
+}

@@ -1,0 +1,221 @@
+"""The Triton kernels and the ops made of them against float64, in Triton's interpreter. Run by test_gpu_interpreted.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quip_kernels import e8p
+from quip_kernels.gpu import dequantize, launch, matvec, quantize, small_batch, transform
+from tests import truth
+from transformers_quip import incoherence, set_activations
+from transformers_quip.ops import triton as ops
+
+if not launch.interpreted():
+    raise RuntimeError("run test_gpu_interpreted.py, which starts these tests with Triton's interpreter")
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def relative(value, expected):
+    return float((value.double() - expected).norm() / expected.norm())
+
+
+def vectors(rows, columns, seed=1):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(3, 8), (20, 100), (17, 520)])
+def test_dequantize_is_exact(m, n, dtype):
+    codes = truth.random_linear(m, n)["codes"]
+    weight = dequantize.dequantize(e8p.pack(codes), n, dtype)
+    assert weight.dtype == dtype
+    assert torch.equal(weight.double(), truth.decode(codes, n))
+
+
+def test_dequantize_of_every_code():
+    codes = torch.arange(65536).to(torch.int16).view(256, 256)
+    assert torch.equal(dequantize.dequantize(e8p.pack(codes), 2048, torch.float16).double(), truth.decode(codes, 2048))
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+@pytest.mark.parametrize("columns", [5, 64, 300])
+def test_digits_are_the_nearest_integers(columns, digits):
+    x = vectors(3, columns) * torch.tensor([[1e-6], [1.0], [1e6]])
+    result = quantize.quantize(x, digits)
+    limit = {1: 127, 2: 32639, 3: 8355000}[digits]
+    torch.testing.assert_close(result.scales, x.abs().amax(1) / limit)
+    # bytes b of [m, d, g, w] is digit d of x[m, 32w + 4g + b]
+    parts = result.bytes.view(torch.int8).view(3, digits, 8, -1, 4).permute(0, 1, 3, 2, 4).reshape(3, digits, -1).long()
+    assert not parts[..., columns:].any()
+    assert torch.equal(parts.sum(2), result.sums.long())
+    integers = sum(parts[:, d, :columns] * 256**d for d in range(digits))
+    # half a step, and the rounding of x/scale in float32
+    assert ((integers * result.scales.double()[:, None] - x).abs() <= result.scales[:, None] * (0.5 + limit * 2**-23)).all()
+
+
+def test_digits_of_zero_and_of_what_is_not_finite():
+    x = vectors(3, 64)
+    x[0] = 0
+    x[1, 5] = float("nan")
+    x[2, 63] = float("inf")
+    result = quantize.quantize(x, 2)
+    assert not result.bytes[0].any()
+    assert result.scales[0] == 0
+    assert result.scales[1:].isnan().all()
+
+
+@pytest.mark.parametrize(("digits", "gather"), [(1, False), (2, True), (2, False), (3, True)])
+@pytest.mark.parametrize(("m", "n", "batch"), [(3, 8, 1), (33, 136, 2), (17, 100, 5)])
+def test_matvec(m, n, batch, digits, gather):
+    codes, x = truth.random_linear(m, n)["codes"], vectors(batch, n)
+    quantized = quantize.quantize(x, digits)
+    y = matvec.matvec(quantized, e8p.pack(codes), n, gather)
+    assert y.dtype == torch.float32
+    weight = truth.decode(codes, n)
+    # every x was moved by half a step at most (and by the rounding of float32), the sums are exact
+    bound = (quantized.scales[:, None] / 2 + x.abs().amax(1, keepdim=True) * 2**-22) * weight.abs().sum(1)
+    assert ((y.sum(0) - x.double() @ weight.T).abs() <= bound).all()
+
+
+def test_matvec_in_parts_with_a_short_last_one():
+    codes = truth.random_linear(5, 9000)["codes"]
+    y = matvec.matvec(quantize.quantize(vectors(1, 9000), 2), e8p.pack(codes), 9000)
+    assert y.shape == (3, 1, 5)
+    assert relative(y.sum(0), vectors(1, 9000).double() @ truth.decode(codes, 9000).T) < 5e-5
+
+
+def test_matvec_is_exact_in_integers():
+    """Integers that the digits represent exactly: nothing may be lost."""
+    codes = truth.random_linear(33, 256)["codes"]
+    x = torch.randint(-32639, 32640, (1, 256), generator=torch.Generator().manual_seed(2)).float()
+    x[0, 0] = 32639
+    y = matvec.matvec(quantize.quantize(x, 2), e8p.pack(codes), 256)
+    torch.testing.assert_close(y[0].double(), x.double() @ truth.decode(codes, 256).T, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize(("terms", "error", "gather"), [(1, 1e-3, False), (2, 1e-6, True)])
+@pytest.mark.parametrize(("m", "n", "batch"), [(3, 8, 1), (70, 100, 9), (65, 2200, 17), (5, 136, 64)])
+def test_small_batch(m, n, batch, terms, error, gather):
+    codes = truth.random_linear(m, n)["codes"]
+    x = vectors(batch, n) * 1e5  # beyond float16
+    y = small_batch.small_batch(small_batch.halves(x, terms), e8p.pack(codes), n, gather)
+    assert relative(y.sum(0), x.double() @ truth.decode(codes, n).T) < error
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 7, 12, 16, 64, 100, 128, 258, 512, 576, 1536, 4096])
+def test_transform(size, transpose):
+    q = incoherence.get("hadamard", size, 3)
+    plan = transform.make_plan(size, q.dense_factors, torch.device("cpu"))
+    parts, row_scale = torch.stack([vectors(2, size, 1), vectors(2, size, 2)]), torch.tensor([0.5, 3.0])
+    pre, post, bias = vectors(3, size, 4)
+    y = transform.transform(parts, plan, transpose, torch.float32, pre=pre, row_scale=row_scale, post=post, bias=bias)
+    scaled = parts.double().sum(0) * pre * row_scale[:, None]
+    expected = (q.apply_transpose if transpose else q.apply)(scaled) * post + bias
+    assert relative(y, expected) < 5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [96, 1024])
+def test_transform_rounds_once(size, dtype):
+    q = incoherence.get("hadamard", size, 0)
+    plan = transform.make_plan(size, q.dense_factors, torch.device("cpu"))
+    x = vectors(2, size).to(dtype)
+    y = transform.transform(x, plan, False, dtype)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), x.double() @ q.matrix().T, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [256, 512, 2048])
+def test_fused_quantization_is_that_of_the_transform(size):
+    q = incoherence.get("hadamard", size, 0)
+    plan = transform.make_plan(size, q.dense_factors, torch.device("cpu"))
+    su, x = vectors(2, size, 5)
+    fused = transform.transform_quantize(x[None], plan, su, 2)
+    apart = quantize.quantize(q.apply_transpose((su * x).double()[None]).float(), 2)
+    torch.testing.assert_close(fused.scales, apart.scales, rtol=1e-6, atol=0)
+    digits = [part.bytes.view(torch.int8).view(2, 8, -1, 4).long() for part in (fused, apart)]
+    integers = [part[0] + 256 * part[1] for part in digits]
+    assert (integers[0] - integers[1]).abs().max() <= 1
+    assert torch.equal(digits[0].flatten(1).sum(1), fused.sums[0].long())
+
+
+def arguments(m, n, batch, dtype, bias=True):
+    parts = truth.random_linear(m, n, dtype=dtype)
+    x = vectors(batch, n, 9).to(dtype) / 16
+    return [x, parts["codes"], None, parts["su"], parts["sv"], parts["bias"] if bias else None, "e8p", "hadamard", 0]
+
+
+def expected(x, codes, codes_residual, su, sv, bias, codebook, name, seed):
+    q_in, q_out = (incoherence.get(name, len(v), seed).matrix() for v in (su, sv))
+    weight = sv.double()[:, None] * (q_out @ truth.decode(codes, len(su)) @ q_in.T) * su.double()
+    y = x.double() @ weight.T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 4, 5, 65])
+@pytest.mark.parametrize(("m", "n"), [(96, 100), (7, 258)])
+def test_linear(m, n, batch, dtype):
+    args = arguments(m, n, batch, dtype)
+    y = ops.linear(*args)
+    assert y.dtype == dtype
+    error = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+    assert relative(y, expected(*args)) < error
+
+
+def test_linear_takes_either_layout_other_strides_and_any_leading_dimensions():
+    args = arguments(24, 64, 6, torch.float32, bias=False)
+    x = args[0].view(2, 3, 64)
+    wanted = ops.linear(*args).view(2, 3, 24)
+    args[1] = e8p.pack(args[1])
+    torch.testing.assert_close(ops.linear(x, *args[1:]), wanted)
+    torch.testing.assert_close(ops.linear(x.transpose(0, 1), *args[1:]), wanted.transpose(0, 1))
+    assert ops.linear(x[:, :0], *args[1:]).shape == (2, 0, 24)
+
+
+def test_linear_with_int8_activations():
+    args = arguments(48, 512, 1, torch.float32)
+    set_activations("int8")
+    try:
+        assert 1e-3 < relative(ops.linear(*args), expected(*args)) < 2e-2
+    finally:
+        set_activations("exact")
+
+
+@pytest.mark.parametrize("name", ["none", "hadamard"])
+@pytest.mark.parametrize("size", [257, 40])  # 257 is a transform without matrices
+def test_linear_where_kernels_do_not_reach(size, name):
+    args = arguments(size, 16, 2, torch.float32)
+    args[7] = name
+    assert relative(ops.linear(*args), expected(*args)) < 2e-6
+    args[0], wanted = args[0].double(), expected(*args)
+    args[1] = e8p.pack(args[1])
+    assert relative(ops.linear(*args), wanted) < 1e-12
+
+
+def test_decode_of_either_layout():
+    codes = truth.random_linear(9, 40)["codes"]
+    for dtype in (*DTYPES, torch.float64):
+        for layout in (codes, e8p.pack(codes)):
+            assert torch.equal(ops.decode(layout, None, "e8p", 37, dtype).double(), truth.decode(codes, 37))
+
+
+def test_transform_op():
+    x = vectors(6, 96).view(2, 3, 96)
+    y = ops.transform(x.transpose(0, 1), "hadamard", 0, True)
+    assert relative(y, x.transpose(0, 1).double() @ truth.hadamard(96)) < 5e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize(("m", "n"), [(576, 1536), (14336, 512), (1024, 4096), (128, 14336), (64, 16384)])
+def test_linear_at_the_shapes_of_models(m, n, batch):
+    args = arguments(m, n, batch, torch.bfloat16)
+    y = ops.linear(*args)
+    weight = truth.decode(args[1], n)
+    inner = incoherence.get("hadamard", n, 0).apply_transpose(args[0].double() * args[3].double())
+    y_true = incoherence.get("hadamard", m, 0).apply(inner @ weight.T) * args[4].double() + args[5].double()
+    assert relative(y, y_true) < 4e-3

@@ -1,0 +1,86 @@
+"""Every Triton kernel compiled for every architecture without a GPU: no register may be spilled.
+
+The default run has the launches of a 4096-wide model on two architectures; `-m slow` has all of them everywhere.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed: kernels cannot be compiled")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
+
+
+def load_benchmark(name):
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+load_benchmark("specimens")
+instructions = load_benchmark("instructions")
+
+# One of each kernel, as a 4096-wide model in half precision launches it for one token, a small batch and a prompt.
+USUAL = (
+    "matvec 1×2 gather",
+    "quantize 2",
+    "small batch 16×1 gather",
+    "halves 1",
+    "dequantize",
+    "sylvester 4096 fp16",
+    "sylvester quantize 4096 2",
+    "factor 28 terms 2",
+)
+USUAL_TARGETS = ("sm_90", "gfx942")
+CASES = [(name, target) for name in instructions.SPECIMENS for target in instructions.TARGETS]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Compile anew, and leave nothing in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def check(name, target):
+    report = instructions.inspect(name, target)
+    assert report.spills == 0
+    assert report.local == 0
+    assert report.registers > 0
+    # what a program may have everywhere without asking for more
+    assert report.shared <= 64 * 1024 or name.startswith("small batch")
+
+
+@pytest.mark.parametrize("target", USUAL_TARGETS)
+@pytest.mark.parametrize("name", USUAL)
+def test_no_spills(name, target):
+    check(name, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "target"), [case for case in CASES if case[0] not in USUAL or case[1] not in USUAL_TARGETS]
+)
+def test_no_spills_anywhere(name, target):
+    check(name, target)
+
+
+def test_int8_matvec_takes_two_instructions_a_weight_and_loads_128_bits():
+    report = instructions.inspect("matvec 1×1 gather", "sm_90")
+    assert report.per_weight <= 2.0
+    assert set(report.loads) == {"LDG.128"}
+    assert report.loop["IDP"] > 0  # dp4a
+
+
+def test_exact_matvec_takes_little_more():
+    report = instructions.inspect("matvec 1×2 gather", "sm_90")
+    assert report.per_weight <= 2.5
+    assert set(report.loads) == {"LDG.128"}

@@ -1,0 +1,42 @@
+"""Runs `interpreted.py` in a process of its own: Triton's interpreter must be chosen before a kernel is imported."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+
+
+def run(selection: str) -> None:
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    # -p interpreter: before anything imports a kernel
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "interpreter", "-p", "no:cacheprovider", "-m", selection]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("interpreted.py"))],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_kernels_in_the_interpreter():
+    run("not slow")
+
+
+@pytest.mark.slow
+def test_large_shapes_in_the_interpreter():
+    run("slow")

@@ -1,0 +1,9 @@
+"""The kernels in Triton, for CUDA, ROCm and XPU devices; importing this needs the package `triton`.
+
+`decode` (what a word of codes means) and `dot` (products) are the parts; `transform`, `quantize`, `matvec`, `small_batch`
+and `dequantize` are a kernel each, with the function that launches it.
+"""
+
+from . import dequantize, matvec, quantize, small_batch, transform
+
+__all__ = ["dequantize", "matvec", "quantize", "small_batch", "transform"]

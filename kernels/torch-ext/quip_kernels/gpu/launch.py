@@ -1,0 +1,46 @@
+"""What every launch asks about the device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton.language as tl
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def arch() -> str:
+    """The instruction set that kernels with inline assembly are specialised for: "cuda", "hip" or "plain"."""
+    if interpreted() or not torch.cuda.is_available():
+        return "plain"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def term_dtype() -> tl.dtype:
+    """The 16-bit dtype of `dot.dot_signs`: bfloat16 has the range of float32, but the interpreter cannot multiply it."""
+    return tl.float16 if interpreted() else tl.bfloat16
+
+
+@functools.lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors (compute units, Xe cores) of a device: how many programs it takes to fill it once."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 4
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's device the current one: Triton launches on that, whatever its arguments live on."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "xpu":
+        return torch.xpu.device(tensor.device)
+    return contextlib.nullcontext()
