@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from quip_kernels import e8p
-from transformers_quip import QuipLinear
+from transformers_quip import QuipLinear, set_backend
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
 # Weights are rotated so that none is read from a cache: more bytes than any GPU's last level holds.
@@ -203,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a GPU that PyTorch can use (torch.cuda), and there is none here.", file=sys.stderr)
         return 1
+    set_backend("triton")
     deadline = time.perf_counter() + 60 * options.minutes
     properties = torch.cuda.get_device_properties(0)
     results = {"gpu": properties.name, "processors": properties.multi_processor_count, "memory": properties.total_memory}

@@ -7,7 +7,7 @@ import torch
 
 from quip_kernels import e8p
 from tests import truth
-from transformers_quip import incoherence, set_activations
+from transformers_quip import incoherence, set_activations, set_backend
 from transformers_quip.ops import triton as ops
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,10 @@ ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: 4e-3}
 def device():
     for kind in ("cuda", "xpu"):
         if getattr(torch, kind).is_available():
-            return torch.device(kind)
+            set_backend("triton")
+            yield torch.device(kind)
+            set_backend("auto")
+            return
     pytest.skip("there is no GPU that PyTorch can use")
 
 

@@ -51,8 +51,9 @@ def set_backend(name: str) -> None:
     The environment variable TRANSFORMERS_QUIP_BACKEND does the same when the package is imported.
 
     Args:
-        name: "auto": the fastest implementation for each tensor's device (the default); "cpu": the compiled library for
-            tensors on the CPU; "triton": Triton kernels for tensors on a GPU; "reference": plain PyTorch everywhere.
+        name: "auto": the compiled library on the CPU and plain PyTorch on GPUs (the default); "cpu": the compiled library
+            for tensors on the CPU; "triton": Triton kernels for tensors on a GPU, which have been tested in Triton's
+            interpreter but not yet on a device; "reference": plain PyTorch everywhere.
             With any choice, what the chosen implementation does not cover (other codebooks, float64, other devices)
             runs through the reference.
 

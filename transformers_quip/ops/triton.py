@@ -2,6 +2,9 @@
 
 Codes come in the logical layout (int16 [m, c]) or in that of the kernels (int32 [2, m, words], `quip_kernels.e8p.pack`),
 which is made once after loading; logical codes are packed anew by every call.
+
+They run only where the user asks for them, `set_backend("triton")`: until they have been measured on a device, "auto" is
+the reference there.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ def decode(
     """See [`reference.decode`]; takes either layout of the codes."""
     if not _packed(codes, codebook):
         return reference.decode(codes, codes_residual, codebook, columns, dtype)
-    if codes_residual is not None or get_backend() not in ("auto", "triton"):
+    if codes_residual is not None or get_backend() != "triton":
         return reference.decode(e8p.unpack(codes, columns), codes_residual, codebook, columns, dtype)
     from quip_kernels.gpu.dequantize import dequantize
 
@@ -68,24 +71,19 @@ def linear(
     product of more than `SMALL_BATCH_UP_TO` vectors is made in float32 as PyTorch's settings allow.
     """
     columns = su.shape[0]
-    plan = _plan(incoherence, columns, seed, x.device)
-    plan_out = _plan(incoherence, sv.shape[0], seed, x.device)
-    if (
-        x.dtype not in _DTYPES
-        or codebook != "e8p"
-        or codes_residual is not None
-        or x.numel() == 0
-        or None in (plan, plan_out)
-    ):
+    plans = (None, None)
+    if _is_covered(x) and codebook == "e8p" and codes_residual is None:
+        plans = tuple(_plan(incoherence, size, seed, x.device) for size in (columns, sv.shape[0]))
+    if any(plan is None for plan in plans):
         if _packed(codes, codebook):
             codes = e8p.unpack(codes, columns)
         return reference.linear(x, codes, codes_residual, su, sv, bias, codebook, incoherence, seed)
     planes = codes if _packed(codes, codebook) else e8p.pack(codes)
     rows = x.reshape(-1, columns).contiguous()
-    y, row_scale = _product(rows, planes, su, plan)
+    y, row_scale = _product(rows, planes, su, plans[0])
     from quip_kernels.gpu.transform import transform as launch
 
-    y = launch(y, plan_out, False, x.dtype, row_scale=row_scale, post=sv, bias=bias)
+    y = launch(y, plans[1], False, x.dtype, row_scale=row_scale, post=sv, bias=bias)
     return y.view(*x.shape[:-1], sv.shape[0])
 
 
@@ -112,7 +110,7 @@ def _product(
 
 
 def _is_covered(x: torch.Tensor) -> bool:
-    return x.dtype in _DTYPES and x.numel() > 0 and get_backend() in ("auto", "triton")
+    return x.dtype in _DTYPES and x.numel() > 0 and get_backend() == "triton"
 
 
 def _packed(codes: torch.Tensor, codebook: str) -> bool:
