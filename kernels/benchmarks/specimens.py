@@ -160,11 +160,11 @@ def _factor(order: int, terms: int) -> Specimen:
 
 SPECIMENS = {
     **{
-        f"matvec {vectors}×{digits} {'gather' if gather else 'load'}": _matvec(vectors, digits, gather)
+        f"matvec {vectors}x{digits} {'gather' if gather else 'load'}": _matvec(vectors, digits, gather)
         for vectors, digits in ((1, 1), (1, 2), (1, 3), (2, 2), (4, 2), (4, 3))
         for gather in (True, False)
     },
-    "matvec 1×2 uneven": _matvec(1, 2, True, even=False),
+    "matvec 1x2 uneven": _matvec(1, 2, True, even=False),
     "dequantize": Specimen(
         dequantize_kernel,
         {"planes": "*i32", "table": "*i32", "weight": "*fp16", "rows": "i32", "words": "i32", "columns": "i32"},
@@ -196,7 +196,7 @@ SPECIMENS = {
         for terms in (1, 2)
     },
     **{
-        f"small batch {batch}×{terms} {'gather' if gather else 'load'}": _small_batch(batch, terms, gather)
+        f"small batch {batch}x{terms} {'gather' if gather else 'load'}": _small_batch(batch, terms, gather)
         for batch, terms, gather in (
             (16, 1, True),
             (16, 1, False),

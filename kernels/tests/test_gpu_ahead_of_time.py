@@ -29,9 +29,9 @@ instructions = load_benchmark("instructions")
 
 # One of each kernel, as a 4096-wide model in half precision launches it for one token, a small batch and a prompt.
 USUAL = (
-    "matvec 1×2 gather",
+    "matvec 1x2 gather",
     "quantize 2",
-    "small batch 16×1 gather",
+    "small batch 16x1 gather",
     "halves 1",
     "dequantize",
     "sylvester 4096 fp16",
@@ -74,13 +74,13 @@ def test_no_spills_anywhere(name, target):
 
 
 def test_int8_matvec_takes_two_instructions_a_weight_and_loads_128_bits():
-    report = instructions.inspect("matvec 1×1 gather", "sm_90")
+    report = instructions.inspect("matvec 1x1 gather", "sm_90")
     assert report.per_weight <= 2.0
     assert set(report.loads) == {"LDG.128"}
     assert report.loop["IDP"] > 0  # dp4a
 
 
 def test_exact_matvec_takes_little_more():
-    report = instructions.inspect("matvec 1×2 gather", "sm_90")
+    report = instructions.inspect("matvec 1x2 gather", "sm_90")
     assert report.per_weight <= 2.5
     assert set(report.loads) == {"LDG.128"}
