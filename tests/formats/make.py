@@ -34,10 +34,12 @@ LINEARS = {
 }
 BITS = {"e8p": 2, "e8p-rvq3": 3, "e8p-rvq4": 4, "d4": 2, **truth.SCALAR_BITS}
 # folder → codebook and what multiplies its second stage, where that is not the codebook's own
-FOLDERS = {name: (name, None) for name in BITS} | {"e8p-rvq4-minus": ("e8p-rvq4", -1.0)}
+FOLDERS = {name: (name, None) for name in BITS} | {"e8p-rvq4-minus": ("e8p-rvq4", -1.0), "embedding": ("e8p", None)}
+# folder → codebook of the embeddings and the output embeddings
+EMBEDDINGS = {"embedding": "half-integer"}
 
 
-def model_config(codebook: str, residual_scale: float | None) -> dict:
+def model_config(codebook: str, residual_scale: float | None, embeddings: str | None) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -50,7 +52,7 @@ def model_config(codebook: str, residual_scale: float | None) -> dict:
         "head_dim": 8,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 32,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": embeddings is None,
         "quantization_config": {
             "quant_method": "quip",
             "format_version": 1,
@@ -59,7 +61,11 @@ def model_config(codebook: str, residual_scale: float | None) -> dict:
             "residual_scale": residual_scale,
             "incoherence": "hadamard",
             "seed": 0,
-            "quantized_modules": [f"model.layers.0.{name}" for name in LINEARS],
+            **({"modules": dict.fromkeys(("embed_tokens", "lm_head"), {"codebook": embeddings})} if embeddings else {}),
+            "quantized_modules": [
+                *(["model.embed_tokens", "lm_head"] if embeddings else []),
+                *(f"model.layers.0.{name}" for name in LINEARS),
+            ],
         },
     }
 
@@ -74,16 +80,26 @@ def main() -> None:
             "model.layers.0.post_attention_layernorm.weight": torch.ones(HIDDEN),
         }
         expected = {}
+        embeddings = EMBEDDINGS.get(folder)
+        if embeddings:
+            del tensors["model.embed_tokens.weight"]
+            for name in ("model.embed_tokens", "lm_head"):
+                parts = truth.random_linear(VOCABULARY, HIDDEN, seed=number, codebook=embeddings)
+                del parts["bias"]
+                rotation = truth.ONE_SIDED if name == "model.embed_tokens" else "hadamard"
+                weight = truth.dense_weight(**parts, incoherence=rotation, codebook=embeddings)
+                expected[name] = weight.float().contiguous()
+                tensors.update((f"{name}.{key}", value) for key, value in parts.items())
         for i, (name, (m, n)) in enumerate(LINEARS.items()):
             parts = truth.random_linear(m, n, seed=100 * number + i, codebook=codebook)
             del parts["bias"]
             weight = truth.dense_weight(**parts, codebook=codebook, residual_scale=residual_scale)
-            expected[name] = weight.float().contiguous()
+            expected[f"model.layers.0.{name}"] = weight.float().contiguous()
             tensors.update((f"model.layers.0.{name}.{key}", value) for key, value in parts.items())
         (HERE / folder).mkdir(exist_ok=True)
         save_file(tensors, HERE / folder / "model.safetensors", {"format": "pt"})
         save_file(expected, HERE / folder / "expected.safetensors")
-        text = json.dumps(model_config(codebook, residual_scale), indent=1)
+        text = json.dumps(model_config(codebook, residual_scale, embeddings), indent=1)
         (HERE / folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
