@@ -13,6 +13,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from quality import groups
+
 RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
 BEGIN = "<!-- results: written by benchmarks/readme_table.py -->"
@@ -40,23 +42,23 @@ def quality_table(quality: dict) -> str:
         "| SmolLM2-135M-Instruct | true bits | wiki perplexity | news perplexity | wall s | CPU s |",
         "|---|---|---|---|---|---|",
     ]
-    for setting, description in quality["settings"].items():
-        rows = [row for row in quality["rows"] if row["setting"] == setting]
-        if not rows:
-            continue
+    for (setting, bits), rows in groups(quality["rows"]).items():
+        description = quality["settings"][setting]
+        if setting != "dense":
+            description += f", {bits:g} bits"
         seeds = f", {len(rows)} seeds" if len(rows) > 1 else ""
-        bits = f"{rows[0]['true_bits']:.3f}" if "true_bits" in rows[0] else "32"
+        true = f"{rows[0]['true_bits']:.3f}" if "true_bits" in rows[0] else "32"
         wiki, news = (figure([row["perplexity"][name] for row in rows]) for name in ("wiki", "news"))
         timed = [row for row in rows if row["threads"] == max(other["threads"] for other in rows)]
         wall, cpu = (f"{statistics.mean(row[key] for row in timed):.0f}" for key in ("wall_seconds", "cpu_seconds"))
         if setting == "dense":
             wall = cpu = ""
-        lines.append(f"| {description}{seeds} | {bits} | {wiki} | {news} | {wall} | {cpu} |")
+        lines.append(f"| {description}{seeds} | {true} | {wiki} | {news} | {wall} | {cpu} |")
     return "\n".join(lines) + "\n"
 
 
 def proxy_loss_table(quality: dict) -> str:
-    rows = {row["setting"]: row["proxy_loss"] for row in reversed(quality["rows"]) if row.get("proxy_loss")}
+    rows = {key: rows[0]["proxy_loss"] for key, rows in groups(quality["rows"]).items() if rows[0].get("proxy_loss")}
     if not rows:
         return ""
     kinds = list(dict.fromkeys(kind for losses in rows.values() for kind in losses))
@@ -64,9 +66,9 @@ def proxy_loss_table(quality: dict) -> str:
         "| relative proxy loss, mean of all blocks | " + " | ".join(kinds) + " |",
         "|---" * (len(kinds) + 1) + "|",
     ]
-    for setting, losses in rows.items():
+    for (setting, bits), losses in rows.items():
         cells = (f"{losses[kind]:.4f}" if kind in losses else "" for kind in kinds)
-        lines.append(f"| {quality['settings'][setting]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {quality['settings'][setting]}, {bits:g} bits | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

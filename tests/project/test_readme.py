@@ -56,16 +56,18 @@ def test_the_results_are_those_of_the_benchmarks():
 
 def test_tables_from_results(tmp_path, monkeypatch):
     machine = {"processor": "P", "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0"}}
-    row = {"setting": "text", "true_bits": 2.09, "wall_seconds": 100, "cpu_seconds": 200, "threads": 2}
+    row = {"setting": "text", "bits": 2.0, "true_bits": 2.09, "wall_seconds": 100, "cpu_seconds": 200, "threads": 2}
     row["proxy_loss"] = {"q": 0.01234}
     quality = {
         "machine": machine,
         "settings": {"dense": "dense model", "text": "on text"},
         "rows": [
             {**row, "seed": 0, "perplexity": {"wiki": 50.0, "news": 100.0}},
+            {**row, "seed": 0, "bits": 2.5, "true_bits": 2.59, "perplexity": {"wiki": 40.0, "news": 80.0}},
             {**row, "seed": 1, "perplexity": {"wiki": 52.0, "news": 20000.0}, "threads": 1, "wall_seconds": 999},
             {
                 "setting": "dense",
+                "bits": 32,
                 "seed": 0,
                 "perplexity": {"wiki": 17.76, "news": 30.85},
                 "wall_seconds": 1,
@@ -79,8 +81,9 @@ def test_tables_from_results(tmp_path, monkeypatch):
     monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
     lines = readme_table.region().splitlines()
     assert "| dense model | 32 | 17.8 | 30.9 |  |  |" in lines
-    assert "| on text, 2 seeds | 2.090 | 51.0 (50.0 to 52.0) | 10050 (100.0 to 20000) | 100 | 200 |" in lines
-    assert "| on text | 0.0123 |" in lines
+    assert "| on text, 2 bits, 2 seeds | 2.090 | 51.0 (50.0 to 52.0) | 10050 (100.0 to 20000) | 100 | 200 |" in lines
+    assert "| on text, 2.5 bits | 2.590 | 40.0 | 80.0 | 100 | 200 |" in lines
+    assert "| on text, 2 bits | 0.0123 |" in lines
     assert "- Rounding one decoder block (LDLQ and 10 sweeps): 3.2 CPU seconds." in lines
     assert lines[-1] == "Machine: P, 2 cores; Python 3.11, torch 2.13.0."
 
