@@ -199,7 +199,7 @@ def print_table(rows: list[dict]) -> None:
         print(f"| {row['label']} | {loss} | {wiki} | {news} | {bits} | {seconds} |")
 
 
-def print_claims(rows: list[dict]) -> None:
+def claims(rows: list[dict]) -> list[str]:
     """Each claim of the papers with the perplexities that bear on it, as far as they were measured."""
     found = {row["label"]: row["perplexity"] for row in rows}
     scalar = {name: Method(2, "scalar2", name, sweeps=count) for name, count in ROUNDINGS.items()}
@@ -212,13 +212,14 @@ def print_claims(rows: list[dict]) -> None:
         pair = (Method(2, book, "ldlq", side, sweeps) for side in ("hadamard", "kronecker"))
         chains[f"Hadamard ≥ Kronecker, {book} + {sweeps} sweeps"] = tuple(pair)
     chains["E8P > D4 > scalar"] = tuple(Method(2, book, "ldlq") for book in ("e8p", "d4", "scalar2"))
-    print()
+    result = []
     for claim, chain in chains.items():
         for text in ("wiki", "news"):
             values = [found[method.label][text] for method in chain if method.label in found]
             if len(values) == len(chain):
-                verdict = "holds" if values == sorted(values) else "DOES NOT HOLD"
-                print(f"{verdict}: {claim}, {text}: {' | '.join(f'{value:.4g}' for value in values)}")
+                verdict = "holds" if values == sorted(values) else "does not hold"
+                result.append(f"{claim}, {text}: {verdict} ({' | '.join(f'{value:.4g}' for value in values)})")
+    return result
 
 
 def main() -> None:
@@ -242,7 +243,7 @@ def main() -> None:
 
     def rows(everything: bool = False) -> list[dict]:
         found = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.is_file() else []
-        return [row for row in found if everything or all(row[key] == value for key, value in scope.items())]
+        return [row for row in found if everything or row.items() >= scope.items()]
 
     if not options.table:
         folder = options.folder or dense_folder()
@@ -251,10 +252,12 @@ def main() -> None:
         for method in (None, *chosen):
             if (method.label if method else DENSE) not in {row["label"] for row in rows()}:
                 row = run(method, folder, windows, options.seed) if method else run_dense(folder, windows)
-                machine.save("methods", {"rows": [*rows(everything=True), scope | row]})
+                every = [*rows(everything=True), scope | row]
+                of_scope = [row for row in every if row.items() >= scope.items()]
+                machine.save("methods", {"claims": claims(of_scope), "rows": every})
                 print(json.dumps(row), flush=True)
     print_table(rows())
-    print_claims(rows())
+    print("", *claims(rows()), sep="\n")
 
 
 if __name__ == "__main__":

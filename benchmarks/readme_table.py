@@ -72,6 +72,73 @@ def proxy_loss_table(quality: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """Markdown; nothing where there are no rows."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) if rows else ""
+
+
+def methods_table(methods: dict) -> str:
+    """Every row of the full protocol, best first within the same bits, folded; and what the papers' claims come to."""
+    rows = []
+    full = [row for row in methods["rows"] if row["windows"] == max(other["windows"] for other in methods["rows"])]
+    for row in sorted(full, key=lambda row: (row["bits"], row["perplexity"]["wiki"])):
+        true, loss, seconds = (row.get(key) for key in ("true_bits", "proxy_loss", "cpu_seconds"))
+        rows.append(
+            [
+                row["label"],
+                f"{loss:.4f}" if loss is not None else "",
+                figure([row["perplexity"]["wiki"]]),
+                figure([row["perplexity"]["news"]]),
+                f"{true:.3f}" if true else f"{row['bits']}",
+                f"{seconds:.0f}" if seconds else "",
+            ]
+        )
+    titles = ["method", "mean proxy loss", "wiki perplexity", "news perplexity", "true bits", "rounding CPU s"]
+    claims = "".join(f"- {claim}\n" for claim in methods["claims"])
+    rows_folded = folded("All methods", table(titles, rows))
+    return f"What each part buys, all with the Hessians of the dense model:\n\n{claims}\n{rows_folded}"
+
+
+def folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n"
+
+
+def codebooks_table(books: dict) -> str:
+    titles = [
+        "codebook",
+        "bits",
+        "mean squared error on a Gaussian",
+        "least possible at any block size",
+        "encodes, times E8P",
+    ]
+    return table(
+        titles,
+        [
+            [
+                row["codebook"],
+                f"{row['bits']:g}",
+                f"{row['error']:.3g}",
+                f"{row['bound']:.3g}",
+                f"{row['speed_to_e8p']:.2g}",
+            ]
+            for row in books["rows"]
+        ],
+    )
+
+
+def speed_table(generate: dict) -> str:
+    titles = ["on the CPU", "activations", "tokens/s", "times dense bfloat16"]
+    return table(
+        titles,
+        [
+            [f"{row['model']}, {row['kind']}", row["way"], f"{row['tokens_per_second']:.1f}", f"{row['times_dense']:.2f}"]
+            for row in generate["rows"]
+            if row["way"] != "dense bfloat16"
+        ],
+    )
+
+
 def other_figures() -> str:
     lines = []
     if nearest := load("nearest"):
@@ -80,12 +147,6 @@ def other_figures() -> str:
                 f"- Nearest-point search, {row['search']}: {row['weights_per_second']:.2g} weights/s, "
                 f"{row['times_plain']:.0f} times the plain table search."
             )
-    if books := load("codebooks"):
-        lines += [
-            f"- Codebook {row['codebook']}, {row['bits']:g} bits: mean squared error {row['error']:.3g} on a Gaussian "
-            f"(bound {row['bound']:.3g}), encodes {row['speed_to_e8p']:.2g} times as fast as E8P."
-            for row in books["rows"]
-        ]
     if rounding := load("rounding"):
         lines.append(
             f"- Rounding one decoder block (LDLQ and {rounding['refinement_sweeps']} sweeps): "
@@ -93,14 +154,6 @@ def other_figures() -> str:
         )
     if memory := load("memory"):
         lines += [f"- Peak memory, {name}: {value / 1e6:.0f} MB." for name, value in memory["summary"].items()]
-    if generate := load("generate"):
-        dense = "dense bfloat16"
-        for row in generate["rows"]:
-            if row["way"] != dense:
-                lines.append(
-                    f"- {row['model']}, {row['kind']} on the CPU, {row['way']} activations: "
-                    f"{row['tokens_per_second']:.1f} tokens/s, {row['times_dense']:.2f} times {dense}."
-                )
     if activations := load("activations"):
         cost = ", ".join(f"{name} {value:+.2%}" for name, value in activations["cost"].items())
         lines.append(f"- Perplexity of 8-bit instead of exact activations: {cost}.")
@@ -116,6 +169,9 @@ def machine_line(content: dict) -> str:
 def region() -> str:
     quality = load("quality")
     parts = [quality_table(quality), proxy_loss_table(quality)] if quality else []
+    for name, show in (("methods", methods_table), ("codebooks", codebooks_table), ("generate", speed_table)):
+        if content := load(name):
+            parts.append(show(content))
     parts.append(other_figures())
     if quality:
         parts.append(machine_line(quality))

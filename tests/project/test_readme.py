@@ -78,8 +78,22 @@ def test_tables_from_results(tmp_path, monkeypatch):
     }
     (tmp_path / "quality.json").write_text(json.dumps(quality))
     (tmp_path / "rounding.json").write_text(json.dumps({"refinement_sweeps": 10, "cpu_seconds": 3.21}))
+    method = {
+        "label": "a method",
+        "bits": 2,
+        "true_bits": 2.0917,
+        "proxy_loss": 0.03130,
+        "cpu_seconds": 99.7,
+        "windows": 40,
+    }
+    method["perplexity"] = {"wiki": 48.98, "news": 112.9}
+    methods = {"claims": ["A > B, wiki: holds (1 | 2)"], "rows": [method, {**method, "label": "quick", "windows": 10}]}
+    (tmp_path / "methods.json").write_text(json.dumps(methods))
     monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
     lines = readme_table.region().splitlines()
+    assert "- A > B, wiki: holds (1 | 2)" in lines
+    assert "| a method | 0.0313 | 49.0 | 112.9 | 2.092 | 100 |" in lines
+    assert not any("quick" in line for line in lines)
     assert "| dense model | 32 | 17.8 | 30.9 |  |  |" in lines
     assert "| on text, 2 bits, 2 seeds | 2.090 | 51.0 (50.0 to 52.0) | 10050 (100.0 to 20000) | 100 | 200 |" in lines
     assert "| on text, 2.5 bits | 2.590 | 40.0 | 80.0 | 100 | 200 |" in lines
