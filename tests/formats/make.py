@@ -43,12 +43,11 @@ class Model(NamedTuple):
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Name in the layer → [m, n]."""
-        shapes = {name: (HIDDEN, HIDDEN) for name in ("self_attn.q_proj", "self_attn.o_proj")}
+        shapes = dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), (HIDDEN, HIDDEN))
         shapes |= {f"self_attn.{name}_proj": (self.key_value, HIDDEN) for name in "kv"}
         shapes |= {f"mlp.{name}_proj": (self.intermediate, HIDDEN) for name in ("gate", "up")}
         shapes["mlp.down_proj"] = (HIDDEN, self.intermediate)
-        order = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
-        return {name: shapes[name] for name in order.split()}
+        return {name: shapes[name] for name in TRELLISES}
 
 
 # Every trellis code but "lut", whose table alone would be 256 KB, with every number of bits and order that there is.
@@ -65,7 +64,9 @@ FOLDERS = {
     **{name: Model(name) for name in BITS},
     "e8p-rvq4-minus": Model("e8p-rvq4", -1.0),
     "embeddings": Model("e8p", others={"model.embed_tokens": "half-integer", "lm_head": "e8p-rvq3"}),
-    "trellis": Model("trellis:1mad:k2:rows", others={LAYER + n: b for n, b in TRELLISES.items()}, intermediate=32, key_value=16),
+    "trellis": Model(
+        "trellis:1mad:k2:rows", others={LAYER + n: b for n, b in TRELLISES.items()}, intermediate=32, key_value=16
+    ),
 }
 
 

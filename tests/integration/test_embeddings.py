@@ -16,7 +16,11 @@ BOTH = {"embed_tokens": {"bits": 4}, "lm_head": {"bits": 4}}
 DATA = {"dataset": tiny_ids(4, 16, seed=5), "num_samples": 4, "sequence_length": 16, "refinement_sweeps": 1}
 
 
-@pytest.mark.parametrize("options", [{"dataset": None}, {**DATA, "batch_size": 1}, {**DATA, "bits": 2.5}], ids=["uncalibrated", "calibrated", "average"])
+@pytest.mark.parametrize(
+    "options",
+    [{"dataset": None}, {**DATA, "batch_size": 1}, {**DATA, "bits": 2.5}],
+    ids=["uncalibrated", "calibrated", "average"],
+)
 @torch.no_grad()
 def test_the_whole_way(options, dense, ids, tmp_path):
     config = QuipConfig(**{"bits": 3, **options}, modules=BOTH)
@@ -62,9 +66,7 @@ def test_which_batches_come_from_the_quantized_table(follow, dense, monkeypatch)
     config = QuipConfig(**DATA, batch_size=1, calibrate_on=follow, modules={"embed_tokens": {"bits": 4}})
     quantized = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=config)
     plain = AutoModelForCausalLM.from_pretrained(dense("llama"))
-    wanted = [
-        capture_inputs(m, find_blocks(m)[1], DATA["dataset"], 1, progress=False).hidden for m in (plain, quantized)
-    ]
+    wanted = [capture_inputs(m, find_blocks(m)[1], DATA["dataset"], 1, progress=False).hidden for m in (plain, quantized)]
     chosen = {"dense": [0, 0, 0, 0], "quantized": [1, 1, 1, 1], "mixed": [1, 0, 1, 0]}[follow]
     assert not torch.equal(wanted[0][0], wanted[1][0])
     for batch, which in enumerate(chosen):

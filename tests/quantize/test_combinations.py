@@ -41,9 +41,7 @@ def test_works_or_is_refused(method, codebook):
     linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
     total = ((weight.double() @ hessian.double()) * weight).sum()
     for transform, rescale in [*((name, True) for name in TRANSFORMS), ("hadamard", False)]:
-        config = QuipConfig(
-            codebook=codebook, rounding=method, incoherence=transform, rescale=rescale, refinement_sweeps=1
-        )
+        config = QuipConfig(codebook=codebook, rounding=method, incoherence=transform, rescale=rescale, refinement_sweeps=1)
         result = quantize_weights({"fc": weight}, hessian, config)["fc"]
         error = weight - QuipLinear.from_quantized(linear, result, config).dequantize(torch.float64)
         lost = (((error @ hessian.double()) * error).sum() / total).item()
@@ -57,7 +55,9 @@ def test_works_or_is_refused(method, codebook):
 
 @pytest.mark.parametrize("method", rounding.names())
 def test_codebooks_that_are_only_read_are_refused(method):
-    with pytest.raises(ValueError, match=r"trellis:mul1:k2:exl3.*it is for checkpoints|does not work with codebook=.trellis:mul1"):
+    with pytest.raises(
+        ValueError, match=r"trellis:mul1:k2:exl3.*it is for checkpoints|does not work with codebook=.trellis:mul1"
+    ):
         make_plan(tiny_model("llama"), QuipConfig(codebook="trellis:mul1:k2:exl3", rounding=method))
 
 

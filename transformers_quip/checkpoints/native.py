@@ -1,7 +1,8 @@
 """The native format: which tensors a saved model holds, checked before any of them is used.
 
-For every quantized linear and embedding a checkpoint holds `codes` (and `codes_residual` for a codebook of two stages, `table` for one
-that has a table), `su`, `sv` and the `bias` if there is one, under the module's name. `config.json` lists those names.
+For every quantized linear and embedding a checkpoint holds `codes` (and `codes_residual` for a codebook of two stages,
+`table` for one that has a table), `su`, `sv` and the `bias` if there is one, under the module's name. `config.json` lists
+those names.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
 
     Args:
         model: on the meta device or not.
-        recorded: names of the quantized linears and embeddings as config.json has them. A head may be loaded on a base model that was
-            saved alone, or the other way round: the base model's prefix may be missing or too many.
+        recorded: names of the quantized linears and embeddings as config.json has them. A head may be loaded on a base
+            model that was saved alone, or the other way round: the base model's prefix may be missing or too many.
         config: has `for_module` and `layout_of` (`QuipConfig`).
 
     Raises:

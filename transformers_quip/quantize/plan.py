@@ -102,9 +102,9 @@ class QuantizationPlan:
         tables = quantized.count(False)
         embeddings = f" and {tables} embedding{'s' if tables > 1 else ''}" if tables else ""
         lines = [
-            f"{sum(quantized)} of {sum(entry.linear for entry in self.entries)} linear layers{embeddings}, {self.share:.1%} of "
-            f"{_count(self.parameters)} parameters, are quantized to {self.true_bits:.3f} bits per weight "
-            f"(codebook {', '.join(self.codebooks)})."
+            f"{sum(quantized)} of {sum(entry.linear for entry in self.entries)} linear layers{embeddings}, "
+            f"{self.share:.1%} of {_count(self.parameters)} parameters, are quantized to {self.true_bits:.3f} bits per "
+            f"weight (codebook {', '.join(self.codebooks)})."
         ]
         for reason, entries in self.left_dense().items():
             share = sum(entry.parameters for entry in entries) / self.parameters
