@@ -56,6 +56,7 @@ class LoopbackHub:
         cut: {name of a file: bytes}: its next download breaks off after so many bytes.
         lost: names of files whose downloads break off at once, every time.
         refuse_uploads_after: so many large files are taken; then connections are cut until this is None again.
+        hold_uploads: whether uploads of large files wait for `release`; `held` says that one does.
     """
 
     def __init__(self, port: int = 0):
@@ -65,6 +66,8 @@ class LoopbackHub:
         self.cut: dict[str, int] = {}
         self.lost: set[str] = set()
         self.refuse_uploads_after: int | None = None
+        self.hold_uploads = False
+        self.held, self.release = threading.Event(), threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         # large files are on another host, as on the Hub: the client treats a redirection to it in another way
         self.servers = [ThreadingHTTPServer(("127.0.0.1", number), handler) for number in (port, 0)]
@@ -239,6 +242,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, body: bytes, oid: str) -> None:
+        if self.hub.hold_uploads:
+            self.hub.held.set()
+            self.hub.release.wait(60)
         limit = self.hub.refuse_uploads_after
         if limit is not None and limit <= 0:
             return self.drop()

@@ -163,8 +163,10 @@ def read_folder(folder: str | Path) -> Inventory:
     """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
-    index = folder / INDEX
-    if index.is_file():
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():  # as Transformers reads it: whatever else is there
+        files = [single]
+    elif index.is_file():
         content = _read_json(index)
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict):
