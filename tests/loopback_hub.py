@@ -201,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         """The checks of a model card that can be made without the Hub's data."""
         content = json.loads(body)["content"]
         match = re.match(r"---\r?\n(.*?)\r?\n---", content, re.DOTALL)
-        errors = [] if match else ["no metadata"]
+        warnings = [] if match else ["empty or missing yaml metadata in repo card"]
+        errors = []
         data = yaml.safe_load(match[1]) if match else {}
         bases = data.get("base_model", [])
         for base in [bases] if isinstance(bases, str) else bases:
@@ -217,7 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
                     errors.append("model-index: task and dataset")
                 if not all("type" in metric and "value" in metric for metric in result["metrics"]):
                     errors.append("model-index: metrics")
-        self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+        answer = {"errors": errors, "warnings": warnings}
+        answer = {kind: [{"message": message} for message in messages] for kind, messages in answer.items()}
+        self.answer(answer, 400 if errors else 200)
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
         self.repo(name, write=True)
