@@ -80,6 +80,7 @@ def library() -> ctypes.CDLL | None:
     for name, result, arguments in (
         ("quip_encode", None, [pointer, size, number, real, pointer, pointer, number]),
         ("quip_round_panel", number, [pointer] * 3 + [size] * 2 + [number, real] + [pointer] * 3 + [number]),
+        ("quip_round_panel_scalar", number, [pointer] * 3 + [size] * 2 + [number] + [pointer] * 3 + [number]),
         ("quip_linear", number, [pointer] * 3 + [size] * 2 + [number] * 5),
         ("quip_residual_decode", None, [pointer, pointer, number, real, size, size, pointer, number, number]),
         ("quip_e8p_decode", None, [pointer, size, size, pointer, number, number, number]),
