@@ -25,6 +25,7 @@ from .hub import origin, saving
 from .nn import replace
 from .nn.place import place_all, restore_structure
 from .quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
+from .quantize.progress import LoadingBar
 from .repacking import (
     ForeignConfig,
     RaisedLater,
@@ -63,6 +64,7 @@ class QuipQuantizer(HfQuantizer):
         super().__init__(quantization_config.__deepcopy__({}), **kwargs)
         self.report: QuantizationReport | None = None
         self._to_quantize: set[str] = set()
+        self._bar = LoadingBar(())
         self._true_bits: float | None = None
         self._loading: tuple[PreTrainedModel, list[str]] | None = None
         self._memory = memory.Returner()
@@ -117,6 +119,7 @@ class QuipQuantizer(HfQuantizer):
         plan = make_plan(model, config)
         self._true_bits = plan.true_bits
         self._to_quantize = set(plan.names)
+        self._bar = LoadingBar(plan.names)
         self._report(model, plan)
 
     def _put_empty_linears(self, model: PreTrainedModel) -> None:
@@ -177,7 +180,7 @@ class QuipQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What Transformers' loader calls with each weight that needs quantization."""
-        return QuantizeWeight(self.quantization_config, self._memory)
+        return QuantizeWeight(self.quantization_config, self._memory, self._bar)
 
     def get_weight_conversions(self) -> list:
         """None: a native checkpoint has the names of the model."""
@@ -248,9 +251,10 @@ class QuipQuantizer(HfQuantizer):
 class QuantizeWeight(ConversionOps):
     """Quantizes one weight as the loader has read it, and puts the quantized module in the place of the dense one."""
 
-    def __init__(self, config: QuipConfig, returner: memory.Returner):
+    def __init__(self, config: QuipConfig, returner: memory.Returner, bar: LoadingBar):
         self.config = config
         self.returner = returner
+        self.bar = bar
 
     def convert(
         self,
@@ -273,6 +277,7 @@ class QuantizeWeight(ConversionOps):
             quantized = quantize(replace.dense_weight(linear, weight), self.config.for_module(name), name)
         except Exception as error:
             return RaisedLater(error)
+        self.bar.advance(name, quantized.statistics["relative_error"])
         module = replace.replace_by_empty(model, name, self.config)
         missing_keys.discard(full_layer_name)
         self.returner.handled(weight.nbytes)
