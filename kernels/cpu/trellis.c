@@ -28,13 +28,16 @@ static int column_of(int order, int q) {
     return (q & 1) | (q >> 3 & 3) << 1 | (order == TRELLIS_QTIP ? q >> 2 & 1 : q >> 1 & 1) << 3;
 }
 
-static const trellis_kernels *kernels_of(int level) {
+static const trellis_kernels *kernels_of(int level, int code) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#if defined(TRELLIS_FP16)
+    if (level == QUIP_AVX512) return quip_trellis_fp16(code);
+#endif
     if (level == QUIP_AVX512) return &quip_trellis_avx512;
     if (level == QUIP_AVX2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &quip_trellis_avx2;
 #endif
-    (void)level;
+    (void)level, (void)code;
     return &quip_trellis_plain;
 }
 
@@ -171,7 +174,7 @@ static int is_sound(const quip_trellis *w) {
 EXPORT int quip_trellis_products(const quip_trellis *w, const float *x, float *z, int64_t count, int level, int threads) {
     if (!is_sound(w) || count < 0) return -1;
     if (count == 0) return 0;
-    work j = {.w = w, .kernels = kernels_of(level), .z = z, .count = count};
+    work j = {.w = w, .kernels = kernels_of(level, w->code), .z = z, .count = count};
     if (make_plan(w, j.kernels, &j.plan)) return -2;
     const int64_t tiles = w->n / TILE;
     float *const views = quip_get_memory(2 * count * w->n * (int64_t)sizeof *views);
@@ -194,7 +197,7 @@ EXPORT int quip_trellis_products(const quip_trellis *w, const float *x, float *z
 /* out[m][n] of `type`. Returns as quip_trellis_products. */
 EXPORT int quip_trellis_decode(const quip_trellis *w, void *out, int type, int level, int threads) {
     if (!is_sound(w)) return -1;
-    work j = {.w = w, .kernels = kernels_of(level), .out = out, .type = type};
+    work j = {.w = w, .kernels = kernels_of(level, w->code), .out = out, .type = type};
     if (make_plan(w, j.kernels, &j.plan)) return -2;
     quip_parallel(decode_rows, &j, w->m / TILE, (1 << 14) / w->n + 1, threads);
     free(j.plan.values);
