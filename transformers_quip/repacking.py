@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -169,6 +168,9 @@ def recognise_quip_params() -> None:
 
     Without that it would build the dense model, find none of its weights in the files and return it with random ones.
     """
+    # Its import registers, and that imports this file: whoever imports this file first must not import it in turn.
+    from transformers import modeling_utils
+
     original = getattr(modeling_utils.get_hf_quantizer, "__wrapped__", modeling_utils.get_hf_quantizer)
 
     @functools.wraps(original)
