@@ -223,7 +223,7 @@ def main() -> None:
         print(json.dumps(load(options.load)))
         return
     rows = []
-    print(f"{'':24s} {'MB':>6s} {'peak':>6s} {'end':>6s} {'seconds':>8s} {'read':>6s} {'limit':>6s} {'re-packed MB/s':>15s}")
+    print(f"{'':24s} {'MB':>6s} {'peak':>6s} {'end':>6s} {'seconds':>8s} {'read':>6s} {'limit':>6s} {'re-packed':>15s}")
     for family in options.families:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             write(family, Path(folder), options.megabytes)

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define SMALL_TABLE 10 /* bits of the index into a table that as float32 is near to the processor, whatever else is */
 #define TOGETHER 8 /* tiles of one row that are decoded before they are converted, or multiplied by several vectors */
 
 typedef struct {
@@ -67,8 +68,8 @@ static int make_plan(const quip_trellis *w, const trellis_kernels *kernels, trel
     quip_load(w->table, w->table_type, 0, values, size);
     if (both)
         for (int64_t i = 0; i < size; i++) values[size + i] = i % w->step ? values[i] : -values[i];
-    if (w->step == 2) {
-        /* Two numbers in one word save half of the look-ups, where 16 bits hold them. */
+    if (w->step == 2 && plan->bits > SMALL_TABLE) {
+        /* Two numbers in one word, where 16 bits hold them, are half of the memory, but must be converted. */
         quip_store(values, halves, QUIP_FLOAT16, 0, (1 + both) * size);
         quip_load(halves, QUIP_FLOAT16, 0, back, size);
         if (!memcmp(values, back, (size_t)size * sizeof *back)) {

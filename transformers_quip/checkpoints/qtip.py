@@ -90,7 +90,8 @@ class Qtip(Family):
             source.require("tlut", FLOATING, (1 << bits, step))
             code += f"-q{bits}v{step}"
         elif "tlut" in source.tensors:
-            raise ValueError(f"{source.name}.tlut exists, but decode_mode={parameters['decode_mode']!r} has no table: {DAMAGED}")
+            mode = parameters["decode_mode"]
+            raise ValueError(f"{source.name}.tlut exists, but decode_mode={mode!r} has no table: {DAMAGED}")
         check_hadamard(source.name, rows, columns)
         return Form(
             rows,

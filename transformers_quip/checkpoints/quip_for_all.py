@@ -67,8 +67,8 @@ class QuipForAll(Family):
             is_true(parameters, key)
         if is_true(parameters, "rescale_WH"):
             logger.warning(
-                "This checkpoint was quantized with rescale_WH=true, which its package stores wrongly: it is decoded as it is "
-                "stored, and is as bad as with that package"
+                "This checkpoint was quantized with rescale_WH=true, which its package stores wrongly: it is decoded as it "
+                "is stored, and is as bad as with that package"
             )
 
     def describe(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
@@ -91,7 +91,7 @@ class QuipForAll(Family):
         row_scales = len(source.require("Wscale", FLOATING)) > 0 and math.prod(source.shape("Wscale")) > 1
         if row_scales:
             source.require("Wscale", FLOATING, (padded_rows,))
-        if parameters.get("per_channel") is not None and row_scales != is_true(parameters, "per_channel") and padded_rows > 1:
+        if padded_rows > 1 and row_scales != is_true(parameters, "per_channel", default=row_scales):
             raise ValueError(
                 f"{source.name}.Wscale has shape {list(source.shape('Wscale'))}, but the quantization_config says "
                 f"per_channel={parameters['per_channel']}: {DAMAGED}"

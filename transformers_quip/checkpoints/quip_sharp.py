@@ -109,8 +109,8 @@ class QuipSharp(Family):
         for kind, said in (("scaleWH", rescaled), ("scale", unfused), ("fuse_scales", bool(parts))):
             if kind in source.tensors and not said:
                 raise ValueError(
-                    f"{source.keys[kind]} exists, which quip_params (rescale_WH={rescaled}, fused={not unfused}) rules out: "
-                    f"{DAMAGED}"
+                    f"{source.keys[kind]} exists, which quip_params (rescale_WH={rescaled}, fused={not unfused}) rules "
+                    f"out: {DAMAGED}"
                 )
         check_hadamard(source.name, rows, columns)
         return Form(
