@@ -6,7 +6,8 @@ Writes a checkpoint of random codes of each family for a Llama of 2048 channels,
 folder; then a process of its own loads it on one thread. "peak" is how much more memory was resident at most than before
 `from_pretrained`, "end" afterwards, both beside the file's size; "seconds" its wall time, the file out of the system's
 cache, and "read" the time to read the file alone, likewise. "limit" is twice what reading and re-packing at 200 MB/s would
-take. "re-packed" are megabytes of the codes a second of CPU time, linear by linear.
+take. "re-packed" are megabytes of the codes a second of CPU time, linear by linear; "convert" is the peak of converting on
+disk, in megabytes, which must not grow with the file.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ FUSED = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 REPACKING = 200e6  # bytes a second that are wanted
+COLUMNS = {
+    "    MB": ("megabytes", 0),
+    "peak": ("peak", 2),
+    " end": ("end", 2),
+    "seconds": ("seconds", 2),
+    " read": ("read_seconds", 2),
+    "limit": ("limit_seconds", 2),
+    "re-packed": ("repacked_megabytes_per_second", 0),
+    "convert": ("convert_megabytes", 0),
+}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -209,7 +220,14 @@ def load(folder: Path) -> dict[str, float]:
         "repacked_megabytes_per_second": spent["bytes"] / spent["seconds"] / 1e6,
     }
     del model
-    return row
+    from transformers_quip import memory
+    from transformers_quip.checkpoints.convert import convert
+
+    memory.return_memory([os.path.realpath(file)])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    convert(folder, folder / "native")
+    return row | {"convert_megabytes": (status("VmHWM") - before) / 1e6}
 
 
 def main() -> None:
@@ -223,7 +241,7 @@ def main() -> None:
         print(json.dumps(load(options.load)))
         return
     rows = []
-    print(f"{'':24s} {'MB':>6s} {'peak':>6s} {'end':>6s} {'seconds':>8s} {'read':>6s} {'limit':>6s} {'re-packed':>15s}")
+    print(" " * 24 + "".join(f"{title:>{len(title) + 2}s}" for title in COLUMNS))
     for family in options.families:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             write(family, Path(folder), options.megabytes)
@@ -231,11 +249,8 @@ def main() -> None:
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = {"family": family, **json.loads(run.stdout.splitlines()[-1])}
         rows.append(row)
-        print(
-            f"{family:24s} {row['megabytes']:6.0f} {row['peak']:6.2f} {row['end']:6.2f} {row['seconds']:8.2f} "
-            f"{row['read_seconds']:6.2f} {row['limit_seconds']:6.2f} {row['repacked_megabytes_per_second']:15.0f}",
-            flush=True,
-        )
+        cells = (f"{row[key]:{len(title) + 2}.{digits}f}" for title, (key, digits) in COLUMNS.items())
+        print(f"{family:24s}{''.join(cells)}", flush=True)
     machine.save("loading", {"rows": rows})
 
 
