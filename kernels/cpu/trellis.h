@@ -51,8 +51,8 @@ extern HIDDEN const trellis_kernels quip_trellis_plain;
 extern HIDDEN const trellis_kernels quip_trellis_avx2, quip_trellis_avx512;
 #if (defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12)
 #define TRELLIS_FP16 /* the compiler knows AVX512-FP16 */
-/* What computes with this code where the processor has AVX-512: faster kernels if it has that as well. */
-HIDDEN const trellis_kernels *quip_trellis_fp16(int code);
+/* Puts what is faster with these instructions in the place of kernels for AVX-512. */
+HIDDEN void quip_trellis_use_fp16(trellis_kernels *kernels, int code);
 #endif
 #endif
 

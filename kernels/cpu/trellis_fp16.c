@@ -97,13 +97,10 @@ TARGET static void products(const trellis_plan *plan, const int16_t *codes, int6
         products_as(plan, codes, tiles, views, sums, TRELLIS_MCG);
 }
 
-const trellis_kernels *quip_trellis_fp16(int code) {
-    static trellis_kernels kernels;
-    if ((code != TRELLIS_3INST && code != TRELLIS_MCG) || !__builtin_cpu_supports("avx512fp16")) return &quip_trellis_avx512;
-    kernels = quip_trellis_avx512;
-    kernels.prepare = prepare;
-    kernels.decode = decode;
-    kernels.products = products;
-    return &kernels;
+HIDDEN void quip_trellis_use_fp16(trellis_kernels *kernels, int code) {
+    if (code != TRELLIS_3INST && code != TRELLIS_MCG) return;
+    kernels->prepare = prepare;
+    kernels->decode = decode;
+    kernels->products = products;
 }
 #endif
