@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import memory
 from .checkpoints import native
-from .checkpoints.files import Files
+from .checkpoints.files import Files, check_inside
 from .checkpoints.foreign import METHODS, ForeignPlan
 from .config import QUANT_METHOD, QuipConfig
 from .hub import origin, saving
@@ -32,7 +33,7 @@ from .repacking import (
     RepackingConverter,
     names_in_model,
     plan_for,
-    recognise_quip_params,
+    recognise_foreign,
 )
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ class QuipQuantizer(HfQuantizer):
         if parameters is None and self.quantization_config.quantized_modules is None:
             parameters = getattr(model.config, "quip_params", None)
         if parameters is not None:
+            if os.path.isdir(model.config.name_or_path):
+                check_inside(model.config.name_or_path, checkpoint_files or [])
             self._foreign = plan_for(model, parameters, Files(checkpoint_files or []))
             self.quantization_config, self.pre_quantized = self._foreign.config, True
         if self.pre_quantized:
@@ -327,4 +330,4 @@ def register() -> None:
                     f"the quantization method {method!r} is taken by {known.__module__}.{known.__qualname__}: "
                     "transformers-quip cannot be used beside it"
                 )
-    recognise_quip_params()
+    recognise_foreign()
