@@ -55,6 +55,14 @@ def test_registered_in_any_order(imports):
     )
 
 
+def test_who_uses_a_public_name_finds_the_method_known():
+    run(
+        "from transformers_quip import QuipConfig\n"
+        "from transformers.quantizers.auto import AutoQuantizationConfig\n"
+        "assert AutoQuantizationConfig.from_dict(QuipConfig().to_dict()) == QuipConfig()\n"
+    )
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import transformers_quip
 

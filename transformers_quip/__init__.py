@@ -34,6 +34,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
+    importlib.import_module(registration.WAITED_FOR)  # who uses one of these means Transformers to know the method
     return value
 
 

