@@ -211,6 +211,7 @@ def test_a_compiled_graph_has_one_transform(module, context):
     assert module.q_proj._shared._held is None
 
 
+@pytest.mark.slow  # compiles C++
 @torch.no_grad()
 def test_compiled_by_inductor(module):
     torch._dynamo.reset()
