@@ -254,6 +254,18 @@ def test_linear_takes_either_layout_other_strides_and_any_leading_dimensions():
     assert ops.linear(x[:, :0], *args[1:]).shape == (2, 0, 24)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("codebook", "batches"), [("e8p", (1, 5, 65)), ("trellis:mul1:k2:exl3", (1, 9))])
+def test_the_form_of_a_rotated_input(codebook, batches, dtype, monkeypatch):
+    """What a compiler is told about `rotate`."""
+    monkeypatch.setattr(ops, "DEVICES", ("cpu",))
+    su = vectors(1, 144)[0]
+    inputs = [vectors(batch, 144).to(dtype)[:, None] for batch in (0, *batches)]
+    for x in (*inputs, inputs[0].double()):
+        rotated = ops.rotate(x, su, codebook, "hadamard", 0, "auto")
+        assert [(tuple(t.shape), t.dtype) for t in rotated] == ops.rotated_form(x, codebook, "auto")
+
+
 def test_linear_with_int8_activations():
     args = arguments(48, 512, 1, torch.float32)
     set_activations("int8")
