@@ -15,6 +15,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def arch() -> str:
     """The instruction set that kernels with inline assembly are specialised for: "cuda", "hip" or "plain"."""
     if interpreted() or not torch.cuda.is_available():
