@@ -25,6 +25,7 @@ from .config import QUANT_METHOD, QuipConfig
 from .hub import origin, saving
 from .nn import replace
 from .nn.place import place_all, restore_structure
+from .nn.shared import share_inputs
 from .quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from .quantize.progress import LoadingBar
 from .repacking import (
@@ -208,6 +209,7 @@ class QuipQuantizer(HfQuantizer):
         self._foreign = None
         replace.freeze(model)
         replace.pack(model)
+        share_inputs(model)
         return model
 
     def _calibrate(self, model: PreTrainedModel) -> None:

@@ -264,7 +264,8 @@ def _rotated_inputs(x: torch.Tensor, su: torch.Tensor, transform_in: tuple, dtyp
     So it is computed once for linears that read one input (q, k and v; gate and up), which are given equal su when they
     are quantized. For few vectors, where it is a part of the library's call, the saving would be less than a call.
     """
-    tracked = not (x.is_inference() or su.is_inference())  # tensors of inference mode do not tell whether they changed
+    # Tensors of inference mode do not tell whether they changed, nor do those into which compiled code writes.
+    tracked = getattr(_kept, "eager", False) and not (x.is_inference() or su.is_inference())
     last: _Rotated | None = getattr(_kept, "rotated", None)
     if tracked and last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
         before = last.su()
@@ -280,6 +281,15 @@ def _rotated_inputs(x: torch.Tensor, su: torch.Tensor, transform_in: tuple, dtyp
 
 def _forget(_: weakref.ref) -> None:
     _kept.rotated = None
+
+
+def eager_linear(x: torch.Tensor, *arguments) -> torch.Tensor:
+    """[`linear`] for a call that is not made by compiled code: its input may be that of the call before."""
+    _kept.eager = True
+    try:
+        return linear(x, *arguments)
+    finally:
+        _kept.eager = False
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -67,9 +67,9 @@ class TrellisArguments(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where there is none or it does not load (one log line says so)."""
+    """The library, or None where there is none or it does not load (which is a warning)."""
     if not PATH.exists():
-        logger.info("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)
+        logger.debug("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)  # whoever asks says so
         return None
     try:
         found = ctypes.CDLL(str(PATH))
