@@ -41,12 +41,14 @@ def unpack_tiles(words: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
             f"{words.dtype} {list(words.shape)} are not the tiles of a weight [{rows}, {columns}], which would be "
             f"int64 [{rows}, {columns // 32}] with rows a multiple of {TILE_ROWS} and columns of {TILE_COLUMNS}"
         )
-    # [..., low half, high half] as integers of 32 bits; the machine's byte order is little-endian, as safetensors' is
-    halves = words.reshape(-1).contiguous().view(torch.int32).view(-1, 2)
-    codes = torch.empty(halves.shape[0], 4, dtype=torch.int16, device=words.device)
-    for begin in range(0, halves.shape[0], _PIECE):
-        patterns, signs = halves[begin : begin + _PIECE].unbind(1)
-        piece = codes[begin : begin + _PIECE]
+    words = torch.atleast_2d(words)  # perhaps some columns of a larger matrix, not to be copied as a whole
+    codes = torch.empty(words.numel(), 4, dtype=torch.int16, device=words.device)
+    together = max(1, _PIECE // words[0].numel())
+    for first in range(0, len(words), together):
+        part = words[first : first + together].reshape(-1)
+        # [..., low half, high half] as integers of 32 bits; the machine's byte order is little-endian, as safetensors' is
+        patterns, signs = part.view(torch.int32).view(-1, 2).unbind(1)
+        piece = codes[first * words[0].numel() :][: len(part)]
         piece.copy_(patterns.contiguous().view(torch.uint8).view(-1, 4)).bitwise_left_shift_(8)
         piece.bitwise_or_(_permute_bits(signs, _TRANSPOSED).view(torch.uint8).view(-1, 4).to(torch.int16))
     # cell (tile row, tile column, pair, group, which 8 columns, which row) → (row, column)
