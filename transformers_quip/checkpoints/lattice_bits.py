@@ -41,19 +41,19 @@ def unpack_tiles(words: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
             f"{words.dtype} {list(words.shape)} are not the tiles of a weight [{rows}, {columns}], which would be "
             f"int64 [{rows}, {columns // 32}] with rows a multiple of {TILE_ROWS} and columns of {TILE_COLUMNS}"
         )
-    words = torch.atleast_2d(words)  # perhaps some columns of a larger matrix, not to be copied as a whole
-    codes = torch.empty(words.numel(), 4, dtype=torch.int16, device=words.device)
-    together = max(1, _PIECE // words[0].numel())
-    for first in range(0, len(words), together):
+    words = words.reshape(rows, columns // 32)  # perhaps some columns of a larger matrix, not to be copied as a whole
+    result = torch.empty(rows, columns // 8, dtype=torch.int16, device=words.device)
+    together = TILE_ROWS * max(1, 32 * _PIECE // (TILE_ROWS * columns))
+    for first in range(0, rows, together):
         part = words[first : first + together].reshape(-1)
         # [..., low half, high half] as integers of 32 bits; the machine's byte order is little-endian, as safetensors' is
         patterns, signs = part.view(torch.int32).view(-1, 2).unbind(1)
-        piece = codes[first * words[0].numel() :][: len(part)]
-        piece.copy_(patterns.contiguous().view(torch.uint8).view(-1, 4)).bitwise_left_shift_(8)
-        piece.bitwise_or_(_permute_bits(signs, _TRANSPOSED).view(torch.uint8).view(-1, 4).to(torch.int16))
-    # cell (tile row, tile column, pair, group, which 8 columns, which row) → (row, column)
-    cells = codes.view(rows // 16, columns // 64, 8, 4, 2, 2)
-    return cells.permute(0, 2, 5, 1, 3, 4).reshape(rows, columns // 8)
+        codes = patterns.contiguous().view(torch.uint8).to(torch.int16).bitwise_left_shift_(8)
+        codes.bitwise_or_(_permute_bits(signs, _TRANSPOSED).view(torch.uint8).to(torch.int16))
+        # cell (tile row, tile column, pair, group, which 8 columns, which row) → (row, column)
+        cells = codes.view(-1, columns // 64, 8, 4, 2, 2).permute(0, 2, 5, 1, 3, 4)
+        result[first : first + together].view(cells.shape).copy_(cells)
+    return result
 
 
 # An 8×4 matrix of bits, transposed: bit 4j + i becomes bit 8i + j.
