@@ -9,8 +9,8 @@ import torch
 
 from .trellis import TILE
 
-# Of 3 bits, where the bytes of a square of four tiles come from, in order: two groups of three are the smallest piece that is
-# made of whole words; reversed they are a₂ a₁ a₀ b₂ b₁ b₀, of which memory has the second of each two first.
+# Of 3 bits, where the bytes of a square of four tiles come from, in order. Two groups of three are the smallest piece that
+# is made of whole words; reversed they are a₂ a₁ a₀ b₂ b₁ b₀, of which memory has the second of each two first.
 _SQUARE_OF_THREE_BITS = tuple(
     12 * (2 * pair + group) + 3 * (2 * column + row) + byte
     for row in range(2)
