@@ -272,7 +272,7 @@ def _facts(inventory: Inventory) -> list[tuple[str, str]]:
         ("", ""),
         ("method", f"codebook {book}, incoherence {options['incoherence']}, rounding {options['rounding']}"),
         ("bits per weight", f"{options['bits']:g} in the codes, {inventory.true_bits:.3f} with everything that is stored"),
-        ("quantized", f"{len(inventory.linears)} linear layers, {share:.1%} of {inventory.parameters:,} parameters"),
+        ("quantized", f"{len(inventory.linears)} layers, {share:.1%} of {inventory.parameters:,} parameters"),
         ("calibration", calibration["data"] if calibration else "none: nearest points" if made_here else "not known"),
         ("size", f"{_megabytes(inventory.dense_bytes)} before, {_megabytes(inventory.total_bytes)} now"),
     ]
