@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,20 +19,22 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import memory
 from .checkpoints import native
-from .checkpoints.files import Files
+from .checkpoints.files import Files, check_inside
 from .checkpoints.foreign import METHODS, ForeignPlan
 from .config import QUANT_METHOD, QuipConfig
 from .hub import origin, saving
 from .nn import replace
 from .nn.place import place_all, restore_structure
+from .nn.shared import share_inputs
 from .quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
+from .quantize.progress import LoadingBar
 from .repacking import (
     ForeignConfig,
     RaisedLater,
     RepackingConverter,
     names_in_model,
     plan_for,
-    recognise_quip_params,
+    recognise_foreign,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ class QuipQuantizer(HfQuantizer):
         super().__init__(quantization_config.__deepcopy__({}), **kwargs)
         self.report: QuantizationReport | None = None
         self._to_quantize: set[str] = set()
+        self._bar = LoadingBar(())
         self._true_bits: float | None = None
         self._loading: tuple[PreTrainedModel, list[str]] | None = None
         self._memory = memory.Returner()
@@ -106,6 +110,8 @@ class QuipQuantizer(HfQuantizer):
         if parameters is None and self.quantization_config.quantized_modules is None:
             parameters = getattr(model.config, "quip_params", None)
         if parameters is not None:
+            if os.path.isdir(model.config.name_or_path):
+                check_inside(model.config.name_or_path, checkpoint_files or [])
             self._foreign = plan_for(model, parameters, Files(checkpoint_files or []))
             self.quantization_config, self.pre_quantized = self._foreign.config, True
         if self.pre_quantized:
@@ -117,6 +123,7 @@ class QuipQuantizer(HfQuantizer):
         plan = make_plan(model, config)
         self._true_bits = plan.true_bits
         self._to_quantize = set(plan.names)
+        self._bar = LoadingBar(plan.names)
         self._report(model, plan)
 
     def _put_empty_linears(self, model: PreTrainedModel) -> None:
@@ -177,7 +184,7 @@ class QuipQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What Transformers' loader calls with each weight that needs quantization."""
-        return QuantizeWeight(self.quantization_config, self._memory)
+        return QuantizeWeight(self.quantization_config, self._memory, self._bar)
 
     def get_weight_conversions(self) -> list:
         """None: a native checkpoint has the names of the model."""
@@ -202,6 +209,7 @@ class QuipQuantizer(HfQuantizer):
         self._foreign = None
         replace.freeze(model)
         replace.pack(model)
+        share_inputs(model)
         return model
 
     def _calibrate(self, model: PreTrainedModel) -> None:
@@ -248,9 +256,10 @@ class QuipQuantizer(HfQuantizer):
 class QuantizeWeight(ConversionOps):
     """Quantizes one weight as the loader has read it, and puts the quantized module in the place of the dense one."""
 
-    def __init__(self, config: QuipConfig, returner: memory.Returner):
+    def __init__(self, config: QuipConfig, returner: memory.Returner, bar: LoadingBar):
         self.config = config
         self.returner = returner
+        self.bar = bar
 
     def convert(
         self,
@@ -273,6 +282,7 @@ class QuantizeWeight(ConversionOps):
             quantized = quantize(replace.dense_weight(linear, weight), self.config.for_module(name), name)
         except Exception as error:
             return RaisedLater(error)
+        self.bar.advance(name, quantized.statistics["relative_error"])
         module = replace.replace_by_empty(model, name, self.config)
         missing_keys.discard(full_layer_name)
         self.returner.handled(weight.nbytes)
@@ -322,4 +332,4 @@ def register() -> None:
                     f"the quantization method {method!r} is taken by {known.__module__}.{known.__qualname__}: "
                     "transformers-quip cannot be used beside it"
                 )
-    recognise_quip_params()
+    recognise_foreign()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 # Words that are permuted at a time: with their temporaries they stay in a CPU's cache.
-_PIECE = 1 << 16
+_PIECE = 1 << 14
 # Rows of a tile of QuIP#'s tensor-core order, columns of one, and its lanes.
 TILE_ROWS, TILE_COLUMNS = 16, 64
 # Bits of the low byte of an E8P code that hold the signs of coordinates 0 … 7, in QuIP-for-all and natively.
@@ -46,7 +46,7 @@ def unpack_tiles(words: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     codes = torch.empty(halves.shape[0], 4, 2, dtype=torch.uint8, device=words.device)
     for begin in range(0, halves.shape[0], _PIECE):
         piece = halves[begin : begin + _PIECE]
-        codes[begin : begin + _PIECE, :, 0] = _transpose_signs(piece[:, 1].contiguous()).view(torch.uint8).view(-1, 4)
+        codes[begin : begin + _PIECE, :, 0] = _transpose_signs(piece[:, 1].clone()).view(torch.uint8).view(-1, 4)
         codes[begin : begin + _PIECE, :, 1] = piece[:, 0].contiguous().view(torch.uint8).view(-1, 4)
     # cell (tile row, tile column, pair, group, which 8 columns, which row) → (row, column)
     cells = codes.view(torch.int16).view(rows // 16, columns // 64, 8, 4, 2, 2)
@@ -54,14 +54,16 @@ def unpack_tiles(words: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _transpose_signs(words: torch.Tensor) -> torch.Tensor:
-    """Bit 4j + i → bit 8i + j of int32 words: an 8×4 matrix of bits, transposed.
+    """Bit 4j + i → bit 8i + j of int32 words, in place: an 8×4 matrix of bits, transposed.
 
     As an index of five bits, (j₂ j₁ j₀ i₁ i₀) → (i₁ i₀ j₂ j₁ j₀), made of exchanges of two index bits; an exchange of
     bits a > b swaps all bits whose index has a = 1, b = 0 with those 2^a − 2^b above.
     """
+    moved = torch.empty_like(words)
     for shift, mask in _EXCHANGES:
-        moved = ((words >> shift) ^ words) & mask
-        words = words ^ moved ^ (moved << shift)
+        torch.bitwise_right_shift(words, shift, out=moved)
+        moved.bitwise_xor_(words).bitwise_and_(mask)
+        words.bitwise_xor_(moved).bitwise_xor_(moved.bitwise_left_shift_(shift))
     return words
 
 
@@ -127,10 +129,21 @@ def reorder_nibbles(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor
     """
 
     def reorder(piece: torch.Tensor) -> torch.Tensor:
-        result = torch.zeros_like(piece)
-        for nibble, weight in enumerate(order):
-            result |= ((piece >> (4 * nibble)) & 0xF) << (4 * weight)
+        # nibbles that go equally far go together
+        result, moved = torch.zeros_like(piece), torch.empty_like(piece)
+        for distance, mask in moves.items():
+            torch.bitwise_and(piece, mask, out=moved)
+            if distance < 0:
+                moved.bitwise_right_shift_(-4 * distance).bitwise_and_((1 << (32 + 4 * distance)) - 1)
+            else:
+                moved.bitwise_left_shift_(4 * distance)
+            result |= moved
         return result
+
+    moves: dict[int, int] = {}
+    for nibble, weight in enumerate(order):
+        moves[weight - nibble] = moves.get(weight - nibble, 0) | 0xF << 4 * nibble
+    moves = {distance: mask - (mask >> 31 << 32) for distance, mask in moves.items()}
 
     return _piecewise(words, reorder).contiguous().view(torch.uint8).view(words.shape[0], -1)
 

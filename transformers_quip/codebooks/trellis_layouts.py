@@ -9,6 +9,9 @@ import torch
 
 from .trellis import TILE
 
+# Words that are handled at a time: with their temporaries they stay in a CPU's cache.
+_PIECE = 1 << 15
+
 
 def from_qtip(trellis: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
     """QTIP's general layout, whose tiles are native ones already, of order "rows".
@@ -72,11 +75,20 @@ def from_exl3(trellis: torch.Tensor) -> torch.Tensor:
     tiles_in, tiles_out, width = trellis.shape if trellis.dim() == 3 else (0, 0, 0)
     _bits(trellis.reshape(tiles_in * tiles_out, width) if width else trellis, tiles_out * TILE, tiles_in * TILE, TILE)
     k = width // TILE
-    words = trellis.transpose(0, 1).unflatten(2, (-1, 2)).flip(3).reshape(tiles_out, -1, width)
-    # rotated right by 16 − K bits: the last 16 − K bits of the word before, then the first K of its own
-    codes = (words >> (16 - k)) & ((1 << k) - 1)
-    codes |= words.roll(1, 2) << k
-    return codes.reshape(tiles_out * TILE, tiles_in * k)
+    words = trellis.contiguous().view(torch.int32)
+    codes = torch.empty(tiles_out, tiles_in, width // 2, dtype=torch.int32, device=trellis.device)
+    together = max(1, _PIECE // (tiles_in * width))
+    for first in range(0, tiles_out, together):
+        # Rotated right by 16 − K bits, then the halves exchanged, each word is: the last 16 − K bits of the word before and
+        # the first K of its own in the low half; in the high half what is in its own from there on.
+        words_here = words[:, first : first + together].transpose(0, 1).contiguous()
+        shifted = words_here << k
+        low = words_here.bitwise_right_shift_(32 - k).bitwise_and_((1 << k) - 1)
+        low[..., 1:] |= shifted[..., :-1]
+        low[..., 0] |= shifted[..., -1]
+        low.bitwise_and_(0xFFFF)
+        torch.bitwise_or(low, shifted.bitwise_and_(-0x10000), out=codes[first : first + together])
+    return codes.view(torch.int16).view(tiles_out * TILE, tiles_in * k)
 
 
 def _bits(trellis: torch.Tensor, out_features: int, in_features: int, multiple: int) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 from quip_kernels import cpu_linear as kernels
+from quip_kernels import cpu_many as many_kernels
 from quip_kernels import cpu_trellis as trellis_kernels
 
 from .. import codebooks
@@ -34,6 +35,8 @@ MOST_TRELLIS_VECTORS = 16
 # Weights that are decoded at a time for that: the dense weight never exists as a whole beside its codes.
 DECODED_WEIGHTS = 1 << 22
 MOST_SCRATCH = 1 << 24
+# Vectors of which there are products in float32 at a time, where those are computed in bundles.
+BUNDLED_VECTORS = 512
 
 _kept = threading.local()
 
@@ -119,7 +122,7 @@ def linear(
     residual_scale: float | None = None,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See [`reference.linear`]. One call into the library for few vectors; for many, a matrix product block by block."""
+    """See [`reference.linear`]. One call into the library for few vectors; for many, products with decoded rows."""
     n, m = su.shape[0], sv.shape[0]
     codes, codes_residual = logical(codes, codes_residual, codebook, n)
     layout = _trellis_layout(codebook)
@@ -136,6 +139,8 @@ def linear(
     q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
     second = {"codes_residual": codes_residual, "residual_scale": _residual_scale(codebook, residual_scale)}
     if vectors > MOST_VECTORS[planes]:
+        if x.dtype == torch.bfloat16 and slow_in is None and slow_out is None and _fits_bundles(m, n):
+            return _bundled(x, codes, su, sv, bias, q_in, q_out, second)
         decode = functools.partial(_decode_rows, codes, **second)
         return _many_vectors(x, su, sv, bias, (q_in, slow_in), (q_out, slow_out), decode)
     if slow_in is None and slow_out is None:
@@ -234,7 +239,11 @@ def _many_vectors(
     """
     n, m = su.shape[0], sv.shape[0]
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    t = _rotated_inputs(x, su, transform_in, dtype)
+
+    def rotate(rows: torch.Tensor) -> torch.Tensor:
+        return _transform_in(rows, su, *transform_in, scratch("rotated inputs", rows.shape, dtype))
+
+    t = _rotated_inputs(x, su, transform_in, dtype, rotate)
     z = scratch("rotated outputs", (len(t), m), dtype)
     rows = min(m, max(1, DECODED_WEIGHTS // n // TILE) * TILE)
     for begin in range(0, m, rows):
@@ -248,6 +257,43 @@ def _many_vectors(
     return _transform_out(z, sv, bias, *transform_out, x.dtype).reshape(*x.shape[:-1], m)
 
 
+def _fits_bundles(m: int, n: int) -> bool:
+    """Whether the library computes many vectors of such a layer in bundles."""
+    return m % many_kernels.WHOLE == 0 and n % many_kernels.WHOLE == 0 and many_kernels.is_available()
+
+
+def _bundled(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    su: torch.Tensor,
+    sv: torch.Tensor,
+    bias: torch.Tensor | None,
+    q_in: kernels.Transform | None,
+    q_out: kernels.Transform | None,
+    second: dict,
+) -> torch.Tensor:
+    """The layer of many bfloat16 vectors in the library's three steps; only the first is shared among linears."""
+    n, m = su.shape[0], sv.shape[0]
+    memory = scratch("workspace", (many_kernels.workspace(m, n),), torch.float32)
+    codes, sv, bias = codes.contiguous(), sv.contiguous(), None if bias is None else bias.contiguous()
+    second = second | {"codes_residual": None if (rest := second["codes_residual"]) is None else rest.contiguous()}
+
+    def rotate(rows: torch.Tensor) -> torch.Tensor:
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        shape = (many_kernels.bundles_of(len(rows)), n // 2, many_kernels.BUNDLE)
+        return many_kernels.to_bundles(rows, q_in, su.contiguous(), scratch("rotated inputs", shape, torch.int32), memory)
+
+    t = _rotated_inputs(x, su, (q_in, None), torch.int32, rotate)
+    y = torch.empty(x.numel() // n, m, dtype=x.dtype)
+    for begin in range(0, len(y), BUNDLED_VECTORS):
+        part = y[begin : begin + BUNDLED_VECTORS]
+        first, bundles = begin // many_kernels.BUNDLE, many_kernels.bundles_of(len(part))
+        z = scratch("rotated outputs", (bundles, m, many_kernels.BUNDLE), torch.float32)
+        many_kernels.products(t[first : first + bundles], codes, z, memory, **second)
+        many_kernels.from_bundles(z, q_out, sv, bias, part, memory)
+    return y.reshape(*x.shape[:-1], m)
+
+
 class _Rotated(NamedTuple):
     """What `_rotated_inputs` computed last, and from what."""
 
@@ -258,20 +304,27 @@ class _Rotated(NamedTuple):
     t: torch.Tensor
 
 
-def _rotated_inputs(x: torch.Tensor, su: torch.Tensor, transform_in: tuple, dtype: torch.dtype) -> torch.Tensor:
-    """Q_inᵀ( su ⊙ x ) as rows [N, n] in this dtype: the last result again for the same x and an equal su.
+def _rotated_inputs(
+    x: torch.Tensor,
+    su: torch.Tensor,
+    transform_in: tuple,
+    dtype: torch.dtype,
+    rotate: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Q_inᵀ( su ⊙ x ), made by `rotate` from rows [N, n] in its form of this dtype; for the same x and an equal su once.
 
     So it is computed once for linears that read one input (q, k and v; gate and up), which are given equal su when they
     are quantized. For few vectors, where it is a part of the library's call, the saving would be less than a call.
     """
-    tracked = not (x.is_inference() or su.is_inference())  # tensors of inference mode do not tell whether they changed
+    # Tensors of inference mode do not tell whether they changed, nor do those into which compiled code writes.
+    tracked = getattr(_kept, "eager", False) and not (x.is_inference() or su.is_inference())
     last: _Rotated | None = getattr(_kept, "rotated", None)
     if tracked and last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
         before = last.su()
         if before is not None and last.versions == (x._version, before._version) and torch.equal(before, su):
             return last.t
-    rows = x.reshape(-1, su.shape[0])
-    t = _transform_in(rows, su, *transform_in, scratch("rotated inputs", rows.shape, dtype))
+    _kept.rotated = None  # its memory is written to
+    t = rotate(x.reshape(-1, su.shape[0]))
     if tracked:
         versions = x._version, su._version
         _kept.rotated = _Rotated(weakref.ref(x, _forget), weakref.ref(su), versions, transform_in, t)
@@ -280,6 +333,15 @@ def _rotated_inputs(x: torch.Tensor, su: torch.Tensor, transform_in: tuple, dtyp
 
 def _forget(_: weakref.ref) -> None:
     _kept.rotated = None
+
+
+def eager_linear(x: torch.Tensor, *arguments) -> torch.Tensor:
+    """[`linear`] for a call that is not made by compiled code: its input may be that of the call before."""
+    _kept.eager = True
+    try:
+        return linear(x, *arguments)
+    finally:
+        _kept.eager = False
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

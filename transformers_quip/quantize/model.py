@@ -25,6 +25,7 @@ from .allocate import allocate, gaussian_error, measure_sensitivities
 from .embedding import quantize_embedding
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
 from .plan import make_plan
+from .progress import advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -212,8 +213,7 @@ class _Recipe:
     def _record(self, name: str, weight: torch.Tensor, result: QuantizedWeight, seconds: float) -> None:
         self.report.modules.append({"name": name, "shape": list(weight.shape), "seconds": seconds, **result.statistics})
         error, mean = result.statistics["relative_error"], self.report.mean_relative_error
-        self.bar.set_postfix_str(f"{name.rpartition('.')[2]}: relative error {error:.4f}, mean {mean:.4f}", refresh=False)
-        self.bar.update()
+        advance(self.bar, name, error, mean)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -55,6 +55,16 @@ class TransformCall(ctypes.Structure):
     )
 
 
+class BundleCall(ctypes.Structure):
+    """`quip_bundle_call` of bundles.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("start", "to", "scale", "bias", "transform", "memory")),
+        *((name, ctypes.c_int64) for name in ("size", "count", "stride")),
+        *((name, ctypes.c_int32) for name in ("scale_type", "bias_type", "threads")),
+    )
+
+
 class TrellisArguments(ctypes.Structure):
     """`quip_trellis` of trellis.h."""
 
@@ -67,9 +77,9 @@ class TrellisArguments(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where there is none or it does not load (one log line says so)."""
+    """The library, or None where there is none or it does not load (which is a warning)."""
     if not PATH.exists():
-        logger.info("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)
+        logger.debug("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)  # whoever asks says so
         return None
     try:
         found = ctypes.CDLL(str(PATH))
@@ -82,8 +92,7 @@ def library() -> ctypes.CDLL | None:
         ("quip_round_panel", number, [pointer] * 3 + [size] * 2 + [number, real] + [pointer] * 3 + [number]),
         ("quip_round_panel_scalar", number, [pointer] * 3 + [size] * 2 + [number] + [pointer] * 3 + [number]),
         ("quip_linear", number, [pointer] * 3 + [size] * 2 + [number] * 5),
-        ("quip_residual_decode", None, [pointer, pointer, number, real, size, size, pointer, number, number]),
-        ("quip_e8p_decode", None, [pointer, size, size, pointer, number, number, number]),
+        ("quip_decode", None, [pointer, pointer, number, real, size, size, pointer] + [number] * 3),
         ("quip_transform_vectors", number, [pointer]),
         ("quip_trellis_products", number, [pointer] * 3 + [size, number, number]),
         ("quip_trellis_decode", number, [pointer] * 2 + [number] * 3),

@@ -21,8 +21,8 @@ from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, Trans
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLANES = (1, 2, 3)
 MOST_FEATURES = 1 << 18  # inputs of a layer, fixed in the C source
-# The second stage that codes of this type belong to; see `cpu.SECOND_STAGES`.
-_SECOND = {torch.uint8: "e8", torch.int16: "e8p"}
+# The number of the second stage that codes of this type belong to; see `cpu.SECOND_STAGES`.
+SECOND = {torch.uint8: SECOND_STAGES["e8"], torch.int16: SECOND_STAGES["e8p"]}
 
 
 class Transform:
@@ -101,8 +101,8 @@ def linear(
         y.data_ptr(),
         count,
         n if vectors is x else vectors.stride(0),
-        _type(vectors, "x"),
-        _type(y, "the result"),
+        type_of(vectors, "x"),
+        type_of(y, "the result"),
         planes,
         default_level() if level is None else level,
         torch.get_num_threads(),
@@ -158,7 +158,7 @@ def _layer(
     for transform, size in ((transform_in, n), (transform_out, m)):
         if transform is not None and transform.size != size:
             raise ValueError(f"a transform of size {transform.size} was given for {size} features")
-    types = [_vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
+    types = [vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
     arguments = LayerArguments(
         *(None if v is None else v.data_ptr() for v in tensors),
         *(None if q is None else q.address for q in (transform_in, transform_out)),
@@ -203,7 +203,7 @@ def transform(
     y = torch.empty(x.shape, dtype=dtype or x.dtype) if out is None else out
     if y.shape != x.shape or not y.is_contiguous():
         raise ValueError(f"out must be a contiguous {list(x.shape)}, got {list(y.shape)}")
-    types = [_vector_type(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
+    types = [vector_type(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
     given = [v if v is None else v.contiguous() for v in (before, after, bias)]
     call = TransformCall(
         vectors.data_ptr(),
@@ -212,8 +212,8 @@ def transform(
         q.address,
         vectors.shape[0],
         vectors.stride(0),
-        _type(vectors, "x"),
-        _type(y, "the result"),
+        type_of(vectors, "x"),
+        type_of(y, "the result"),
         *types,
         transpose,
         torch.get_num_threads(),
@@ -247,27 +247,17 @@ def decode(
     weight = torch.empty(codes.shape[0], columns, dtype=dtype) if out is None else out
     if weight.shape != (codes.shape[0], columns) or not weight.is_contiguous():
         raise ValueError(f"out must be a contiguous {[codes.shape[0], columns]}, got {list(weight.shape)}")
-    if codes_residual is not None:
-        second = _second_stage(codes, codes_residual)
-        codes_residual = codes_residual.contiguous()
-        library().quip_residual_decode(
-            codes.data_ptr(),
-            codes_residual.data_ptr(),
-            second,
-            residual_scale,
-            codes.shape[0],
-            columns,
-            weight.data_ptr(),
-            _type(weight, "the weight"),
-            torch.get_num_threads(),
-        )
-        return weight
-    library().quip_e8p_decode(
+    second = _second_stage(codes, codes_residual)
+    codes_residual = _contiguous(codes_residual)
+    library().quip_decode(
         codes.data_ptr(),
+        None if codes_residual is None else codes_residual.data_ptr(),
+        second,
+        residual_scale,
         codes.shape[0],
         columns,
         weight.data_ptr(),
-        _type(weight, "the weight"),
+        type_of(weight, "the weight"),
         default_level() if level is None else level,
         torch.get_num_threads(),
     )
@@ -278,12 +268,12 @@ def _second_stage(codes: torch.Tensor, codes_residual: torch.Tensor | None) -> i
     """The library's number of the second stage. Raises `ValueError` for codes of another type or shape."""
     if codes_residual is None:
         return SECOND_STAGES[None]
-    if codes_residual.dtype not in _SECOND or codes_residual.shape != codes.shape or not codes_residual.is_cpu:
+    if codes_residual.dtype not in SECOND or codes_residual.shape != codes.shape or not codes_residual.is_cpu:
         raise ValueError(
             f"codes_residual must be int16 (E8P) or uint8 (E8) {list(codes.shape)} on the CPU, as codes, got "
             f"{codes_residual.dtype} {list(codes_residual.shape)} on {codes_residual.device}"
         )
-    return SECOND_STAGES[_SECOND[codes_residual.dtype]]
+    return SECOND[codes_residual.dtype]
 
 
 def _rows(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -292,15 +282,15 @@ def _rows(x: torch.Tensor, size: int) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
 
-def _vector_type(vector: torch.Tensor | None, size: int, name: str) -> int:
+def vector_type(vector: torch.Tensor | None, size: int, name: str) -> int:
     if vector is None:
         return 0
     if vector.shape != (size,):
         raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{size}]")
-    return _type(vector, name)
+    return type_of(vector, name)
 
 
-def _type(tensor: torch.Tensor, name: str) -> int:
+def type_of(tensor: torch.Tensor, name: str) -> int:
     kind = DTYPES.get(tensor.dtype)
     if kind is None or not tensor.is_cpu:
         raise ValueError(f"{name} must be float32, bfloat16 or float16 on the CPU, got {tensor.dtype} on {tensor.device}")
