@@ -47,7 +47,7 @@ def test_an_index_alone(tmp_path):
 
 def test_a_process_is_measured(environment):
     """From a small process, as the benchmark is: a child's peak begins with its parent's."""
-    code = "import startup; print(*startup.run('-c', 'import time; x = b'x' * 50_000_000; time.sleep(0.2); print(5)'))"
+    code = "import startup; print(*startup.run('-c', 'import time; x = [0] * 6_250_000; time.sleep(0.2); print(5)'))"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     seconds, peak, said = map(float, result.stdout.split())
     assert said == 5
