@@ -12,6 +12,7 @@ from quip_kernels.gpu.dequantize import dequantize_kernel
 from quip_kernels.gpu.matvec import Tile, matvec_kernel, tiles
 from quip_kernels.gpu.quantize import quantize_kernel
 from quip_kernels.gpu.small_batch import BLOCK_ROWS, BLOCK_WORDS, halves_kernel, small_batch_kernel
+from quip_kernels.gpu.small_batch import Tile as SmallBatchTile
 from quip_kernels.gpu.small_batch import tiles as small_batch_tiles
 from quip_kernels.gpu.transform import factor_kernel, is_fused, sylvester_kernel, sylvester_quantize_kernel
 from quip_kernels.gpu.transform import tile as transform_tile
@@ -43,6 +44,9 @@ class Specimen:
     def warps_on(self, gpu: Any) -> int:
         """Warps of a program on a target."""
         return self.warps(gpu) if callable(self.warps) else self.warps
+
+
+FAMILIES = ("cuda", "blackwell", "cdna", "rdna")
 
 
 def _arch(gpu: Any) -> str:
@@ -99,7 +103,7 @@ def _matvecs(vectors: int, digits: int, signed: bool) -> dict[str, Specimen]:
     }
 
 
-def _small_batch(batch: int, terms: int, signed: bool, gather: bool, warps: int) -> Specimen:
+def _small_batch(batch: int, terms: int, signed: bool, tile: SmallBatchTile) -> Specimen:
     return Specimen(
         small_batch_kernel,
         {
@@ -120,10 +124,11 @@ def _small_batch(batch: int, terms: int, signed: bool, gather: bool, warps: int)
             "BLOCK_BATCH": batch,
             "BLOCK_ROWS": BLOCK_ROWS,
             "BLOCK_WORDS": BLOCK_WORDS,
-            "GATHER": gather,
+            "GATHER": tile.gather,
         },
-        warps=warps,
+        warps=tile.warps,
         weights_in_loop=BLOCK_ROWS * BLOCK_WORDS * 32,
+        launched=lambda gpu: tile in small_batch_tiles(batch, _family(gpu)),
     )
 
 
@@ -332,12 +337,12 @@ SPECIMENS = {
     },
     **{
         f"small batch {'e8p' if signed else 'e8'} {batch}x{terms} {'gather' if tile.gather else 'load'} {tile.warps}": (
-            _small_batch(batch, terms, signed, tile.gather, tile.warps)
+            _small_batch(batch, terms, signed, tile)
         )
         for signed in (True, False)
         for batch in (16, 32, 64)
         for terms in (1, 2)
-        for tile in small_batch_tiles()
+        for tile in dict.fromkeys(tile for family in FAMILIES for tile in small_batch_tiles(batch, family))
     },
     **{
         f"sylvester {power} {dtype}": _sylvester(power, dtype, 3 if dtype == "fp32" else 2)
