@@ -167,8 +167,14 @@ class RepackingConverter(WeightConverter):
 
 
 def foreign_parameters(config: PretrainedConfig) -> dict[str, Any] | None:
-    """The "quip_params" of the config of a QuIP# or QTIP checkpoint, which has no quantization_config; None for others."""
+    """The "quip_params" of the config of a QuIP# or QTIP checkpoint, which has no quantization_config; None for others.
+
+    Raises:
+        ValueError: it is no dict.
+    """
     parameters = getattr(config, "quip_params", None)
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ValueError(f"config.json has quip_params={parameters!r}, which must be a dict: {DAMAGED}")
     if isinstance(parameters, dict) and getattr(config, "quantization_config", None) is None:
         return parameters
     return None

@@ -174,6 +174,7 @@ CASES = {
         None,
         [f"{DOWN}.rcp is 3"],
     ),
+    "no quip_params": ("qs_E8P12_t128", None, lambda c: c.update(quip_params=[]), ["quip_params=[]", "must be a dict"]),
     "version 0": ("qs_E8P12_t128", None, params(codebook_version=0), ["version 0 of codebook E8P12", "2023-12-19"]),
     "model version": ("qs_E8P12_t128", None, params(model_version=2), ["model_version=2"]),
     "low rank": ("qs_E8P12_t128", None, params(lora_rank=64), ["lora_rank=64", "not supported"]),
