@@ -63,6 +63,7 @@ bench: $(VENV)/.smollm2 $(MODEL)/config.json
 	$(BIN)/python benchmarks/rounding.py $(MODEL)
 	$(BIN)/python benchmarks/memory.py $(MODEL)
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/quality.py $(MODEL)
 	$(BIN)/python benchmarks/readme_table.py
 

@@ -14,6 +14,9 @@
 #define ROWS 6    /* of a factor, and */
 #define COLUMNS 4 /* entries that are worked on at once: 24 sums, which fit into registers */
 
+#define MOST_SIGNS 128 /* order of a factor of signs, and */
+#define PAIR 2         /* entries that are worked on at once; both are fixed in cpu_linear.py */
+
 /* `rows` results from `row` on for `columns` neighbours: y[i] = sum over j of t[j][i] x[j], both `after` entries apart. */
 AVX512 INLINE void multiply_entries(const float *t, int64_t order, int64_t row, const int rows, const int columns,
                                     const float *x, float *y, int64_t after) {
@@ -46,6 +49,47 @@ AVX512 static void multiply_factor(const float *t, int64_t order, const float *x
         }
 }
 
+/* The same for a factor whose entries have one size, but for that size: a sum and a difference of each four entries are
+ * looked up among all sixteen, which are computed once, instead of summing the four in each row. signs[i][g]: the address
+ * of what row i takes of entries 4 g to 4 g + 3 ("four Russians"; Arlazarov et al., Doklady 11, 1970). */
+AVX512 static void multiply_signs(const uint16_t *signs, int64_t order, const float *x, float *y, int64_t size, int64_t after) {
+    float sums[MOST_SIGNS / 4][16][PAIR][LANES] __attribute__((aligned(64)));
+    const int64_t groups = order / 4;
+    for (int64_t begin = 0; begin < size; begin += order * after)
+        for (int64_t a = begin; a < begin + after; a += PAIR) {
+            const int64_t second = a + 1 < begin + after ? 1 : 0; /* an odd last one is computed twice */
+            for (int64_t g = 0; g < groups; g++)
+                UNROLL for (int c = 0; c < PAIR; c++) {
+                    const float *from = x + (a + c * second + 4 * g * after) * LANES;
+                    __m512 v[4], low[4], high[4];
+                    UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps(from + k * after * LANES);
+                    low[0] = _mm512_add_ps(v[0], v[1]);
+                    low[1] = _mm512_sub_ps(v[1], v[0]);
+                    low[2] = _mm512_sub_ps(v[0], v[1]);
+                    low[3] = _mm512_sub_ps(_mm512_setzero_ps(), low[0]);
+                    high[0] = _mm512_add_ps(v[2], v[3]);
+                    high[1] = _mm512_sub_ps(v[3], v[2]);
+                    high[2] = _mm512_sub_ps(v[2], v[3]);
+                    high[3] = _mm512_sub_ps(_mm512_setzero_ps(), high[0]);
+                    UNROLL for (int i = 0; i < 16; i++)
+                        _mm512_store_ps(sums[g][i][c], _mm512_add_ps(low[i % 4], high[i / 4]));
+                }
+            for (int64_t i = 0; i < order; i += 4) {
+                const uint16_t *at = signs + i * groups;
+                __m512 sum[4][PAIR];
+                UNROLL for (int r = 0; r < 4; r++) UNROLL for (int c = 0; c < PAIR; c++) sum[r][c] = _mm512_setzero_ps();
+                for (int64_t g = 0; g < groups; g++, at++)
+                    UNROLL for (int r = 0; r < 4; r++) {
+                        const char *found = (const char *)sums + at[r * groups];
+                        UNROLL for (int c = 0; c < PAIR; c++)
+                            sum[r][c] = _mm512_add_ps(sum[r][c], _mm512_load_ps(found + 4 * LANES * c));
+                    }
+                UNROLL for (int r = 0; r < 4; r++) UNROLL for (int c = 0; c < PAIR; c++)
+                    _mm512_storeu_ps(y + (a + c * second + (i + r) * after) * LANES, sum[r][c]);
+            }
+        }
+}
+
 /* Sylvester's matrix of order `radix`, which acts on entries that are `step` apart, in place. */
 AVX512 INLINE void butterflies(float *x, int64_t size, int64_t step, const int radix) {
     for (int64_t begin = 0; begin < size; begin += radix * step)
@@ -62,12 +106,15 @@ AVX512 INLINE void butterflies(float *x, int64_t size, int64_t step, const int r
         }
 }
 
-/* The transform of a bundle, but for the scale of its Sylvester part. Returns x or scratch, whichever has the result. */
+/* The transform of a bundle, but for what `unit_of` gives. Returns x or scratch, whichever has the result. */
 AVX512 static float *apply(const quip_transform *q, int transpose, float *x, float *scratch) {
     int64_t after = q->size, step = 1;
     for (int64_t f = 0; f < q->count; f++) {
         after /= q->orders[f];
-        multiply_factor(transpose ? q->factors[f] : q->transposed[f], q->orders[f], x, scratch, q->size, after);
+        if (q->signs[f])
+            multiply_signs(transpose ? q->signs_transposed[f] : q->signs[f], q->orders[f], x, scratch, q->size, after);
+        else
+            multiply_factor(transpose ? q->factors[f] : q->transposed[f], q->orders[f], x, scratch, q->size, after);
         float *swap = x;
         x = scratch;
         scratch = swap;
@@ -80,6 +127,13 @@ AVX512 static float *apply(const quip_transform *q, int transpose, float *x, flo
         default: break;
     }
     return x;
+}
+
+/* The size of the entries of those factors that are applied as signs. */
+static float unit_of(const quip_transform *q) {
+    double squared = (double)q->power;
+    for (int64_t f = 0; f < q->count; f++) squared *= q->signs[f] ? (double)q->orders[f] : 1;
+    return (float)(1 / sqrt(squared));
 }
 
 /* Sixteen rows of sixteen words become columns. */
@@ -187,7 +241,7 @@ static void from_bundles(void *context, int64_t first, int64_t last) {
 
 static void run(const quip_bundle_call *call, quip_body body, int64_t bundles) {
     work w = {call, call->memory, call->memory + call->size, bundles, 0};
-    const float unit = call->q ? 1.0f / sqrtf((float)call->q->power) : 1.0f;
+    const float unit = call->q ? unit_of(call->q) : 1.0f;
     if (call->scale) quip_load(call->scale, call->scale_type, 0, w.scale, call->size);
     if (call->bias) quip_load(call->bias, call->bias_type, 0, w.bias, call->size);
     for (int64_t i = 0; i < call->size; i++) {
@@ -197,13 +251,10 @@ static void run(const quip_bundle_call *call, quip_body body, int64_t bundles) {
     quip_parallel(body, &w, call->threads, 1, call->threads);
 }
 
-/* Q^T( scale * x ) of vectors of bfloat16, as pairs of bfloat16: entries 2 i and 2 i + 1 of vector v of a bundle are the word
- * at [i][v]. Bundles are completed with zeros to an even number. */
-EXPORT void quip_to_bundles(const quip_bundle_call *call) {
+HIDDEN void quip_to_bundles(const quip_bundle_call *call) {
     run(call, to_bundles, (call->count + 2 * LANES - 1) / (2 * LANES) * 2);
 }
 
-/* scale * Q( x ) + bias of bundles of float32, which are overwritten, as vectors of bfloat16. */
-EXPORT void quip_from_bundles(const quip_bundle_call *call) { run(call, from_bundles, (call->count + LANES - 1) / LANES); }
+HIDDEN void quip_from_bundles(const quip_bundle_call *call) { run(call, from_bundles, (call->count + LANES - 1) / LANES); }
 
 #endif

@@ -43,7 +43,19 @@ typedef struct {
     int64_t orders[MOST_FACTORS];
     const float *factors[MOST_FACTORS]; /* [order][order], row-major */
     const float *transposed[MOST_FACTORS];
+    /* For a factor with entries of one size, else null: see multiply_signs of bundles.c. */
+    const uint16_t *signs[MOST_FACTORS], *signs_transposed[MOST_FACTORS];
 } quip_transform;
+/* A linear layer of E8P codes. */
+typedef struct {
+    const void *codes, *residual;   /* [m][ceil(n / 8)], of E8P and of the second stage; null for none */
+    const void *su, *sv, *bias;     /* [n], [m], [m]; null for none */
+    const quip_transform *in, *out; /* of size n and m; null for none */
+    int64_t n, m;
+    double residual_scale;
+    int32_t su_type, sv_type, bias_type, second; /* second: QUIP_NO_STAGE, QUIP_E8 or QUIP_E8P */
+} quip_layer;
+
 /* Q x, or its transpose times x: x [size] is overwritten, as is scratch [size]; returns the one that holds the result. */
 HIDDEN float *quip_apply(const quip_transform *q, int transpose, float *x, float *scratch);
 /* The same for `count` vectors one after the other, which is quicker than one by one. */

@@ -5,25 +5,9 @@
 #include "bundles.h"
 
 #if defined(QUIP_AMX)
-#include <cpuid.h>
 #include <immintrin.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define AMX __attribute__((target("amx-tile,amx-bf16")))
-#define MARGIN 32 /* entries between rows, so that they do not compete for the same places of a cache */
-
-/* What a processor must tell before its tiles can be used: see the table of `arch_prctl(2)`. */
-enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-
-/* Whether this processor has the instructions, and the system lets us use them. */
-EXPORT int quip_has_amx(void) {
-    unsigned a, b, c, d;
-    if (quip_cpu_level() != QUIP_AVX512 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
 
 /* What `ldtilecfg` reads: eight tiles of 16 rows of 64 bytes. */
 static const struct {
@@ -88,14 +72,12 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
     release();
 }
 
-/* z[bundles][m][LANES] of E8P codes, with or without a second stage, and x[bundles][n / 2][LANES] as quip_to_bundles writes
- * it. m, n: multiples of 32. memory: threads * rows * (n + 32) numbers of 16 bits; rows: decoded at a time by a thread, a
- * multiple of 32. */
-EXPORT void quip_bundle_products(const int16_t *codes, const void *residual, int second, float scale, int64_t m, int64_t n,
-                                 const uint32_t *x, int64_t bundles, float *z, uint16_t *memory, int64_t rows, int threads) {
-    work w = {.x = x, .z = z, .memory = memory, .m = m, .n = n, .bundles = bundles, .rows = rows};
-    w.grid = quip_make_grid(codes, residual, second, scale, n, 0, QUIP_BFLOAT16, QUIP_AVX512);
-    w.grid.stride = n + MARGIN;
+HIDDEN void quip_bundle_products(const quip_layer *layer, const uint32_t *x, int64_t bundles, float *z, void *memory,
+                                 int64_t rows, int threads) {
+    work w = {.x = x, .z = z, .memory = memory, .m = layer->m, .n = layer->n, .bundles = bundles, .rows = rows};
+    w.grid = quip_make_grid(layer->codes, layer->residual, layer->second, (float)layer->residual_scale, layer->n, 0,
+                            QUIP_BFLOAT16, QUIP_AVX512);
+    w.grid.stride = layer->n + MARGIN;
     quip_parallel(multiply_rows, &w, threads, 1, threads);
 }
 

@@ -78,7 +78,7 @@ QTIP = {"codebook": "bitshift", "codebook_version": 0, "L": 16, "K": 2, "V": 2, 
     ],
 )
 def test_trellises_of_qtip(mode, v, bits, k, expected):
-    config = QTIP | {"decode_mode": mode, "V": v, "tlut_bits": bits}
+    config = QTIP | {"decode_mode": mode, "K": k, "V": v, "tlut_bits": bits}
     tensors = {"trellis": ("I16", 128 * 64 // 256, 16 * k), "SU": ("F16", 64), "SV": ("F32", 128)}
     if bits:
         tensors["tlut"] = ("F16", 1 << bits, v)

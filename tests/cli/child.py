@@ -1,4 +1,4 @@
-"""The command line in a process of its own, which can be sent signals and be given limits."""
+"""The command line in a process of its own, which can be sent signals."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 
 
 def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **variables}
 
 
-def start(*arguments, before: str = "", limit: Callable[[], None] = lambda: None, **variables: str) -> subprocess.Popen:
+def start(*arguments, before: str = "", **variables: str) -> subprocess.Popen:
     """Start `transformers-quip ARGUMENTS`; `before` is code that the process runs first."""
     code = f"import sys\n{before}\nfrom transformers_quip.cli import main\nsys.exit(main({list(map(str, arguments))!r}))\n"
-
-    def prepare() -> None:
-        # a test run in the background ignores Ctrl-C, and so would what it starts
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        limit()
 
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -28,7 +22,8 @@ def start(*arguments, before: str = "", limit: Callable[[], None] = lambda: None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=prepare,
+        # a test run in the background ignores Ctrl-C, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -67,7 +67,7 @@ def test_evaluate(quantized, text, tmp_path):
 
 
 def test_push(quantized, tmp_path):
-    """Stopped in the middle of an upload: nobody sees half a model, and pushing again brings every byte."""
+    """Stopped in the middle of an upload: nobody sees half a model."""
     folder = tmp_path / "model"
     shutil.copytree(quantized, folder)
     with LoopbackHub() as hub:
@@ -75,7 +75,7 @@ def test_push(quantized, tmp_path):
         variables["HF_HOME"] = str(tmp_path / "home")
         hub.hold_uploads = True
         process = start("push", folder, "owner/model", **variables)
-        assert hub.held.wait(120)
+        assert hub.held.wait(300)
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
         hub.hold_uploads = False
@@ -83,23 +83,23 @@ def test_push(quantized, tmp_path):
         found, said = finish(process)
         assert found == cli.STOPPED, said
         assert set(hub.files("owner/model")) == {".gitattributes"}
-        found, said = finish(start("push", folder, "owner/model", **variables))
-        assert found == 0, said
-        stored = hub.files("owner/model")
-        del stored[".gitattributes"]
-        assert stored == contents(folder)
+    # but for the card, which names the repository now, the folder is as it was; that the next push goes on is in tests/hub
+    shutil.copy(folder / "README.md", tmp_path / "card.md")
+    shutil.copy(quantized / "README.md", folder / "README.md")
+    assert contents(folder) == contents(quantized)
+    assert "owner/model" in (tmp_path / "card.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["quantize", "convert"])
-def test_a_full_disk(dense, golden, tmp_path, command):
+def test_a_full_disk(dense, golden, tmp_path, capsys, command):
     """A limit on the size of files stands for it: the system refuses the write in the same way."""
-    source = {"quantize": [dense, "--dataset", "none"], "convert": [golden / "qs_E8P12_t128"]}[command]
-    process = start(
-        command, source[0], tmp_path / "out", *source[1:],
-        limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
-    )  # fmt: skip
-    found, said = finish(process)
-    assert found == cli.UNREACHABLE, said
-    assert "File too large" in said
-    assert "Traceback" not in said
+    source, *options = {"quantize": [dense, "--dataset", "none"], "convert": [golden / "qs_E8P12_t128"]}[command]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        code = cli.main(list(map(str, [command, source, tmp_path / "out", *options])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == cli.UNREACHABLE
+    assert "File too large" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -131,11 +131,11 @@ class QuipSharp(Family):
         if form.codebook in ("e8p", "e8p-rvq4", "e8p-rvq3"):
             base = words[:, : columns // 32]
             result["codes"] = lattice_bits.unpack_tiles(base, rows, columns)
-            rest = words[:, columns // 32 :].contiguous()
+            rest = words[:, columns // 32 :]
             if form.codebook == "e8p-rvq4":
                 result["codes_residual"] = lattice_bits.unpack_tiles(rest, rows, columns)
             elif form.codebook == "e8p-rvq3":
-                result["codes_residual"] = rest.view(torch.uint8)
+                result["codes_residual"] = rest.contiguous().view(torch.uint8)
         elif form.codebook == "d4":
             result["codes"] = _unpermute(words)
         else:

@@ -9,6 +9,15 @@ import torch
 
 from .trellis import TILE
 
+# Of 3 bits, where the bytes of a square of four tiles come from, in order. Two groups of three are the smallest piece that
+# is made of whole words; reversed they are a₂ a₁ a₀ b₂ b₁ b₀, of which memory has the second of each two first.
+_SQUARE_OF_THREE_BITS = tuple(
+    12 * (2 * pair + group) + 3 * (2 * column + row) + byte
+    for row in range(2)
+    for column in range(2)
+    for pair in range(16)
+    for group, byte in ((0, 1), (0, 2), (1, 2), (0, 0), (1, 0), (1, 1))
+)
 # Words that are handled at a time: with their temporaries they stay in a CPU's cache.
 _PIECE = 1 << 15
 
@@ -45,16 +54,14 @@ def from_qtip_kernel(trellis: torch.Tensor, out_features: int, in_features: int)
         raise ValueError(f"QTIP's kernel layout is for 2, 3 or 4 bits, got {k}")
     squares = (out_features // 32, in_features // 32)
     if k == 3:
-        # an even number of bytes, two groups of three, is the smallest piece that is made of whole words
-        groups = trellis.contiguous().view(torch.uint8).view(*squares, 16, 2, 2, 2, 3)
-        # the reversed bytes a₂ a₁ a₀ b₂ b₁ b₀, each two exchanged because memory has the low byte of a word first
-        first, second = groups.unbind(3)
-        bytes_of = [first[..., 1], first[..., 2], second[..., 2], first[..., 0], second[..., 0], second[..., 1]]
-        words = torch.stack(bytes_of, dim=-1).view(torch.int16)
-    else:
-        # reversing four bytes and exchanging each two again is exchanging two words; for two bytes nothing is left to do
-        words = trellis.contiguous().view(*squares, 32, 2, 2, k // 2)
-        words = words.flip(-1) if k == 4 else words
+        # byte by byte in each square; then squares (M, N), row of the tiles → rows of tiles
+        places = torch.tensor(_SQUARE_OF_THREE_BITS, device=trellis.device)
+        square = trellis.contiguous().view(torch.uint8).view(-1, len(places))
+        moved = square.gather(1, places.expand(len(square), -1)).view(torch.int16)
+        return moved.view(*squares, 2, -1).transpose(1, 2).reshape(out_features, in_features // TILE * k)
+    # reversing four bytes and exchanging each two again is exchanging two words; for two bytes nothing is left to do
+    words = trellis.contiguous().view(*squares, 32, 2, 2, k // 2)
+    words = words.flip(-1) if k == 4 else words
     # squares (M, N), group, column and row of the tile in its square → rows of tiles, tiles, words
     codes = words.permute(0, 4, 1, 3, 2, 5)
     return codes.reshape(out_features, in_features // TILE * k)

@@ -35,8 +35,6 @@ MOST_TRELLIS_VECTORS = 16
 # Weights that are decoded at a time for that: the dense weight never exists as a whole beside its codes.
 DECODED_WEIGHTS = 1 << 22
 MOST_SCRATCH = 1 << 24
-# Vectors of which there are products in float32 at a time, where those are computed in bundles.
-BUNDLED_VECTORS = 512
 
 _kept = threading.local()
 
@@ -239,11 +237,11 @@ def _many_vectors(
     """
     n, m = su.shape[0], sv.shape[0]
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-
-    def rotate(rows: torch.Tensor) -> torch.Tensor:
-        return _transform_in(rows, su, *transform_in, scratch("rotated inputs", rows.shape, dtype))
-
-    t = _rotated_inputs(x, su, transform_in, dtype, rotate)
+    t = _kept_rotated(x, su, transform_in, dtype)
+    if t is None:
+        rows = x.reshape(-1, n)
+        t = _transform_in(rows, su, *transform_in, scratch("rotated inputs", rows.shape, dtype))
+        _keep_rotated(x, su, transform_in, t)
     z = scratch("rotated outputs", (len(t), m), dtype)
     rows = min(m, max(1, DECODED_WEIGHTS // n // TILE) * TILE)
     for begin in range(0, m, rows):
@@ -272,67 +270,56 @@ def _bundled(
     q_out: kernels.Transform | None,
     second: dict,
 ) -> torch.Tensor:
-    """The layer of many bfloat16 vectors in the library's three steps; only the first is shared among linears."""
-    n, m = su.shape[0], sv.shape[0]
-    memory = scratch("workspace", (many_kernels.workspace(m, n),), torch.float32)
-    codes, sv, bias = codes.contiguous(), sv.contiguous(), None if bias is None else bias.contiguous()
-    second = second | {"codes_residual": None if (rest := second["codes_residual"]) is None else rest.contiguous()}
-
-    def rotate(rows: torch.Tensor) -> torch.Tensor:
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        shape = (many_kernels.bundles_of(len(rows)), n // 2, many_kernels.BUNDLE)
-        return many_kernels.to_bundles(rows, q_in, su.contiguous(), scratch("rotated inputs", shape, torch.int32), memory)
-
-    t = _rotated_inputs(x, su, (q_in, None), torch.int32, rotate)
-    y = torch.empty(x.numel() // n, m, dtype=x.dtype)
-    for begin in range(0, len(y), BUNDLED_VECTORS):
-        part = y[begin : begin + BUNDLED_VECTORS]
-        first, bundles = begin // many_kernels.BUNDLE, many_kernels.bundles_of(len(part))
-        z = scratch("rotated outputs", (bundles, m, many_kernels.BUNDLE), torch.float32)
-        many_kernels.products(t[first : first + bundles], codes, z, memory, **second)
-        many_kernels.from_bundles(z, q_out, sv, bias, part, memory)
-    return y.reshape(*x.shape[:-1], m)
+    """The layer of many bfloat16 vectors in one call, which computes the rotated inputs unless they are there already."""
+    vectors, n, m = x.numel() // su.shape[0], su.shape[0], sv.shape[0]
+    memory = scratch("workspace", (many_kernels.workspace(vectors, m, n),), torch.float32)
+    t = _kept_rotated(x, su, q_in, torch.int32)
+    is_rotated = t is not None
+    if not is_rotated:
+        t = scratch("rotated inputs", many_kernels.rotated_shape(vectors, n), torch.int32)
+    y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second)
+    if not is_rotated:
+        _keep_rotated(x, su, q_in, t)
+    return y
 
 
 class _Rotated(NamedTuple):
-    """What `_rotated_inputs` computed last, and from what."""
+    """Rotated inputs that were computed last, and from what."""
 
     x: weakref.ref
     su: weakref.ref
     versions: tuple[int, int]
-    transform: tuple
+    transform: object
     t: torch.Tensor
 
 
-def _rotated_inputs(
-    x: torch.Tensor,
-    su: torch.Tensor,
-    transform_in: tuple,
-    dtype: torch.dtype,
-    rotate: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Q_inᵀ( su ⊙ x ), made by `rotate` from rows [N, n] in its form of this dtype; for the same x and an equal su once.
+def _kept_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, dtype: torch.dtype) -> torch.Tensor | None:
+    """Q_inᵀ( su ⊙ x ) in this dtype, if that of the same x and an equal su was computed last; else None.
 
     So it is computed once for linears that read one input (q, k and v; gate and up), which are given equal su when they
     are quantized. For few vectors, where it is a part of the library's call, the saving would be less than a call.
     """
-    # Tensors of inference mode do not tell whether they changed, nor do those into which compiled code writes.
-    tracked = getattr(_kept, "eager", False) and not (x.is_inference() or su.is_inference())
-    last: _Rotated | None = getattr(_kept, "rotated", None)
-    if tracked and last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
+    last: _Rotated | None = getattr(_kept, "rotated", None) if _is_eager() else None
+    if last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
         before = last.su()
         if before is not None and last.versions == (x._version, before._version) and torch.equal(before, su):
             return last.t
-    _kept.rotated = None  # its memory is written to
-    t = rotate(x.reshape(-1, su.shape[0]))
-    if tracked:
-        versions = x._version, su._version
-        _kept.rotated = _Rotated(weakref.ref(x, _forget), weakref.ref(su), versions, transform_in, t)
-    return t
+    _kept.rotated = None  # its memory is going to be written to
+    return None
+
+
+def _keep_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, t: torch.Tensor) -> None:
+    # Tensors of inference mode do not tell whether they changed, nor do those into which compiled code writes.
+    if _is_eager() and not (x.is_inference() or su.is_inference()):
+        _kept.rotated = _Rotated(weakref.ref(x, _forget), weakref.ref(su), (x._version, su._version), transform_in, t)
 
 
 def _forget(_: weakref.ref) -> None:
     _kept.rotated = None
+
+
+def _is_eager() -> bool:
+    return getattr(_kept, "eager", False)
 
 
 def eager_linear(x: torch.Tensor, *arguments) -> torch.Tensor:

@@ -29,6 +29,8 @@ class TransformArguments(ctypes.Structure):
         ("orders", ctypes.c_int64 * MOST_FACTORS),
         ("factors", ctypes.c_void_p * MOST_FACTORS),
         ("transposed", ctypes.c_void_p * MOST_FACTORS),
+        ("signs", ctypes.c_void_p * MOST_FACTORS),
+        ("signs_transposed", ctypes.c_void_p * MOST_FACTORS),
     )
 
 
@@ -52,16 +54,6 @@ class TransformCall(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("x_type", "y_type", "before_type", "after_type", "bias_type")),
         *((name, ctypes.c_int32) for name in ("transpose", "threads", "failed")),
         ("vectors", ctypes.c_void_p * 3),
-    )
-
-
-class BundleCall(ctypes.Structure):
-    """`quip_bundle_call` of bundles.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("start", "to", "scale", "bias", "transform", "memory")),
-        *((name, ctypes.c_int64) for name in ("size", "count", "stride")),
-        *((name, ctypes.c_int32) for name in ("scale_type", "bias_type", "threads")),
     )
 
 
@@ -97,6 +89,7 @@ def library() -> ctypes.CDLL | None:
         ("quip_trellis_products", number, [pointer] * 3 + [size, number, number]),
         ("quip_trellis_decode", number, [pointer] * 2 + [number] * 3),
         ("quip_cpu_level", number, []),
+        ("quip_has_amx", number, []),
         ("quip_share_threads", None, [pointer]),
     ):
         function = getattr(found, name)

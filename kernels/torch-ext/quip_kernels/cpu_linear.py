@@ -20,9 +20,10 @@ from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, Trans
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLANES = (1, 2, 3)
+_LEAST_SIGNS, _MOST_SIGNS = 28, 128  # with fewer, plain products are as quick; with more, addresses do not fit
 MOST_FEATURES = 1 << 18  # inputs of a layer, fixed in the C source
 # The number of the second stage that codes of this type belong to; see `cpu.SECOND_STAGES`.
-SECOND = {torch.uint8: SECOND_STAGES["e8"], torch.int16: SECOND_STAGES["e8p"]}
+_SECOND = {torch.uint8: SECOND_STAGES["e8"], torch.int16: SECOND_STAGES["e8p"]}
 
 
 class Transform:
@@ -40,11 +41,14 @@ class Transform:
         if len(dense) > MOST_FACTORS:
             raise ValueError(f"a transform of {len(dense)} dense factors, at most {MOST_FACTORS} can be")
         self.size = power * math.prod(factor.shape[0] for factor in dense)
-        self._kept = [(f.float().contiguous(), f.float().T.contiguous()) for f in dense]  # the pointers' owners
+        # the pointers' owners
+        self._kept = [(f.float().contiguous(), f.float().T.contiguous(), _signs(f), _signs(f.T)) for f in dense]
         arguments = TransformArguments(size=self.size, count=len(dense), power=power)
-        for i, (factor, transposed) in enumerate(self._kept):
+        for i, (factor, transposed, signs, signs_transposed) in enumerate(self._kept):
             arguments.orders[i] = factor.shape[0]
             arguments.factors[i], arguments.transposed[i] = factor.data_ptr(), transposed.data_ptr()
+            if signs is not None:
+                arguments.signs[i], arguments.signs_transposed[i] = signs.data_ptr(), signs_transposed.data_ptr()
         self._arguments = arguments
         self.address = ctypes.addressof(arguments)
 
@@ -90,7 +94,7 @@ def linear(
     codes, su, sv, bias = _contiguous(codes), _contiguous(su), _contiguous(sv), _contiguous(bias)
     codes_residual = _contiguous(codes_residual)
     tensors = (codes, codes_residual, su, sv, bias)
-    layer, address, m, n = _layer(vectors, tensors, transform_in, transform_out, residual_scale)
+    layer, address, m, n = layer_of(vectors, tensors, transform_in, transform_out, residual_scale)
     if planes not in PLANES:
         raise ValueError(f"planes={planes} must be 1, 2 or 3")
     y = x.new_empty(*x.shape[:-1], m) if dtype is None else x.new_empty((*x.shape[:-1], m), dtype=dtype)
@@ -101,8 +105,8 @@ def linear(
         y.data_ptr(),
         count,
         n if vectors is x else vectors.stride(0),
-        type_of(vectors, "x"),
-        type_of(y, "the result"),
+        _type(vectors, "x"),
+        _type(y, "the result"),
         planes,
         default_level() if level is None else level,
         torch.get_num_threads(),
@@ -121,7 +125,7 @@ _layers: dict[tuple, tuple] = {}
 _MOST_LAYERS = 4096
 
 
-def _layer(
+def layer_of(
     x: torch.Tensor,
     tensors: tuple[torch.Tensor | None, ...],
     transform_in: Transform | None,
@@ -158,7 +162,7 @@ def _layer(
     for transform, size in ((transform_in, n), (transform_out, m)):
         if transform is not None and transform.size != size:
             raise ValueError(f"a transform of size {transform.size} was given for {size} features")
-    types = [vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
+    types = [_vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
     arguments = LayerArguments(
         *(None if v is None else v.data_ptr() for v in tensors),
         *(None if q is None else q.address for q in (transform_in, transform_out)),
@@ -203,7 +207,7 @@ def transform(
     y = torch.empty(x.shape, dtype=dtype or x.dtype) if out is None else out
     if y.shape != x.shape or not y.is_contiguous():
         raise ValueError(f"out must be a contiguous {list(x.shape)}, got {list(y.shape)}")
-    types = [vector_type(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
+    types = [_vector_type(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
     given = [v if v is None else v.contiguous() for v in (before, after, bias)]
     call = TransformCall(
         vectors.data_ptr(),
@@ -212,8 +216,8 @@ def transform(
         q.address,
         vectors.shape[0],
         vectors.stride(0),
-        type_of(vectors, "x"),
-        type_of(y, "the result"),
+        _type(vectors, "x"),
+        _type(y, "the result"),
         *types,
         transpose,
         torch.get_num_threads(),
@@ -257,7 +261,7 @@ def decode(
         codes.shape[0],
         columns,
         weight.data_ptr(),
-        type_of(weight, "the weight"),
+        _type(weight, "the weight"),
         default_level() if level is None else level,
         torch.get_num_threads(),
     )
@@ -268,12 +272,12 @@ def _second_stage(codes: torch.Tensor, codes_residual: torch.Tensor | None) -> i
     """The library's number of the second stage. Raises `ValueError` for codes of another type or shape."""
     if codes_residual is None:
         return SECOND_STAGES[None]
-    if codes_residual.dtype not in SECOND or codes_residual.shape != codes.shape or not codes_residual.is_cpu:
+    if codes_residual.dtype not in _SECOND or codes_residual.shape != codes.shape or not codes_residual.is_cpu:
         raise ValueError(
             f"codes_residual must be int16 (E8P) or uint8 (E8) {list(codes.shape)} on the CPU, as codes, got "
             f"{codes_residual.dtype} {list(codes_residual.shape)} on {codes_residual.device}"
         )
-    return SECOND[codes_residual.dtype]
+    return _SECOND[codes_residual.dtype]
 
 
 def _rows(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -282,19 +286,34 @@ def _rows(x: torch.Tensor, size: int) -> torch.Tensor:
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
 
-def vector_type(vector: torch.Tensor | None, size: int, name: str) -> int:
+def _vector_type(vector: torch.Tensor | None, size: int, name: str) -> int:
     if vector is None:
         return 0
     if vector.shape != (size,):
         raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{size}]")
-    return type_of(vector, name)
+    return _type(vector, name)
 
 
-def type_of(tensor: torch.Tensor, name: str) -> int:
+def _type(tensor: torch.Tensor, name: str) -> int:
     kind = DTYPES.get(tensor.dtype)
     if kind is None or not tensor.is_cpu:
         raise ValueError(f"{name} must be float32, bfloat16 or float16 on the CPU, got {tensor.dtype} on {tensor.device}")
     return kind
+
+
+def _signs(factor: torch.Tensor) -> torch.Tensor | None:
+    """Of a matrix whose entries have one size, the address of each four in a row: uint16 [order, order/4].
+
+    The sixteen sums ± a ± b ± c ± d of four entries of two neighbouring columns are 128 bytes each, one after the other.
+    None for another matrix, and for one whose sums would have addresses of more than 16 bits.
+    """
+    order = factor.shape[0]
+    if order % 4 or not _LEAST_SIGNS <= order <= _MOST_SIGNS:
+        return None
+    if not torch.allclose(factor.abs(), factor[0, 0].abs(), rtol=1e-6, atol=0):
+        return None
+    sums = ((factor < 0).reshape(order, -1, 4).int() * torch.tensor([1, 2, 4, 8], dtype=torch.int32)).sum(-1)
+    return ((16 * torch.arange(order // 4) + sums) * 128).to(torch.uint16)
 
 
 def _is_sylvester(factor: torch.Tensor) -> bool:
