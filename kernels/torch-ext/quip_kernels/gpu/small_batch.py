@@ -196,8 +196,8 @@ class Tile(NamedTuple):
 def tiles(batch: int, family: str) -> list[Tile]:
     """The tiles to choose from, the first without measuring; none spills registers on this family (`launch.family`)."""
     usual = Tile(gather=not interpreted(), warps=4)
-    if family == "rdna" and block_batch(batch) == LARGEST_BATCH:
-        usual = usual._replace(warps=16)
+    if family == "rdna":
+        usual = usual._replace(warps=block_batch(batch) // 4)
         return [usual, usual._replace(gather=not usual.gather)]
     return [usual, usual._replace(warps=8), usual._replace(gather=not usual.gather)]
 
