@@ -51,13 +51,13 @@ AVX512 static void multiply_factor(const float *t, int64_t order, const float *x
 
 /* The same for a factor whose entries have one size, but for that size: a sum and a difference of each four entries are
  * looked up among all sixteen, which are computed once, instead of summing the four in each row. signs[i][g]: the address
- * of what row i takes of entries 4 g to 4 g + 3 ("four Russians"; Arlazarov et al., Doklady 11, 1970). */
-AVX512 static void multiply_signs(const uint16_t *signs, int64_t order, const float *x, float *y, int64_t size, int64_t after) {
+ * of what row i takes of entries 4 g to 4 g + 3 ("four Russians"; Arlazarov et al., Doklady 11, 1970). In place. */
+AVX512 static void multiply_signs(const uint16_t *signs, int64_t order, float *x, int64_t size, int64_t after) {
     float sums[MOST_SIGNS / 4][16][PAIR][LANES] __attribute__((aligned(64)));
     const int64_t groups = order / 4;
     for (int64_t begin = 0; begin < size; begin += order * after)
         for (int64_t a = begin; a < begin + after; a += PAIR) {
-            const int64_t second = a + 1 < begin + after ? 1 : 0; /* an odd last one is computed twice */
+            const int64_t second = a + 1 < begin + after ? 1 : 0; /* a last one that is alone is computed twice */
             for (int64_t g = 0; g < groups; g++)
                 UNROLL for (int c = 0; c < PAIR; c++) {
                     const float *from = x + (a + c * second + 4 * g * after) * LANES;
@@ -85,7 +85,7 @@ AVX512 static void multiply_signs(const uint16_t *signs, int64_t order, const fl
                             sum[r][c] = _mm512_add_ps(sum[r][c], _mm512_load_ps(found + 4 * LANES * c));
                     }
                 UNROLL for (int r = 0; r < 4; r++) UNROLL for (int c = 0; c < PAIR; c++)
-                    _mm512_storeu_ps(y + (a + c * second + (i + r) * after) * LANES, sum[r][c]);
+                    _mm512_storeu_ps(x + (a + c * second + (i + r) * after) * LANES, sum[r][c]);
             }
         }
 }
@@ -111,10 +111,11 @@ AVX512 static float *apply(const quip_transform *q, int transpose, float *x, flo
     int64_t after = q->size, step = 1;
     for (int64_t f = 0; f < q->count; f++) {
         after /= q->orders[f];
-        if (q->signs[f])
-            multiply_signs(transpose ? q->signs_transposed[f] : q->signs[f], q->orders[f], x, scratch, q->size, after);
-        else
-            multiply_factor(transpose ? q->factors[f] : q->transposed[f], q->orders[f], x, scratch, q->size, after);
+        if (q->signs[f]) {
+            multiply_signs(transpose ? q->signs_transposed[f] : q->signs[f], q->orders[f], x, q->size, after);
+            continue;
+        }
+        multiply_factor(transpose ? q->factors[f] : q->transposed[f], q->orders[f], x, scratch, q->size, after);
         float *swap = x;
         x = scratch;
         scratch = swap;

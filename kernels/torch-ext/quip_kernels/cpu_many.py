@@ -7,7 +7,6 @@ numbers, summed in float32, as a dense layer's are; what is between them and the
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
@@ -23,16 +22,14 @@ _PIECES = 8  # that each thread takes its share in, at least where there are so 
 _TOGETHER = 512  # vectors of which there are products in float32 at a time
 
 
-@functools.cache
 def is_available() -> bool:
     """Whether the library was built with these kernels, this processor has what they need, and nobody asked for less."""
-    found = library()
-    if found is None or LEVELS[default_level()] != "avx512" or not found.quip_has_amx():
-        return False
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.quip_linear_many.restype = None
-    found.quip_linear_many.argtypes = [pointer] * 3 + [size] * 2 + [pointer, number] + [pointer, size] * 2 + [number]
-    return True
+    return library() is not None and LEVELS[default_level()] == "avx512" and _has_amx()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(library().quip_has_amx())
 
 
 def rotated_shape(vectors: int, n: int) -> tuple[int, int, int]:
