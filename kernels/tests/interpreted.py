@@ -34,7 +34,7 @@ def vectors(rows, columns, seed=1):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("m", "n", "dtype"), zip((3, 20, 17), (8, 100, 520), DTYPES, strict=True))
+@pytest.mark.parametrize(("m", "n", "dtype"), list(zip((3, 20, 17), (8, 100, 520), DTYPES, strict=True)))
 def test_dequantize_is_exact(m, n, dtype):
     codes = truth.random_linear(m, n)["codes"]
     weight = dequantize.dequantize(e8p.pack(codes), n, dtype)

@@ -196,8 +196,8 @@ class Tile(NamedTuple):
 def tiles(batch: int, family: str) -> list[Tile]:
     """The tiles to choose from, the first without measuring; none spills registers on this family (`launch.family`)."""
     usual = Tile(gather=not interpreted(), warps=4)
-    if family == "rdna" and block_batch(batch) == LARGEST_BATCH:
-        usual = usual._replace(warps=8)
+    if family == "rdna":
+        usual = usual._replace(warps=4 if block_batch(batch) == 16 else 16)
         return [usual, usual._replace(gather=not usual.gather)]
     return [usual, usual._replace(warps=8), usual._replace(gather=not usual.gather)]
 
