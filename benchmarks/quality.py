@@ -1,19 +1,21 @@
-"""Perplexity of a model at 2 bits, by the protocol in protocol.py, for several calibrations and seeds.
+"""Perplexity of a quantized model, by the protocol in protocol.py, for several calibrations, bits and seeds.
 
-    python benchmarks/quality.py [FOLDER] [--settings text self none] [--seeds 0 1 2] [--num-samples N]
+    python benchmarks/quality.py [FOLDER] [--settings text self none] [--bits 2 2.5 3 4] [--seeds 0 1 2] [--num-samples N]
 
 Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `self` is the bare default (text that the model writes
 itself), `none` is dataset=None. Each run is a fresh process, so that wall and CPU seconds (all threads; loading the
 dense model included) are its own. results/quality.json is written after every run, and runs that it has already are
 replaced, so that a long series can be made in parts, also side by side with fewer threads (OMP_NUM_THREADS): seconds are
-taken from the runs with the most threads alone. For the first seed of each setting, a picture of the errors of
-every layer is written beside it.
+taken from the runs with the most threads alone. For the first seed of each setting at 2 bits, a picture of the errors of
+every layer is written beside it. Where text was measured at 2, 2.5 and 3 bits, the last line says where 2.5 lies.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -43,7 +45,8 @@ def run(options: argparse.Namespace) -> dict:
     from transformers_quip.evaluation import mean_by_kind, perplexity, plot_relative_error, true_bits_per_weight
     from transformers_quip.evaluation.report import ERRORS
 
-    setting, seed = options.run
+    setting, bits, seed = options.run
+    bits = float(bits)
     windows = load_windows(
         AutoTokenizer.from_pretrained(options.folder), calibration=options.num_samples, evaluation=options.windows
     )
@@ -51,12 +54,13 @@ def run(options: argparse.Namespace) -> dict:
     if setting != "dense":
         dataset = {"text": windows.calibration, "self": "self", "none": None}[setting]
         arguments["quantization_config"] = QuipConfig(
-            bits=2, dataset=dataset, num_samples=options.num_samples, seed=int(seed)
+            bits=bits, dataset=dataset, num_samples=options.num_samples, seed=int(seed)
         )
     wall, cpu = time.perf_counter(), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
     row = {
         "setting": setting,
+        "bits": bits if setting != "dense" else 32,
         "seed": int(seed),
         "wall_seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
@@ -75,7 +79,7 @@ def run(options: argparse.Namespace) -> dict:
     if report := model.hf_quantizer.report:
         row["data"], row["stages"] = report.data, dict(report.seconds)
     if options.picture:
-        plot_relative_error(records, options.picture, title=f"{options.folder.name}, 2 bits: {SETTINGS[setting]}")
+        plot_relative_error(records, options.picture, title=f"{options.folder.name}, {bits:g} bits: {SETTINGS[setting]}")
     return row
 
 
@@ -116,27 +120,49 @@ def timed(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["threads"] == most]
 
 
+def groups(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
+    """(setting, bits) → its runs, in the order of SETTINGS and of bits."""
+    result: dict[tuple[str, float], list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (list(SETTINGS).index(row["setting"]), row["bits"], row["seed"])):
+        result.setdefault((row["setting"], row["bits"]), []).append(row)
+    return result
+
+
 def print_table(rows: list[dict]) -> None:
-    print(f"\n{'setting':8s} {'runs':>4s}  {'wiki':28s} {'news':28s} {'true bits':>9s} {'wall s':>7s} {'CPU s':>7s}")
-    for setting in SETTINGS:
-        found = [row for row in rows if row["setting"] == setting]
-        if not found:
-            continue
+    columns = f"{'wiki':28s} {'news':28s} {'true bits':>9s} {'wall s':>7s} {'CPU s':>7s}"
+    print(f"\n{'setting':8s} {'bits':>4s} {'runs':>4s}  {columns}")
+    for (setting, bits), found in groups(rows).items():
         wiki, news = (spread([row["perplexity"][name] for row in found]) for name in ("wiki", "news"))
-        bits = found[0].get("true_bits", 32)
+        true = found[0].get("true_bits", 32)
         wall, cpu = (statistics.mean(row[key] for row in timed(found)) for key in ("wall_seconds", "cpu_seconds"))
-        print(f"{setting:8s} {len(found):4d}  {wiki:28s} {news:28s} {bits:9.3f} {wall:7.0f} {cpu:7.0f}")
+        print(f"{setting:8s} {bits:4g} {len(found):4d}  {wiki:28s} {news:28s} {true:9.3f} {wall:7.0f} {cpu:7.0f}")
+    print_line(rows)
+
+
+def print_line(rows: list[dict], low: float = 2, middle: float = 2.5, high: float = 3) -> None:
+    """Where the log perplexity at `middle` bits lies against the line between `low` and `high`, over true bits."""
+    found = {bits: [row for row in rows if (row["setting"], row["bits"]) == ("text", bits)] for bits in (low, middle, high)}
+    if not all(found.values()):
+        return
+    bits = {key: statistics.mean(row["true_bits"] for row in value) for key, value in found.items()}
+    share = (bits[middle] - bits[low]) / (bits[high] - bits[low])
+    for text in ("wiki", "news"):
+        log = {key: statistics.mean(math.log(row["perplexity"][text]) for row in value) for key, value in found.items()}
+        line = (1 - share) * log[low] + share * log[high]
+        side = "below" if log[middle] < line else "ABOVE"
+        print(f"{text}: {middle:g} bits has {math.exp(log[middle]):.2f}, {side} the line's {math.exp(line):.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="a dense model; SmolLM2 by default")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--bits", nargs="+", type=float, default=[2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num-samples", type=int, default=256, help="calibration sequences of 512 tokens")
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
     parser.add_argument("--name", default="quality", help="write results/NAME.json and results/NAME-*.png")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # the child's setting and seed
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)  # the child's setting, bits and seed
     parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -146,19 +172,20 @@ def main() -> None:
     folder = options.folder or dense_folder()
     results = machine.RESULTS / f"{options.name}.json"
     rows = []
-    for setting in options.settings:
-        for seed in options.seeds[:1] if setting == "dense" else options.seeds:
-            command = [sys.executable, __file__, str(folder), "--run", setting, str(seed)]
-            command += ["--num-samples", str(options.num_samples), "--windows", str(options.windows)]
-            if setting != "dense" and seed == options.seeds[0]:
-                command += ["--picture", str(machine.RESULTS / f"{options.name}-{setting}.png")]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            row = json.loads(output.splitlines()[-1])
-            rows = json.loads(results.read_text())["rows"] if results.is_file() else []  # others may write it meanwhile
-            rows = [old for old in rows if (old["setting"], old["seed"]) != (setting, seed)] + [row]
-            rows.sort(key=lambda row: (list(SETTINGS).index(row["setting"]), row["seed"]))
-            machine.save(options.name, {"settings": SETTINGS, "rows": rows})
-            print(json.dumps(row), flush=True)
+    for setting, bits, seed in itertools.product(options.settings, options.bits, options.seeds):
+        if setting == "dense" and (bits, seed) != (options.bits[0], options.seeds[0]):
+            continue
+        command = [sys.executable, __file__, str(folder), "--run", setting, str(bits), str(seed)]
+        command += ["--num-samples", str(options.num_samples), "--windows", str(options.windows)]
+        if setting != "dense" and bits == 2 and seed == options.seeds[0]:
+            command += ["--picture", str(machine.RESULTS / f"{options.name}-{setting}.png")]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        row = json.loads(output.splitlines()[-1])
+        rows = json.loads(results.read_text())["rows"] if results.is_file() else []  # others may write it meanwhile
+        same = ("setting", "bits", "seed")
+        rows = [old for old in rows if [old[key] for key in same] != [row[key] for key in same]] + [row]
+        machine.save(options.name, {"settings": SETTINGS, "rows": list(itertools.chain(*groups(rows).values()))})
+        print(json.dumps(row), flush=True)
     print_table(rows)
 
 

@@ -1,4 +1,7 @@
-"""QuipConfig: every option of the quantization, its default, its check, and its place in config.json."""
+"""QuipConfig: how a model is quantized, which options fit together, and its place in config.json.
+
+The single options stand in `options`, their checks in `option_checks`.
+"""
 
 from __future__ import annotations
 
@@ -6,311 +9,20 @@ import copy
 import difflib
 import fnmatch
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import codebooks, incoherence, rounding
+from . import codebooks, rounding
 from . import layout as layouts
 from .layout import Layout
+from .option_checks import MIXED_BITS, is_read_only, known_bits, short
+from .options import OPTIONS
 from .version import __version__
 
 QUANT_METHOD = "quip"
 FORMAT_VERSION = 1
-# The per-module options that format version 1 knows; see the option `modules`.
-# What single modules may get where `bits` is an average that no codebook has.
-MIXED_BITS = (2, 3, 4)
-MODULE_OPTIONS = (
-    "bits",
-    "codebook",
-    "residual_scale",
-    "incoherence",
-    "rescale",
-    "rounding",
-    "damping",
-    "refinement_sweeps",
-    "scale",
-)
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of [`QuipConfig`].
-
-    Args:
-        default: its value where the caller gives none.
-        check: returns the value as it is kept, or raises `ValueError` saying what is allowed.
-        doc: one sentence for the user.
-        stored: what config.json gets for a value, where the value itself only lives at run time.
-    """
-
-    default: Any
-    check: Callable[[Any], Any]
-    doc: str
-    stored: Callable[[Any], Any] = copy.deepcopy
-
-
-def _integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            upper = "" if maximum == 2**63 - 1 else f" and at most {maximum}"
-            raise ValueError(f"must be an integer of at least {minimum}{upper}")
-        return value
-
-    return check
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be True or False")
-    return value
-
-
-def _positive(value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError("must be a finite number above 0")
-    return value
-
-
-def _bits(value: Any) -> int | float:
-    known = _known_bits()
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value in known or known[0] < value < MIXED_BITS[-1]):
-        raise ValueError(
-            f"must be one of {', '.join(f'{bits:g}' for bits in known)}, the bits that a codebook has, or any number "
-            f"between {MIXED_BITS[0]} and {MIXED_BITS[-1]}: an average, for which each module gets bits of its own"
-        )
-    return int(value) if value == int(value) else value
-
-
-def _known_bits() -> list[float]:
-    return sorted({codebooks.get(name).bits for name in codebooks.names()})
-
-
-def _residual_scale(value: Any) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value == 0:
-        raise ValueError("must be None or a finite number other than 0")
-    return float(value)
-
-
-def _name(names: Callable[[], tuple[str, ...]], optional: bool = False) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
-        if (value is None and optional) or (isinstance(value, str) and value in names()):
-            return value
-        close = difflib.get_close_matches(value, names(), n=1) if isinstance(value, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"must be one of {', '.join(map(repr, names()))}{' or None' if optional else ''}{hint}")
-
-    return check
-
-
-def _codebook(value: Any) -> str | None:
-    return value if _is_read_only(value) else _name(codebooks.names, optional=True)(value)
-
-
-def _is_read_only(codebook: Any) -> bool:
-    """Whether this names a codebook that is only for checkpoints made elsewhere; the list of names has none of them."""
-    if not isinstance(codebook, str):
-        return False
-    try:
-        return codebooks.get(codebook).is_read_only
-    except ValueError:
-        return False
-
-
-def _choice(*allowed: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"must be one of {', '.join(map(repr, allowed))}")
-        return value
-
-    return check
-
-
-def _scale(value: Any) -> str | float:
-    if isinstance(value, str):
-        if value != "auto":
-            raise ValueError("must be 'auto' or a finite number above 0")
-        return value
-    try:
-        return _positive(value)
-    except ValueError:
-        raise ValueError("must be 'auto' or a finite number above 0") from None
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("must be a non-empty string")
-    return value
-
-
-def _patterns(value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
-        raise ValueError("must be None or a list of module names or patterns, such as ['lm_head']")
-    return list(value)
-
-
-def _incoherence(value: Any) -> str | list[str]:
-    check = _name(incoherence.names_in_files)
-    if not isinstance(value, (list, tuple)):
-        return check(value)
-    if len(value) != 2:
-        raise ValueError("must be the name of a transform, or a pair of them: (input side, output side)")
-    return [check(name) for name in value]
-
-
-def _modules(value: Any) -> dict[str, dict] | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not all(isinstance(pattern, str) and pattern for pattern in value):
-        raise ValueError("must be None or a dict of {module name or pattern: {option: value}}")
-    checked = {}
-    for pattern, options in value.items():
-        if not isinstance(options, dict) or not options:
-            raise ValueError(f"has {pattern!r}: {_short(options)}, but each pattern needs a dict of {{option: value}}")
-        unknown = [name for name in options if name not in MODULE_OPTIONS]
-        if unknown:
-            raise ValueError(
-                f"has {pattern!r}: {unknown[0]!r}, but the options that can be set for single modules are "
-                f"{', '.join(map(repr, MODULE_OPTIONS))}"
-            )
-        checked[pattern] = {}
-        for name, item in options.items():
-            try:
-                checked[pattern][name] = OPTIONS[name].check(item)
-            except ValueError as error:
-                raise ValueError(f"has {pattern!r}: {name}={_short(item)}, which {error}") from None
-    return checked
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a shell pattern (`*`, `?`, `[…]`) means this module: its whole name, or what follows some dot of it."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-
-
-def _dataset(value: Any) -> Any:
-    empty = "is empty: give at least one text or token sequence, 'self', or None for no calibration"
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        if math.prod(value.shape) == 0:
-            raise ValueError(empty)
-        return value
-    if isinstance(value, (list, tuple)) or _is_table(value):
-        if len(value) == 0:
-            raise ValueError(empty)
-        return value
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise ValueError(
-        "must be 'self', the name of a data set, a list of strings, a list or tensor of token ids, a "
-        "datasets.Dataset, or None for no calibration"
-    )
-
-
-def _is_table(value: Any) -> bool:
-    """Whether this is a `datasets.Dataset`, without importing that package."""
-    return all(hasattr(value, name) for name in ("column_names", "__getitem__", "__len__"))
-
-
-def _describe_dataset(value: Any) -> str | None:
-    """What config.json says of the data: the data itself is not needed to load a quantized model."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        kind, count = "token sequence", len(value) if value.ndim > 1 else 1
-    elif isinstance(value, (list, tuple)):
-        kind = "text" if isinstance(value[0], str) else "token sequence"
-        count = 1 if isinstance(value[0], int) else len(value)
-    else:
-        kind, count = "data set row", len(value)
-    return f"{count} {kind}{'s' if count != 1 else ''} given by the caller"
-
-
-def _tokenizer(value: Any) -> Any:
-    if value is None or callable(value) or (isinstance(value, str) and value):
-        return value
-    raise ValueError("must be None, a tokenizer, or the name or folder of one")
-
-
-# Every option once: this table makes the signature, the checks, the documentation and the JSON form.
-OPTIONS: dict[str, Option] = {
-    "bits": Option(
-        2,
-        _bits,
-        "Code bits per weight; not needed where `codebook` is given. A number that no codebook has, such as 2.5, is an "
-        "average: modules get 2, 3 or 4 bits by how much their errors are measured to matter.",
-    ),
-    "codebook": Option(
-        None,
-        _codebook,
-        "Which values a block of weights may take; None: the default for `bits`.",
-    ),
-    "residual_scale": Option(
-        None, _residual_scale, "What multiplies the second stage of a codebook that has one; None: the codebook's own."
-    ),
-    "incoherence": Option(
-        "hadamard",
-        _incoherence,
-        "The orthogonal transform on both sides of a weight, or a pair of them: (input side, output side).",
-    ),
-    "rescale": Option(
-        True,
-        _boolean,
-        "QuIP's diagonal rescaling: input columns that matter more get finer steps. Only where there is calibration.",
-    ),
-    "rounding": Option("ldlq", _name(rounding.names), "How the codes are chosen."),
-    "dataset": Option(
-        "self",
-        _dataset,
-        "What to calibrate on: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
-        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of strings, a list or tensor of token "
-        "ids, a `datasets.Dataset`, or None: no calibration, each weight is quantized while it is loaded.",
-        _describe_dataset,
-    ),
-    "tokenizer": Option(
-        None,
-        _tokenizer,
-        "For a data set of text: a tokenizer, or where to load one; None: the model's own.",
-        lambda value: value if isinstance(value, str) else None,
-    ),
-    "text_column": Option("text", _text, "The column of a `datasets.Dataset` that holds the text."),
-    "calibrate_on": Option(
-        "mixed",
-        _choice("mixed", "quantized", "dense"),
-        "Whose activations a block is calibrated on: 'quantized', those of the model with all blocks before it quantized; "
-        "'dense', the original model's, as in the paper; 'mixed', every second batch the one or the other.",
-    ),
-    "num_samples": Option(256, _integer(1), "How many token sequences to calibrate on."),
-    "sequence_length": Option(512, _integer(1), "Tokens in each of them."),
-    "batch_size": Option(8, _integer(1), "Sequences in one forward pass."),
-    "damping": Option(
-        0.01, _positive, "Added to the Hessian's diagonal, as a share of its mean; grows until Cholesky works."
-    ),
-    "refinement_sweeps": Option(10, _integer(0), "Passes over the codes after the first rounding."),
-    "scale": Option(
-        "auto", _scale, "'auto': measured for each weight; a number multiplies the scale published for the codebook."
-    ),
-    "modules_to_not_convert": Option(
-        None,
-        _patterns,
-        "Names, suffixes or regular expressions of modules to leave dense, besides the output embeddings.",
-    ),
-    "modules": Option(
-        None,
-        _modules,
-        "Options for single modules: {pattern: {option: value}}. A shell pattern such as '*.down_proj' or 'down_proj' "
-        "means a module's whole name or its end after a dot; where several match, later ones win.",
-    ),
-    "seed": Option(0, _integer(0), "Of everything random."),
-}
 
 # Written beside the options by the quantizer, not by the caller.
 _RECORDS = ("calibration", "quantized_modules", "layout", "origin")
@@ -343,7 +55,7 @@ class QuipConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         for name, option in OPTIONS.items():
             setattr(self, name, options.get(name, option.default))
-        if "bits" not in options and (self.codebook in codebooks.names() or _is_read_only(self.codebook)):
+        if "bits" not in options and (self.codebook in codebooks.names() or is_read_only(self.codebook)):
             self.bits = codebooks.get(self.codebook).bits
         self.calibration: dict[str, Any] | None = None
         self.quantized_modules: list[str] | None = None
@@ -356,12 +68,12 @@ class QuipConfig(QuantizationConfigMixin):
         """Check every option and their combination, and settle `codebook`. Raises `ValueError`."""
         for name, option in OPTIONS.items():
             value = getattr(self, name)
-            if name == "bits" and _is_read_only(self.codebook):
+            if name == "bits" and is_read_only(self.codebook):
                 continue  # such a codebook may have bits that no other has; compared with its own below
             try:
                 setattr(self, name, option.check(value))
             except ValueError as error:
-                raise ValueError(f"QuipConfig: {name}={_short(value)} {error}") from None
+                raise ValueError(f"QuipConfig: {name}={short(value)} {error}") from None
         if self.is_mixed:
             self._validate_mixed()
         else:
@@ -463,7 +175,7 @@ class QuipConfig(QuantizationConfigMixin):
     @property
     def is_mixed(self) -> bool:
         """Whether `bits` is an average, so that each module is to get bits of its own (see `quantize.allocate`)."""
-        return self.codebook is None and self.bits not in _known_bits()
+        return self.codebook is None and self.bits not in known_bits()
 
     @property
     def is_calibrated(self) -> bool:
@@ -547,10 +259,10 @@ class QuipConfig(QuantizationConfigMixin):
         calibration, quantized = records["calibration"], records["quantized_modules"]
         for name in ("calibration", "origin"):
             if not (records[name] is None or isinstance(records[name], dict)):
-                raise ValueError(f"The saved quantization_config has {name}={_short(records[name])}, which is no dict")
+                raise ValueError(f"The saved quantization_config has {name}={short(records[name])}, which is no dict")
         if not (quantized is None or (isinstance(quantized, list) and all(isinstance(n, str) for n in quantized))):
             raise ValueError(
-                f"The saved quantization_config has quantized_modules={_short(quantized)}, which is no list of names"
+                f"The saved quantization_config has quantized_modules={short(quantized)}, which is no list of names"
             )
         try:
             config = cls(**values)
@@ -587,6 +299,11 @@ QuipConfig.__doc__ = (
 )
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern (`*`, `?`, `[…]`) means this module: its whole name, or what follows some dot of it."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
 def _methods(codebook: str) -> list[str]:
     """The rounding methods that work with this codebook."""
     return [name for name in rounding.names() if rounding.get(name).works_with(codebooks.get(codebook))]
@@ -602,10 +319,4 @@ def _overridden(options: dict[str, Any], values: dict[str, Any]) -> dict[str, An
 def _unknown_option(name: str, value: Any) -> str:
     close = difflib.get_close_matches(name, OPTIONS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"QuipConfig has no option {name!r} (given {_short(value)}), only {', '.join(OPTIONS)}{hint}"
-
-
-def _short(value: Any) -> str:
-    array = isinstance(value, (torch.Tensor, np.ndarray))
-    text = f"<{type(value).__name__} of shape {tuple(value.shape)}>" if array else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"QuipConfig has no option {name!r} (given {short(value)}), only {', '.join(OPTIONS)}{hint}"

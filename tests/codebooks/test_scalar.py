@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from quip_kernels import cpu as cpu_kernels
 from tests import truth
 from transformers_quip import codebooks
 from transformers_quip.codebooks import scalar
@@ -100,40 +101,39 @@ def test_half_integer_is_the_published_one():
     assert gaussian_error(1 / 2.97, 4) == pytest.approx(0.01154, rel=0.01)
 
 
-def test_round_panel_gives_codes_of_its_points():
-    book = codebooks.get("scalar3")
-    generator = torch.Generator().manual_seed(3)
-    target, base = torch.randn(2, 9, 6, generator=generator)
-    feedback = torch.randn(6, 6, generator=generator) * 0.2
-    codes, points, delta = book.round_panel(target, base, feedback)
-    wanted, wanted_delta = torch.zeros(2, 9, 6, dtype=torch.float64)
-    for k in reversed(range(6)):
-        x = target[:, k].double() + wanted_delta[:, k + 1 :] @ feedback[k + 1 :, k].double()
-        wanted[:, k] = (x + 3.5).round().clamp(0, 7) - 3.5
-        wanted_delta[:, k] = base[:, k].double() - wanted[:, k]
-    assert torch.equal(points.double(), wanted)
-    torch.testing.assert_close(delta.double(), wanted_delta)
-    assert torch.equal(book.decode(*book.store(codes), 6), points)
-
-
 def test_vectors_of_one():
     with pytest.raises(ValueError, match="scalar2 encodes vectors of 1 numbers"):
         codebooks.get("scalar2").encode(torch.zeros(3, 2))
 
 
-@pytest.mark.parametrize("columns", [1, 16, 41])
-def test_panels_are_rounded_as_the_loop_says(columns):
-    book = codebooks.get("scalar3")
+@pytest.mark.parametrize("method", ["compiled", "generic"])
+@pytest.mark.parametrize(("bits", "rows", "columns"), [(3, 9, 6), (2, 60, 1), (3, 60, 16), (4, 33, 41), (8, 5, 256)])
+def test_panels_are_rounded_as_the_loop_says(method, bits, rows, columns, monkeypatch):
+    if method == "compiled" and not cpu_kernels.is_available():
+        pytest.skip("the CPU library was not compiled")
+    if method == "generic":
+        monkeypatch.setattr(cpu_kernels, "is_available", lambda: False)
+    book, half = codebooks.get(f"scalar{bits}"), (2**bits - 1) / 2
     generator = torch.Generator().manual_seed(columns)
-    target, base = (torch.randn(60, columns, generator=generator) * 2 for _ in range(2))
-    feedback = torch.randn(columns, columns, generator=generator) * 0.2
+    target, base = (torch.randn(rows, columns, generator=generator) * 2 for _ in range(2))
+    feedback = torch.randn(columns, columns, generator=generator) * 0.2 / max(columns / 40, 1)
     wanted = target.double().clone()
     for k in reversed(range(columns)):
-        point = (wanted[:, k] - 0.5).round().clamp(-4, 3) + 0.5
+        point = (wanted[:, k] + half).round().clamp(0, 2 * half) - half
         wanted[:, :k] += (base[:, k].double() - point)[:, None] * feedback[k, :k].double()
         wanted[:, k] = point
     codes, points, delta = book.round_panel(target, base, feedback)
     same = (points.double() == wanted).all(1)  # a tie within float32 rounding may fall either way
     assert same.float().mean() > 0.95
     torch.testing.assert_close(delta, base - points)
-    assert torch.equal(codes.float() - 3.5, points)
+    assert torch.equal(codes.float() - half, points)
+    assert torch.equal(book.decode(*book.store(codes), columns), points)
+
+
+def test_a_compiled_panel_of_wrong_size_is_refused():
+    if not cpu_kernels.is_available():
+        pytest.skip("the CPU library was not compiled")
+    with pytest.raises(ValueError, match="1 to 256 columns"):
+        cpu_kernels.scalar_round_panel(*torch.zeros(2, 1, 257), torch.zeros(257, 257), 3)
+    with pytest.raises(ValueError, match="feedback has shape"):
+        cpu_kernels.scalar_round_panel(*torch.zeros(2, 4, 8), torch.zeros(4, 4), 3)

@@ -56,16 +56,18 @@ def test_the_results_are_those_of_the_benchmarks():
 
 def test_tables_from_results(tmp_path, monkeypatch):
     machine = {"processor": "P", "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0"}}
-    row = {"setting": "text", "true_bits": 2.09, "wall_seconds": 100, "cpu_seconds": 200, "threads": 2}
+    row = {"setting": "text", "bits": 2.0, "true_bits": 2.09, "wall_seconds": 100, "cpu_seconds": 200, "threads": 2}
     row["proxy_loss"] = {"q": 0.01234}
     quality = {
         "machine": machine,
         "settings": {"dense": "dense model", "text": "on text"},
         "rows": [
             {**row, "seed": 0, "perplexity": {"wiki": 50.0, "news": 100.0}},
+            {**row, "seed": 0, "bits": 2.5, "true_bits": 2.59, "perplexity": {"wiki": 40.0, "news": 80.0}},
             {**row, "seed": 1, "perplexity": {"wiki": 52.0, "news": 20000.0}, "threads": 1, "wall_seconds": 999},
             {
                 "setting": "dense",
+                "bits": 32,
                 "seed": 0,
                 "perplexity": {"wiki": 17.76, "news": 30.85},
                 "wall_seconds": 1,
@@ -76,11 +78,26 @@ def test_tables_from_results(tmp_path, monkeypatch):
     }
     (tmp_path / "quality.json").write_text(json.dumps(quality))
     (tmp_path / "rounding.json").write_text(json.dumps({"refinement_sweeps": 10, "cpu_seconds": 3.21}))
+    method = {
+        "label": "a method",
+        "bits": 2,
+        "true_bits": 2.0917,
+        "proxy_loss": 0.03130,
+        "cpu_seconds": 99.7,
+        "windows": 40,
+    }
+    method["perplexity"] = {"wiki": 48.98, "news": 112.9}
+    methods = {"claims": ["A > B, wiki: holds (1 | 2)"], "rows": [method, {**method, "label": "quick", "windows": 10}]}
+    (tmp_path / "methods.json").write_text(json.dumps(methods))
     monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
     lines = readme_table.region().splitlines()
+    assert "- A > B, wiki: holds (1 | 2)" in lines
+    assert "| a method | 0.0313 | 49.0 | 112.9 | 2.092 | 100 |" in lines
+    assert not any("quick" in line for line in lines)
     assert "| dense model | 32 | 17.8 | 30.9 |  |  |" in lines
-    assert "| on text, 2 seeds | 2.090 | 51.0 (50.0 to 52.0) | 10050 (100.0 to 20000) | 100 | 200 |" in lines
-    assert "| on text | 0.0123 |" in lines
+    assert "| on text, 2 bits, 2 seeds | 2.090 | 51.0 (50.0 to 52.0) | 10050 (100.0 to 20000) | 100 | 200 |" in lines
+    assert "| on text, 2.5 bits | 2.590 | 40.0 | 80.0 | 100 | 200 |" in lines
+    assert "| on text, 2 bits | 0.0123 |" in lines
     assert "- Rounding one decoder block (LDLQ and 10 sweeps): 3.2 CPU seconds." in lines
     assert lines[-1] == "Machine: P, 2 cores; Python 3.11, torch 2.13.0."
 

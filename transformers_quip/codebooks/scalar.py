@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from quip_kernels import cpu as cpu_kernels
+
 from .base import Codebook, Grid
 
 # QuIP's grid ends at so many times the rms of the weights, whatever the bits (its section 4 and supplement).
@@ -66,7 +68,10 @@ class Scalar(Codebook):
     def round_panel(
         self, target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See [`Codebook.round_panel`]; with columns as rows of memory, and passing errors on in two steps."""
+        """See [`Codebook.round_panel`]; compiled where it can be, else with columns as rows of memory."""
+        if target.device.type == "cpu" and cpu_kernels.is_available() and target.shape[1] <= cpu_kernels.MOST_COLUMNS:
+            panel = (part.contiguous() for part in (target, base, feedback))
+            return cpu_kernels.scalar_round_panel(*panel, self._largest)
         half = self._largest / 2
         wanted, base = target.T.clone(memory_format=torch.contiguous_format), base.T.contiguous()
         points, delta = torch.empty_like(wanted), torch.empty_like(wanted)

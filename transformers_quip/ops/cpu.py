@@ -299,7 +299,7 @@ def _kept_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, dtype
     So it is computed once for linears that read one input (q, k and v; gate and up), which are given equal su when they
     are quantized. For few vectors, where it is a part of the library's call, the saving would be less than a call.
     """
-    last: _Rotated | None = getattr(_kept, "rotated", None)
+    last: _Rotated | None = getattr(_kept, "rotated", None) if _is_eager() else None
     if last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
         before = last.su()
         if before is not None and last.versions == (x._version, before._version) and torch.equal(before, su):
@@ -309,12 +309,26 @@ def _kept_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, dtype
 
 
 def _keep_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, t: torch.Tensor) -> None:
-    if not (x.is_inference() or su.is_inference()):  # tensors of inference mode do not tell whether they changed
+    # Tensors of inference mode do not tell whether they changed, nor do those into which compiled code writes.
+    if _is_eager() and not (x.is_inference() or su.is_inference()):
         _kept.rotated = _Rotated(weakref.ref(x, _forget), weakref.ref(su), (x._version, su._version), transform_in, t)
 
 
 def _forget(_: weakref.ref) -> None:
     _kept.rotated = None
+
+
+def _is_eager() -> bool:
+    return getattr(_kept, "eager", False)
+
+
+def eager_linear(x: torch.Tensor, *arguments) -> torch.Tensor:
+    """[`linear`] for a call that is not made by compiled code: its input may be that of the call before."""
+    _kept.eager = True
+    try:
+        return linear(x, *arguments)
+    finally:
+        _kept.eager = False
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

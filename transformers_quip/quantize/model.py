@@ -22,8 +22,10 @@ from ..calibration.observe import observe_until
 from ..config import MIXED_BITS
 from ..nn import replace
 from .allocate import allocate, gaussian_error, measure_sensitivities
+from .embedding import quantize_embedding
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
 from .plan import make_plan
+from .progress import advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +62,7 @@ class QuantizationReport:
 
 @torch.no_grad()
 def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None) -> QuantizationReport:
-    """Quantize the linears of a causal model's decoder blocks, in place.
+    """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, where the config names them.
 
     For each block in turn: Hessians from one pass over the calibration tokens, all its weights quantized, and the
     block replayed with them. Beside the model, memory holds one block's Hessians and one set of hidden states (on the
@@ -114,12 +116,15 @@ class _Recipe:
             inputs = capture_inputs(self.model, blocks, self.ids, self.config.batch_size)
         self.bar = tqdm(total=len(self.plan.names), desc="Quantizing", unit="layer")
         with self.bar:
+            embeddings = [n for n in self.plan.names if replace.is_dense_embedding(self.model.get_submodule(n))]
+            if embeddings:
+                self._quantize_embeddings(embeddings, blocks, inputs)
             for index, block in enumerate(blocks):
                 self.bar.set_description(f"Block {index + 1} of {len(blocks)}")
                 prefix = f"{name}.{index}."
                 names = [entry.removeprefix(prefix) for entry in self.plan.names if entry.startswith(prefix)]
                 self._quantize_block(block, index, prefix, names, inputs)
-            for outside in (entry for entry in self.plan.names if not entry.startswith(f"{name}.")):
+            for outside in (n for n in self.plan.names if not n.startswith(f"{name}.") and n not in embeddings):
                 self.bar.set_description("After the blocks")
                 self._quantize_after_blocks(outside)
         self.config.calibration = {
@@ -129,6 +134,22 @@ class _Recipe:
             "mean_relative_error": round(self.report.mean_relative_error, 6),
         }
         return self.report
+
+    def _quantize_embeddings(self, names: list[str], blocks: nn.ModuleList, inputs: BlockInputs) -> None:
+        """Quantize embeddings; the batches that follow the quantized model enter the first block from them."""
+        self.bar.set_description("Embeddings")
+        with self._timed("round"):
+            for name in names:
+                started = time.perf_counter()
+                table, config = self.model.get_submodule(name).weight, self.config.for_module(name)
+                result = quantize_embedding(table, config, name)
+                self._record(name, table, result, time.perf_counter() - started)
+                replace.replace_embedding(self.model, name, result, config)
+        with self._timed("capture"):
+            following = _split_batches(inputs.num_batches, self.config.calibrate_on)[1]
+            again = capture_inputs(self.model, blocks, self.ids, self.config.batch_size)
+            for batch in following:
+                inputs.hidden[batch] = again.hidden[batch]
 
     def _quantize_block(self, block: nn.Module, index: int, prefix: str, names: list[str], inputs: BlockInputs) -> None:
         """Observe, quantize and replay one block; `prefix` is its name in the model with a dot."""
@@ -192,8 +213,7 @@ class _Recipe:
     def _record(self, name: str, weight: torch.Tensor, result: QuantizedWeight, seconds: float) -> None:
         self.report.modules.append({"name": name, "shape": list(weight.shape), "seconds": seconds, **result.statistics})
         error, mean = result.statistics["relative_error"], self.report.mean_relative_error
-        self.bar.set_postfix_str(f"{name.rpartition('.')[2]}: relative error {error:.4f}, mean {mean:.4f}", refresh=False)
-        self.bar.update()
+        advance(self.bar, name, error, mean)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

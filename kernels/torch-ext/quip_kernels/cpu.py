@@ -68,15 +68,7 @@ def e8p_round_panel(
     Returns:
         codes [rows, columns/8] as of [`e8p_encode`], points and delta float32 [rows, columns].
     """
-    rows, columns = target.shape
-    for tensor, name, shape in (
-        (target, "target", (rows, columns)),
-        (base, "base", (rows, columns)),
-        (feedback, "feedback", (columns, columns)),
-    ):
-        _check(tensor, name)
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    rows, columns = _check_panel(target, base, feedback)
     codes = torch.empty(rows, columns // 8, dtype=_code_dtype(second))
     points, delta = torch.empty_like(target), torch.empty_like(target)
     failed = library().quip_round_panel(
@@ -95,6 +87,53 @@ def e8p_round_panel(
     if failed:
         raise ValueError(f"a panel has 8 to {MOST_COLUMNS} columns in multiples of 8, got {columns}")
     return codes, points, delta
+
+
+def scalar_round_panel(
+    target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor, largest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as [`e8p_round_panel`] for the grid of the points k − largest/2, k = 0 … largest; every column is a block.
+
+    Args:
+        target, base, feedback: as there, with any number of columns up to `MOST_COLUMNS`.
+        largest: 1 to 255.
+
+    Returns:
+        codes uint8 [rows, columns], the numbers k, and points and delta float32 [rows, columns].
+    """
+    rows, columns = _check_panel(target, base, feedback)
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    points, delta = torch.empty_like(target), torch.empty_like(target)
+    failed = library().quip_round_panel_scalar(
+        target.data_ptr(),
+        base.data_ptr(),
+        feedback.data_ptr(),
+        rows,
+        columns,
+        largest,
+        codes.data_ptr(),
+        points.data_ptr(),
+        delta.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise ValueError(
+            f"a panel has 1 to {MOST_COLUMNS} columns and a grid 2 to 256 points, got {columns}, {largest + 1}"
+        )
+    return codes, points, delta
+
+
+def _check_panel(target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor) -> tuple[int, int]:
+    rows, columns = target.shape
+    for tensor, name, shape in (
+        (target, "target", (rows, columns)),
+        (base, "base", (rows, columns)),
+        (feedback, "feedback", (columns, columns)),
+    ):
+        _check(tensor, name)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    return rows, columns
 
 
 def _code_dtype(second: str | None) -> torch.dtype:

@@ -69,9 +69,9 @@ class TrellisArguments(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where there is none or it does not load (one log line says so)."""
+    """The library, or None where there is none or it does not load (which is a warning)."""
     if not PATH.exists():
-        logger.info("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)
+        logger.debug("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)  # whoever asks says so
         return None
     try:
         found = ctypes.CDLL(str(PATH))
@@ -82,6 +82,7 @@ def library() -> ctypes.CDLL | None:
     for name, result, arguments in (
         ("quip_encode", None, [pointer, size, number, real, pointer, pointer, number]),
         ("quip_round_panel", number, [pointer] * 3 + [size] * 2 + [number, real] + [pointer] * 3 + [number]),
+        ("quip_round_panel_scalar", number, [pointer] * 3 + [size] * 2 + [number] + [pointer] * 3 + [number]),
         ("quip_linear", number, [pointer] * 3 + [size] * 2 + [number] * 5),
         ("quip_decode", None, [pointer, pointer, number, real, size, size, pointer] + [number] * 3),
         ("quip_transform_vectors", number, [pointer]),
