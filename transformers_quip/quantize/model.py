@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from ..config import MIXED_BITS
 from ..nn import replace
 from .allocate import allocate, gaussian_error, measure_sensitivities
 from .embedding import quantize_embedding
-from .layer import QuantizedWeight, quantize_weight, quantize_weights
+from .layer import QuantizedWeight, loss_of_rounding, quantize_weight, quantize_weights
 from .plan import make_plan
 from .progress import advance
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
+
+# On how many tokens Hessians are measured where they only serve to choose bits.
+_RATIO_TOKENS = 1 << 15
 
 
 @dataclass
@@ -103,12 +107,41 @@ class _Recipe:
         """Give each module without bits of its own those that `config.bits` as an average allows."""
         entries = {e.name: e for e in self.plan.entries if e.quantized and self.config.for_module(e.name).is_mixed}
         sensitivities = measure_sensitivities(self.model, list(entries), self.ids, self.config.seed)
+        for name, ratio in self._losses_of_rounding(entries).items():
+            sensitivities[name] *= ratio
         errors = {bits: gaussian_error(codebooks.default_for_bits(bits)) for bits in MIXED_BITS}
         bits = allocate({n: e.parameters for n, e in entries.items()}, sensitivities, errors, self.config.bits)
         counts = ", ".join(f"{list(bits.values()).count(number)} with {number}" for number in MIXED_BITS)
         logger.info("bits=%s on the average: of %d modules %s bits.", self.config.bits, len(bits), counts)
         # Before what the caller set for patterns, which still holds: later ones win.
         self.config.modules = {name: {"bits": number} for name, number in bits.items()} | (self.config.modules or {})
+
+    def _losses_of_rounding(self, names: Collection[str]) -> dict[str, float]:
+        """For these linears, how much less errors of rounding matter than independent ones."""
+        ids = self.ids[: max(_RATIO_TOKENS // self.ids.shape[1], 1)]
+        name, blocks = find_blocks(self.model)
+        inputs = capture_inputs(self.model, blocks, ids, self.config.batch_size)
+        result = {}
+
+        def add(chosen: Iterable[str], hessian: torch.Tensor) -> None:
+            for config, alike in self._by_config(chosen):
+                config = copy.copy(config)
+                config.update(bits=MIXED_BITS[0])  # the ratio hardly depends on them
+                weights = {n: replace.dense_weight(self.model.get_submodule(n)) for n in alike}
+                result.update(loss_of_rounding(weights, hessian, config))
+
+        for index, block in enumerate(tqdm(blocks, desc="Predicting losses", unit="block")):
+            prefix = f"{name}.{index}."
+            members = [entry.removeprefix(prefix) for entry in self.plan.names if entry.startswith(prefix)]
+            hessians = _Hessians(prefix)
+            with calibration_autocast(block):
+                hessians.collect(block, index, members, inputs, range(inputs.num_batches))
+            for leader, group in hessians.groups.items():
+                add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
+        for outside in (n for n in names if not n.startswith(f"{name}.")):
+            if not replace.is_dense_embedding(self.model.get_submodule(outside)):  # whose rows see no feedback
+                add([outside], self._hessian_after_blocks(outside, ids))
+        return result
 
     def run(self) -> QuantizationReport:
         name, blocks = find_blocks(self.model)
@@ -186,17 +219,22 @@ class _Recipe:
 
     def _quantize_after_blocks(self, name: str) -> None:
         """Quantize a linear that reads what the quantized blocks make of the tokens: the output embeddings."""
-        linear = self.model.get_submodule(name)
-        accumulator = HessianAccumulator(replace.linear_shape(linear)[1], linear.weight.device, name)
-        with self._timed("observe"), evaluating(self.model), calibration_autocast(self.model):
-            observe_until(self.model, linear, self.ids.split(self.config.batch_size), accumulator.add)
+        with self._timed("observe"):
+            hessian = self._hessian_after_blocks(name, self.ids)
         with self._timed("round"):
             started = time.perf_counter()
-            weight = replace.dense_weight(linear)
+            weight = replace.dense_weight(self.model.get_submodule(name))
             config = self.config.for_module(name)
-            result = quantize_weights({name: weight}, accumulator.hessian(), config)[name]
+            result = quantize_weights({name: weight}, hessian, config)[name]
             self._record(name, weight, result, time.perf_counter() - started)
             replace.replace_linear(self.model, name, result, config)
+
+    def _hessian_after_blocks(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        linear = self.model.get_submodule(name)
+        accumulator = HessianAccumulator(replace.linear_shape(linear)[1], linear.weight.device, name)
+        with evaluating(self.model), calibration_autocast(self.model):
+            observe_until(self.model, linear, ids.split(self.config.batch_size), accumulator.add)
+        return accumulator.hessian()
 
     def _by_config(self, names: Iterable[str]) -> list[tuple[QuipConfig, list[str]]]:
         """The modules of one input, those with the same options together: they are rounded as one stack of rows."""
