@@ -114,7 +114,10 @@ class _Recipe:
         counts = ", ".join(f"{list(bits.values()).count(number)} with {number}" for number in MIXED_BITS)
         logger.info("bits=%s on the average: of %d modules %s bits.", self.config.bits, len(bits), counts)
         # Before what the caller set for patterns, which still holds: later ones win.
-        self.config.modules = {name: {"bits": number} for name, number in bits.items()} | (self.config.modules or {})
+        modules = {name: {"bits": number} for name, number in bits.items()}
+        for pattern, options in (self.config.modules or {}).items():
+            modules[pattern] = modules.pop(pattern, {}) | options  # a pattern may be the name of one module
+        self.config.modules = modules
 
     def _losses_of_rounding(self, names: Collection[str]) -> dict[str, float]:
         """For these linears, how much less errors of rounding matter than independent ones."""
