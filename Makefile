@@ -62,6 +62,8 @@ bench: $(VENV)/.smollm2 $(MODEL)/config.json
 	$(BIN)/python benchmarks/codebooks.py
 	$(BIN)/python benchmarks/rounding.py $(MODEL)
 	$(BIN)/python benchmarks/memory.py $(MODEL)
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/quality.py $(MODEL)
 	$(BIN)/python benchmarks/readme_table.py
 

@@ -4,7 +4,7 @@
 
 Needs a GPU and nothing else: models are made on the device from random codes, as speed does not depend on the values. Takes
 a few minutes, most of them in torch.compile; what does not fit into --minutes any more is left out and named. Prints tables
-and writes results/gpu.json.
+and writes results/gpu.json after each part: one that fails is named there, and the others are measured all the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gc
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 import machine
@@ -21,12 +22,15 @@ import torch
 from torch import nn
 
 from transformers_quip import QuipLinear, set_backend
+from transformers_quip.nn.shared import share_inputs
 
 DEVICE = torch.device("cuda")
 CODEBOOKS = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4"}
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
 # Weights are rotated so that none is read from a cache: more bytes than any GPU's last level holds.
 ROTATED_BYTES = 512 << 20
+# Of the time, where generate() is measured after them.
+SHARE_OF_LAYERS = 0.4
 COLUMNS = ("bits", "m", "n", "matvec_int8_us", "matvec_exact_us", "matvec_int8_share", "matvec_exact_share")
 COLUMNS += ("layer_us", "dense_us", "layer_speedup")
 LLAMA_3_8B = {
@@ -75,6 +79,7 @@ def quantize_randomly(model: nn.Module) -> int:
         parent, _, child = name.rpartition(".")
         weight = module.weight
         setattr(blocks.get_submodule(parent), child, random_linear(*weight.shape, weight.device, weight.dtype))
+    share_inputs(model)
     return len(linears)
 
 
@@ -90,8 +95,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def seconds(calls: Sequence[Callable[[], object]], repeat: int = 7) -> float:
     """Median time of one of the calls, replayed together as a CUDA graph so that launches cost nothing."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which made the tensors
     with torch.cuda.stream(stream):
-        for call in calls:
+        for call in calls:  # compiles, and measures which tile is fastest, which cannot be done while recording
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -188,17 +194,33 @@ def tokens_per_second(model: nn.Module, tokens: int) -> dict:
         model.generate(ids, **settings)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return {"tokens_per_second": tokens / statistics.median(times), "first_calls_seconds": warm_up}
+    return {
+        "tokens_per_second": tokens / statistics.median(times),
+        "first_calls_seconds": warm_up,
+        "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
 
 
-def measure_generate(layers: int, tokens: int, deadline: float) -> dict:
-    """A model of Llama-3-8B's shape in bfloat16 with random weights, and then with random codes."""
+def measure_layers(result: list[dict], bandwidth: float, deadline: float) -> None:
+    """[`measure_layer`] for every shape and number of bits until the deadline, one entry of `result` after the other."""
+    for bits in CODEBOOKS:
+        for m, n in SHAPES:
+            if time.perf_counter() > deadline:
+                print(f"no time is left for [{m}, {n}] with {bits} bits: use --only layers, or more --minutes")
+                continue
+            result.append(measure_layer(m, n, bits, bandwidth))
+            torch.cuda.empty_cache()
+
+
+def measure_generate(result: dict, layers: int, tokens: int, deadline: float) -> None:
+    """A model of Llama-3-8B's shape in bfloat16 with random weights, and then with random codes; written into `result`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    begin = time.perf_counter()
     config = LlamaConfig(**{**LLAMA_3_8B, "num_hidden_layers": layers}, bos_token_id=None, eos_token_id=None)
     with DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    result = {"layers": layers, "new_tokens": tokens}
+    result |= {"layers": layers, "new_tokens": tokens}
     result["dense"] = tokens_per_second(model, tokens)
     print(f"dense bf16: {result['dense']['tokens_per_second']:.1f} tokens/s", flush=True)
     # what was compiled is of no use any more, and its graphs hold memory
@@ -206,13 +228,27 @@ def measure_generate(layers: int, tokens: int, deadline: float) -> dict:
     result["replaced"] = quantize_randomly(model)
     gc.collect()
     torch.cuda.empty_cache()
-    if time.perf_counter() + result["dense"]["first_calls_seconds"] > deadline:
+    now = time.perf_counter()
+    if now + (now - begin) > deadline:  # it compiles as much as the dense one
         print("no time is left for the quantized model: use --only generate, or more --minutes")
-        return result
+        return
     result["quip"] = tokens_per_second(model, tokens)
     result["speedup"] = result["quip"]["tokens_per_second"] / result["dense"]["tokens_per_second"]
     print(f"2 bits:     {result['quip']['tokens_per_second']:.1f} tokens/s, {result['speedup']:.2f} times", flush=True)
-    return result
+
+
+def attempt(results: dict, part: str, compute: Callable[..., object], *arguments: object) -> object:
+    """What `compute` returns; None if it fails, which is written into the results, for the other parts are worth theirs."""
+    try:
+        return compute(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        results.setdefault("errors", {})[part] = f"{type(error).__name__}: {error}"
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
+    finally:
+        machine.save("gpu", results)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,24 +258,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     from quip_kernels.gpu import tune
 
+    begin = time.perf_counter()
     set_backend("triton")
     tune.SECONDS = 90.0  # every shape is measured, while a program that only runs a model shall not wait for that
-    deadline = time.perf_counter() + 60 * options.minutes
     properties = torch.cuda.get_device_properties(0)
     results = {"gpu": properties.name, "processors": properties.multi_processor_count, "memory": properties.total_memory}
-    results["relative_error"] = check_values()
-    print(f"{properties.name}, PyTorch {torch.__version__}; relative error {results['relative_error']:.1e}", flush=True)
+    print(f"{properties.name}, PyTorch {torch.__version__}", flush=True)
+    results["relative_error"] = attempt(results, "values", check_values)
     if options.only != "generate":
-        results["copy_bandwidth"] = bandwidth = copy_bandwidth()
-        print(f"copy: {bandwidth / 1e9:.0f} GB/s")
-        results["layers"] = [measure_layer(m, n, bits, bandwidth) for bits in CODEBOOKS for m, n in SHAPES]
+        results["copy_bandwidth"] = bandwidth = attempt(results, "copy", copy_bandwidth)
+        results["layers"] = []
+        if bandwidth is not None:
+            print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
+            minutes = options.minutes * (1 if options.only else SHARE_OF_LAYERS)
+            attempt(results, "layers", measure_layers, results["layers"], bandwidth, begin + 60 * minutes)
         print(table(COLUMNS, [[layer[column] for column in COLUMNS] for layer in results["layers"]]), flush=True)
-        torch.cuda.empty_cache()
     if options.only != "layers":
-        results["generate"] = measure_generate(options.layers, options.tokens, deadline)
-    results["seconds"] = time.perf_counter() - deadline + 60 * options.minutes
+        results["generate"] = {}
+        deadline = begin + 60 * options.minutes
+        attempt(results, "generate", measure_generate, results["generate"], options.layers, options.tokens, deadline)
+    results["seconds"] = time.perf_counter() - begin
     machine.save("gpu", results)
-    return 0
+    for part, error in results.get("errors", {}).items():
+        print(f"FAILED {part}: {error}", file=sys.stderr)
+    return 1 if "errors" in results else 0
 
 
 if __name__ == "__main__":

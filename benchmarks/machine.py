@@ -17,7 +17,7 @@ def describe() -> dict:
     """Return what a reader needs to judge a timing; nothing that identifies the machine itself."""
     from quip_kernels import cpu
 
-    packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+    packages = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy")
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -157,6 +157,12 @@ def other_figures() -> str:
     if activations := load("activations"):
         cost = ", ".join(f"{name} {value:+.2%}" for name, value in activations["cost"].items())
         lines.append(f"- Perplexity of 8-bit instead of exact activations: {cost}.")
+    if startup := load("startup"):
+        before = ""
+        for row in startup["rows"]:
+            what = row["what"].replace("... import transformers_quip", f"After `{before}`, `import transformers_quip`")
+            before = row["what"]
+            lines.append(f"- {what}: {row['seconds']:.2g} s, peak memory {row['peak_rss'] / 1e6:.0f} MB.")
     return "\n".join(lines) + "\n" if lines else ""
 
 

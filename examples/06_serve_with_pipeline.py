@@ -4,7 +4,9 @@
     curl localhost:8000 -d '{"prompt": "Two bits", "max_new_tokens": 20}'
 
 FOLDER is a quantized model or its id on the Hub. This is a program to start from: one request at a time, no passwords. For
-more, `transformers serve` understands the model as well, where `transformers_quip` is imported in its process first.
+more, start Transformers' own server in a process that has imported this package (`pip install 'transformers[serving]'`):
+
+    python -c "import transformers_quip; from transformers.cli.transformers import main; main()" serve FOLDER
 
 What it prints, and answers:
 

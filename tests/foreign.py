@@ -183,6 +183,82 @@ def _exl3_value(s: torch.Tensor, code: str) -> torch.Tensor:
     return (low + high).half().double()
 
 
+def qtip(mode: str, k: int, v: int = 1, q: int = 0, devices: int = 1) -> Make:
+    """Linears of QTIP; with several devices, one of the transforms works on parts, and no tensor says so."""
+
+    def make(name: str, m: int, n: int, generator: torch.Generator):
+        shape = (m * n // 256, 16 * k)
+        trellis = torch.randint(-(2**15), 2**15, shape, generator=generator).to(torch.int16)
+        table = torch.randn(1 << q, v, generator=generator).half()
+        kernel = mode == "quantlut_sym" and v == 2 and q == 9 and k in (2, 3, 4)
+        w = _qtip_inner(trellis, m, n, mode, k * v, table.double(), kernel)
+        tensors = {"trellis": trellis, "SU": half(n, generator=generator)}
+        tensors["SV"] = half(m, generator=generator).float() / n**0.5
+        if mode.startswith(("lut", "quantlut")):
+            tensors["tlut"] = table
+        inputs = name.rpartition(".")[2] in ("o_proj", "down_proj")
+        h_in, h_out = truth.hadamard(n), truth.hadamard(m)
+        if devices > 1 and inputs:
+            h_in = torch.block_diag(*[truth.hadamard(n // devices)] * devices)
+        elif devices > 1:
+            h_out = torch.block_diag(*[truth.hadamard(m // devices)] * devices)
+        else:
+            tensors |= {"rcp": torch.tensor(0), "tp_rank": torch.tensor(8)}
+        w = tensors["SV"].double()[:, None] * (h_out @ w @ h_in.T) * tensors["SU"].double()
+        return tensors, w
+
+    return make
+
+
+def qtip_config(mode: str, k: int, v: int = 1, q: int = 0, **values) -> dict:
+    """The part of config.json that goes with it."""
+    base = {"codebook": "bitshift", "codebook_version": 0, "L": 16, "K": k, "V": v, "tlut_bits": q, "decode_mode": mode}
+    return {"quip_params": base | {"td_x": 16, "td_y": 16, "split_for_tp": False} | values}
+
+
+def _qtip_inner(trellis, m: int, n: int, mode: str, kv: int, table: torch.Tensor, kernel: bool) -> torch.Tensor:
+    """The weight before the transforms, float64, bit by bit (shared/formats/qtip.md, 3 and 4)."""
+    words = trellis.view(torch.uint16).long()
+    if kernel:
+        k = trellis.shape[1] // 16
+        groups = trellis.view(torch.uint8).view(m // 32, n // 32, 32, 2, 2, k).flip(5)
+        pairs = groups.permute(0, 4, 1, 3, 2, 5).reshape(m * n // 256, 16 * k, 2).long()
+        words = pairs[..., 0] << 8 | pairs[..., 1]
+    bits = ((words[:, :, None] >> torch.arange(15, -1, -1)) & 1).flatten(1)
+    step = table.shape[1] if mode.startswith(("lut", "quantlut")) else 1
+    places = (torch.arange(256 // step)[:, None] * kv + torch.arange(16)) % bits.shape[1]
+    states = (bits[:, places] << torch.arange(15, -1, -1)).sum(2)
+    sequence = _qtip_value(states, mode, table).reshape(len(states), 256)
+    q = torch.arange(256)
+    row, column = q >> 4, q & 15
+    if kernel:
+        row, column = (q >> 5) + 8 * ((q >> 1) & 1), 2 * ((q >> 3) & 3) + (q & 1) + 8 * ((q >> 2) & 1)
+    tiles = torch.empty(len(states), 16, 16, dtype=torch.float64)
+    tiles[:, row, column] = sequence
+    return tiles.view(m // 16, n // 16, 16, 16).transpose(1, 2).reshape(m, n)
+
+
+def _qtip_value(s: torch.Tensor, mode: str, table: torch.Tensor) -> torch.Tensor:
+    bits = len(table).bit_length() - 1
+    if mode == "lut":
+        return table[s]
+    if mode == "quantlut":
+        return table[((s * (s + 1)) >> (16 - bits)) & (len(table) - 1)]
+    if mode == "quantlut_sym":
+        h = s * (s + 1)
+        values = table[(h >> (15 - bits)) & (len(table) - 1)]
+        values[..., 0] *= 1 - 2 * ((h >> 15) & 1)
+        return values
+    if mode == "3inst":
+        return _exl3_value(s, "3inst")
+    h = (s * 34038481 + 76625530) & 0xFFFFFFFF
+    if mode == "2mad":
+        h = (s * 264435761 + 1013904223) & 0xFFFFFFFF
+        h = (h + (h * 1664525 >> 32)) & 0xFFFFFFFF
+    total = sum((h >> shift) & 255 for shift in (0, 8, 16, 24))
+    return ((total - 510).float() / 147.800537109375).double()
+
+
 def quip_sharp(codebook: str = "E8P12", rescale: bool = False, wscale: float = 1.0, fused: bool = True) -> Make:
     """Linears of QuIP#, fused ones with their scales; with a Wscale as old files have it."""
 

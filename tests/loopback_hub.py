@@ -56,6 +56,7 @@ class LoopbackHub:
         cut: {name of a file: bytes}: its next download breaks off after so many bytes.
         lost: names of files whose downloads break off at once, every time.
         refuse_uploads_after: so many large files are taken; then connections are cut until this is None again.
+        hold_uploads: whether uploads of large files wait for `release`; `held` says that one does.
     """
 
     def __init__(self, port: int = 0):
@@ -65,6 +66,8 @@ class LoopbackHub:
         self.cut: dict[str, int] = {}
         self.lost: set[str] = set()
         self.refuse_uploads_after: int | None = None
+        self.hold_uploads = False
+        self.held, self.release = threading.Event(), threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         # large files are on another host, as on the Hub: the client treats a redirection to it in another way
         self.servers = [ThreadingHTTPServer(("127.0.0.1", number), handler) for number in (port, 0)]
@@ -198,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         """The checks of a model card that can be made without the Hub's data."""
         content = json.loads(body)["content"]
         match = re.match(r"---\r?\n(.*?)\r?\n---", content, re.DOTALL)
-        errors = [] if match else ["no metadata"]
+        warnings = [] if match else ["empty or missing yaml metadata in repo card"]
+        errors = []
         data = yaml.safe_load(match[1]) if match else {}
         bases = data.get("base_model", [])
         for base in [bases] if isinstance(bases, str) else bases:
@@ -214,7 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
                     errors.append("model-index: task and dataset")
                 if not all("type" in metric and "value" in metric for metric in result["metrics"]):
                     errors.append("model-index: metrics")
-        self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+        answer = {"errors": errors, "warnings": warnings}
+        answer = {kind: [{"message": message} for message in messages] for kind, messages in answer.items()}
+        self.answer(answer, 400 if errors else 200)
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
         self.repo(name, write=True)
@@ -239,6 +245,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, body: bytes, oid: str) -> None:
+        if self.hub.hold_uploads:
+            self.hub.held.set()
+            self.hub.release.wait(60)
         limit = self.hub.refuse_uploads_after
         if limit is not None and limit <= 0:
             return self.drop()

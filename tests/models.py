@@ -103,11 +103,32 @@ _CONFIGS: dict[str, tuple[str, dict]] = {
 
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)
 
+# further module trees that checkpoints of other packages have
+_CONFIGS |= {
+    "mistral": ("mistral", {**_COMMON, **_GROUPED, "sliding_window": None, "tie_word_embeddings": False}),
+    # a bias in q, k and v only; tied head
+    "qwen2": ("qwen2", {**_COMMON, **_GROUPED, "tie_word_embeddings": True}),
+    # 3-D experts, beside a shared one and a dense layer
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **_COMMON,
+            **_GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
 
 def tiny_config(arch: str, **overrides):
-    """Return the config of a tiny model of `arch` (one of ARCHITECTURES); `overrides` replace its fields."""
+    """Return the config of a tiny model of `arch` (a key of _CONFIGS); `overrides` replace its fields."""
     if arch not in _CONFIGS:
-        raise ValueError(f"unknown tiny architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"unknown tiny architecture {arch!r}; known: {', '.join(_CONFIGS)}")
     model_type, fields = _CONFIGS[arch]
     return AutoConfig.for_model(model_type, **{**fields, **overrides})
 

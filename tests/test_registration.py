@@ -68,3 +68,25 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="has no attribute 'QuipConfg'"):
         transformers_quip.QuipConfg  # noqa: B018
+
+
+@pytest.mark.slow
+def test_every_module_can_be_the_first_to_be_imported():
+    """Some import Transformers' code that loads models, which registers, and so imports others before it goes on."""
+    run(
+        "import importlib, os, pathlib, sys, traceback, torch, transformers, transformers_quip\n"
+        "root = pathlib.Path(transformers_quip.__file__).parent\n"
+        "paths = [path.relative_to(root.parent).with_suffix('') for path in sorted(root.rglob('*.py'))]\n"
+        "names = ['.'.join(path.parts).removesuffix('.__init__') for path in paths if path.name != '__main__']\n"
+        "assert 'transformers_quip.repacking' in names\n"
+        "for name in names:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        try:\n"
+        "            importlib.import_module(name)\n"
+        "        except BaseException:\n"
+        "            traceback.print_exc()\n"
+        "            os._exit(1)\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, name\n"
+    )

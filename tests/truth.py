@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import re
+import struct
 
 import torch
 
@@ -94,6 +96,69 @@ def d4_table() -> torch.Tensor:
     return table
 
 
+_MASK = 0xFFFFFFFF
+
+
+def _half(bits):
+    return struct.unpack("<e", struct.pack("<H", bits & 0xFFFF))[0]
+
+
+def _to_half(number):
+    return struct.unpack("<e", struct.pack("<e", number))[0]
+
+
+def _byte_sum(h):
+    return sum(h >> shift & 255 for shift in (0, 8, 16, 24))
+
+
+def trellis_value(code, state, table):
+    """The V weights of a state, by the descriptions in shared/formats, in Python's own arithmetic."""
+    if code in ("hyb", "quantlut", "lut"):
+        bits = table.shape[0].bit_length() - 1
+        h = state * (state + 1)
+        index = (state if code == "lut" else h >> (15 if code == "hyb" else 16) - bits) & table.shape[0] - 1
+        found = [float(v) for v in table[index]]
+        return [-found[0], *found[1:]] if code == "hyb" and h >> 15 & 1 else found
+    if code in ("1mad", "2mad"):
+        h = (state * 34038481 + 76625530) & _MASK
+        if code == "2mad":
+            h = (state * 264435761 + 1013904223) & _MASK
+            h = (h + (h * 1664525 >> 32)) & _MASK
+        scale = struct.unpack("<f", struct.pack("<f", 147.800537109375))[0]
+        return [struct.unpack("<f", struct.pack("<f", (_byte_sum(h) - 510) / scale))[0]]
+    if code == "mul1":
+        return [_to_half((1024 + _byte_sum(state * 0x83DCD12D & _MASK)) * _half(0x1EEE) + _half(0xC931))]
+    h = (state * 89226354 + 64248484 if code == "3inst" else state * 0xCBAC1FED) & _MASK
+    h = (h & 0x8FFF8FFF) ^ 0x3B603B60
+    return [_to_half(_half(h >> 16) + _half(h))]
+
+
+def trellis_place(order, q):
+    """Row and column in its tile of weight q of a tile's sequence."""
+    if order == "rows":
+        return q >> 4, q & 15
+    if order == "qtip":
+        return (q >> 5) + 8 * (q >> 1 & 1), 2 * (q >> 3 & 3) + (q & 1) + 8 * (q >> 2 & 1)
+    lane, i = q >> 3, q & 7
+    return (lane >> 2) + 8 * (i >> 2), 2 * (lane & 3) + (i & 1) + 8 * (i >> 1 & 1)
+
+
+def trellis_weight(name: str, codes: torch.Tensor, columns: int, table: torch.Tensor | None = None) -> torch.Tensor:
+    """Ŵ float64 [m, columns] of the stored codes of a trellis codebook, int16 [m, columns / 16 · K]."""
+    code, k, order = re.fullmatch(r"trellis:([a-z0-9]+)(?:-q.*)?:k(\d):([a-z0-9]+)", name).groups()
+    k, step, m = int(k), 1 if table is None else table.shape[1], len(codes)
+    weight = torch.empty(m, columns, dtype=torch.float64)
+    for tile, words in enumerate((codes.long() & 0xFFFF).reshape(-1, 16 * k).tolist()):
+        down, right = divmod(tile, columns // 16)
+        bits = "".join(f"{word:016b}" for word in words)
+        for t in range(256 // step):
+            state = int("".join(bits[(t * k * step + j) % len(bits)] for j in range(16)), 2)
+            for i, weights in enumerate(trellis_value(code, state, table)):
+                row, column = trellis_place(order, t * step + i)
+                weight[16 * down + row, 16 * right + column] = weights
+    return weight
+
+
 SCALAR_BITS = {"scalar2": 2, "scalar3": 3, "scalar4": 4, "scalar8": 8, "half-integer": 4}
 RESIDUAL_SCALES = {"e8p-rvq3": 1 / 2.04, "e8p-rvq4": 1 / 3.8}  # of the native format
 CODEBOOKS = ("e8p", "e8p-rvq3", "e8p-rvq4", "d4", *SCALAR_BITS)
@@ -105,8 +170,11 @@ def decode(
     codebook: str = "e8p",
     codes_residual: torch.Tensor | None = None,
     residual_scale: float | None = None,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Ŵ float64 [m, columns] of stored codes."""
+    if codebook.startswith("trellis:"):
+        return trellis_weight(codebook, codes, columns, table)
     if codebook in SCALAR_BITS:
         bits = SCALAR_BITS[codebook]
         rows = [int.from_bytes(bytes(row), "little") for row in codes.tolist()]
@@ -158,11 +226,16 @@ def hadamard(size: int) -> torch.Tensor:
 def dense_weight(
     codes: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, incoherence: str = "hadamard", **codebook
 ) -> torch.Tensor:
-    """diag(sv) Q_out Ŵ Q_inᵀ diag(su), float64 [m, n]; `codebook`: further arguments of `decode`."""
+    """diag(sv) Q_out Ŵ Q_inᵀ diag(su), float64 [m, n]; `codebook`: further arguments of `decode`.
+
+    `incoherence`: "hadamard", or "input side": the Hadamard transform there and none on the output side; or "none".
+    """
     m, n = len(sv), len(su)
     weight = decode(codes, n, **codebook)
     if incoherence == "hadamard":
-        weight = hadamard(m) @ weight @ hadamard(n).T
+        weight = hadamard(m) @ weight
+    if incoherence != "none":
+        weight = weight @ hadamard(n).T
     return sv.double()[:, None] * weight * su.double()
 
 
@@ -182,6 +255,12 @@ def random_linear(
         codes = {"codes": octets(-(-n * SCALAR_BITS[codebook] // 8))}
     elif codebook == "d4":
         codes = {"codes": octets(-(-n // 4))}
+    elif codebook.startswith("trellis:"):
+        q, v, k = re.fullmatch(r"trellis:[a-z0-9]+(?:-q(\d+)v(\d))?:k(\d):[a-z0-9]+", codebook).groups()
+        words_of_a_row = (m, n // 16 * int(k))
+        codes = {"codes": torch.randint(-(2**15), 2**15, words_of_a_row, generator=generator).to(torch.int16)}
+        if q:
+            codes["table"] = torch.randn(2 ** int(q), int(v), generator=generator).to(dtype)
     else:
         codes = {"codes": words()}
     if codebook == "e8p-rvq3":

@@ -22,11 +22,14 @@ class Returner:
 
     Args:
         files: paths of the checkpoint's files.
-        every: bytes.
+        every: bytes; None: a small part of the files, or 16 MiB where that is less.
     """
 
-    def __init__(self, files: Iterable[str] = (), every: int = 16 << 20):
+    def __init__(self, files: Iterable[str] = (), every: int | None = None):
         self._files = {os.path.realpath(file) for file in files}
+        if every is None:
+            size = sum(os.path.getsize(file) for file in self._files if os.path.isfile(file))
+            every = min(16 << 20, max(1 << 20, size // 32)) if size else 16 << 20
         self._every = every
         self._handled = 0
 

@@ -132,7 +132,8 @@ OPTIONS: dict[str, Option] = {
         None,
         _modules,
         "Options for single modules: {pattern: {option: value}}. A shell pattern such as '*.down_proj' or 'down_proj' "
-        "means a module's whole name or its end after a dot; where several match, later ones win.",
+        "means a module's whole name or its end after a dot; where several match, later ones win. Output embeddings and "
+        "embeddings that are not tied are quantized if a pattern calls them by name: {'lm_head': …, 'embed_tokens': …}.",
     ),
     "seed": Option(0, check.integer(0), "Of everything random."),
 }

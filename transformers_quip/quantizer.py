@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,20 +19,22 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import memory
 from .checkpoints import native
-from .checkpoints.files import Files
+from .checkpoints.files import Files, check_inside
 from .checkpoints.foreign import METHODS, ForeignPlan
 from .config import QUANT_METHOD, QuipConfig
 from .hub import origin, saving
 from .nn import replace
 from .nn.place import place_all, restore_structure
+from .nn.shared import share_inputs
 from .quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
+from .quantize.progress import LoadingBar
 from .repacking import (
     ForeignConfig,
     RaisedLater,
     RepackingConverter,
     names_in_model,
     plan_for,
-    recognise_quip_params,
+    recognise_foreign,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ class QuipQuantizer(HfQuantizer):
         super().__init__(quantization_config.__deepcopy__({}), **kwargs)
         self.report: QuantizationReport | None = None
         self._to_quantize: set[str] = set()
+        self._bar = LoadingBar(())
         self._true_bits: float | None = None
         self._loading: tuple[PreTrainedModel, list[str]] | None = None
         self._memory = memory.Returner()
@@ -106,6 +110,8 @@ class QuipQuantizer(HfQuantizer):
         if parameters is None and self.quantization_config.quantized_modules is None:
             parameters = getattr(model.config, "quip_params", None)
         if parameters is not None:
+            if os.path.isdir(model.config.name_or_path):
+                check_inside(model.config.name_or_path, checkpoint_files or [])
             self._foreign = plan_for(model, parameters, Files(checkpoint_files or []))
             self.quantization_config, self.pre_quantized = self._foreign.config, True
         if self.pre_quantized:
@@ -117,12 +123,13 @@ class QuipQuantizer(HfQuantizer):
         plan = make_plan(model, config)
         self._true_bits = plan.true_bits
         self._to_quantize = set(plan.names)
+        self._bar = LoadingBar(plan.names)
         self._report(model, plan)
 
     def _put_empty_linears(self, model: PreTrainedModel) -> None:
         recorded = native.expand_names(self.quantization_config.quantized_modules)
         place_all(model, recorded, self.quantization_config)
-        if not replace.quantized_linears(model):
+        if not replace.quantized_modules(model):
             raise ValueError(
                 f"None of the quantized modules that config.json names exists in {type(model).__name__} "
                 f"(the first is {next(iter(sorted(recorded)), 'missing')}): is this another architecture?"
@@ -148,8 +155,9 @@ class QuipQuantizer(HfQuantizer):
         if files and (self.pre_quantized or all(str(file).endswith(".safetensors") for file in files)):
             headers = names_in_model(model, native.read_headers(files), weight_conversions)
             if self.pre_quantized:
-                dense = [name for name, module in model.named_modules() if replace.is_dense_linear(module)]
-                native.check_tensors(replace.quantized_linears(model), dense, headers)
+                kinds = (replace.is_dense_linear, replace.is_dense_embedding)
+                dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
+                native.check_tensors(replace.quantized_modules(model), dense, headers)
             else:
                 native.check_sources(sorted(self._to_quantize), headers)
         return weight_conversions
@@ -176,7 +184,7 @@ class QuipQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What Transformers' loader calls with each weight that needs quantization."""
-        return QuantizeWeight(self.quantization_config, self._memory)
+        return QuantizeWeight(self.quantization_config, self._memory, self._bar)
 
     def get_weight_conversions(self) -> list:
         """None: a native checkpoint has the names of the model."""
@@ -190,10 +198,10 @@ class QuipQuantizer(HfQuantizer):
                 self._check_all_quantized(model)
             else:
                 self._calibrate(model)
-            names = native.compress_names(replace.quantized_linears(model))
+            names = native.compress_names(replace.quantized_modules(model))
             config = self.quantization_config.without_data()
             config.quantized_modules = names
-            config.settle_modules(replace.quantized_linears(model))
+            config.settle_modules(replace.quantized_modules(model))
             config.origin = origin.describe(model.name_or_path)
             self.quantization_config = model.config.quantization_config = config
         if self._foreign is not None and hasattr(model.config, "quip_params"):
@@ -201,17 +209,18 @@ class QuipQuantizer(HfQuantizer):
         self._foreign = None
         replace.freeze(model)
         replace.pack(model)
+        share_inputs(model)
         return model
 
     def _calibrate(self, model: PreTrainedModel) -> None:
         from .quantize.model import quantize_model
 
         self.report = quantize_model(model, self.quantization_config)
-        if not replace.quantized_linears(model):
+        if not replace.quantized_modules(model):
             raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")
 
     def _check_all_quantized(self, model: PreTrainedModel) -> None:
-        missed = sorted(self._to_quantize - replace.quantized_linears(model).keys())
+        missed = sorted(self._to_quantize - replace.quantized_modules(model).keys())
         if missed:
             raise ValueError(
                 f"{len(missed)} weights that were to be quantized were not in the checkpoint: {', '.join(missed[:4])}"
@@ -245,11 +254,12 @@ class QuipQuantizer(HfQuantizer):
 
 
 class QuantizeWeight(ConversionOps):
-    """Quantizes one weight as the loader has read it, and puts the quantized linear in the place of the dense one."""
+    """Quantizes one weight as the loader has read it, and puts the quantized module in the place of the dense one."""
 
-    def __init__(self, config: QuipConfig, returner: memory.Returner):
+    def __init__(self, config: QuipConfig, returner: memory.Returner, bar: LoadingBar):
         self.config = config
         self.returner = returner
+        self.bar = bar
 
     def convert(
         self,
@@ -259,17 +269,20 @@ class QuantizeWeight(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """Turn {…: weight} into the tensors of the quantized linear by their full names."""
+        """Turn {…: weight} into the tensors of the quantized module by their full names."""
+        from .quantize.embedding import quantize_embedding
         from .quantize.layer import quantize_weight
 
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
         name = full_layer_name.removesuffix(".weight")
         linear = model.get_submodule(name)
+        quantize = quantize_embedding if replace.is_dense_embedding(linear) else quantize_weight
         try:
-            quantized = quantize_weight(replace.dense_weight(linear, weight), self.config.for_module(name), name)
+            quantized = quantize(replace.dense_weight(linear, weight), self.config.for_module(name), name)
         except Exception as error:
             return RaisedLater(error)
+        self.bar.advance(name, quantized.statistics["relative_error"])
         module = replace.replace_by_empty(model, name, self.config)
         missing_keys.discard(full_layer_name)
         self.returner.handled(weight.nbytes)
@@ -319,4 +332,4 @@ def register() -> None:
                     f"the quantization method {method!r} is taken by {known.__module__}.{known.__qualname__}: "
                     "transformers-quip cannot be used beside it"
                 )
-    recognise_quip_params()
+    recognise_foreign()

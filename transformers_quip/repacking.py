@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import memory
-from .checkpoints.files import Files
-from .checkpoints.foreign import ForeignLinear, ForeignPlan, make_plan
+from .checkpoints.family import DAMAGED
+from .checkpoints.files import UNREADABLE, Files, unreadable
+from .checkpoints.foreign import METHODS, ForeignLinear, ForeignPlan, make_plan
 from .config import QuipConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+# Where some packages keep the quantization_config, or a copy of it.
+BESIDE = "quantization_config.json"
+# Whether what `from_pretrained` loads is a foreign checkpoint.
+_loads_foreign: ContextVar[bool] = ContextVar("loads_foreign", default=False)
 
 
 class ForeignConfig(QuantizationConfigMixin):
@@ -157,31 +167,81 @@ class RepackingConverter(WeightConverter):
 
 
 def foreign_parameters(config: PretrainedConfig) -> dict[str, Any] | None:
-    """The "quip_params" of the config of a QuIP# or QTIP checkpoint, which has no quantization_config; None for others."""
+    """The "quip_params" of the config of a QuIP# or QTIP checkpoint, which has no quantization_config; None for others.
+
+    Raises:
+        ValueError: it is no dict.
+    """
     parameters = getattr(config, "quip_params", None)
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ValueError(f"config.json has quip_params={parameters!r}, which must be a dict: {DAMAGED}")
     if isinstance(parameters, dict) and getattr(config, "quantization_config", None) is None:
         return parameters
     return None
 
 
-def recognise_quip_params() -> None:
+def parameters_beside(config: PretrainedConfig, download: bool) -> dict[str, Any] | None:
+    """The quantization_config of a checkpoint that has it in a file beside config.json alone.
+
+    Args:
+        config: as it was read, with the name of its folder or repository.
+        download: whether the file may be fetched from the Hub.
+    """
+    name, path = config.name_or_path, None
+    if name and os.path.isdir(name):
+        path = os.path.join(name, BESIDE)
+    elif name and download:
+        path = cached_file(
+            name, BESIDE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+    if path is None or not os.path.isfile(path):
+        return None
+    try:
+        parameters = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): {DAMAGED}") from None
+    known = isinstance(parameters, dict) and parameters.get("quant_method") in METHODS
+    return parameters if known else None
+
+
+def recognise_foreign() -> None:
     """Let `from_pretrained` know checkpoints that say that they are quantized where Transformers does not look.
 
     Without that it would build the dense model, find none of its weights in the files and return it with random ones.
+    Also, let it say which file it is that cannot be read.
     """
+    # Its import registers, and that imports this file: whoever imports this file first must not import it in turn.
+    from transformers import modeling_utils
+
     original = getattr(modeling_utils.get_hf_quantizer, "__wrapped__", modeling_utils.get_hf_quantizer)
 
     @functools.wraps(original)
     def get_hf_quantizer(config: PretrainedConfig, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         parameters = foreign_parameters(config)
+        if parameters is None and getattr(config, "quantization_config", None) is None:
+            parameters = parameters_beside(config, download=isinstance(quantization_config, QuipConfig))
         if parameters is not None:
             if not (quantization_config is None or isinstance(quantization_config, (QuipConfig, dict))):
                 raise ValueError(
-                    f"config.json has quip_params: the model is quantized already, by {parameters.get('codebook')}, and "
+                    f"The checkpoint has quip_params: the model is quantized already, by {parameters.get('codebook')}, and "
                     f"cannot be quantized by {type(quantization_config).__name__}. Load it without quantization_config, or "
                     "with quantization_config=QuipConfig()"
                 )
             quantization_config = ForeignConfig.from_dict(parameters)
-        return original(config, quantization_config, *args, **kwargs)
+        found = original(config, quantization_config, *args, **kwargs)
+        _loads_foreign.set(getattr(getattr(found[0], "quantization_config", None), "foreign", None) is not None)
+        return found
 
     modeling_utils.get_hf_quantizer = get_hf_quantizer
+    read = getattr(modeling_utils.load_state_dict, "__wrapped__", modeling_utils.load_state_dict)
+
+    @functools.wraps(read)
+    def load_state_dict(checkpoint_file: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return read(checkpoint_file, *args, **kwargs)
+        except UNREADABLE as error:
+            if not _loads_foreign.get():
+                raise
+            raise unreadable(str(checkpoint_file), error) from None
+
+    modeling_utils.load_state_dict = load_state_dict

@@ -63,7 +63,7 @@ def inspect(name: str, target: str) -> Report:
     kernel = _compile(specimen, gpu)
     if gpu.backend == "hip":
         return _read_amd(kernel)
-    return _read_nvidia(kernel, specimen)
+    return _read_nvidia(kernel, specimen, specimen.warps_on(gpu))
 
 
 def _compile(specimen: Specimen, gpu: GPUTarget):
@@ -80,10 +80,10 @@ def _compile(specimen: Specimen, gpu: GPUTarget):
             if kind.startswith("*")
         },
     )
-    return triton.compile(source, target=gpu, options={"num_warps": specimen.warps})
+    return triton.compile(source, target=gpu, options={"num_warps": specimen.warps_on(gpu)})
 
 
-def _read_nvidia(kernel, specimen: Specimen) -> Report:
+def _read_nvidia(kernel, specimen: Specimen, warps: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
@@ -97,7 +97,7 @@ def _read_nvidia(kernel, specimen: Specimen) -> Report:
     loads = collections.Counter(".".join(part for part in op.split(".") if part in ("LDG", "64", "128")) for op in loop)
     per_weight = None
     if specimen.weights_in_loop and loop:
-        per_weight = len(loop) * 32 * specimen.warps / specimen.weights_in_loop
+        per_weight = len(loop) * 32 * warps / specimen.weights_in_loop
     return Report(
         registers,
         stack if spilling else 0,
@@ -172,8 +172,12 @@ class Saved:
         kernels = self.content["kernels"]
         kernels.setdefault(name, {})[target] = asdict(report)
         self.content["kernels"] = {
-            name: {target: kernels[name][target] for target in TARGETS if target in kernels[name]}
-            for name in SPECIMENS
+            name: {
+                target: kernels[name][target]
+                for target, gpu in TARGETS.items()
+                if target in kernels[name] and specimen.launched(gpu)
+            }
+            for name, specimen in SPECIMENS.items()
             if name in kernels
         }
         self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
@@ -195,6 +199,8 @@ def main() -> None:
         if not re.search(options.kernel, name):
             continue
         for target in options.target:
+            if not SPECIMENS[name].launched(TARGETS[target]):
+                continue
             report = inspect(name, target)
             saved.add(name, target, report)
             per_weight = f"{report.per_weight:.2f}" if report.per_weight else "-"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from quip_kernels.gpu.dequantize import dequantize_kernel
 from quip_kernels.gpu.matvec import Tile, matvec_kernel, tiles
 from quip_kernels.gpu.quantize import quantize_kernel
 from quip_kernels.gpu.small_batch import BLOCK_ROWS, BLOCK_WORDS, halves_kernel, small_batch_kernel
-from quip_kernels.gpu.transform import factor_kernel, sylvester_kernel, sylvester_quantize_kernel
+from quip_kernels.gpu.small_batch import Tile as SmallBatchTile
+from quip_kernels.gpu.small_batch import tiles as small_batch_tiles
+from quip_kernels.gpu.transform import factor_kernel, is_fused, sylvester_kernel, sylvester_quantize_kernel
 from quip_kernels.gpu.transform import tile as transform_tile
 from quip_kernels.gpu.transform import warps as transform_warps
 from quip_kernels.gpu.trellis import block as trellis_block
@@ -27,19 +29,35 @@ class Specimen:
         kernel: the `triton.jit` function.
         arguments: name → type of what is passed when it runs, as Triton writes it ("*fp32", "i32").
         constants: name → value of the rest, or a function of the target (`GPUTarget`).
-        warps: of a program.
+        warps: of a program, or a function of the target.
+        launched: whether it is launched on a target.
         weights_in_loop: weights that a program decodes in one round of its main loop; 0 if that has no meaning.
     """
 
     kernel: Any
     arguments: Mapping[str, str]
     constants: Mapping[str, Any]
-    warps: int = 4
+    warps: int | Callable[[Any], int] = 4
     weights_in_loop: int = 0
+    launched: Callable[[Any], bool] = lambda gpu: True
+
+    def warps_on(self, gpu: Any) -> int:
+        """Warps of a program on a target."""
+        return self.warps(gpu) if callable(self.warps) else self.warps
+
+
+FAMILIES = ("cuda", "blackwell", "cdna", "rdna")
 
 
 def _arch(gpu: Any) -> str:
     return gpu.backend
+
+
+def _family(gpu: Any) -> str:
+    """As `launch.family` calls it."""
+    if gpu.backend == "hip":
+        return "cdna" if gpu.warp_size == 64 else "rdna"
+    return "blackwell" if gpu.arch >= 100 else "cuda"
 
 
 def _matvec(vectors: int, digits: int, signed: bool, tile: Tile, even: bool = True) -> Specimen:
@@ -78,14 +96,14 @@ def _matvecs(vectors: int, digits: int, signed: bool) -> dict[str, Specimen]:
     """One for each tile that is compiled on its own."""
     form = "e8p" if signed else "e8"
     return {
-        f"matvec {form} {vectors}x{digits} {'gather' if tile.gather else 'load'} {tile.rows}": _matvec(
+        f"matvec {form} {tile.vectors}x{digits} {'gather' if tile.gather else 'load'} {tile.rows}": _matvec(
             vectors, digits, signed, tile
         )
         for tile in tiles(vectors, digits, "cuda")
     }
 
 
-def _small_batch(batch: int, terms: int, signed: bool, gather: bool, warps: int) -> Specimen:
+def _small_batch(batch: int, terms: int, signed: bool, tile: SmallBatchTile) -> Specimen:
     return Specimen(
         small_batch_kernel,
         {
@@ -106,10 +124,11 @@ def _small_batch(batch: int, terms: int, signed: bool, gather: bool, warps: int)
             "BLOCK_BATCH": batch,
             "BLOCK_ROWS": BLOCK_ROWS,
             "BLOCK_WORDS": BLOCK_WORDS,
-            "GATHER": gather,
+            "GATHER": tile.gather,
         },
-        warps=warps,
+        warps=tile.warps,
         weights_in_loop=BLOCK_ROWS * BLOCK_WORDS * 32,
+        launched=lambda gpu: tile in small_batch_tiles(batch, _family(gpu)),
     )
 
 
@@ -151,7 +170,7 @@ def _sylvester(power: int, dtype: str, terms: int) -> Specimen:
             "scale": "fp32",
         },
         {"row_scale": None, "A": a, "B": b, "P": power, "TERMS": terms, "TERM": tl.bfloat16},
-        warps=transform_warps(a * b),
+        warps=lambda gpu: transform_warps(a * b, _family(gpu)),
     )
 
 
@@ -169,7 +188,8 @@ def _sylvester_quantize(power: int, digits: int, dtype: str, terms: int) -> Spec
             "scale": "fp32",
         },
         {"A": a, "B": b, "DIGITS": digits, "TERMS": terms, "TERM": tl.bfloat16},
-        warps=transform_warps(power),
+        warps=lambda gpu: transform_warps(power, _family(gpu)),
+        launched=lambda gpu: is_fused(power, _family(gpu)),
     )
 
 
@@ -272,17 +292,21 @@ _TRELLIS = {
 }
 
 SPECIMENS = {
-    **{f"trellis {name} {v}": _trellis_matvec(v, *layout) for name, layout in _TRELLIS.items() for v in (1, 4)},
+    **{f"trellis {name} {v}": _trellis_matvec(v, *layout) for name, layout in _TRELLIS.items() for v in (1, 2, 4)},
     **{f"trellis {name} dequantize": _trellis_dequantize(*layout) for name, layout in _TRELLIS.items()},
     **{
         name: specimen
-        for signed, vectors, digits in (
-            *((True, *pair) for pair in ((1, 1), (1, 2), (1, 3), (2, 2), (4, 2), (4, 3))),
-            *((False, *pair) for pair in ((1, 1), (1, 2), (4, 3))),
-        )
+        for signed in (True, False)
+        for vectors in (1, 2, 3, 4)
+        for digits in (1, 2, 3)
         for name, specimen in _matvecs(vectors, digits, signed).items()
     },
-    "matvec e8p 1x2 uneven": _matvec(1, 2, True, tiles(1, 2, "cuda")[0], even=False),
+    **{
+        f"matvec e8p {vectors}x{digits} uneven": _matvec(
+            vectors, digits, True, tiles(vectors, digits, "cuda")[0], even=False
+        )
+        for vectors, digits in ((1, 1), (1, 2), (1, 3), (2, 3), (4, 1), (4, 2))
+    },
     "dequantize": _dequantize(False, False, "fp16"),
     "dequantize rvq3": _dequantize(True, False, "fp16"),
     "dequantize rvq4": _dequantize(True, True, "fp32"),
@@ -312,33 +336,28 @@ SPECIMENS = {
         for terms in (1, 2)
     },
     **{
-        f"small batch {'e8p' if signed else 'e8'} {batch}x{terms} {'gather' if gather else 'load'} {warps}": _small_batch(
-            batch, terms, signed, gather, warps
+        f"small batch {'e8p' if signed else 'e8'} {batch}x{terms} {'gather' if tile.gather else 'load'} {tile.warps}": (
+            _small_batch(batch, terms, signed, tile)
         )
-        for signed, batch, terms, gather, warps in (
-            (True, 16, 1, True, 4),
-            (True, 16, 1, True, 8),
-            (True, 16, 1, False, 4),
-            (True, 16, 2, True, 4),
-            (True, 32, 1, True, 4),
-            (True, 64, 1, True, 4),
-            (True, 64, 2, True, 4),
-            (True, 64, 2, True, 8),
-            (False, 16, 1, True, 4),
-            (False, 64, 2, True, 4),
-        )
+        for signed in (True, False)
+        for batch in (16, 32, 64)
+        for terms in (1, 2)
+        for tile in dict.fromkeys(tile for family in FAMILIES for tile in small_batch_tiles(batch, family))
     },
     **{
         f"sylvester {power} {dtype}": _sylvester(power, dtype, 3 if dtype == "fp32" else 2)
         for power in (1, 16, 128, 256, 512, 1024, 2048, 4096)
         for dtype in ("fp16", "fp32")
-        if power in (128, 4096) or dtype == "fp32"
+        if power in (128, 2048, 4096) or dtype == "fp32"
     },
     **{
         f"sylvester quantize {power} {digits}": _sylvester_quantize(
             power, digits, "fp32" if digits == 3 else "bf16", 2 + digits // 3
         )
-        for power, digits in ((256, 2), (2048, 2), (4096, 1), (4096, 2), (4096, 3))
+        for power, digits in ((256, 2), (1024, 2), (2048, 2), (4096, 1), (4096, 2), (4096, 3))
     },
-    **{f"factor {order} terms {terms}": _factor(order, terms) for order, terms in ((12, 3), (28, 2), (172, 3), (172, 0))},
+    **{
+        f"factor {order} terms {terms}": _factor(order, terms)
+        for order, terms in ((12, 3), (12, 0), (28, 2), (172, 3), (172, 0))
+    },
 }

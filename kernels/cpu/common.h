@@ -43,7 +43,19 @@ typedef struct {
     int64_t orders[MOST_FACTORS];
     const float *factors[MOST_FACTORS]; /* [order][order], row-major */
     const float *transposed[MOST_FACTORS];
+    /* For a factor with entries of one size, else null: see multiply_signs of bundles.c. */
+    const uint16_t *signs[MOST_FACTORS], *signs_transposed[MOST_FACTORS];
 } quip_transform;
+/* A linear layer of E8P codes. */
+typedef struct {
+    const void *codes, *residual;   /* [m][ceil(n / 8)], of E8P and of the second stage; null for none */
+    const void *su, *sv, *bias;     /* [n], [m], [m]; null for none */
+    const quip_transform *in, *out; /* of size n and m; null for none */
+    int64_t n, m;
+    double residual_scale;
+    int32_t su_type, sv_type, bias_type, second; /* second: QUIP_NO_STAGE, QUIP_E8 or QUIP_E8P */
+} quip_layer;
+
 /* Q x, or its transpose times x: x [size] is overwritten, as is scratch [size]; returns the one that holds the result. */
 HIDDEN float *quip_apply(const quip_transform *q, int transpose, float *x, float *scratch);
 /* The same for `count` vectors one after the other, which is quicker than one by one. */
@@ -70,6 +82,21 @@ extern HIDDEN uint64_t quip_e8_points[256];
 extern HIDDEN uint8_t quip_e8_coordinates[BLOCK][256];
 HIDDEN void quip_e8_make_tables(void);
 
+/* decode.c: codes whose weights are wanted. */
+typedef struct {
+    const int16_t *codes;
+    const void *residual; /* codes of a second stage, null for none */
+    int64_t blocks, columns, stride; /* of a row: codes, weights, and numbers from one row of `out` to the next */
+    int64_t origin;                  /* the row that `out` begins with */
+    int second, type, level;
+    float scale; /* of the second stage */
+    void *out;
+    uint16_t values[2 * LANES]; /* the 16 bits of a weight, by half its byte modulo 32 */
+} quip_grid;
+HIDDEN quip_grid quip_make_grid(const int16_t *codes, const void *residual, int second, float scale, int64_t columns,
+                                void *out, int type, int level);
+HIDDEN void quip_decode_rows(void *grid, int64_t first, int64_t last); /* a quip_body */
+
 /* products*.c: sums[c][r] = sum over i of (4 w_ri + 31) plane_c[i], for up to 16 rows and any number of planes.
  * codebook: QUIP_E8 (uint8 codes) or QUIP_E8P (int16).
  * planes: int8, plane c begins at c * stride; stride is a multiple of 256, completed with zeros. */
@@ -78,6 +105,7 @@ typedef void (*quip_products)(int codebook, const void *codes, int64_t rows, int
 /* products.c: the bytes 4 w + 31 of codes [first, first + count). */
 HIDDEN void quip_expand(int codebook, const void *codes, int64_t first, int count, uint8_t *bytes);
 enum { QUIP_PLAIN, QUIP_AVX2, QUIP_AVX512 };
+EXPORT int quip_cpu_level(void); /* linear.c */
 HIDDEN void quip_products_plain(int codebook, const void *codes, int64_t rows, int64_t blocks, const int8_t *planes,
                                 int64_t stride, int columns, int32_t (*sums)[LANES]);
 #if defined(__x86_64__)

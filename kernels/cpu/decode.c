@@ -11,27 +11,19 @@ static uint16_t sixteen_bits(int byte, int type) {
     return bits;
 }
 
-typedef struct {
-    const int16_t *codes;
-    int64_t blocks, columns;
-    int type, level;
-    void *out;
-    uint16_t values[LANES]; /* by half the byte, modulo 16 */
-} grid;
-
 INLINE uint64_t eight_bytes(int16_t code) {
     return quip_e8p_pattern[(uint16_t)code >> 8] ^ quip_e8p_signs[code & 255];
 }
 
 /* Codes [first, blocks) of one row. */
-static void decode_plain(const grid *g, const int16_t *codes, int64_t first, int64_t row) {
+static void decode_plain(const quip_grid *g, const int16_t *codes, int64_t first, int64_t row) {
     for (int64_t k = first; k < g->blocks; k++) {
-        const int64_t begin = row * g->columns + BLOCK * k, left = g->columns - BLOCK * k;
+        const int64_t begin = (row - g->origin) * g->stride + BLOCK * k, left = g->columns - BLOCK * k;
         const uint64_t eight = eight_bytes(codes[k]);
         uint8_t bytes[BLOCK];
         memcpy(bytes, &eight, sizeof bytes);
         for (int i = 0; i < BLOCK && i < left; i++) {
-            const uint16_t value = g->values[bytes[i] >> 1 & 15];
+            const uint16_t value = g->values[bytes[i] >> 1 & 31];
             if (g->type == QUIP_FLOAT32) {
                 const uint32_t bits = (uint32_t)value << 16;
                 memcpy((float *)g->out + begin + i, &bits, sizeof bits);
@@ -45,7 +37,7 @@ static void decode_plain(const grid *g, const int16_t *codes, int64_t first, int
 #include <immintrin.h>
 
 /* Whole groups of four codes of one row; returns how many codes were decoded. */
-__attribute__((target("avx2"))) static int64_t decode_avx2(const grid *g, const int16_t *codes, int64_t row) {
+__attribute__((target("avx2"))) static int64_t decode_avx2(const quip_grid *g, const int16_t *codes, int64_t row) {
     uint8_t low_bytes[16], high_bytes[16];
     for (int i = 0; i < LANES; i++) {
         low_bytes[i] = (uint8_t)g->values[i];
@@ -64,56 +56,58 @@ __attribute__((target("avx2"))) static int64_t decode_avx2(const grid *g, const 
         const __m256i low = _mm256_shuffle_epi8(low_table, index), high = _mm256_shuffle_epi8(high_table, index);
         const __m256i half[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
         if (g->type == QUIP_FLOAT32) {
-            float *out = (float *)g->out + row * g->columns + BLOCK * k;
+            float *out = (float *)g->out + (row - g->origin) * g->stride + BLOCK * k;
             for (int i = 0; i < 2; i++) {
                 const __m256i a = _mm256_unpacklo_epi16(zero, half[i]), b = _mm256_unpackhi_epi16(zero, half[i]);
                 _mm256_storeu_si256((__m256i *)(out + 16 * i), _mm256_permute2x128_si256(a, b, 0x20));
                 _mm256_storeu_si256((__m256i *)(out + 16 * i + 8), _mm256_permute2x128_si256(a, b, 0x31));
             }
         } else {
-            uint16_t *out = (uint16_t *)g->out + row * g->columns + BLOCK * k;
+            uint16_t *out = (uint16_t *)g->out + (row - g->origin) * g->stride + BLOCK * k;
             _mm256_storeu_si256((__m256i *)out, half[0]);
             _mm256_storeu_si256((__m256i *)(out + 16), half[1]);
         }
     }
     return k;
 }
+
+/* The same for whole groups of eight codes, to types of 16 bits. */
+__attribute__((target("avx512f,avx512bw"))) static int64_t decode_avx512(const quip_grid *g, const int16_t *codes,
+                                                                         int64_t row) {
+    const __m512i values = _mm512_loadu_si512(g->values), byte = _mm512_set1_epi64(255);
+    uint16_t *out = (uint16_t *)g->out + (row - g->origin) * g->stride;
+    int64_t k = 0;
+    for (; BLOCK * (k + 8) <= g->columns; k += 8) {
+        const __m512i eight = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)(codes + k)));
+        const __m512i pattern = _mm512_i64gather_epi64(_mm512_srli_epi64(eight, 8), quip_e8p_pattern, 8);
+        const __m512i signs = _mm512_i64gather_epi64(_mm512_and_si512(eight, byte), quip_e8p_signs, 8);
+        const __m512i index = _mm512_srli_epi16(_mm512_xor_si512(pattern, signs), 1); /* bytes are even */
+        const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(index));
+        const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(index, 1));
+        _mm512_storeu_si512(out + BLOCK * k, _mm512_permutexvar_epi16(low, values));
+        _mm512_storeu_si512(out + BLOCK * (k + 4), _mm512_permutexvar_epi16(high, values));
+    }
+    return k;
+}
 #endif
 
-static void decode_rows(void *context, int64_t first, int64_t last) {
-    const grid *g = context;
+static void decode_one(const quip_grid *g, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
         const int16_t *codes = g->codes + row * g->blocks;
         int64_t done = 0;
 #if defined(__x86_64__)
-        if (g->level >= QUIP_AVX2) done = decode_avx2(g, codes, row);
+        if (g->level == QUIP_AVX512 && g->type != QUIP_FLOAT32)
+            done = decode_avx512(g, codes, row);
+        else if (g->level >= QUIP_AVX2)
+            done = decode_avx2(g, codes, row);
 #endif
         decode_plain(g, codes, done, row);
     }
 }
 
-/* out[rows][columns] of `type` from codes[rows][ceil(columns / 8)]. level: at most what quip_cpu_level() gives. */
-EXPORT void quip_e8p_decode(const int16_t *codes, int64_t rows, int64_t columns, void *out, int type, int level,
-                            int threads) {
-    grid g = {codes, (columns + BLOCK - 1) / BLOCK, columns, type, level, out, {0}};
-    quip_e8p_make_tables();
-    for (int byte = 20; byte <= 42; byte += 2) g.values[byte >> 1 & 15] = sixteen_bits(byte, type);
-    quip_parallel(decode_rows, &g, rows, 65536 / (columns + 1) + 1, threads);
-}
-
 #define STRETCH 256 /* codes that are decoded at a time */
 
-typedef struct {
-    const int16_t *codes;
-    const void *residual;
-    int64_t blocks, columns;
-    int second, type;
-    float scale;
-    void *out;
-} two_grids;
-
-FOR_EACH_CPU static void decode_two(void *context, int64_t first, int64_t last) {
-    const two_grids *g = context;
+FOR_EACH_CPU static void decode_two(const quip_grid *g, int64_t first, int64_t last) {
     const float quarter = g->scale / 4; /* of the scale, exactly */
     uint8_t base[BLOCK * STRETCH], rest[BLOCK * STRETCH];
     float weights[BLOCK * STRETCH];
@@ -125,17 +119,32 @@ FOR_EACH_CPU static void decode_two(void *context, int64_t first, int64_t last) 
             quip_expand(g->second, g->residual, row * g->blocks + k, count, rest);
             for (int i = 0; i < BLOCK * count; i++)
                 weights[i] = 0.25f * (float)(base[i] - BYTE_OFFSET) + quarter * (float)(rest[i] - BYTE_OFFSET);
-            quip_store(weights, g->out, g->type, row * g->columns + BLOCK * k,
+            quip_store(weights, g->out, g->type, (row - g->origin) * g->stride + BLOCK * k,
                        left < BLOCK * count ? left : BLOCK * count);
         }
 }
 
-/* The same of two stages: E8P and `scale` times the second stage's points, rounded to `type`. second: QUIP_E8 or
- * QUIP_E8P. */
-EXPORT void quip_residual_decode(const int16_t *codes, const void *residual, int second, float scale, int64_t rows,
-                                 int64_t columns, void *out, int type, int threads) {
-    two_grids g = {codes, residual, (columns + BLOCK - 1) / BLOCK, columns, second, type, scale, out};
+HIDDEN void quip_decode_rows(void *grid, int64_t first, int64_t last) {
+    const quip_grid *g = grid;
+    if (g->second == QUIP_NO_STAGE)
+        decode_one(g, first, last);
+    else
+        decode_two(g, first, last);
+}
+
+HIDDEN quip_grid quip_make_grid(const int16_t *codes, const void *residual, int second, float scale, int64_t columns,
+                                void *out, int type, int level) {
+    quip_grid g = {codes, residual, (columns + BLOCK - 1) / BLOCK, columns, columns, 0, second, type, level, scale, out, {0}};
     quip_e8p_make_tables();
     quip_e8_make_tables();
-    quip_parallel(decode_two, &g, rows, 65536 / (columns + 1) + 1, threads);
+    for (int byte = 20; byte <= 42; byte += 2) g.values[byte >> 1] = g.values[byte >> 1 & 15] = sixteen_bits(byte, type);
+    return g;
+}
+
+/* out[rows][columns] of `type` from codes[rows][ceil(columns / 8)]. level: at most what quip_cpu_level() gives. With a second
+ * stage, QUIP_E8 or QUIP_E8P, the sum of E8P and `scale` times the second stage's points, rounded to `type`. */
+EXPORT void quip_decode(const int16_t *codes, const void *residual, int second, float scale, int64_t rows, int64_t columns,
+                        void *out, int type, int level, int threads) {
+    quip_grid g = quip_make_grid(codes, residual, second, scale, columns, out, type, level);
+    quip_parallel(quip_decode_rows, &g, rows, 65536 / (columns + 1) + 1, threads);
 }

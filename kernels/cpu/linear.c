@@ -15,15 +15,6 @@
 #define PAD 256
 
 typedef struct {
-    const void *codes, *residual;   /* [m][ceil(n / 8)], of E8P and of the second stage; null for none */
-    const void *su, *sv, *bias;     /* [n], [m], [m]; null for none */
-    const quip_transform *in, *out; /* of size n and m; null for none */
-    int64_t n, m;
-    double residual_scale;
-    int32_t su_type, sv_type, bias_type, second; /* second: QUIP_NO_STAGE, QUIP_E8 or QUIP_E8P */
-} quip_layer;
-
-typedef struct {
     const quip_layer *layer;
     const void *x;
     void *y;

@@ -4,11 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define SMALL_TABLE 10 /* bits of the index into a table that as float32 is near to the processor, whatever else is */
 #define TOGETHER 8 /* tiles of one row that are decoded before they are converted, or multiplied by several vectors */
 
 typedef struct {
     const quip_trellis *w;
-    const trellis_kernels *kernels;
+    trellis_kernels kernels;
     trellis_plan plan;
     const float *views; /* [n / 16][count][32], what 32 weights that follow each other in the sequence meet */
     float *z;           /* [count][m] */
@@ -28,14 +29,20 @@ static int column_of(int order, int q) {
     return (q & 1) | (q >> 3 & 3) << 1 | (order == TRELLIS_QTIP ? q >> 2 & 1 : q >> 1 & 1) << 3;
 }
 
-static const trellis_kernels *kernels_of(int level) {
+static trellis_kernels kernels_of(int level, int code) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (level == QUIP_AVX512) return &quip_trellis_avx512;
-    if (level == QUIP_AVX2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &quip_trellis_avx2;
+    if (level == QUIP_AVX512) {
+        trellis_kernels kernels = quip_trellis_avx512;
+#if defined(TRELLIS_FP16)
+        if (__builtin_cpu_supports("avx512fp16")) quip_trellis_use_fp16(&kernels, code);
 #endif
-    (void)level;
-    return &quip_trellis_plain;
+        return kernels;
+    }
+    if (level == QUIP_AVX2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return quip_trellis_avx2;
+#endif
+    (void)level, (void)code;
+    return quip_trellis_plain;
 }
 
 /* The plan, and in it the table; of code hyb twice, the second time with the sign that bit 15 of h means. Returns 0, or -2
@@ -64,8 +71,8 @@ static int make_plan(const quip_trellis *w, const trellis_kernels *kernels, trel
     quip_load(w->table, w->table_type, 0, values, size);
     if (both)
         for (int64_t i = 0; i < size; i++) values[size + i] = i % w->step ? values[i] : -values[i];
-    if (w->step == 2) {
-        /* Two numbers in one word save half of the look-ups, where 16 bits hold them. */
+    if (w->step == 2 && plan->bits > SMALL_TABLE) {
+        /* Two numbers in one word, where 16 bits hold them, are half of the memory, but must be converted. */
         quip_store(values, halves, QUIP_FLOAT16, 0, (1 + both) * size);
         quip_load(halves, QUIP_FLOAT16, 0, back, size);
         if (!memcmp(values, back, (size_t)size * sizeof *back)) {
@@ -110,16 +117,16 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
             const int16_t *row = w->codes + r * tiles * words;
             int64_t whole = tiles;
             while (whole && tile_with_margin(w, r * tiles + whole - 1, copy) == copy) whole--;
-            j->kernels->products(&j->plan, row, whole, j->views, sums);
+            j->kernels.products(&j->plan, row, whole, j->views, sums);
             for (int64_t t = whole; t < tiles; t++)
-                j->kernels->products(&j->plan, tile_with_margin(w, r * tiles + t, copy), 1, j->views + stride * t, sums);
+                j->kernels.products(&j->plan, tile_with_margin(w, r * tiles + t, copy), 1, j->views + stride * t, sums);
         } else {
             for (int64_t begin = 0; begin < tiles; begin += TOGETHER) {
                 const int64_t count = tiles - begin < TOGETHER ? tiles - begin : TOGETHER;
                 for (int64_t t = 0; t < count; t++)
-                    j->kernels->decode(&j->plan, tile_with_margin(w, r * tiles + begin + t, copy), weights[t]);
+                    j->kernels.decode(&j->plan, tile_with_margin(w, r * tiles + begin + t, copy), weights[t]);
                 for (int64_t v = 0; v < j->count; v++)
-                    j->kernels->multiply(weights[0], count, j->views + stride * begin + 2 * TILE * v, stride,
+                    j->kernels.multiply(weights[0], count, j->views + stride * begin + 2 * TILE * v, stride,
                                          sums + v * TILE_WEIGHTS);
             }
         }
@@ -147,10 +154,10 @@ static void decode_rows(void *context, int64_t first, int64_t last) {
         for (int64_t begin = 0; begin < tiles; begin += TOGETHER) {
             const int64_t count = tiles - begin < TOGETHER ? tiles - begin : TOGETHER;
             for (int64_t t = 0; t < count; t++) {
-                j->kernels->decode(&j->plan, tile_with_margin(w, r * tiles + begin + t, copy), weights);
+                j->kernels.decode(&j->plan, tile_with_margin(w, r * tiles + begin + t, copy), weights);
                 if (w->code <= TRELLIS_2MAD)
                     for (int i = 0; i < TILE_WEIGHTS; i++) weights[i] /= TRELLIS_MAD;
-                j->kernels->arrange(weights, source, rows[0] + t * TILE, TOGETHER * TILE);
+                j->kernels.arrange(weights, source, rows[0] + t * TILE, TOGETHER * TILE);
             }
             for (int i = 0; i < TILE; i++)
                 quip_store(rows[i], j->out, j->type, (r * TILE + i) * w->n + begin * TILE, count * TILE);
@@ -171,8 +178,8 @@ static int is_sound(const quip_trellis *w) {
 EXPORT int quip_trellis_products(const quip_trellis *w, const float *x, float *z, int64_t count, int level, int threads) {
     if (!is_sound(w) || count < 0) return -1;
     if (count == 0) return 0;
-    work j = {.w = w, .kernels = kernels_of(level), .z = z, .count = count};
-    if (make_plan(w, j.kernels, &j.plan)) return -2;
+    work j = {.w = w, .kernels = kernels_of(level, w->code), .z = z, .count = count};
+    if (make_plan(w, &j.kernels, &j.plan)) return -2;
     const int64_t tiles = w->n / TILE;
     float *const views = quip_get_memory(2 * count * w->n * (int64_t)sizeof *views);
     if (views) {
@@ -194,8 +201,8 @@ EXPORT int quip_trellis_products(const quip_trellis *w, const float *x, float *z
 /* out[m][n] of `type`. Returns as quip_trellis_products. */
 EXPORT int quip_trellis_decode(const quip_trellis *w, void *out, int type, int level, int threads) {
     if (!is_sound(w)) return -1;
-    work j = {.w = w, .kernels = kernels_of(level), .out = out, .type = type};
-    if (make_plan(w, j.kernels, &j.plan)) return -2;
+    work j = {.w = w, .kernels = kernels_of(level, w->code), .out = out, .type = type};
+    if (make_plan(w, &j.kernels, &j.plan)) return -2;
     quip_parallel(decode_rows, &j, w->m / TILE, (1 << 14) / w->n + 1, threads);
     free(j.plan.values);
     return 0;

@@ -49,6 +49,11 @@ typedef struct {
 extern HIDDEN const trellis_kernels quip_trellis_plain;
 #if defined(__x86_64__)
 extern HIDDEN const trellis_kernels quip_trellis_avx2, quip_trellis_avx512;
+#if (defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12)
+#define TRELLIS_FP16 /* the compiler knows AVX512-FP16 */
+/* Puts what is faster with these instructions in the place of kernels for AVX-512. */
+HIDDEN void quip_trellis_use_fp16(trellis_kernels *kernels, int code);
+#endif
 #endif
 
 #endif

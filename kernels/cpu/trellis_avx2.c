@@ -41,6 +41,13 @@ TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, 
     return states(plan, copy, lane);
 }
 
+TARGET INLINE words high_product(words h, uint32_t factor) {
+    const __m256i all = (__m256i)h, factors = _mm256_set1_epi64x(factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(all, 32), factors);
+    const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(all, factors), 32);
+    return (words)_mm256_blend_epi32(even, odd, 0xaa);
+}
+
 TARGET INLINE words byte_sums(words h) {
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)h, _mm256_set1_epi8(1));
     return (words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)) + (0x4b000000u + 1024);

@@ -35,6 +35,13 @@ TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, 
     return states_in(plan, _mm512_mask_set1_epi16(_mm512_loadu_si512(bytes), (__mmask32)1 << plan->step_bits, first));
 }
 
+TARGET INLINE words high_product(words h, uint32_t factor) {
+    const __m512i all = (__m512i)h, factors = _mm512_set1_epi64(factor);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(all, 32), factors);
+    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(all, factors), 32);
+    return (words)_mm512_mask_blend_epi32(0xaaaa, even, odd);
+}
+
 TARGET INLINE words byte_sums(words h) {
     return (words)_mm512_dpbusd_epi32(_mm512_set1_epi32(0x4b000000 + 1024), (__m512i)h, _mm512_set1_epi8(1));
 }

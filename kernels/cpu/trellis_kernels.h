@@ -5,6 +5,7 @@
  *   prepare(plan)                   fills plan->places
  *   states(plan, bytes, lane)       states of a group, from number `lane` on; its bits begin at `bytes`
  *   last_states(..., first)         the same of the last group of a tile, whose last state goes on in the word `first`
+ *   high_product(h, factor)         the upper 32 bits of the products
  *   byte_sums(h)                    the bits of the float32 2^23 + 1024 + the sum of the four bytes
  *   look_up(table, index)           words of a table of words
  *   look_up_pairs(table, index, first, second)  pairs of float32 at 2 * index, one after the other
@@ -42,12 +43,6 @@ TARGET INLINE floats sum_of_halves(words h) {
     const words zero = {0}, mask = zero + 0x81ffe000u, constant = zero + 0x3f6c0000u;
     const words high = (words)((integers)h >> 3), low = (words)((integers)(h << 16) >> 3);
     return round_to_half((floats)((high & mask) ^ constant) + (floats)((low & mask) ^ constant));
-}
-
-/* The upper 32 bits of h times `factor`. */
-TARGET INLINE words high_product(words h, uint64_t factor) {
-    const longs upper = (longs)h >> 32, lower = (longs)h & 0xffffffffu;
-    return (words)((upper * factor & ~0xffffffffull) | (lower * factor >> 32));
 }
 
 TARGET INLINE floats value_of(words s, int code) {

@@ -29,6 +29,11 @@ INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lan
     return states(plan, copy, lane);
 }
 
+INLINE words high_product(words h, uint32_t factor) {
+    for (int l = 0; l < WIDTH; l++) h[l] = (uint32_t)((uint64_t)h[l] * factor >> 32);
+    return h;
+}
+
 INLINE words byte_sums(words h) {
     const words pairs = (h & 0x00ff00ffu) + (h >> 8 & 0x00ff00ffu);
     return ((pairs + (pairs >> 16)) & 0xffffu) + (0x4b000000u + 1024);

@@ -4,5 +4,4 @@
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t shorts __attribute__((vector_size(4 * WIDTH)));
-typedef uint64_t longs __attribute__((vector_size(4 * WIDTH)));
 typedef float floats __attribute__((vector_size(4 * WIDTH)));

@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from quip_kernels import e8p, layout
 from tests import truth
 from transformers_quip import QuipLinear, codebooks, incoherence, set_activations, set_backend
+from transformers_quip.nn.shared import share_inputs
 from transformers_quip.ops import triton as ops
 
 pytestmark = pytest.mark.gpu
@@ -50,24 +52,29 @@ def arguments(m, n, batch, dtype, device, bias=True, codebook="e8p"):
     ]
 
 
-def expected(x, codes, codes_residual, su, sv, bias, codebook, name, _, seed):
-    x, su, sv, codes = x.double().cpu(), su.double().cpu(), sv.double().cpu(), codes.cpu()
+def expected(x, codes, codes_residual, su, sv, bias, codebook, name, _, seed, weight=None):
+    """In float64: transforms on the CPU, the product on the device, by its library. weight: decoded already."""
+    device, x, su, sv, codes = x.device, x.double().cpu(), su.double().cpu(), sv.double().cpu(), codes.cpu()
     q_in, q_out = (incoherence.get(name, len(v), seed) for v in (su, sv))
-    weight = truth.decode(codes, len(su), codebook, None if codes_residual is None else codes_residual.cpu())
-    y = q_out.apply(q_in.apply_transpose(x * su) @ weight.T) * sv
+    if weight is None:
+        weight = truth.decode(codes, len(su), codebook, None if codes_residual is None else codes_residual.cpu())
+    y = q_out.apply((q_in.apply_transpose(x * su).to(device) @ weight.to(device).T).cpu()) * sv
     return y if bias is None else y + bias.double().cpu()
 
 
-@pytest.mark.parametrize("dtype", list(ERROR))
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_linear(m, n, dtype, device):
-    args = arguments(m, n, max(BATCHES), dtype, device)
-    args[1], codes = e8p.pack(args[1]), args[1]
-    wanted = expected(args[0], codes, *args[2:])
-    for batch in BATCHES:
-        y = torch.ops.quip.linear(args[0][:batch], *args[1:])
-        assert y.dtype == dtype
-        assert relative(y, wanted[:batch]) < ERROR[dtype], batch
+def test_linear(m, n, device):
+    codes = truth.random_linear(m, n)["codes"]
+    weight, planes = truth.decode(codes, n).to(device), e8p.pack(codes).to(device)
+    for dtype in ERROR:
+        args = arguments(m, n, max(BATCHES), dtype, device)
+        assert torch.equal(args[1].cpu(), codes)
+        wanted = expected(*args, weight=weight)
+        args[1] = planes
+        for batch in BATCHES:
+            y = torch.ops.quip.linear(args[0][:batch], *args[1:])
+            assert y.dtype == dtype
+            assert relative(y, wanted[:batch]) < ERROR[dtype], (batch, dtype)
 
 
 @pytest.mark.parametrize("codebook", ["e8p-rvq3", "e8p-rvq4"])
@@ -199,6 +206,44 @@ def test_opcheck(device):
     args[1] = e8p.pack(args[1])
     torch.library.opcheck(torch.ops.quip.linear.default, args)
     torch.library.opcheck(torch.ops.quip.decode.default, (args[1], None, "e8p", 64, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", list(ERROR))
+def test_linears_of_one_input(dtype, device):
+    """One transform for all, by each kernel, computes what each linear computes for itself; eager, compiled, as a graph."""
+    module = nn.Module()
+    for seed, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        parts = truth.random_linear(256, 576, seed)
+        module.add_module(name, QuipLinear(576, 256))
+        module.get_submodule(name).load_state_dict({**parts, "su": truth.random_linear(8, 576)["su"]})
+    module.to(device, dtype)
+    linears = list(module.children())
+    assert share_inputs(module) == [("q_proj", "k_proj", "v_proj")]
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: [linear(x) for linear in linears], fullgraph=True, mode="reduce-overhead")
+        for vectors in (1, 4, 5, 64, 65):
+            x = torch.randn(vectors, 576, device=device, dtype=dtype) / 16
+            rotate = (x, linears[0].su, "e8p", "hadamard", 0, "auto")
+            torch.library.opcheck(torch.ops.quip.rotate.default, rotate)
+            others = (
+                *(linears[0]._parameters[name] for name in ("codes", "codes_residual", "sv", "bias")),
+                "e8p",
+                "hadamard",
+                0,
+            )
+            torch.library.opcheck(torch.ops.quip.rotated_linear.default, (x, torch.ops.quip.rotate(*rotate), *others))
+            shared = [linear(x) for linear in linears]
+            assert all(linear._shared is not None for linear in linears)
+            replayed = [[y.clone() for y in compiled(x)] for _ in range(4)]
+            apart = [torch.ops.quip.linear(x, *linear_arguments(linear)) for linear in linears]
+            for found in (shared, *replayed):
+                assert all(torch.equal(y, wanted) for y, wanted in zip(found, apart, strict=True)), vectors
+
+
+def linear_arguments(linear):
+    tensors = (linear._parameters[name] for name in ("codes", "codes_residual", "su", "sv", "bias"))
+    return (*tensors, "e8p", "hadamard", "hadamard", 0)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

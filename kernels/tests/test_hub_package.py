@@ -1,4 +1,7 @@
-"""The package as the Kernel Hub loads it: from a folder, under a name of its own, beside the one that is installed."""
+"""The package as the Kernel Hub loads it: from a folder, under a name of its own, beside the one that is installed.
+
+The package `kernels` is no dependency of ours: continuous integration installs it for this test.
+"""
 
 import ast
 import json
@@ -49,8 +52,8 @@ def build(folder):
         metadata = {
             "id": f"_quip_kernels_{backend}_test",
             "name": "quip-kernels",
-            "version": 1,
-            "license": "Apache-2.0",
+            "version": 0,
+            "license": "apache-2.0",
             "python-depends": [],
             "backend": {"type": backend},
         }
@@ -68,6 +71,9 @@ if spec is None or spec.origin is None:
 import kernels, torch
 from quip_kernels import layout
 folder = Path(sys.argv[1])
+if hasattr(kernels._rust, "Build"):  # kernels 0.17: reads build.toml, and raises for what kernel-builder would not take
+    build = kernels._rust.Build.open(sys.argv[2])
+    assert {str(backend).lower() for backend in build.general.backends} == {"cuda", "rocm", "xpu"}
 old = "package_name" in inspect.signature(kernels.get_local_kernel).parameters  # before kernels 0.15
 loaded = kernels.get_local_kernel(folder, *(["quip_kernels"] if old else []))
 assert Path(loaded.__file__).is_relative_to(folder), loaded.__file__
@@ -84,7 +90,7 @@ if importlib.util.find_spec("triton"):
 def test_get_local_kernel(tmp_path):
     path = os.pathsep.join(filter(None, [str(SOURCE.parent), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(build(tmp_path))],
+        [sys.executable, "-c", LOAD, str(build(tmp_path)), str(SOURCE.parents[1])],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -31,7 +31,8 @@ def test_residual_scale_of_quip_for_all_is_literal(value, expected):
 @pytest.mark.parametrize(("value", "expected"), [(-1, 1 / 3.45), (0, 1 / 3.45), (4.0, 0.25)])
 def test_residual_scale_of_quip_sharp_divides(value, expected):
     config = {"codebook": "E8P12RVQ4B", "codebook_version": 1, "resid_scale_override": value}
-    tensors = source(Qidxs=("I64", 64, 4), SU=("F16", 64), SV=("F16", 64), codebook_id=("I64",), values={"codebook_id": 17})
+    vectors = {"SU": ("F16", 64), "SV": ("F16", 64), "Wscale": ("F16",)}
+    tensors = source(Qidxs=("I64", 64, 4), **vectors, codebook_id=("I64",), values={"codebook_id": 17})
     assert family_of(config).describe(tensors, 64, 64, config).residual_scale == expected
 
 
@@ -77,7 +78,7 @@ QTIP = {"codebook": "bitshift", "codebook_version": 0, "L": 16, "K": 2, "V": 2, 
     ],
 )
 def test_trellises_of_qtip(mode, v, bits, k, expected):
-    config = QTIP | {"decode_mode": mode, "V": v, "tlut_bits": bits}
+    config = QTIP | {"decode_mode": mode, "K": k, "V": v, "tlut_bits": bits}
     tensors = {"trellis": ("I16", 128 * 64 // 256, 16 * k), "SU": ("F16", 64), "SV": ("F32", 128)}
     if bits:
         tensors["tlut"] = ("F16", 1 << bits, v)

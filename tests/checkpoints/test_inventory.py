@@ -101,6 +101,15 @@ def test_damage_is_named(folder, tmp_path, kind, message):
         read_folder(copy)
 
 
+def test_an_index_of_an_earlier_save_is_not_read(tmp_path):
+    """Transformers leaves it where one file takes the place of several, and loads that one."""
+    save_tiny_model("llama", tmp_path)
+    expected = read_folder(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"old": "model-00001-of-00002.safetensors"}}')
+    (tmp_path / "model-backup.safetensors").write_bytes(b"old")
+    assert read_folder(tmp_path) == expected
+
+
 def test_matrices_that_are_stored_together(tmp_path):
     tensors = {"codes": torch.zeros(3, 16, 2, dtype=torch.int16), "su": torch.ones(3, 16), "sv": torch.ones(3, 16)}
     save_file({f"experts.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")

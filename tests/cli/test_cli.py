@@ -1,52 +1,24 @@
-"""The command line: every command on a tiny model, JSON, exit codes, help, and interruption."""
+"""The command line: every command on a tiny model, JSON, exit codes, and help."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import click
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.models import save_tiny_model, tiny_tokenizer
+from tests.cli.child import environment
 from transformers_quip import QuipConfig, cli
 from transformers_quip.cli.destination import new_folder
 from transformers_quip.cli.quantize import command as quantize_command
 from transformers_quip.cli.quantize import config_options
 from transformers_quip.config import OPTIONS
 from transformers_quip.nn.replace import quantized_linears
-
-QUICK = ["--num-samples", "2", "--sequence-length", "16", "--option", "refinement_sweeps=1"]
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    save_tiny_model("llama", folder, max_position_embeddings=512)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"Paragraph {i} says that {i} is a number like others." for i in range(20)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def quantized(dense, text, tmp_path_factory):
-    """What `quantize` makes, with a report."""
-    out = tmp_path_factory.mktemp("out") / "tiny-2bit"
-    arguments = ["quantize", dense, out, "--dataset", text, *QUICK, "--report", out.parent / "report.html"]
-    assert cli.main(list(map(str, arguments))) == 0
-    return out
 
 
 def run(capsys, *arguments):
@@ -103,6 +75,9 @@ def test_a_place_that_is_taken(dense, tmp_path, capsys):
         (["--option", "nothing"], cli.UNUSABLE, "must be NAME=VALUE"),
         (["--num-samples", "many"], cli.USAGE, "not a valid integer"),
         (["--dataset", "none", "--report", "r.html"], cli.USAGE, "--report needs calibration"),
+        (["--dataset", "typo.txt"], cli.UNUSABLE, "there is no such file"),
+        (["--bits", "two"], cli.USAGE, "not a valid float"),
+        (["--peers", "none.json"], cli.USAGE, "does not exist"),
     ],
 )
 def test_wrong_options_are_named_before_any_work(dense, tmp_path, capsys, arguments, code, message):
@@ -187,6 +162,49 @@ def test_chat(quantized, dense, capsys, monkeypatch):
     assert run(capsys, "chat", quantized, "--json")[0] == cli.USAGE
 
 
+def test_ctrl_c_stops_a_reply_and_not_the_talk(quantized, capsys, monkeypatch):
+    from transformers_quip.cli.chat import Talk
+
+    said, say = [], Talk.say
+
+    def interrupted(talk, text, stream=True):
+        said.append((text, list(talk.messages)))
+        if text == "one":
+            talk.messages.append({"role": "user", "content": text})
+            raise KeyboardInterrupt
+        return say(talk, text, stream)
+
+    lines = iter(["one", "two"])
+
+    def read(prompt=""):
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(Talk, "say", interrupted)
+    monkeypatch.setattr("builtins.input", read)
+    code, _, error = run(capsys, "chat", quantized, "--max-new-tokens", 2)
+    assert code == 0
+    assert "(stopped)" in error
+    assert said == [("one", []), ("two", [])]
+
+
+def test_what_is_missing_is_named_before_a_model_is_loaded(quantized, capsys, monkeypatch):
+    monkeypatch.setattr("transformers_quip.cli.evaluate.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    code, _, error = run(capsys, "evaluate", quantized, "--dataset", "no-such-text")
+    assert code == cli.UNUSABLE
+    assert "'no-such-text' is neither a text file nor one of 'self', 'wikitext2'" in error
+    assert run(capsys, "compare", quantized, quantized, "--dataset", "no-such-text")[0] == cli.UNUSABLE
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    code, _, error = run(capsys, "evaluate", quantized, "--dataset", "wikitext2")
+    assert code == cli.UNUSABLE
+    assert "pip install 'transformers-quip[data]'" in error
+    code, _, error = run(capsys, "evaluate", quantized.parent / "none", "--save", "--dataset", "self")
+    assert code == cli.UNUSABLE
+    assert "--save needs a folder" in error
+
+
 def test_convert_is_there_when_its_module_is(monkeypatch):
     monkeypatch.setitem(cli._NEEDS, "convert", "transformers_quip.no_such_module")
     assert "convert" not in cli.commands.list_commands(None)
@@ -208,10 +226,6 @@ def test_convert(golden, tmp_path, capsys):
     assert run(capsys, "convert", golden / "qs_E8P12_t128", out)[0] == cli.UNUSABLE
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-
-
 def test_help_is_complete_and_quick():
     """Every command, every option with a help text; and no heavy import for any of it (0.7 s of processor time)."""
     for name in cli.commands.list_commands(None):
@@ -231,33 +245,6 @@ def test_help_is_complete_and_quick():
     seconds, heavy = result.stderr.split(maxsplit=1)
     assert heavy.strip() == "set()"
     assert float(seconds) < 0.7
-
-
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, cli.STOPPED), (signal.SIGTERM, cli.TERMINATED)])
-def test_stopping_leaves_nothing_broken(dense, tmp_path, sent, code):
-    """A run that would take hours is stopped while it calibrates; what was there before is still there."""
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old.txt").write_text("old")
-    arguments = ["quantize", dense, out, "--overwrite", "--num-samples", "100000", "--sequence-length", "512"]
-    command = [sys.executable, "-m", "transformers_quip.cli", *map(str, arguments)]
-    # a test run in the background ignores Ctrl-C, and so would what it starts
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    for line in process.stderr:
-        if "are quantized to" in line:
-            break
-    time.sleep(0.2)
-    process.send_signal(sent)
-    rest = process.communicate(timeout=300)[1]
-    assert process.returncode == code, rest
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == ["old.txt"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

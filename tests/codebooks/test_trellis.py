@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import struct
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from tests.truth import trellis_place, trellis_value
 from transformers_quip import codebooks
 from transformers_quip.codebooks import trellis, trellis_layouts
 from transformers_quip.codebooks.trellis import Trellis
 
-MASK = 0xFFFFFFFF
 NAMES = [
     "trellis:1mad:k2:rows",
     "trellis:2mad:k4:rows",
@@ -31,50 +30,6 @@ NAMES = [
 ]
 
 
-def half(bits):
-    return struct.unpack("<e", struct.pack("<H", bits & 0xFFFF))[0]
-
-
-def to_half(number):
-    return struct.unpack("<e", struct.pack("<e", number))[0]
-
-
-def byte_sum(h):
-    return sum(h >> shift & 255 for shift in (0, 8, 16, 24))
-
-
-def value(code, state, table):
-    """The V weights of a state, by the descriptions in shared/formats, in Python's own arithmetic."""
-    if code in ("hyb", "quantlut", "lut"):
-        bits = table.shape[0].bit_length() - 1
-        h = state * (state + 1)
-        index = (state if code == "lut" else h >> (15 if code == "hyb" else 16) - bits) & table.shape[0] - 1
-        found = [float(v) for v in table[index]]
-        return [-found[0], *found[1:]] if code == "hyb" and h >> 15 & 1 else found
-    if code in ("1mad", "2mad"):
-        h = (state * 34038481 + 76625530) & MASK
-        if code == "2mad":
-            h = (state * 264435761 + 1013904223) & MASK
-            h = (h + (h * 1664525 >> 32)) & MASK
-        scale = struct.unpack("<f", struct.pack("<f", 147.800537109375))[0]
-        return [struct.unpack("<f", struct.pack("<f", (byte_sum(h) - 510) / scale))[0]]
-    if code == "mul1":
-        return [to_half((1024 + byte_sum(state * 0x83DCD12D & MASK)) * half(0x1EEE) + half(0xC931))]
-    h = (state * 89226354 + 64248484 if code == "3inst" else state * 0xCBAC1FED) & MASK
-    h = (h & 0x8FFF8FFF) ^ 0x3B603B60
-    return [to_half(half(h >> 16) + half(h))]
-
-
-def place(order, q):
-    """Row and column in its tile of weight q of a tile's sequence."""
-    if order == "rows":
-        return q >> 4, q & 15
-    if order == "qtip":
-        return (q >> 5) + 8 * (q >> 1 & 1), 2 * (q >> 3 & 3) + (q & 1) + 8 * (q >> 2 & 1)
-    lane, i = q >> 3, q & 7
-    return (lane >> 2) + 8 * (i >> 2), 2 * (lane & 3) + (i & 1) + 8 * (i >> 1 & 1)
-
-
 def brute_force(book, streams, m, n, table):
     """Ŵ [m, n] of the rings of bits of its tiles (lists of 0 and 1, row-major)."""
     weight = torch.empty(m, n, dtype=torch.float64)
@@ -84,8 +39,8 @@ def brute_force(book, streams, m, n, table):
         for step in range(256 // v):
             window = [bits[(step * book.k * v + j) % len(bits)] for j in range(16)]
             state = int("".join(map(str, window)), 2)
-            for i, w in enumerate(value(book.code, state, table)):
-                row, column = place(book.order, step * v + i)
+            for i, w in enumerate(trellis_value(book.code, state, table)):
+                row, column = trellis_place(book.order, step * v + i)
                 weight[16 * down + row, 16 * right + column] = w
     return weight
 
@@ -121,7 +76,7 @@ def test_decode_is_the_description(name):
 
 @pytest.mark.parametrize("code", trellis.COMPUTED)
 def test_every_state_has_its_value(code):
-    expected = torch.tensor([value(code, state, None)[0] for state in range(0, 65536, 7)])
+    expected = torch.tensor([trellis_value(code, state, None)[0] for state in range(0, 65536, 7)])
     values = Trellis(code, 2, "rows").values(None, torch.device("cpu"))
     assert torch.equal(values[::7], expected)
     # the published spread of these codes on all states

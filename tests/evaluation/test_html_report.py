@@ -85,11 +85,12 @@ def test_a_model_without_a_run_has_nothing_to_report(tmp_path):
     assert not (tmp_path / "out.html").exists()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_in_a_browser(page, tmp_path):
+def screenshot(page, tmp_path, width: int, scheme: str) -> torch.Tensor:
+    """What a browser shows, [2600, width, 3] in 0 to 1."""
     image = pytest.importorskip("matplotlib.image")
     shot = tmp_path / "page.png"
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,2600"]
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},2600"]
+    command.append(f"--blink-settings=preferredColorScheme={('dark', 'light').index(scheme)}")
     subprocess.run(
         [*command, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", page.as_uri()],
         check=True,
@@ -97,19 +98,33 @@ def test_in_a_browser(page, tmp_path):
         timeout=300,
     )
     pixels = torch.from_numpy(image.imread(shot))[..., :3]
-    assert pixels.shape[:2] == (2600, 1000)
+    assert pixels.shape[:2] == (2600, width)
+    return pixels
 
-    def share(color: str) -> float:
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize(
+    ("width", "scheme", "paper", "first", "peer", "lines"),
+    [
+        (1000, "light", "#ffffff", "#3465a4", "#babdb6", ("#cc5500", "#4e9a06", "#a40000", "#75507b")),
+        (1000, "dark", "#1b1d1f", "#729fcf", "#73777b", ("#fcaf3e", "#8ae234", "#ef6f6f", "#c9a0d0")),
+        (500, "light", "#ffffff", "#3465a4", "#babdb6", ("#cc5500", "#4e9a06", "#a40000", "#75507b")),
+    ],
+    ids=["light", "dark", "narrow"],
+)
+def test_in_a_browser(page, tmp_path, width, scheme, paper, first, peer, lines):
+    pixels = screenshot(page, tmp_path, width, scheme)
+
+    def count(color: str) -> int:
         wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        return ((pixels - wanted).abs().amax(-1) < 0.02).float().mean().item()
+        return ((pixels - wanted).abs().amax(-1) < 0.02).sum().item()
 
-    assert share("#ffffff") > 0.5  # a white page ...
-    assert share("#3465a4") * pixels[..., 0].numel() > 230 * 18 * 0.9  # ... with the first bar ...
-    assert share("#babdb6") * pixels[..., 0].numel() > 460 * 18 * 0.9  # ... the peer's, and lines of every color
-    for color in ("#cc5500", "#4e9a06", "#a40000", "#75507b"):
-        assert share(color) * pixels[..., 0].numel() > 100
-    dark = (pixels.mean(-1) < 0.6).float()
-    rows = dark.mean(1)
-    assert (rows[:100] > 0).any()  # the heading
-    assert dark[:, :8].sum() == 0  # nothing sticks out of the margin
-    assert dark[:, -8:].sum() == 0
+    assert count(paper) > 0.5 * pixels[..., 0].numel()  # a page of paper ...
+    assert count(first) > 230 * 18 * 0.9  # ... with the first bar ...
+    # ... the peer's, as far as a narrow window shows it (it begins at 220, behind 16 of margin), and lines of every color
+    assert count(peer) > min(460, width - 2 * 16 - 220) * 18 * 0.9
+    assert all(count(color) > 100 for color in lines)
+    written = (pixels - pixels[0, 0]).abs().amax(-1) > 0.3
+    assert written[:100].any()  # the heading
+    assert not written[:, :8].any()  # nothing sticks out of the margin
+    assert not written[:, -8:].any()

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests import truth
+from tests.formats.make import LAYER, dense_weight
 from transformers_quip import codebooks
-from transformers_quip.nn.replace import quantized_linears
+from transformers_quip.codebooks import trellis
+from transformers_quip.nn.replace import quantized_modules
 
 HERE = Path(__file__).resolve().parent
 FOLDERS = sorted(path.parent.name for path in HERE.glob("*/config.json"))
@@ -18,8 +19,13 @@ IDS = torch.arange(12).reshape(2, 6)
 
 
 def test_every_codebook_has_a_saved_model():
-    saved = {json.loads((HERE / name / "config.json").read_text())["quantization_config"]["codebook"] for name in FOLDERS}
-    assert saved == {name for name in codebooks.names() if not name.startswith("trellis")}
+    saved = set()
+    for name in FOLDERS:
+        config = json.loads((HERE / name / "config.json").read_text())["quantization_config"]
+        saved |= {config["codebook"], *(options["codebook"] for options in config.get("modules", {}).values())}
+    assert {name for name in saved if not name.startswith("trellis:")} == set(codebooks.names())
+    codes = {name.split(":")[1].split("-")[0] for name in saved if name.startswith("trellis:")}
+    assert codes == {*trellis.COMPUTED, *trellis.TABULATED} - {"lut"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -27,15 +33,15 @@ def test_every_codebook_has_a_saved_model():
 def test_weights_and_outputs(folder, tmp_path):
     expected = load_file(HERE / folder / "expected.safetensors")
     model = AutoModelForCausalLM.from_pretrained(HERE / folder)
-    linears = {name.removeprefix("model.layers.0."): linear for name, linear in quantized_linears(model).items()}
-    assert linears.keys() == expected.keys()
-    for name, linear in linears.items():
-        error = (linear.dequantize(torch.float64) - expected[name].double()).abs().max()
+    modules = {name.removeprefix(LAYER): module for name, module in quantized_modules(model).items()}
+    assert modules.keys() == expected.keys()
+    for name, module in modules.items():
+        error = (module.dequantize(torch.float64) - expected[name].double()).abs().max()
         assert error < 1e-6 * expected[name].abs().max(), name
     logits = model(IDS).logits
     dense = AutoModelForCausalLM.from_pretrained(HERE / folder).dequantize()
     for name, weight in expected.items():
-        dense.get_submodule("model.layers.0." + name).weight.copy_(weight)
+        dense.get_submodule(name if name in ("model.embed_tokens", "lm_head") else LAYER + name).weight.copy_(weight)
     torch.testing.assert_close(logits, dense(IDS).logits, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     written, read = load_file(tmp_path / "model.safetensors"), load_file(HERE / folder / "model.safetensors")
@@ -49,7 +55,7 @@ def test_the_files_are_what_the_description_says(folder):
     config = json.loads((HERE / folder / "config.json").read_text())["quantization_config"]
     tensors, expected = load_file(HERE / folder / "model.safetensors"), load_file(HERE / folder / "expected.safetensors")
     for name, weight in expected.items():
-        prefix = f"model.layers.0.{name}."
+        name = name if name in ("model.embed_tokens", "lm_head") else LAYER + name
+        prefix = f"{name}."
         parts = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        computed = truth.dense_weight(**parts, codebook=config["codebook"], residual_scale=config["residual_scale"])
-        torch.testing.assert_close(computed.float(), weight)
+        torch.testing.assert_close(dense_weight(parts, name, config).float(), weight)

@@ -124,3 +124,15 @@ def inspect(repo: str, **options) -> tuple[float, int, int]:
 
     inventory = read_repo(repo, **options)
     return inventory.true_bits, inventory.total_bytes, len(inventory.linears)
+
+
+def command_line(*arguments) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `transformers-quip ARGUMENTS`."""
+    import contextlib
+    import io
+
+    from transformers_quip import cli
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = cli.main(list(map(str, arguments)))
+    return code, out.getvalue(), err.getvalue()

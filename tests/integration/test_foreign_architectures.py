@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from tests import foreign
-from tests.models import tiny_ids
+from tests.models import tiny_config, tiny_ids
 from transformers_quip import QuipConfig, QuipLinear
 from transformers_quip.checkpoints.convert import convert
 
@@ -43,7 +51,7 @@ def compare_saved(model, folders, tmp_path):
 
 
 @pytest.mark.parametrize("use_rand", [False, True])
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "opt", "gpt_neox", "gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "gpt2", "phi3", "mixtral"])
 def test_quip_for_all(arch, use_rand, tmp_path):
     config = foreign.quip_for_all_config(use_rand=use_rand)
     folders = foreign.write_checkpoints(arch, tmp_path, foreign.quip_for_all(use_rand), config)
@@ -51,7 +59,72 @@ def test_quip_for_all(arch, use_rand, tmp_path):
     compare_saved(model, folders, tmp_path)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "opt", "phi3", "mixtral"])
+def test_quip_for_all_with_a_quantized_router(tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign, "_DENSE", tuple(name for name in foreign._DENSE if name != "gate.weight"))
+    config = foreign.quip_for_all_config(use_rand=False)
+    folders = foreign.write_checkpoints("mixtral", tmp_path, foreign.quip_for_all(), config)
+    assert "model.layers.0.block_sparse_moe.gate.Qidxs" in load_file(folders[0] / "model.safetensors")
+    model = compare(folders)
+    compare_saved(model, folders, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "k", "v", "q"),
+    [
+        ("1mad", 8, 1, 0),
+        ("2mad", 3, 1, 0),
+        ("3inst", 5, 1, 0),
+        ("lut", 2, 2, 16),
+        ("lut", 3, 1, 16),
+        ("quantlut", 2, 2, 7),
+        ("quantlut", 4, 1, 9),
+        ("quantlut_sym", 1, 2, 9),
+        ("quantlut_sym", 2, 2, 11),
+        ("quantlut_sym", 3, 2, 9),
+        ("quantlut_sym", 4, 1, 9),
+    ],
+)
+def test_qtip(mode, k, v, q, tmp_path):
+    make, config = foreign.qtip(mode, k, v, q), foreign.qtip_config(mode, k, v, q)
+    compare(foreign.write_checkpoints("llama", tmp_path, make, config, num_hidden_layers=1))
+
+
+def test_qtip_of_eight_devices_that_says_so_only_in_its_config(tmp_path):
+    config = foreign.qtip_config("3inst", 2, split_for_tp=True, skip_list=None)
+    folders = foreign.write_checkpoints("llama", tmp_path, foreign.qtip("3inst", 2, devices=8), config)
+    model = compare(folders)
+    compare_saved(model, folders, tmp_path)
+
+
+@pytest.mark.parametrize("keys", ["language_model.model", "model.language_model"])
+@torch.no_grad()
+def test_exl3_of_a_multimodal_model(keys, tmp_path):
+    text = tiny_config("gemma3").to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    dense = Gemma3ForConditionalGeneration(config).eval()
+    make, generator, tensors = foreign.exl3(), torch.Generator().manual_seed(0), {}
+    for name, parameter in dense.named_parameters():
+        stored = name.replace("model.language_model", keys).replace("model.vision_tower", "vision_tower")
+        stored = stored.replace("model.multi_modal_projector", "multi_modal_projector")
+        if ".layers." in name and "_proj." in name and "language_model" in name:
+            parts, weight = make(name, *parameter.shape, generator)
+            tensors |= {f"{stored.removesuffix('.weight')}.{kind}": value for kind, value in parts.items()}
+            parameter.copy_(weight)
+        else:
+            tensors[stored] = parameter.clone()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    described = {"quantization_config": {"quant_method": "exl3", "version": "1.4.1"}}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | described))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    assert isinstance(model.model.language_model.layers[0].mlp.down_proj, QuipLinear)
+    expected = dense(tiny_ids()).logits
+    assert ((model(tiny_ids()).logits - expected).norm() / expected.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "gpt_neox", "opt", "phi3", "mixtral"])
 def test_exl3(arch, tmp_path):
     # each linear with another code and another number of bits, sizes padded to 128
     config = {"quantization_config": {"quant_method": "exl3", "version": "1.4.1", "bits": 2.1, "head_bits": 16}}
@@ -168,8 +241,14 @@ def test_quip_sharp_compiled_and_generating(tmp_path):
     # qkv, o, upgate and down in each of two layers
     assert sum("quip" in str(node.target) for graph in graphs for node in graph.graph.nodes) == 8
     options = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
+    calls = []
+    fused = packed.model.layers[1].self_attn.qkv_proj
+    fused.register_forward_hook(lambda *_: calls.append("fused"))
+    packed.register_forward_hook(lambda *_: calls.append("model"))
     for cache in (None, "static"):
+        calls.clear()
         tokens = packed.generate(tiny_ids(), cache_implementation=cache, **options)
+        assert calls == ["fused", "model"] * 8  # once for q, k and v of each token
         assert torch.equal(tokens, dense.generate(tiny_ids(), cache_implementation=cache, **options))
 
 

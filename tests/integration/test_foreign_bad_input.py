@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +53,13 @@ def changed(key, function):
     return lambda tensors: tensors.__setitem__(key, function(tensors.get(key)))
 
 
+def spoiled(key, number):
+    def change(tensors):
+        tensors[key].view(-1)[0] = float(number)
+
+    return change
+
+
 def params(**values):
     return lambda config: config["quip_params"].update(values)
 
@@ -61,6 +71,49 @@ def quantization(**values):
 CASES = {
     "no SU": ("qs_E8P12_t128", without(f"{QKV}.SU"), None, [f"{QKV}.SU is missing"]),
     "no SV, not merged": ("qfa_E8P12_had_t128", without(f"{DOWN}.SV"), None, [f"{DOWN}.SV is missing"]),
+    "no Wscale of QuIP#": ("qs_E8P12_t128", without(f"{QKV}.Wscale"), None, [f"{QKV}.Wscale is missing"]),
+    "no codebook_id": ("qs_E8P12_t128", without(f"{QKV}.codebook_id"), None, [f"{QKV}.codebook_id is missing"]),
+    "no fuse_scales": ("qs_E8P12_t128", without(f"{QKV}.fuse_scales"), None, [f"{QKV}.fuse_scales is missing"]),
+    "two fuse_scales": (
+        "qs_E8P12_t128",
+        changed(f"{QKV}.fuse_scales", lambda scales: scales[:2].clone()),
+        None,
+        [f"{QKV}.fuse_scales is F16 [2] instead of", "[3]"],
+    ),
+    "no scaleWH": ("qs_E8P12_t128", None, params(rescale_WH=True), ["scaleWH is missing"]),
+    "scaleWH too many": ("qs_E8P12_rescaleWH_t128", None, params(rescale_WH=False), ["scaleWH exists", "rules out"]),
+    "no flag": ("qs_E8P12_rescaleWH_t128", None, params(rescale_WH="yes"), ["rescale_WH='yes'", "true or false"]),
+    "scaleWH is 0": (
+        "qs_E8P12_rescaleWH_t128",
+        spoiled(f"{QKV}.scaleWH", 0),
+        None,
+        [f"scales of {QKV} are not all finite"],
+    ),
+    "not fused": ("qs_E8P12_t128", None, params(fused=False), [".scale is missing"]),
+    "SU is no number": ("qs_E8P12_t128", spoiled(f"{QKV}.SU", "nan"), None, [f"{QKV}.SU has numbers that are not finite"]),
+    "Wscale is infinite": ("qfa_D4_had_t128", spoiled(f"{DOWN}.Wscale", "inf"), None, [f"{DOWN}.Wscale has numbers"]),
+    "svh is no number": ("exl3_mcg_k4", spoiled(f"{DOWN}.svh", "nan"), None, [f"{DOWN}.svh has numbers"]),
+    "the table is infinite": ("qtip_hyb_k2", spoiled(f"{DOWN}.tlut", "-inf"), None, [f"{DOWN}.tlut has numbers"]),
+    "a table too many": (
+        "qtip_1mad_k2",
+        changed(f"{DOWN}.tlut", lambda table: torch.zeros(512, 2).half()),
+        None,
+        [f"{DOWN}.tlut exists", "decode_mode='1mad' has no table"],
+    ),
+    "other bits": ("qtip_hyb_k2", None, params(K=3), ["has 2 bits, but quip_params says 3"]),
+    "skipped and there": ("qtip_hyb_k2", None, params(skip_list=["1_down"]), [f"{DOWN} has a trellis", "skip_list"]),
+    "no skip_list": ("qtip_hyb_k2", None, params(skip_list="1_down"), ["skip_list='1_down'", "'0_v'"]),
+    "states of QTIP": ("qtip_hyb_k2", None, params(L=12), ["L=12", "only 16"]),
+    "four at a time": ("qtip_hyb_k2", None, params(V=4), ["V=4 with decode_mode='quantlut_sym'"]),
+    "size of the table": ("qtip_hyb_k2", None, params(tlut_bits=16), ["tlut_bits=16", "15 at most"]),
+    "per_channel": ("qfa_D4_had_t128", None, quantization(per_channel=True), ["Wscale has shape []", "per_channel=True"]),
+    "use_rand": ("qfa_E8P12_rand_t128", None, quantization(use_rand=False), ["had_", "says use_rand=false"]),
+    "scale of EXL3": (
+        "exl3_mcg_k4",
+        changed(f"{DOWN}.scale", lambda scale: torch.ones(1)),
+        None,
+        [f"{DOWN}.scale", "early"],
+    ),
     "no Wscale": ("qfa_E8P12_had_t128", without(f"{DOWN}.Wscale"), None, [f"{DOWN}.Wscale is missing"]),
     "no suh": ("exl3_mcg_k4", without(f"{DOWN}.suh"), None, [f"{DOWN} has neither suh nor su"]),
     "no table": ("qtip_hyb_k2", without(f"{DOWN}.tlut"), None, [f"{DOWN}.tlut is missing"]),
@@ -121,6 +174,7 @@ CASES = {
         None,
         [f"{DOWN}.rcp is 3"],
     ),
+    "no quip_params": ("qs_E8P12_t128", None, lambda c: c.update(quip_params=[]), ["quip_params=[]", "must be a dict"]),
     "version 0": ("qs_E8P12_t128", None, params(codebook_version=0), ["version 0 of codebook E8P12", "2023-12-19"]),
     "model version": ("qs_E8P12_t128", None, params(model_version=2), ["model_version=2"]),
     "low rank": ("qs_E8P12_t128", None, params(lora_rank=64), ["lora_rank=64", "not supported"]),
@@ -163,8 +217,107 @@ def test_pickled_code_is_refused(damaged):
     torch.save({"model.norm.weight": torch.zeros(1), "code": json.dumps}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be read as a file of tensors alone"):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read as a file of tensors alone.*as safetensors"):
         AutoModelForCausalLM.from_pretrained(folder)  # Transformers looks for the type before anybody else reads
+    with pytest.raises(ValueError, match="cannot be read as a file of tensors alone"):
+        convert(folder, folder / "native")
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read.*download the checkpoint again"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def shards(folder, name, other):
+    """Give the checkpoint an index that places all tensors in one file but the last, which is in another."""
+    keys = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys[:-1], name) | {keys[-1]: other}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, lambda folder: convert(folder, folder / "native")])
+def test_an_index_that_leads_elsewhere(load, damaged, golden):
+    folder = damaged("qs_E8P12_t128")
+    (folder / "sub").mkdir()
+    shards(folder, "part.safetensors", "sub/../../part.safetensors")
+    shutil.copyfile(folder / "part.safetensors", folder.parent / "part.safetensors")
+    with pytest.raises(ValueError, match=r"names .*part\.safetensors, which is not in"):
+        load(folder)
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, lambda folder: convert(folder, folder / "native")])
+def test_an_index_that_names_a_missing_file(load, damaged):
+    folder = damaged("qs_E8P12_t128")
+    shards(folder, "part-1.safetensors", "part-2.safetensors")
+    with pytest.raises((ValueError, OSError), match=r"part-2\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, lambda folder: convert(folder, folder / "native")])
+def test_a_header_that_promises_too_much(load, damaged):
+    folder = damaged("qs_E8P12_t128")
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header[f"{QKV}.Qidxs"] |= {"shape": [2**40, 4], "data_offsets": [0, 2**45]}
+    encoded = json.dumps(header).encode()
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + raw[8 + length :])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["qfa_E8P12_had_t128", "qfa_E8P12_rand_t128_bin"])
+@torch.no_grad()
+def test_a_config_beside_the_config(name, damaged, golden, tmp_path):
+    taken = {}
+    folder = damaged(name, None, lambda config: taken.update(config.pop("quantization_config")))
+    (folder / "quantization_config.json").write_text(json.dumps(taken))
+    expected = load_file(golden / name / "expected.safetensors")
+    for arguments in ({}, {"quantization_config": QuipConfig()}):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
+        logits = model(expected["input_ids"]).logits
+        assert ((logits - expected["logits"]).norm() / expected["logits"].norm()).item() < 1e-4
+    convert(folder, tmp_path / "native")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.float32)
+    assert torch.equal(again(expected["input_ids"]).logits, logits)
+    (folder / "quantization_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"quantization_config\.json is no JSON"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_convert_on_a_full_disk(golden, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large.*model\.safetensors"):
+            convert(golden / "qs_E8P12_t128", tmp_path / "native")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_convert_that_is_killed(golden, tmp_path):
+    """In a process of its own, which kills itself when half of the tensors are written."""
+    code = (
+        "import os, signal, sys\n"
+        "from transformers_quip import cli\n"
+        "from transformers_quip.checkpoints import writer\n"
+        "class Bar(writer.tqdm):\n"
+        "    def update(self, n=1):\n"
+        "        super().update(n)\n"
+        "        if self.n > self.total // 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "writer.tqdm = Bar\n"
+        "cli.main(['convert', *sys.argv[1:]])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(golden / "qs_E8P12_t128"), str(tmp_path / "native")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert not (tmp_path / "native").exists()
+    (rest,) = tmp_path.iterdir()
+    assert rest.name.startswith(".native.")
+    assert [path.name for path in rest.iterdir()] == ["model.safetensors.partial"]
 
 
 def test_another_method_on_a_quantized_checkpoint(golden):

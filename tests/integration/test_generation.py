@@ -1,10 +1,14 @@
 """Generation: static cache, compiled forward, pipeline."""
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig, pipeline
 
-from tests.models import tiny_tokenizer
+from tests.models import LAYERS, tiny_tokenizer
+from transformers_quip import QuipConfig, set_backend
+from transformers_quip.ops import backend, layout
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
@@ -29,6 +33,67 @@ def test_compiled_generation_with_a_static_cache_gives_the_same_tokens(arch, qua
     compiled = model.generate(ids, cache_implementation="static", compile_config=config, **options)
     assert any(node.target is torch.ops.quip.linear for graph in graphs for node in graph.graph.nodes)
     assert torch.equal(compiled, expected)
+
+
+def compiled_generation(model, ids, **options):
+    """Tokens of generate() with a static cache and a compiled forward, and how often each of our ops is in its graphs."""
+    torch._dynamo.reset()
+    graphs = []
+    config = CompileConfig(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph, mode=None)
+    config._compile_all_devices = True
+    tokens = model.generate(ids, cache_implementation="static", compile_config=config, **options)
+    assert graphs
+    return tokens, [Counter(node.target for node in graph.graph.nodes) for graph in graphs]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_generation_in_16_bits(dtype, quantized, ids):
+    model = AutoModelForCausalLM.from_pretrained(quantized("llama"), dtype=dtype)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, cache_implementation="static", **options)
+    compiled, graphs = compiled_generation(model, ids, **options)
+    assert torch.equal(compiled, expected)
+    assert all(graph[torch.ops.quip.linear] == 7 * LAYERS for graph in graphs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_generation_transforms_the_input_of_q_k_v_and_of_gate_up_once(dtype, quantized, ids, monkeypatch):
+    """The CPU stands for a GPU; the ops compute by the reference."""
+    monkeypatch.setattr(layout, "DEVICES", ("cpu",))
+    monkeypatch.setitem(backend._chosen, "backend", "triton")
+    model = AutoModelForCausalLM.from_pretrained(quantized("llama"), dtype=dtype)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    shared = model.generate(ids, cache_implementation="static", **options)
+    compiled, graphs = compiled_generation(model, ids, **options)
+    assert torch.equal(compiled, shared)
+    for graph in graphs:
+        found = [graph[op] for op in (torch.ops.quip.rotate, torch.ops.quip.rotated_linear, torch.ops.quip.linear)]
+        assert found == [2 * LAYERS, 5 * LAYERS, 2 * LAYERS]
+    for module in model.modules():
+        if hasattr(module, "share_input"):
+            module.share_input(None)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), shared)
+
+
+@pytest.mark.gpu
+def test_compiled_generation_on_a_gpu(dense, ids):
+    device = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
+    if device is None:
+        pytest.skip("there is no GPU that PyTorch can use")
+    set_backend("triton")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=QuipConfig(dataset=None)).to(
+            device
+        )
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        expected = model.generate(ids.to(device), **options)
+        for _ in range(3):  # compiles, records, replays
+            assert torch.equal(model.generate(ids.to(device), cache_implementation="static", **options), expected)
+        linear = model.model.layers[0].self_attn.q_proj
+        assert linear.is_packed
+        assert linear._shared is model.model.layers[0].self_attn.v_proj._shared
+    finally:
+        set_backend("auto")
 
 
 @torch.no_grad()

@@ -62,7 +62,28 @@ def test_environment_variables():
     assert run.stdout.split() == ["reference", "int8"], run.stderr
 
 
-def test_a_wrong_environment_variable_is_an_error_at_import():
-    run = imported(TRANSFORMERS_QUIP_BACKEND="fast")
-    assert run.returncode != 0
-    assert "backend='fast' is not known" in run.stderr
+def test_empty_environment_variables_say_nothing():
+    run = imported(TRANSFORMERS_QUIP_BACKEND="", TRANSFORMERS_QUIP_ACTIVATIONS="")
+    assert run.stdout.split() == ["auto", "auto"], run.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("TRANSFORMERS_QUIP_BACKEND", "fast", "backend='fast' is not known"),
+        ("TRANSFORMERS_QUIP_BACKEND", "triton", "The backend 'triton' is not available here: it needs"),
+        ("TRANSFORMERS_QUIP_ACTIVATIONS", "int4", "activations='int4' is not known"),
+    ],
+)
+def test_a_wrong_environment_variable_is_an_error_at_import_that_names_it(variable, value, said, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    before = dict(backend._chosen)
+    with pytest.raises((ValueError, RuntimeError), match=f"environment variable {variable}={value}: {said}"):
+        backend.read_environment()
+    assert backend._chosen == before
+    if value == "fast":
+        run = imported()
+        assert run.returncode != 0
+        assert f"environment variable {variable}={value}: {said}" in run.stderr

@@ -7,6 +7,7 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 from quip_kernels import cpu_linear as kernels
+from quip_kernels import cpu_many as many_kernels
 from tests import truth
 from transformers_quip import incoherence, set_activations, set_backend
 from transformers_quip.ops import cpu, reference
@@ -188,25 +189,90 @@ def test_linears_of_one_input_share_its_transform(monkeypatch):
         counted.clear()
         return found
 
-    results = [torch.ops.quip.linear(*args) for args in (first, second, first)]
+    results = [cpu.eager_linear(*args) for args in (first, second, first)]
     assert inputs() == 1
-    results.append(torch.ops.quip.linear(*third))
+    results.append(cpu.eager_linear(*third))
     assert inputs() == 1
     for y, args in zip(results, (first, second, first, third), strict=True):
         assert relative_error(y, args) < ACCURACY[torch.float32]
 
-    torch.ops.quip.linear(*first)
+    cpu.eager_linear(*first)
     inputs()
     x.mul_(2)  # the same tensor, but not the same input
-    assert relative_error(torch.ops.quip.linear(*second), second) < ACCURACY[torch.float32]
+    assert relative_error(cpu.eager_linear(*second), second) < ACCURACY[torch.float32]
     assert inputs() == 1
     su.neg_()  # what the kept result was made with is no longer what it was
-    assert relative_error(torch.ops.quip.linear(*first), first) < ACCURACY[torch.float32]
+    assert relative_error(cpu.eager_linear(*first), first) < ACCURACY[torch.float32]
     copy = [x.clone(), *first[1:]]
-    assert relative_error(torch.ops.quip.linear(*copy), copy) < ACCURACY[torch.float32]
+    assert relative_error(cpu.eager_linear(*copy), copy) < ACCURACY[torch.float32]
     assert inputs() == 2
     with torch.inference_mode():
         hidden = [x.clone(), *first[1:]]
-        torch.ops.quip.linear(*hidden)
+        cpu.eager_linear(*hidden)
         hidden[0].mul_(3)
-        assert relative_error(torch.ops.quip.linear(*hidden), hidden) < ACCURACY[torch.float32]
+        assert relative_error(cpu.eager_linear(*hidden), hidden) < ACCURACY[torch.float32]
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_that_writes_into_an_input_is_not_mistaken_for_the_same_input(dtype):
+    """It reuses memory, tensor and all, and does not count that as a change."""
+    first, second = arguments(64, 96, MANY, dtype), arguments(32, 96, MANY, dtype)
+    second[0], second[3] = first[0], first[3]
+    torch.ops.quip.linear(*first)
+    first[0].data.neg_()  # as a compiled kernel: not counted either
+    assert relative_error(torch.ops.quip.linear(*second), second) < ACCURACY[dtype]
+
+
+needs_amx = pytest.mark.skipif(not many_kernels.is_available(), reason="needs the compiled CPU library and AMX")
+
+
+@pytest.fixture
+def rotations(monkeypatch):
+    """Whether each call for many bfloat16 vectors had its inputs rotated already."""
+    counted, function = [], many_kernels.linear
+
+    def linear(*args, **options):
+        counted.append(args[8])
+        return function(*args, **options)
+
+    monkeypatch.setattr(many_kernels, "linear", linear)
+    return counted
+
+
+@needs_amx
+@torch.no_grad()
+def test_many_bfloat16_vectors_are_one_call_that_shares_rotated_inputs(rotations):
+    first, second, third = (arguments(m, 96, MANY, torch.bfloat16) for m in (64, 32, 96))
+    second[0] = third[0] = first[0]
+    second[3], third[3] = first[3].clone(), -first[3]
+    for args in (first, second, third, first):
+        assert relative_error(cpu.eager_linear(*args), args) < ACCURACY[torch.bfloat16]
+    assert rotations == [False, True, False, False]
+    with torch.inference_mode():  # its rotated inputs take the place of the others, and are not kept
+        hidden = [first[0] * 2, *first[1:]]
+        for _ in range(2):
+            assert relative_error(cpu.eager_linear(*hidden), hidden) < ACCURACY[torch.bfloat16]
+    assert relative_error(cpu.eager_linear(*second), second) < ACCURACY[torch.bfloat16]
+    single = [first[0].float(), *first[1:]]  # nor does the other way of computing find those of this one
+    assert relative_error(cpu.eager_linear(*single), single) < ACCURACY[torch.float32]
+    assert relative_error(cpu.eager_linear(*second), second) < ACCURACY[torch.bfloat16]
+    assert rotations[4:] == [False] * 4
+
+
+@needs_amx
+@pytest.mark.parametrize("name", ["none", ("hadamard", "none"), ("none", "hadamard")])
+def test_many_bfloat16_vectors_without_incoherence(rotations, name):
+    args = arguments(64, 96, MANY, torch.bfloat16, name)
+    assert relative_error(cpu.eager_linear(*args), args) < ACCURACY[torch.bfloat16]
+    assert rotations == [False]
+
+
+@needs_library
+@pytest.mark.parametrize(("m", "n"), [(96, 64), (64, 40)])
+def test_many_bfloat16_vectors_on_other_processors(monkeypatch, rotations, m, n):
+    monkeypatch.setattr(many_kernels, "is_available", lambda: False)
+    args = arguments(m, n, MANY, torch.bfloat16)
+    assert relative_error(cpu.eager_linear(*args), args) < ACCURACY[torch.bfloat16]
+    assert not rotations

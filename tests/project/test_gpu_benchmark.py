@@ -122,9 +122,42 @@ def test_the_whole_run(fake_gpu, capsys):
     assert "2.50 times" in printed
 
 
-def test_what_does_not_fit_into_the_time_is_left_out_and_named(fake_gpu, capsys):
-    assert gpu.main(["--layers", "1", "--tokens", "2", "--minutes", "0.5", "--only", "generate"]) == 0
+def test_what_does_not_fit_into_the_time_is_left_out_and_named(fake_gpu, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(seconds, result):
+        now[0] += seconds
+        return result
+
+    layer = dict.fromkeys(gpu.COLUMNS, 1.0)
+    monkeypatch.setattr(gpu, "measure_layer", lambda m, n, bits, bandwidth: taking(40, {**layer, "bits": bits}))
+    monkeypatch.setattr(gpu, "tokens_per_second", lambda model, tokens: taking(70, {"tokens_per_second": 100.0}))
+    assert gpu.main(["--layers", "1", "--tokens", "2", "--minutes", "2"]) == 0
     results = json.loads(fake_gpu.read_text())
-    assert "layers" not in results
+    # two shapes begin before 0.4 · 120 seconds; the quantized model would end after 220
+    assert [layer["bits"] for layer in results["layers"]] == [2, 3]
+    assert results["generate"]["dense"] == {"tokens_per_second": 100}
     assert "quip" not in results["generate"]
-    assert "no time is left for the quantized model" in capsys.readouterr().out
+    assert results["seconds"] == 150
+    printed = capsys.readouterr().out
+    assert "no time is left for [48, 64] with 4 bits" in printed
+    assert "no time is left for the quantized model" in printed
+
+
+def test_a_part_that_fails_leaves_the_others(fake_gpu, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    first = gpu.measure_layer
+    monkeypatch.setattr(gpu, "measure_layer", lambda m, n, bits, bandwidth: (fail if bits == 3 else first)(m, n, bits, 1e9))
+    monkeypatch.setattr(gpu, "check_values", fail)
+    assert gpu.main(["--layers", "1", "--tokens", "2"]) == 1
+    results = json.loads(fake_gpu.read_text())
+    assert results["errors"] == dict.fromkeys(("values", "layers"), "OutOfMemoryError: no memory")
+    assert [layer["bits"] for layer in results["layers"]] == [2]
+    assert results["generate"]["speedup"] == 2.5
+    assert "FAILED layers: OutOfMemoryError" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "tokens_per_second", fail)
+    assert gpu.main(["--layers", "1", "--tokens", "2", "--only", "generate"]) == 1
+    assert json.loads(fake_gpu.read_text())["generate"] == {"layers": 1, "new_tokens": 2}

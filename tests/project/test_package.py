@@ -92,6 +92,10 @@ def test_it_installs_into_an_empty_environment(built, tmp_path, kind):
 
     (site / "lent.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Python 3.11 and older put a setuptools of theirs into a venv, which is too old to build with
+    subprocess.run(
+        [str(python), "-m", "pip", "uninstall", "-q", "-y", "setuptools"], check=True, env=environment, cwd=tmp_path
+    )
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation", package]
     subprocess.run(list(map(str, install)), check=True, env=environment, cwd=tmp_path)
     code = (

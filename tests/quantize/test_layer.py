@@ -6,9 +6,11 @@ import types
 import pytest
 import torch
 
+from tests.problems import problem
 from tests.truth import decode
-from transformers_quip import incoherence
-from transformers_quip.quantize.layer import quantize_weight, quantize_weights
+from transformers_quip import QuipConfig, incoherence
+from transformers_quip.quantize.allocate import gaussian_error
+from transformers_quip.quantize.layer import loss_of_rounding, quantize_weight, quantize_weights
 
 
 def options(**changes):
@@ -227,3 +229,29 @@ def test_the_codes_do_not_depend_on_the_units_of_the_inputs():
     a = quantize_weights(group, hessian_of(x), options())["block.0"]
     b = quantize_weights(group, hessian_of(x) * 2.0**10, options())["block.0"]
     assert torch.equal(a.codes, b.codes)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize(
+    ("codebook", "rounding"), [("e8p", "ldlq"), ("scalar3", "ldlq"), ("e8p", "nearest"), ("e8p-rvq4", "ldlq")]
+)
+def test_the_loss_of_rounding_is_foretold(codebook, rounding, rescale):
+    """From the codebook's error on a Gaussian alone: against the loss that quantizing then has.
+
+    Feedback widens what is rounded, beyond the outermost points of a codebook of 2 bits: then the loss is larger.
+    """
+    weight, hessian = problem(256, 192, seed=5)
+    weight, scale = weight.clone(), torch.linspace(-1.5, 1.5, 192).exp()
+    hessian = hessian * scale * scale[:, None]
+    config = QuipConfig(codebook=codebook, rounding=rounding, rescale=rescale, refinement_sweeps=0, damping=1e-4)
+    ratio = loss_of_rounding({"a": weight[:64], "b": weight[64:]}, hessian, config)
+    found = quantize_weights({"a": weight[:64], "b": weight[64:]}, hessian, config)
+    for name, part in (("a", weight[:64].double()), ("b", weight[64:].double())):
+        total = ((part @ hessian.double()) * part).sum()
+        independent = part.square().mean() * len(part) * hessian.double().diagonal().sum() / total
+        wanted = gaussian_error(codebook) * independent.item() * ratio[name]
+        more = 1.6 if codebook == "e8p" and rounding == "ldlq" else 1.15
+        assert 0.85 * wanted < found[name].statistics["relative_error"] < more * wanted
+    blind = QuipConfig(codebook=codebook, rounding="nearest", rescale=rescale, damping=1e-4)
+    unshaped = loss_of_rounding({"a": weight[:64], "b": weight[64:]}, hessian, blind)
+    assert (ratio["a"] < 0.9 * unshaped["a"]) == (rounding == "ldlq")

@@ -7,10 +7,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from tests.models import tiny_model
+from tests.models import tiny_ids, tiny_model
 from transformers_quip import QuipConfig
 from transformers_quip.nn import QuipLinear, replace
-from transformers_quip.quantize.layer import quantize_weight, quantize_weights
+from transformers_quip.quantize import model as recipe
+from transformers_quip.quantize.allocate import allocate, measure_sensitivities
+from transformers_quip.quantize.layer import loss_of_rounding, quantize_weight, quantize_weights
 from transformers_quip.quantize.model import quantize_model
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -168,3 +170,37 @@ def test_calibration_pays():
         wanted = dense(IDS).logits
         errors = [(model(IDS).logits - wanted).square().sum().item() for model in (calibrated, nearest)]
     assert errors[0] < 0.9 * errors[1]
+
+
+@torch.no_grad()
+def test_bits_are_chosen_by_what_feedback_leaves_of_the_loss(monkeypatch):
+    names = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj", "lm_head"]
+    ids, dense = tiny_ids(4, 96, seed=4), tiny_model("llama")  # all of which noise is measured on
+    inputs = {}
+    for name in names:
+        dense.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, name=name: inputs.update({name: x[0].flatten(0, 1)})
+        )
+    dense(ids)
+    given = {}
+
+    def remember(sizes, sensitivities, errors, bits):
+        given.update(sensitivities)
+        return allocate(sizes, sensitivities, errors, bits)
+
+    monkeypatch.setattr(recipe, "allocate", remember)
+    options = {"dataset": ids, "num_samples": 4, "sequence_length": 96, "refinement_sweeps": 0}
+    config = QuipConfig(bits=2.5, modules={"lm_head": {"damping": 0.01}}, **options)
+    model = tiny_model("llama")
+    quantize_model(model, config)
+    noise = measure_sensitivities(dense, list(given), ids, config.seed)
+    for name in names:
+        x = inputs[name].double()
+        weight = {name: dense.get_submodule(name).weight}
+        if name.endswith("v_proj"):  # q and k read the same input, and share su
+            attention = dense.model.layers[0].self_attn
+            weight = {"q": attention.q_proj.weight, "k": attention.k_proj.weight, **weight}
+        ratio = loss_of_rounding(weight, (x.T @ x / len(x)).float(), QuipConfig(bits=2))[name]
+        assert given[name] == pytest.approx(noise[name] * ratio, rel=0.03)  # it calibrates with bfloat16 products
+    bits = [module.true_bits for module in replace.quantized_linears(model).values()]
+    assert len({round(b) for b in bits}) > 1

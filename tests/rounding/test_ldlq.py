@@ -47,17 +47,31 @@ def test_equals_the_definition(columns, sweeps):
 def optq(weight, hessian, book):
     """OPTQ from its definition (arXiv 2210.17323, equation 2), float64: round a column, then move all that are left.
 
-    The columns that are left are moved by −(w_q − quant(w_q)) / [H_F⁻¹]_qq · [H_F⁻¹]_:q with the Hessian H_F of those
-    columns alone, inverted anew for every q. From the last column to the first, as LDLQ goes.
+    The columns that are left are moved by −(w_q − quant(w_q)) [H_F⁻¹]_qq⁻¹ [H_F⁻¹]_q: with the Hessian H_F of those
+    columns alone, inverted anew for every q; q is a block of columns where the codebook has one. From the last column to
+    the first, as LDLQ goes. Returns the points, and what every column had become when it was rounded.
     """
     left, hessian = weight.double().clone(), hessian.double()
-    rounded = torch.zeros_like(left)
-    for q in reversed(range(weight.shape[1])):
-        inverse = torch.linalg.inv(hessian[: q + 1, : q + 1])
-        rounded[:, q] = book.encode(left[:, q : q + 1].float())[1].double()[:, 0]
-        error = (left[:, q] - rounded[:, q]) / inverse[q, q]
-        left[:, : q + 1] -= error[:, None] * inverse[:, q]
-    return rounded
+    rounded, size = torch.zeros_like(left), book.block_size
+    for begin in reversed(range(0, weight.shape[1], size)):
+        end = begin + size
+        q = slice(begin, end)
+        inverse = torch.linalg.inv(hessian[:end, :end])
+        rounded[:, q] = book.encode(left[:, q].float())[1].double()
+        left[:, :begin] -= (left[:, q] - rounded[:, q]) @ torch.linalg.solve(inverse[q, q], inverse[q, :begin])
+    return rounded, left
+
+
+@pytest.mark.parametrize("name", ["scalar2", "scalar4", "d4", "e8p", "e8p-rvq3"])
+def test_every_column_is_rounded_as_optq_has_moved_it(name):
+    """QuIP's equivalence (arXiv 2307.13304): OPTQ's many moves add up to the one linear feedback of LDLQ."""
+    book = codebooks.get(name)
+    weight, hessian = problem(16, 96, seed=11)
+    weight = weight * book.gaussian_scale
+    rounded, moved = optq(weight, hessian, book)
+    weight = weight.double()
+    feedback = block_ldl(hessian.double(), book.block_size) - torch.eye(96)
+    torch.testing.assert_close(moved, weight + (weight - rounded) @ feedback, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -66,7 +80,7 @@ def test_of_single_columns_equals_optq(bits):
     weight, hessian = problem(64, PANEL + 22, seed=bits)
     weight = weight * book.gaussian_scale
     points = rounding.get("ldlq").round(weight, hessian, book, 0).points
-    wanted = optq(weight, hessian, book)
+    wanted, _ = optq(weight, hessian, book)
     # A tie within float32 rounding may fall either way and changes what follows in its row.
     assert (points.double() == wanted).all(1).float().mean() > 0.9
     loss, wanted_loss = (proxy_loss(weight - p.float(), hessian).item() for p in (points, wanted))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..memory import Returner
 from ..nn.place import place_all
-from .files import TYPES, Files
+from .family import DAMAGED
+from .files import TYPES, Files, check_inside
 from .foreign import ForeignLinear
 from .native import expand_names
 from .writer import Step, write
@@ -39,6 +42,7 @@ def convert(
     Raises:
         ValueError: the checkpoint is of none of these kinds, of a kind that is not supported, or damaged; or there is
             something in the destination.
+        OSError: the disk is full, for example. After any error the destination is as it was.
     """
     # Transformers is imported late: what is above this room is needed for whole checkpoints only
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,7 +58,8 @@ def convert(
         del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    files = Files(_weight_files(folder))
+    paths = _weight_files(folder)
+    files, returner = Files(paths), Returner(paths)
     plan = plan_for(model, parameters, files)
     place_all(model, expand_names(plan.config.quantized_modules), plan.config)
 
@@ -66,12 +71,31 @@ def convert(
             steps.append(Step({key: (info.shape, dtype)}, lambda key=key, info=info: {key: files.read(info)}))
     for linear in plan.linears:
         steps.append(Step(_expected(linear, model), lambda linear=linear: repack(linear, _read(linear, files), model)))
+    steps = [_returning(step, returner) for step in steps]
+    existed = target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    write(target, steps, shard_size)
-    _write_config(folder, target, plan.config.to_dict(), untied=not model.config.tie_word_embeddings)
-    for file in folder.iterdir():
-        if file.is_file() and file.name not in _REPLACED and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, target / file.name)
+    try:
+        write(target, steps, shard_size)
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in _REPLACED and not file.name.endswith(_WEIGHTS):
+                shutil.copyfile(file, target / file.name)
+        # at last, because a folder without it is no model
+        _write_config(folder, target, plan.config.to_dict(), untied=not model.config.tie_word_embeddings)
+    except BaseException:
+        shutil.rmtree(target)
+        if existed:
+            target.mkdir()
+        raise
+
+
+def _returning(step: Step, returner: Returner) -> Step:
+    """The same step, after which memory is given back."""
+
+    def make() -> Mapping[str, torch.Tensor]:
+        returner.handled(step.size)
+        return step.make()
+
+    return Step(step.expected, make)
 
 
 def _folder(source: str | Path) -> Path:
@@ -88,7 +112,7 @@ def _parameters(folder: Path, config: Any) -> dict[str, Any]:
     for parameters in (
         getattr(config, "quantization_config", None),
         getattr(config, "quip_params", None),
-        json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None,
+        _read_json(beside) if beside.is_file() else None,
     ):
         if isinstance(parameters, dict):
             if parameters.get("quant_method") == "quip":
@@ -99,15 +123,29 @@ def _parameters(folder: Path, config: Any) -> dict[str, Any]:
     )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): {DAMAGED}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object: {DAMAGED}")
+    return content
+
+
 def _weight_files(folder: Path) -> list[str]:
     """The files of weights, as Transformers would choose them."""
     for kind, name in (("safetensors", "model"), ("bin", "pytorch_model")):
         index = folder / f"{name}.{kind}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+                raise ValueError(f"{index} has no weight_map from tensors to files: {DAMAGED}")
+            names = sorted(set(names.values()))
+            check_inside(folder, [str(folder / file) for file in names])
             missing = [file for file in names if not (folder / file).is_file()]
             if missing:
-                raise ValueError(f"{folder} has no {missing[0]}, which {index.name} lists")
+                raise ValueError(f"{folder} has no {missing[0]}, which {index.name} lists: {DAMAGED}")
             return [str(folder / file) for file in names]
         if (folder / f"{name}.{kind}").is_file():
             return [str(folder / f"{name}.{kind}")]

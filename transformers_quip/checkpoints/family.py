@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -54,6 +55,12 @@ class Source:
     tensors: Mapping[str, TensorInfo]
     keys: Mapping[str, str]
     read: Callable[[str], torch.Tensor]
+
+    def number(self, kind: str, dtypes: tuple[str, ...] = ("I64", "I32")) -> int:
+        """A tensor that must be there and is one integer. Raises `ValueError` if it is not."""
+        if math.prod(self.require(kind, dtypes)) != 1:
+            raise ValueError(f"{self.name}.{kind} has shape {list(self.shape(kind))} instead of one number: {DAMAGED}")
+        return int(self.read(kind))
 
     def shape(self, kind: str) -> tuple[int, ...] | None:
         """Of the tensor, None if there is none."""
@@ -128,9 +135,12 @@ class Family(abc.ABC):
         """
 
 
-def is_true(value: Any) -> bool:
-    """Whether an optional flag of a config is set."""
-    return value is True
+def is_true(parameters: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """Whether a flag of a config is set, which may be missing or null. Raises `ValueError` if it is no boolean."""
+    value = parameters.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"The checkpoint's config has {key}={value!r}, which must be true or false")
+    return default if value is None else value
 
 
 def zeros_beyond(vector: torch.Tensor, size: int) -> torch.Tensor:

@@ -5,8 +5,10 @@ Safetensors, and for checkpoints of others what `torch.save` wrote, through PyTo
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterable
+from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
@@ -67,11 +69,33 @@ class Files:
             raise ValueError(f"{info.key} cannot be read from {info.file} ({error}): {DAMAGED}") from None
 
 
+# What `torch.load` raises for a file that it cannot read, or will not.
+UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+
+
+def unreadable(file: str, error: Exception) -> ValueError:
+    """The error to raise for one of `UNREADABLE`."""
+    if isinstance(error, pickle.UnpicklingError):  # its message is long, and says how to run the code
+        return ValueError(
+            f"{file} cannot be read as a file of tensors alone: it holds something else, which may be code that would be "
+            "run, or is damaged. Download it again, and if that does not help, get the checkpoint as safetensors"
+        )
+    return ValueError(f"{file} cannot be read as a file of tensors alone ({error}): {DAMAGED}")
+
+
+def check_inside(folder: str | Path, files: Iterable[str]) -> None:
+    """Raise `ValueError` for a path that leads out of a checkpoint's folder, as its index may name one."""
+    root = os.path.abspath(folder)
+    for file in files:
+        if os.path.commonpath([root, os.path.abspath(file)]) != root:
+            raise ValueError(f"The index of the checkpoint names {file}, which is not in {folder}: {DAMAGED}")
+
+
 def _load(file: str) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read as a file of tensors alone ({error}): {DAMAGED}") from None
+    except UNREADABLE as error:
+        raise unreadable(file, error) from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} holds {type(tensors).__name__} instead of tensors by names: {DAMAGED}")
     for key, value in tensors.items():

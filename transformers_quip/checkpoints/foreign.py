@@ -88,9 +88,17 @@ class ForeignLinear:
 
         Args:
             tensors: by kind, as `source.tensors` lists them.
+
+        Raises:
+            ValueError: a scale is infinite or no number.
         """
+        for kind, value in tensors.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{self.source.name}.{kind} has numbers that are not finite: {DAMAGED}")
         others = {kind: value for kind, value in tensors.items() if kind != "bias"}
         result = {key: value.contiguous() for key, value in self.family.repack(others, self.form).items()}
+        if not all(result[key].isfinite().all() for key in ("su", "sv")):  # divided by a zero
+            raise ValueError(f"The scales of {self.source.name} are not all finite: {DAMAGED}")
         if "bias" in tensors:
             result["bias"] = tensors["bias"][: self.form.rows].contiguous()
         if self.dense:

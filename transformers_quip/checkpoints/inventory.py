@@ -163,8 +163,10 @@ def read_folder(folder: str | Path) -> Inventory:
     """
     folder = Path(folder)
     config = _read_json(folder / CONFIG)
-    index = folder / INDEX
-    if index.is_file():
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():  # as Transformers reads it: whatever else is there
+        files = [single]
+    elif index.is_file():
         content = _read_json(index)
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict):
@@ -200,9 +202,13 @@ def read_repo(repo_id: str, revision: str | None = None, token: str | bool | Non
 
     if constants.HF_HUB_OFFLINE:
         return read_folder(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    api = HfApi(token=token)
+    revision = api.model_info(
+        repo_id, revision=revision
+    ).sha  # raises, if this user may not see it, whatever the cache holds
     config = _read_json(Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token)))
     try:
-        metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision, token=token)
+        metadata = api.get_safetensors_metadata(repo_id, revision=revision)
     except NotASafetensorsRepoError as error:
         raise ValueError(f"{repo_id} has no safetensors files, and transformers-quip reads no other format") from error
     tensors = {

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 # Words that are permuted at a time: with their temporaries they stay in a CPU's cache.
-_PIECE = 1 << 16
+_PIECE = 1 << 14
 # Rows of a tile of QuIP#'s tensor-core order, columns of one, and its lanes.
 TILE_ROWS, TILE_COLUMNS = 16, 64
 # Bits of the low byte of an E8P code that hold the signs of coordinates 0 … 7, in QuIP-for-all and natively.
@@ -41,49 +41,43 @@ def unpack_tiles(words: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
             f"{words.dtype} {list(words.shape)} are not the tiles of a weight [{rows}, {columns}], which would be "
             f"int64 [{rows}, {columns // 32}] with rows a multiple of {TILE_ROWS} and columns of {TILE_COLUMNS}"
         )
-    # [..., low half, high half] as integers of 32 bits; the machine's byte order is little-endian, as safetensors' is
-    halves = words.reshape(-1).contiguous().view(torch.int32).view(-1, 2)
-    codes = torch.empty(halves.shape[0], 4, 2, dtype=torch.uint8, device=words.device)
-    for begin in range(0, halves.shape[0], _PIECE):
-        piece = halves[begin : begin + _PIECE]
-        codes[begin : begin + _PIECE, :, 0] = _transpose_signs(piece[:, 1].contiguous()).view(torch.uint8).view(-1, 4)
-        codes[begin : begin + _PIECE, :, 1] = piece[:, 0].contiguous().view(torch.uint8).view(-1, 4)
-    # cell (tile row, tile column, pair, group, which 8 columns, which row) → (row, column)
-    cells = codes.view(torch.int16).view(rows // 16, columns // 64, 8, 4, 2, 2)
-    return cells.permute(0, 2, 5, 1, 3, 4).reshape(rows, columns // 8)
+    words = words.reshape(rows, columns // 32)  # perhaps some columns of a larger matrix, not to be copied as a whole
+    result = torch.empty(rows, columns // 8, dtype=torch.int16, device=words.device)
+    together = TILE_ROWS * max(1, 32 * _PIECE // (TILE_ROWS * columns))
+    for first in range(0, rows, together):
+        part = words[first : first + together].reshape(-1)
+        # [..., low half, high half] as integers of 32 bits; the machine's byte order is little-endian, as safetensors' is
+        patterns, signs = part.view(torch.int32).view(-1, 2).unbind(1)
+        codes = patterns.contiguous().view(torch.uint8).to(torch.int16).bitwise_left_shift_(8)
+        codes.bitwise_or_(_permute_bits(signs, _TRANSPOSED).view(torch.uint8).to(torch.int16))
+        # cell (tile row, tile column, pair, group, which 8 columns, which row) → (row, column)
+        cells = codes.view(-1, columns // 64, 8, 4, 2, 2).permute(0, 2, 5, 1, 3, 4)
+        result[first : first + together].view(cells.shape).copy_(cells)
+    return result
 
 
-def _transpose_signs(words: torch.Tensor) -> torch.Tensor:
-    """Bit 4j + i → bit 8i + j of int32 words: an 8×4 matrix of bits, transposed.
-
-    As an index of five bits, (j₂ j₁ j₀ i₁ i₀) → (i₁ i₀ j₂ j₁ j₀), made of exchanges of two index bits; an exchange of
-    bits a > b swaps all bits whose index has a = 1, b = 0 with those 2^a − 2^b above.
-    """
-    for shift, mask in _EXCHANGES:
-        moved = ((words >> shift) ^ words) & mask
-        words = words ^ moved ^ (moved << shift)
-    return words
+# An 8×4 matrix of bits, transposed: bit 4j + i becomes bit 8i + j.
+_TRANSPOSED = tuple(8 * (bit % 4) + bit // 4 for bit in range(32))
 
 
-def _exchange(high: int, low: int) -> tuple[int, int]:
-    """Distance and mask of the exchange of two bits of the index of a 32-bit word."""
-    mask = sum(1 << index for index in range(32) if not index >> high & 1 and index >> low & 1)
-    return (1 << high) - (1 << low), mask - (1 << 32) if mask >> 31 else mask
+def _permute_bits(words: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
+    """int32 words whose bit b goes to places[b]."""
+    low, high = (table.to(words.device) for table in _permuted(places))
+    result = low.index_select(0, words & 0xFFFF)
+    return result.bitwise_or_(high.index_select(0, (words >> 16).bitwise_and_(0xFFFF)))
 
 
-def _exchanges(order: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Exchanges after which index bit k is what was index bit order[k]."""
-    now, steps = list(range(5)), []
-    for place, wanted in enumerate(order):
-        there = now.index(wanted)
-        if there != place:
-            now[there], now[place] = now[place], now[there]
-            steps.append(_exchange(there, place))
-    return tuple(steps)
-
-
-# the new index is (i₁ i₀ j₂ j₁ j₀): from its lowest bit on, what were the bits 2, 3, 4, 0, 1
-_EXCHANGES = _exchanges((2, 3, 4, 0, 1))
+@functools.cache
+def _permuted(places: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What becomes of each low and of each high half of a word: int32 [65536]."""
+    with torch.device("cpu"):  # models are built under torch.device("meta")
+        halves = torch.arange(65536, dtype=torch.int64)
+        low, high = torch.zeros_like(halves), torch.zeros_like(halves)
+    for bit in range(16):
+        value = halves >> bit & 1
+        low |= value << places[bit]
+        high |= value << places[16 + bit]
+    return low.to(torch.int32), high.to(torch.int32)
 
 
 def reorder_signs(codes: torch.Tensor) -> torch.Tensor:
@@ -126,13 +120,9 @@ def reorder_nibbles(words: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor
         uint8 [m, 4·w], the codes of codebook "half-integer".
     """
 
-    def reorder(piece: torch.Tensor) -> torch.Tensor:
-        result = torch.zeros_like(piece)
-        for nibble, weight in enumerate(order):
-            result |= ((piece >> (4 * nibble)) & 0xF) << (4 * weight)
-        return result
-
-    return _piecewise(words, reorder).contiguous().view(torch.uint8).view(words.shape[0], -1)
+    places = tuple(4 * order[bit // 4] + bit % 4 for bit in range(32))
+    reordered = _piecewise(words, lambda piece: _permute_bits(piece, places))
+    return reordered.contiguous().view(torch.uint8).view(words.shape[0], -1)
 
 
 def _piecewise(values: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The native format: which tensors a saved model holds, checked before any of them is used.
 
-For every quantized linear a checkpoint holds `codes` (and `codes_residual` for a codebook of two stages, `table` for one
-that has a table), `su`, `sv` and the `bias` if there is one, under the module's name. `config.json` lists those names.
+For every quantized linear and embedding a checkpoint holds `codes` (and `codes_residual` for a codebook of two stages,
+`table` for one that has a table), `su`, `sv` and the `bias` if there is one, under the module's name. `config.json` lists
+those names.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], heade
     """Check that a checkpoint holds every tensor of every quantized linear, in the right shape and type.
 
     Args:
-        linears: the model's quantized linears (`nn.QuipLinear`) by name.
-        others: names of the model's dense linears.
+        linears: the model's quantized linears and embeddings (`nn.QuipLinear`, `nn.QuipEmbedding`) by name.
+        others: names of the model's dense ones.
         headers: the checkpoint's tensors under the names that they have in the model.
 
     Raises:

@@ -9,6 +9,7 @@ where in models that were made for 8 devices one of the transforms works on eigh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from ..codebooks import trellis_layouts
 from ..layout import Layout
-from .family import FLOATING, Family, Form, Source, is_true
+from .family import DAMAGED, FLOATING, Family, Form, Source, is_true
 from .quip_sharp import check_hadamard
 
 # decode_mode → native code, and whether it has a table
@@ -30,6 +31,7 @@ _CODES = {
 }
 _FIXED = {"codebook": "bitshift", "codebook_version": 0, "L": 16, "td_x": 16, "td_y": 16}
 _DEVICES = 8
+_SHORT_NAME = r"\d+_(q|k|v|o|up|gate|down)"
 # Linears whose inputs are split over the devices; of the others it is the outputs.
 _SPLIT_INPUTS = ("o_proj", "down_proj")
 
@@ -54,12 +56,24 @@ class Qtip(Family):
             raise ValueError(f"quip_params of QTIP has V={step!r} with decode_mode={mode!r}, which is not supported")
         if tabulated and (not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 16):
             raise ValueError(f"quip_params of QTIP has tlut_bits={bits!r}, which is not a number from 1 to 16")
+        if mode == "lut" and bits != 16:
+            raise ValueError(f"quip_params of QTIP has tlut_bits={bits!r} with decode_mode='lut', which needs 16")
+        if mode == "quantlut_sym" and bits == 16:
+            raise ValueError("quip_params of QTIP has tlut_bits=16 with decode_mode='quantlut_sym', which has 15 at most")
+        is_true(parameters, "split_for_tp")
+        _skipped(parameters)
 
     def describe(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
         """See [`Family.describe`]."""
         code, tabulated = _CODES[parameters["decode_mode"]]
         shape = source.require("trellis", ("I16",))
         k = shape[1] // 16 if len(shape) == 2 else 0
+        if _short_name(source.name) in _skipped(parameters):
+            raise ValueError(f"{source.name} has a trellis, but quip_params lists it in skip_list: {DAMAGED}")
+        last = source.name.rpartition(".")[2]
+        said = parameters.get("K_v_proj") if last == "v_proj" and "K_v_proj" in parameters else parameters.get("K", k)
+        if said != k:
+            raise ValueError(f"{source.name}.trellis has {shape[-1] / 16:g} bits, but quip_params says {said!r}: {DAMAGED}")
         source.require("trellis", ("I16",), (rows * columns // 256, 16 * k))
         if not 1 <= k <= 8 or rows % 16 or columns % 16:
             raise ValueError(
@@ -75,6 +89,9 @@ class Qtip(Family):
         if tabulated:
             source.require("tlut", FLOATING, (1 << bits, step))
             code += f"-q{bits}v{step}"
+        elif "tlut" in source.tensors:
+            mode = parameters["decode_mode"]
+            raise ValueError(f"{source.name}.tlut exists, but decode_mode={mode!r} has no table: {DAMAGED}")
         check_hadamard(source.name, rows, columns)
         return Form(
             rows,
@@ -98,19 +115,33 @@ class Qtip(Family):
         return result
 
 
+def _skipped(parameters: Mapping[str, Any]) -> list[str]:
+    """Linears that were left as they are, such as "0_v" and "1_down". Raises `ValueError` if it is no list of these."""
+    names = parameters.get("skip_list") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(_SHORT_NAME, name) for name in names):
+        raise ValueError(f"quip_params of QTIP has skip_list={names!r}, which is no list of names such as '0_v', '1_down'")
+    return names
+
+
+def _short_name(name: str) -> str:
+    """What `skip_list` calls a linear; its own name where that has no such name."""
+    match = re.search(r"layers\.(\d+)\.\w+\.(q|k|v|o|up|gate|down)_proj$", name)
+    return f"{match[1]}_{match[2]}" if match else name
+
+
 def _transforms(source: Source, parameters: Mapping[str, Any]) -> tuple[str, str]:
     """Names of the transforms; which of them is split is said by "rcp": 1 for the inputs, 2 for the outputs, 0 for none."""
     last = source.name.rpartition(".")[2]
     if "rcp" in source.tensors:
-        split = int(source.read("rcp"))
-    elif is_true(parameters.get("split_for_tp")):
+        split = source.number("rcp")
+    elif is_true(parameters, "split_for_tp"):
         # a model that was run before it was saved has lost it
         split = 1 if last in _SPLIT_INPUTS else 2
     else:
         split = 0
     if split not in (0, 1, 2):
         raise ValueError(f"{source.name}.rcp is {split}, but must be 0, 1 or 2")
-    devices = int(source.read("tp_rank")) if "tp_rank" in source.tensors else _DEVICES
+    devices = source.number("tp_rank") if "tp_rank" in source.tensors else _DEVICES
     if split and devices != _DEVICES:
         raise ValueError(f"{source.name}.tp_rank is {devices}; only models made for {_DEVICES} devices are supported")
     return ("hadamard-eighths" if split == 1 else "hadamard", "hadamard-eighths" if split == 2 else "hadamard")

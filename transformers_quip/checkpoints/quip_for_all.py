@@ -10,6 +10,7 @@ Each of SU and SV may have been merged into the neighbouring layers, and is miss
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,9 @@ from ..incoherence import STORED
 from ..incoherence.quip_for_all import ORDERS
 from ..layout import Layout
 from . import lattice_bits
-from .family import FLOATING, Family, Form, Source, is_true, zeros_beyond
+from .family import DAMAGED, FLOATING, Family, Form, Source, is_true, zeros_beyond
+
+logger = logging.getLogger(__name__)
 
 # codebook → native codebook, type of Qidxs, columns for 32 inputs
 _CODEBOOKS = {
@@ -53,18 +56,25 @@ class QuipForAll(Family):
                 f"The quantization_config of method 'QUiP' names codebook={codebook!r}; supported are "
                 f"{', '.join(map(repr, _CODEBOOKS))}"
             )
-        if is_true(parameters.get("outlier_channel_split")):
+        if is_true(parameters, "outlier_channel_split"):
             raise ValueError("The quantization_config of method 'QUiP' has outlier_channel_split, which is not supported")
         if parameters.get("lora_rank") not in (None, 0):
             raise ValueError(
                 f"The quantization_config of method 'QUiP' has lora_rank={parameters['lora_rank']!r}: only 0 is supported"
             )
         _residual_scale(parameters)
+        for key in ("use_rand", "merge_suv", "per_channel"):
+            is_true(parameters, key)
+        if is_true(parameters, "rescale_WH"):
+            logger.warning(
+                "This checkpoint was quantized with rescale_WH=true, which its package stores wrongly: it is decoded as it "
+                "is stored, and is as bad as with that package"
+            )
 
     def describe(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
         """See [`Family.describe`]."""
         codebook, dtype, words = _CODEBOOKS[parameters["codebook"]]
-        merged = is_true(parameters.get("merge_suv"))
+        merged = is_true(parameters, "merge_suv")
         for kind, size in (("SU", columns), ("SV", rows)):
             if kind in source.tensors or not merged:
                 source.require(kind, FLOATING, (size,))
@@ -81,6 +91,11 @@ class QuipForAll(Family):
         row_scales = len(source.require("Wscale", FLOATING)) > 0 and math.prod(source.shape("Wscale")) > 1
         if row_scales:
             source.require("Wscale", FLOATING, (padded_rows,))
+        if padded_rows > 1 and row_scales != is_true(parameters, "per_channel", default=row_scales):
+            raise ValueError(
+                f"{source.name}.Wscale has shape {list(source.shape('Wscale'))}, but the quantization_config says "
+                f"per_channel={parameters['per_channel']}: {DAMAGED}"
+            )
         padded = (padded_rows, padded_columns)
         return Form(
             rows,
@@ -132,11 +147,13 @@ def _transform(source: Source, kind: str, size: int, parameters: Mapping[str, An
     odd = size // (size & -size)
     if kind in source.tensors:
         source.require(kind, FLOATING, (odd, odd))
+        if not is_true(parameters, "use_rand", default=True):
+            raise ValueError(f"{source.name}.{kind} exists, but the quantization_config says use_rand=false: {DAMAGED}")
         return STORED, size
     if odd == 1:
         return "hadamard", size
     # missing in files of the first weeks, when the factor was always random
-    if is_true(parameters.get("use_rand", True)):
+    if is_true(parameters, "use_rand", default=True):
         source.require(kind, FLOATING)
     if size % 4 or odd > _LARGEST_ODD:
         return "hadamard", 1 << (size - 1).bit_length()

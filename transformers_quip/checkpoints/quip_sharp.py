@@ -19,7 +19,7 @@ import torch
 from ..codebooks.residual import PUBLISHED_RESIDUAL_SCALES
 from ..layout import Layout
 from . import lattice_bits
-from .family import FLOATING, Family, Form, Source, is_true
+from .family import DAMAGED, FLOATING, Family, Form, Source, is_true
 
 # Odd parts of the sizes for which the package has a Hadamard matrix, of order 4 times that.
 _ODD_PARTS = (1, 3, 5, 7, 9, 13, 15, 27, 29, 31, 35, 39, 43)
@@ -70,10 +70,11 @@ class QuipSharp(Family):
                 f"quip_params has lora_rank={parameters['lora_rank']!r}: checkpoints with QuIP#'s low-rank term (before "
                 "July 2024) are not supported"
             )
-        if is_true(parameters.get("outlier_channel_split")):
-            raise ValueError("quip_params has outlier_channel_split, which is not supported")
-        if is_true(parameters.get("pack_out")):
-            raise ValueError("quip_params has pack_out, which is not supported")
+        for key in ("outlier_channel_split", "pack_out"):
+            if is_true(parameters, key):
+                raise ValueError(f"quip_params has {key}, which is not supported")
+        for key in ("rescale_WH", "fused"):
+            is_true(parameters, key)
         _residual_scale(parameters, "e8p-rvq4")
 
     def describe(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
@@ -81,7 +82,7 @@ class QuipSharp(Family):
         for kind in ("A", "B", "ocs_dupe_inds"):
             if kind in source.tensors:
                 raise ValueError(f"{source.name}.{kind}: low-rank terms and split channels of QuIP# are not supported")
-        identity = int(source.read("codebook_id")) if "codebook_id" in source.tensors else _NAMES[parameters["codebook"]]
+        identity = source.number("codebook_id")
         if identity not in _CODEBOOKS:
             raise ValueError(
                 f"{source.name}.codebook_id is {identity}; known are {', '.join(map(str, sorted(_CODEBOOKS)))}"
@@ -95,11 +96,22 @@ class QuipSharp(Family):
         source.require("Qidxs", (dtype,), (rows, columns * words // 64))
         source.require("SU", FLOATING, (columns,))
         source.require("SV", FLOATING, (rows,))
-        for kind in ("Wscale", "scale"):
-            if kind in source.tensors and math.prod(source.require(kind, FLOATING)) != 1:
+        unfused = not is_true(parameters, "fused", default=True)
+        for kind in ("Wscale", "scale") if unfused else ("Wscale",):
+            if math.prod(source.require(kind, FLOATING)) != 1:
                 raise ValueError(f"{source.name}.{kind} has shape {list(source.shape(kind))} instead of one number")
-        if is_true(parameters.get("rescale_WH")) or "scaleWH" in source.tensors:
+        parts = self.fused.get(source.name.rpartition(".")[2])
+        if parts:
+            source.require("fuse_scales", FLOATING, (len(parts),))
+        rescaled = is_true(parameters, "rescale_WH")
+        if rescaled:
             source.require("scaleWH", FLOATING, (columns,))
+        for kind, said in (("scaleWH", rescaled), ("scale", unfused), ("fuse_scales", bool(parts))):
+            if kind in source.tensors and not said:
+                raise ValueError(
+                    f"{source.keys[kind]} exists, which quip_params (rescale_WH={rescaled}, fused={not unfused}) rules "
+                    f"out: {DAMAGED}"
+                )
         check_hadamard(source.name, rows, columns)
         return Form(
             rows,
@@ -119,11 +131,11 @@ class QuipSharp(Family):
         if form.codebook in ("e8p", "e8p-rvq4", "e8p-rvq3"):
             base = words[:, : columns // 32]
             result["codes"] = lattice_bits.unpack_tiles(base, rows, columns)
-            rest = words[:, columns // 32 :].contiguous()
+            rest = words[:, columns // 32 :]
             if form.codebook == "e8p-rvq4":
                 result["codes_residual"] = lattice_bits.unpack_tiles(rest, rows, columns)
             elif form.codebook == "e8p-rvq3":
-                result["codes_residual"] = rest.view(torch.uint8)
+                result["codes_residual"] = rest.contiguous().view(torch.uint8)
         elif form.codebook == "d4":
             result["codes"] = _unpermute(words)
         else:

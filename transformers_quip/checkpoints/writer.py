@@ -42,6 +42,7 @@ def write(folder: Path, steps: Sequence[Step], shard_size: int) -> None:
 
     Raises:
         ValueError: a step made other tensors than it said.
+        OSError: a file cannot be written, because the disk is full for example; none of that name is there then.
     """
     shards = _shards(steps, shard_size)
     names = ["model.safetensors"]
@@ -77,8 +78,16 @@ def _write_shard(path: Path, steps: Sequence[Step], bar: tqdm) -> None:
             header[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns its data
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+    unfinished = path.with_name(f"{path.name}.partial")  # what is cut off must not look finished
+    with unfinished.open("wb") as file:
+
+        def put(content: bytes | memoryview) -> None:
+            try:
+                file.write(content)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
+
+        put(len(encoded).to_bytes(8, "little") + encoded)
         for step in steps:
             made = step.make()
             for name, (shape, dtype) in step.expected.items():
@@ -86,5 +95,6 @@ def _write_shard(path: Path, steps: Sequence[Step], bar: tqdm) -> None:
                 if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} instead of {dtype} {list(shape)}")
                 if tensor.numel():
-                    file.write(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+                    put(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
             bar.update()
+    unfinished.replace(path)

@@ -74,11 +74,18 @@ def main(arguments: Sequence[str] | None = None, program: str = "transformers-qu
         complain("terminated")
         return TERMINATED
     except OSError as error:  # huggingface_hub's errors are OSErrors too
-        complain(str(error))
+        complain(str(error) + _remedy(error))
         return UNREACHABLE
     except (ValueError, TypeError, ImportError) as error:
         complain(str(error))
         return UNUSABLE
+
+
+def _remedy(error: OSError) -> str:
+    """What can be done where the Hub does not accept who asks; the other messages say it."""
+    if getattr(getattr(error, "response", None), "status_code", None) not in (401, 403):
+        return ""
+    return "\nIs it the right access token? --token gives one, and so do HF_TOKEN and `hf auth login`."
 
 
 def run() -> None:

@@ -43,6 +43,10 @@ def command(
 
     Without --dataset only configs and the headers of the weight files are read.
     """
+    if dataset is not None:
+        from ..evaluation import check_source
+
+        check_source(dataset)
     content: dict[str, Any] = {name: describe(read(name, token=token), 4096) for name in (a, b)}
     if dataset is not None:
         content["predictions"] = _predictions(a, b, dataset, windows, length, batch_size, dtype, device_map, token)

@@ -22,12 +22,12 @@ def command(source: str, out: Path, overwrite: bool, as_json: bool) -> None:
     """
     from ..checkpoints.convert import convert
     from ..checkpoints.inventory import read_folder
-    from ..hub.model_card import write_card
+    from ..hub.model_card import try_to_write_card
 
     check_free(out, overwrite)
     with new_folder(out, overwrite) as folder:
         convert(source, folder)
-        write_card(folder)
+        try_to_write_card(folder)
     inventory = read_folder(out)
     if as_json:
         show_json({"folder": str(out), "quantized_layers": len(inventory.linears), "weight_bytes": inventory.total_bytes})

@@ -27,12 +27,17 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `path` to write into, which takes its place when the block ends without an error.
 
     After an error, Ctrl-C included, `path` is as it was and nothing is left beside it.
+
+    Raises:
+        ValueError: see [`check_free`].
+        OSError: it cannot be written; so that of safetensors, too, which has an exception of its own for a full disk.
     """
     check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        yield work
+        with _as_os_error(path):
+            yield work
         umask = os.umask(0)
         os.umask(umask)
         work.chmod(0o777 & ~umask)  # mkdtemp's folders are for their owner only
@@ -46,3 +51,13 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if work.exists():
             shutil.rmtree(work)
+
+
+@contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

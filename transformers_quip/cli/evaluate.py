@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .console import json_option, revision_option, show_json, show_table, size, token_option
+from .console import json_option, revision_option, show_json, show_table, size, tell, token_option
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 
 text_option = click.option(
@@ -61,8 +61,11 @@ def command(
     cross-entropy, the divergence the mean of KL(dense ‖ MODEL) in nats per token. Figures can be compared only if text,
     windows, length and --bos are the same.
     """
-    if save and not Path(model).is_dir():
-        raise ValueError(f"--save needs a folder to write into, and {model} is none")
+    from ..evaluation import check_source
+
+    check_source(dataset)
+    if save:
+        _check_can_save(model)
     source = {"revision": revision, "token": token}
     tokenizer = find_tokenizer(model, **source)
     loaded = load_model(model, dtype=dtype, device_map=device_map, **source)
@@ -130,14 +133,24 @@ def facts(content: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _check_can_save(model: str) -> None:
+    """Refuse before anything is measured."""
+    from ..hub.model_card import make_card
+
+    if not Path(model).is_dir():
+        raise ValueError(f"--save needs a folder to write into, and {model} is none")
+    make_card(model)
+
+
 def save_results(folder: Path, content: dict[str, Any]) -> None:
     """Add a result to the folder's file of measurements, in the place of an older one by the same protocol."""
-    from ..hub.model_card import EVALUATION, write_card
+    from ..hub.model_card import EVALUATION, read_results, write_card, write_whole
 
     path = folder / EVALUATION
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
+    results = read_results(folder)
     kept = ("dataset", "perplexity", "dense_perplexity", "divergence", "protocol")
     new = {key: content[key] for key in kept if key in content}
     results = [result for result in results if result["protocol"] != new["protocol"]] + [new]
-    path.write_text(json.dumps({"results": results}, indent=2) + "\n", encoding="utf-8")
-    write_card(folder)
+    write_whole(path, json.dumps({"results": results}, indent=2) + "\n")
+    if not write_card(folder):
+        tell("README.md has a text of its own, so the measurement is not put there.")

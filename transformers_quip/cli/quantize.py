@@ -103,7 +103,7 @@ def config_options(
     """The keywords of QuipConfig that the command line means.
 
     Raises:
-        ValueError: an --option without "=".
+        ValueError: an --option without "=", or a text file that is not there or empty.
     """
     result: dict[str, Any] = {"dataset": _dataset(dataset), **others}
     if bits is not None:
@@ -129,6 +129,8 @@ def _dataset(value: str) -> Any:
         return None
     path = Path(value)
     if not path.is_file():
+        if path.suffix or len(path.parts) > 1:  # names of data sets have neither
+            raise ValueError(f"--dataset {value}: there is no such file")
         return value
     documents = [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n")]
     documents = [document for document in documents if document]

@@ -9,6 +9,18 @@ import torch
 
 from .trellis import TILE
 
+# Of 3 bits, where the bytes of a square of four tiles come from, in order. Two groups of three are the smallest piece that
+# is made of whole words; reversed they are a₂ a₁ a₀ b₂ b₁ b₀, of which memory has the second of each two first.
+_SQUARE_OF_THREE_BITS = tuple(
+    12 * (2 * pair + group) + 3 * (2 * column + row) + byte
+    for row in range(2)
+    for column in range(2)
+    for pair in range(16)
+    for group, byte in ((0, 1), (0, 2), (1, 2), (0, 0), (1, 0), (1, 1))
+)
+# Words that are handled at a time: with their temporaries they stay in a CPU's cache.
+_PIECE = 1 << 15
+
 
 def from_qtip(trellis: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
     """QTIP's general layout, whose tiles are native ones already, of order "rows".
@@ -42,16 +54,14 @@ def from_qtip_kernel(trellis: torch.Tensor, out_features: int, in_features: int)
         raise ValueError(f"QTIP's kernel layout is for 2, 3 or 4 bits, got {k}")
     squares = (out_features // 32, in_features // 32)
     if k == 3:
-        # an even number of bytes, two groups of three, is the smallest piece that is made of whole words
-        groups = trellis.contiguous().view(torch.uint8).view(*squares, 16, 2, 2, 2, 3)
-        # the reversed bytes a₂ a₁ a₀ b₂ b₁ b₀, each two exchanged because memory has the low byte of a word first
-        first, second = groups.unbind(3)
-        bytes_of = [first[..., 1], first[..., 2], second[..., 2], first[..., 0], second[..., 0], second[..., 1]]
-        words = torch.stack(bytes_of, dim=-1).view(torch.int16)
-    else:
-        # reversing four bytes and exchanging each two again is exchanging two words; for two bytes nothing is left to do
-        words = trellis.contiguous().view(*squares, 32, 2, 2, k // 2)
-        words = words.flip(-1) if k == 4 else words
+        # byte by byte in each square; then squares (M, N), row of the tiles → rows of tiles
+        places = torch.tensor(_SQUARE_OF_THREE_BITS, device=trellis.device)
+        square = trellis.contiguous().view(torch.uint8).view(-1, len(places))
+        moved = square.gather(1, places.expand(len(square), -1)).view(torch.int16)
+        return moved.view(*squares, 2, -1).transpose(1, 2).reshape(out_features, in_features // TILE * k)
+    # reversing four bytes and exchanging each two again is exchanging two words; for two bytes nothing is left to do
+    words = trellis.contiguous().view(*squares, 32, 2, 2, k // 2)
+    words = words.flip(-1) if k == 4 else words
     # squares (M, N), group, column and row of the tile in its square → rows of tiles, tiles, words
     codes = words.permute(0, 4, 1, 3, 2, 5)
     return codes.reshape(out_features, in_features // TILE * k)
@@ -72,11 +82,20 @@ def from_exl3(trellis: torch.Tensor) -> torch.Tensor:
     tiles_in, tiles_out, width = trellis.shape if trellis.dim() == 3 else (0, 0, 0)
     _bits(trellis.reshape(tiles_in * tiles_out, width) if width else trellis, tiles_out * TILE, tiles_in * TILE, TILE)
     k = width // TILE
-    words = trellis.transpose(0, 1).unflatten(2, (-1, 2)).flip(3).reshape(tiles_out, -1, width)
-    # rotated right by 16 − K bits: the last 16 − K bits of the word before, then the first K of its own
-    codes = (words >> (16 - k)) & ((1 << k) - 1)
-    codes |= words.roll(1, 2) << k
-    return codes.reshape(tiles_out * TILE, tiles_in * k)
+    words = trellis.contiguous().view(torch.int32)
+    codes = torch.empty(tiles_out, tiles_in, width // 2, dtype=torch.int32, device=trellis.device)
+    together = max(1, _PIECE // (tiles_in * width))
+    for first in range(0, tiles_out, together):
+        # Rotated right by 16 − K bits, then the halves exchanged, each word is: the last 16 − K bits of the word before and
+        # the first K of its own in the low half; in the high half what is in its own from there on.
+        words_here = words[:, first : first + together].transpose(0, 1).contiguous()
+        shifted = words_here << k
+        low = words_here.bitwise_right_shift_(32 - k).bitwise_and_((1 << k) - 1)
+        low[..., 1:] |= shifted[..., :-1]
+        low[..., 0] |= shifted[..., -1]
+        low.bitwise_and_(0xFFFF)
+        torch.bitwise_or(low, shifted.bitwise_and_(-0x10000), out=codes[first : first + together])
+    return codes.view(torch.int16).view(tiles_out * TILE, tiles_in * k)
 
 
 def _bits(trellis: torch.Tensor, out_features: int, in_features: int, multiple: int) -> int:

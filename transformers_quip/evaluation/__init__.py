@@ -6,13 +6,14 @@ from .perplexity import perplexity
 from .report import LayerRecord, mean_by_kind, plot_relative_error
 from .size import LinearSize, linear_sizes, safetensors_bytes, true_bits_per_weight
 from .speed import Speed, generation_speed
-from .windows import evaluation_windows
+from .windows import check_source, evaluation_windows
 
 __all__ = [
     "Divergence",
     "LayerRecord",
     "LinearSize",
     "Speed",
+    "check_source",
     "divergence",
     "evaluation_windows",
     "generation_speed",

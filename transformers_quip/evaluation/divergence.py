@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
 from .perplexity import check_windows, input_device
 
@@ -57,7 +58,7 @@ def divergence(
     length = ids.shape[1]
     divergences, agreements = [], 0
     with _evaluating(model), _evaluating(reference):
-        for batch in ids.to(torch.long).split(batch_size):
+        for batch in tqdm(ids.to(torch.long).split(batch_size), desc="KL divergence", unit="batch", leave=False):
             inputs = batch if bos is None else torch.nn.functional.pad(batch, (1, 0), value=bos)
             pair = [
                 m(input_ids=inputs.to(input_device(m)), use_cache=False).logits[:, -length:-1] for m in (model, reference)

@@ -15,17 +15,27 @@ from .size import linear_sizes, true_bits_per_weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_COLORS = ("#3465a4", "#cc5500", "#4e9a06", "#a40000", "#75507b", "#8f5902", "#06989a", "#555753")
+_COLORS = 8
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+:root {
+  color-scheme: light dark;
+  --paper: #fff; --ink: #222; --soft: #555; --stripe: #f6f6f6; --rule: #ddd; --grey: #babdb6;
+  --c0: #3465a4; --c1: #cc5500; --c2: #4e9a06; --c3: #a40000; --c4: #75507b; --c5: #8f5902; --c6: #06989a; --c7: #555753;
+}
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #1b1d1f; --ink: #e8e8e8; --soft: #b0b0b0; --stripe: #25282b; --rule: #44484c; --grey: #73777b;
+  --c0: #729fcf; --c1: #fcaf3e; --c2: #8ae234; --c3: #ef6f6f; --c4: #c9a0d0; --c5: #e9b96e; --c6: #34e2e2; --c7: #d3d7cf;
+} }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: right; vertical-align: middle; }
-td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #999; }
-.facts td { text-align: left; }
-tr:nth-child(even) td { background: #f6f6f6; } svg { display: block; max-width: 100%; }
-svg text { font: 12px system-ui, sans-serif; fill: #444; } .note { color: #555; }
+td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid var(--soft); }
+.facts td { text-align: left; vertical-align: top; } .facts td:first-child { white-space: nowrap; }
+.layers td, .layers th { white-space: nowrap; }
+tr:nth-child(even) td { background: var(--stripe); }
+.wide { overflow-x: auto; } svg { display: block; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } .note { color: var(--soft); }
 .key { display: inline-block; margin-right: 1rem; }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 """
@@ -144,13 +154,19 @@ def _bars(values: Mapping[str, float]) -> str:
     for index, (name, value) in enumerate(values.items()):
         y = 26 * index
         width = 460 * min(value / largest, 1) if math.isfinite(value) else 460
-        color = _COLORS[0] if index == 0 else "#babdb6"
+        color = "--c0" if index == 0 else "--grey"
         parts.append(
             f'<text x="210" y="{y + 17}" text-anchor="end">{html.escape(name)}</text>'
-            f'<rect x="220" y="{y + 4}" width="{width:.1f}" height="18" fill="{color}"/>'
+            f'<rect x="220" y="{y + 4}" width="{width:.1f}" height="18" style="fill:var({color})"/>'
             f'<text x="{226 + width:.1f}" y="{y + 17}">{value:.4g}</text>'
         )
-    return f'<svg viewBox="0 0 760 {height}" width="760" height="{height}">{"".join(parts)}</svg>'
+    return _drawing(760, height, parts)
+
+
+def _drawing(width: int, height: int, parts: Iterable[str]) -> str:
+    """A picture in its own size: on a narrow screen it is moved sideways, because its text would be too small."""
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return f'<div class="wide"><svg {size}>{"".join(parts)}</svg></div>'
 
 
 def _lines(curves: Mapping[str, list[tuple[int, float]]], logarithmic: bool) -> str:
@@ -176,21 +192,20 @@ def _lines(curves: Mapping[str, list[tuple[int, float]]], logarithmic: bool) -> 
         y = top + height * (1 - (tick - low) / (high - low))
         label = f"1e{tick}" if logarithmic else f"{tick:.3g}"
         parts.append(
-            f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" style="stroke:var(--rule)"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
         )
     for x in sorted({first, (first + last) // 2, last}):
         parts.append(f'<text x="{place(x, 1)[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{x}</text>')
     keys = []
     for index, (kind, points) in enumerate(curves.items()):
-        color = _COLORS[index % len(_COLORS)]
+        color = f"var(--c{index % _COLORS})"
         shown = [place(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not logarithmic)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in shown)
-        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{color}"/>' for x, y in shown)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.4"/>{dots}')
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" style="fill:{color}"/>' for x, y in shown)
+        parts.append(f'<polyline points="{path}" fill="none" style="stroke:{color}" stroke-width="1.4"/>{dots}')
         keys.append(f'<span class="key"><i style="background:{color}"></i>{html.escape(kind)}</span>')
-    total = top + height + 26
-    return f'<svg viewBox="0 0 760 {total}" width="760" height="{total}">{"".join(parts)}</svg><p>{"".join(keys)}</p>'
+    return f"{_drawing(760, top + height + 26, parts)}<p>{''.join(keys)}</p>"
 
 
 def _step(largest: float) -> float:
@@ -215,7 +230,7 @@ def _layer_table(records: Sequence[Mapping[str, Any]]) -> str:
             _histograms(record.get("weights_before"), record.get("weights_after")),
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<table>{head}{''.join(rows)}</table>"
+    return f'<div class="wide"><table class="layers">{head}{"".join(rows)}</table></div>'
 
 
 def _number(value: float | None, form: str) -> str:
@@ -244,7 +259,7 @@ def _histograms(before: Sequence[float] | None, after: Sequence[float] | None) -
         normal.append(f"{width * index / 60:.1f},{height * (1 - math.sqrt(density / 0.6)):.1f}")
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-        f'<polygon points="{points(before)}" fill="#bbb"/>'
-        f'<polygon points="{points(after)}" fill="#3465a4" fill-opacity=".55"/>'
-        f'<polyline points="{" ".join(normal)}" fill="none" stroke="#222" stroke-width=".8"/></svg>'
+        f'<polygon points="{points(before)}" style="fill:var(--grey)"/>'
+        f'<polygon points="{points(after)}" style="fill:var(--c0)" fill-opacity=".6"/>'
+        f'<polyline points="{" ".join(normal)}" fill="none" style="stroke:var(--ink)" stroke-width=".8"/></svg>'
     )

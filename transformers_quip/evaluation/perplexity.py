@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4, b
     model.eval()
     total = 0.0
     try:
-        for batch in ids.to(torch.long).split(batch_size):
+        for batch in tqdm(ids.to(torch.long).split(batch_size), desc="Perplexity", unit="batch", leave=False):
             inputs = batch if bos is None else torch.nn.functional.pad(batch, (1, 0), value=bos)
             logits = model(input_ids=inputs.to(device), use_cache=False).logits[:, -length:-1]
             for window, scores in zip(batch, logits, strict=True):

@@ -23,13 +23,13 @@ class LinearSize:
 
 
 def linear_sizes(model: nn.Module) -> list[LinearSize]:
-    """Return the size of every quantized linear of `model`, in the order of its modules; dense ones are not listed.
+    """Return the size of every quantized linear (or embedding) of `model`, in the order of its modules.
 
-    A quantized linear is a module that says how large it is (`packed_bytes`, as `transformers_quip.nn.QuipLinear`
+    A quantized one is a module that says how large it is (`packed_bytes`, as `transformers_quip.nn.QuipLinear`
     does): its codes, completed blocks included, the codes of a second stage, su and sv.
     """
     return [
-        LinearSize(name, module.out_features * module.in_features, module.packed_bytes)
+        LinearSize(name, module.weight.numel(), module.packed_bytes)
         for name, module in model.named_modules()
         if hasattr(module, "packed_bytes")
     ]

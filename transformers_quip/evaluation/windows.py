@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ def evaluation_windows(
 
     Raises:
         ValueError: an unknown source, no tokenizer, or text for less than one window.
+        ImportError: see [`check_source`].
     """
     if count < 1 or length < 2:
         raise ValueError(f"there must be at least 1 window of at least 2 tokens, not {count} of {length}")
@@ -50,15 +52,27 @@ def evaluation_windows(
     return windows, f"{name}, {len(windows)} windows of {length} tokens"
 
 
-def _read(source: str) -> str:
-    if Path(source).is_file():
-        return Path(source).read_text(encoding="utf-8")
+def check_source(source: str) -> None:
+    """Refuse what [`evaluation_windows`] cannot read, before a model is loaded.
+
+    Raises:
+        ValueError: it is no text file and no known name.
+        ImportError: it is a known name, and the package that fetches it is not installed.
+    """
+    if Path(source).is_file() or source == "self":
+        return
     if source not in _NAMED:
         raise ValueError(f"{source!r} is neither a text file nor one of 'self', {', '.join(map(repr, _NAMED))}")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(f"{source} needs the package datasets: pip install datasets") from error
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(f"{source} needs the package datasets: pip install 'transformers-quip[data]'")
+
+
+def _read(source: str) -> str:
+    check_source(source)
+    if Path(source).is_file():
+        return Path(source).read_text(encoding="utf-8")
+    from datasets import load_dataset
+
     repository, config, split = _NAMED[source]
     return "\n\n".join(load_dataset(repository, config, split=split)["text"])
 

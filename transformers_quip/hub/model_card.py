@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import codebooks
 from ..checkpoints.inventory import Inventory, read_folder
-from ..config import OPTIONS, QUANT_METHOD
+from ..config import OPTIONS, QUANT_METHOD, QuipConfig
 from ..version import __version__
 
 logger = logging.getLogger(__name__)
@@ -54,9 +57,11 @@ def make_card(folder: str | Path, *, repo_id: str | None = None, base_model: str
     options = inventory.quantization
     if options.get("quant_method") != QUANT_METHOD or not inventory.linears:
         raise ValueError(f"{folder} holds no model that was quantized by transformers-quip, so there is no card to write")
+    QuipConfig.from_dict(options)  # raises where somebody has edited it
     origin = options.get("origin") or {}
     base_model = base_model or origin.get("base_model")
-    results = _read_results(Path(folder) / EVALUATION)
+    results = read_results(folder)
+    measured = _eval_results(results)
     name = base_model or origin.get("folder") or (inventory.config.get("architectures") or ["model"])[0]
     title = f"{name.rpartition('/')[2]}, {options['bits']:g} bits per weight"
     data = ModelCardData(
@@ -66,8 +71,8 @@ def make_card(folder: str | Path, *, repo_id: str | None = None, base_model: str
         pipeline_tag="text-generation" if _generates(inventory) else None,
         tags=["quip", f"{options['bits']:g}-bit", "quantized", "transformers-quip"],
         quantized_by=repo_id.partition("/")[0] if repo_id and "/" in repo_id else "transformers-quip",
-        model_name=title if results else None,
-        eval_results=_eval_results(results) or None,
+        model_name=title if measured else None,
+        eval_results=measured or None,
     )
     body = _body(title, inventory, base_model, repo_id or "path/or/repo", results)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_marked(body)}\n")
@@ -89,22 +94,55 @@ def write_card(
 
     Raises:
         ValueError: see [`make_card`].
+        OSError: the file cannot be written.
     """
     path = Path(folder) / CARD
-    old = path.read_text(encoding="utf-8") if path.is_file() else None
-    if old is not None and not overwrite and not is_ours_to_replace(old):
+    old = path.read_bytes() if path.is_file() else None
+    before = None if old is None else _parse(old)
+    if old is not None and not overwrite and not (before and is_ours_to_replace(before)):
         logger.info("%s has a text of its own and is left as it is (hub.model_card.write_card(..., overwrite=True))", path)
         return False
     card = make_card(folder, repo_id=repo_id, base_model=base_model)
-    if old is not None:
-        _keep_metadata(card, ModelCard(old, ignore_metadata_errors=True), base_model)
-    path.write_text(str(card), encoding="utf-8")
+    if before is not None:
+        _keep_metadata(card, before, base_model)
+    write_whole(path, str(card))
     return True
 
 
-def is_ours_to_replace(text: str) -> bool:
+def try_to_write_card(folder: str | Path, **options: Any) -> bool:
+    """As [`write_card`], but where that cannot be done it is a warning: the weights in the folder matter more."""
+    try:
+        return write_card(folder, **options)
+    except (ValueError, OSError) as error:
+        logger.warning(
+            "The model in %s is saved, but no model card (README.md) was written: %s "
+            "(hub.model_card.write_card writes it when that is mended)",
+            folder,
+            error,
+        )
+        return False
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all; what a link in the client's cache points to stays as it is."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parse(raw: bytes) -> ModelCard | None:
+    """A card; None for what no program wrote: other encodings, and metadata that is no YAML."""
+    try:
+        return ModelCard(raw.decode(), ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError):
+        return None
+
+
+def is_ours_to_replace(card: ModelCard) -> bool:
     """Whether a card's text is empty, an unedited one of ours, or Transformers' form that nobody has filled in."""
-    card = ModelCard(text, ignore_metadata_errors=True)
     body = card.text.strip()
     mark = _MARK.search(body)
     if mark:
@@ -124,7 +162,8 @@ def _is_empty_form(card: ModelCard) -> bool:
 
 def _keep_metadata(card: ModelCard, old: ModelCard, base_model: str | None) -> None:
     """Whatever else the old metadata says stays; tags are united; a base model that somebody has named stays."""
-    tags = [*(card.data.tags or []), *(tag for tag in old.data.tags or [] if tag not in card.data.tags)]
+    others = [old.data.tags] if isinstance(old.data.tags, str) else old.data.tags or []
+    tags = [*card.data.tags, *(tag for tag in others if tag not in card.data.tags)]
     for key, value in old.data.to_dict().items():
         if card.data.get(key) is None and key != "model-index":
             card.data[key] = value
@@ -144,17 +183,36 @@ def _digest(text: str) -> str:
     return hashlib.sha256("\n".join(text.strip().splitlines()).encode()).hexdigest()
 
 
-def _read_results(path: Path) -> list[dict[str, Any]]:
-    """What was measured: a list of {"dataset", "perplexity", "protocol", ...}."""
+def read_results(folder: str | Path) -> list[dict[str, Any]]:
+    """What was measured of the model in a folder: a list of {"dataset", "perplexity", "protocol", ...}, empty if nothing.
+
+    Raises:
+        ValueError: the file of measurements is there and cannot be used.
+    """
+    path = Path(folder) / EVALUATION
     if not path.is_file():
         return []
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): measure again or remove it") from None
     results = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(results, list) or not all(
-        isinstance(result, dict) and {"dataset", "perplexity", "protocol"} <= set(result) for result in results
-    ):
-        raise ValueError(f"{path} has no list of results with dataset, perplexity and protocol: measure again or remove it")
+    if not isinstance(results, list) or not all(map(_is_result, results)):
+        raise ValueError(
+            f"{path} has no list of results with dataset, perplexity (a number) and protocol: measure again or remove it"
+        )
     return results
+
+
+def _is_result(result: Any) -> bool:
+    if not isinstance(result, dict):
+        return False
+    texts = all(isinstance(result.get(key), str) for key in ("dataset", "protocol"))
+    return texts and _is_number(result.get("perplexity")) and _is_number(result.get("dense_perplexity", 1.0))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
@@ -169,6 +227,7 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
             metric_value=result["perplexity"],
         )
         for result in results
+        if math.isfinite(result["perplexity"])  # the Hub keeps JSON, which has no other numbers
     ]
 
 
@@ -213,7 +272,7 @@ def _facts(inventory: Inventory) -> list[tuple[str, str]]:
         ("", ""),
         ("method", f"codebook {book}, incoherence {options['incoherence']}, rounding {options['rounding']}"),
         ("bits per weight", f"{options['bits']:g} in the codes, {inventory.true_bits:.3f} with everything that is stored"),
-        ("quantized", f"{len(inventory.linears)} linear layers, {share:.1%} of {inventory.parameters:,} parameters"),
+        ("quantized", f"{len(inventory.linears)} layers, {share:.1%} of {inventory.parameters:,} parameters"),
         ("calibration", calibration["data"] if calibration else "none: nearest points" if made_here else "not known"),
         ("size", f"{_megabytes(inventory.dense_bytes)} before, {_megabytes(inventory.total_bytes)} now"),
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import QUANT_METHOD
-from .model_card import CARD, write_card
+from .model_card import CARD, try_to_write_card
 
 _WRAPPED = "_transformers_quip_wrapped"
 
@@ -32,7 +32,7 @@ def _save_pretrained(original: Callable) -> Callable:
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         result = original(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process and _is_quantized(self) and (Path(save_directory) / "config.json").is_file():
-            write_card(save_directory)
+            try_to_write_card(save_directory)
         return result
 
     return save_pretrained
@@ -44,7 +44,7 @@ def _upload_modified_files(original: Callable) -> Callable:
     ) -> Any:
         whole = _is_quantized(self) and (Path(working_dir) / "config.json").is_file()
         # Here Transformers has put the card that the Hub has, or its own form, into the folder.
-        if whole and write_card(working_dir, repo_id=repo_id):
+        if whole and try_to_write_card(working_dir, repo_id=repo_id):
             files_timestamps = {name: time for name, time in files_timestamps.items() if name != CARD}
         return original(self, working_dir, repo_id, files_timestamps, *args, **kwargs)
 

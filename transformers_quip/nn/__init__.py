@@ -1,5 +1,6 @@
-"""The modules that take the place of dense linears."""
+"""The modules that take the place of dense linears and embeddings."""
 
+from .embedding import QuipEmbedding
 from .linear import QuipLinear
 
-__all__ = ["QuipLinear"]
+__all__ = ["QuipEmbedding", "QuipLinear"]

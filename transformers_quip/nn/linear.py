@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from .. import ops as _ops
 from ..incoherence import sides
 from ..ops import layout
 from .weight import PackedWeight
+
+if TYPE_CHECKING:
+    from .shared import SharedInput
 
 _TENSORS = ("codes", "codes_residual", "su", "sv", "bias")
 
@@ -85,6 +88,7 @@ class QuipLinear(nn.Linear):
         self.sv = vector(out_features, scales_dtype)
         self.register_parameter("bias", vector(out_features, dtype) if bias else None)
         self.weight_dtype = dtype or torch.get_default_dtype()
+        self.share_input(None)
         # Transformers' weight initialisation leaves such a module alone.
         self._is_hf_initialized = True
 
@@ -172,9 +176,39 @@ class QuipLinear(nn.Linear):
         arguments = (x, *(tensors[name] for name in _TENSORS))
         names = (self.codebook, self.incoherence_in, self.incoherence_out, self.seed)
         arguments += (*names, self.residual_scale, tensors["table"])
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            return torch.ops.quip.linear(*arguments)
+        if self._shared is not None and self._shares_now(x):
+            rotated = self._shared.take(self, x)
+            names = (self.codebook, self.incoherence_out, self.seed, self.residual_scale)
+            parts = (tensors[name] for name in ("codes", "codes_residual", "sv", "bias"))
+            return torch.ops.quip.rotated_linear(x, rotated, *parts, *names, tensors["table"])
+        if torch.compiler.is_compiling():
             return torch.ops.quip.linear(*arguments)
         return _ops.direct.linear(*arguments)
+
+    def rotate(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The first step of the forward, Q_inᵀ( su ⊙ x ), as the second step takes it (see `ops.schemas`)."""
+        activations = _ops.backend.get_activations()
+        return torch.ops.quip.rotate(x, self.su, self.codebook, self.incoherence_in, self.seed, activations)
+
+    def share_input(self, shared: SharedInput | None) -> None:
+        """Take the transformed input from there, where kernels compute this on a GPU, as long as su stays as it is."""
+        self._shared = shared
+        self._su_version = None if shared is None or self.su.is_inference() else (self.su, self.su._version)
+
+    def _shares_now(self, x: torch.Tensor) -> bool:
+        """Whether the first step is computed apart; without gradients, which only the whole op has."""
+        if not layout.is_run_by_kernels(self.codes) or x.device != self.codes.device or x.numel() == 0:
+            return False
+        return torch.compiler.is_compiling() or self._drop_share_if_changed() is not None
+
+    def _drop_share_if_changed(self) -> SharedInput | None:
+        """The shared input; None from now on if su is not what it was."""
+        known = self._su_version
+        if known is None or known[0] is not self._parameters["su"] or known[1] != known[0]._version:
+            self.share_input(None)
+        return self._shared
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -232,11 +266,13 @@ class QuipLinear(nn.Linear):
                 self._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> QuipLinear:
+        shared = self._drop_share_if_changed()
         super()._apply(fn, recurse)
         # a change of dtype (`module.to`, `.bfloat16()`) is one of the stand-in for the weight too
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
         if self.is_packed and self.codes.device.type not in layout.DEVICES:
             self.unpack()
+        self.share_input(shared)  # every su is changed alike
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -249,6 +285,7 @@ class QuipLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         if prefix + "codes" in state_dict:
             self.unpack()
+        self.share_input(None)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -258,6 +295,10 @@ class QuipLinear(nn.Linear):
             logical = {name: value if value is None else nn.Parameter(value, requires_grad=False) for name, value in codes}
             state["_parameters"] = self._parameters | logical
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.share_input(state.get("_shared"))
 
     def extra_repr(self) -> str:
         return (

@@ -11,20 +11,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..incoherence import STORED, sides
+from .embedding import QuipEmbedding
 from .experts import QuipExperts, expert_shape, is_stacked
 from .fused import FusedRows, Fusion, JoinedLinear
 from .general import GeneralLinear
 from .linear import QuipLinear
-from .replace import is_dense_linear, linear_shape
+from .replace import is_dense_embedding, is_dense_linear, linear_shape
 
 
 def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
-    """Put empty quantized linears, on the meta device, where the dense ones are; what the model has not is left out.
+    """Put empty quantized modules, on the meta device, where the dense ones are; what the model has not is left out.
 
     Args:
         model: on the meta device or not.
-        recorded: names of the quantized linears as config.json has them. A head may be loaded on a base model that was
-            saved alone, or the other way round: the base model's prefix may be missing or too many.
+        recorded: names of the quantized linears and embeddings as config.json has them. A head may be loaded on a base
+            model that was saved alone, or the other way round: the base model's prefix may be missing or too many.
         config: has `for_module` and `layout_of` (`QuipConfig`).
 
     Raises:
@@ -42,6 +43,8 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
                 _fuse(model, here, config, name)
             elif here in modules and is_dense_linear(modules[here]):
                 _replace(model, here, config, name)
+            elif here in modules and is_dense_embedding(modules[here]):
+                model.set_submodule(here, QuipEmbedding.like(modules[here], config.for_module(name)))
             elif parent in modules and is_dense_linear(modules[parent]):
                 joined[parent][last] = name
             elif grandparent in modules and is_stacked(modules[grandparent]):

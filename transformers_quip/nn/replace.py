@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .embedding import QuipEmbedding
 from .linear import QuipLinear
 
 LINEARS = (nn.Linear, Conv1D)
@@ -18,6 +19,11 @@ LINEARS = (nn.Linear, Conv1D)
 def is_dense_linear(module: nn.Module) -> bool:
     """Whether this is exactly an `nn.Linear` or a `Conv1D`: a subclass may compute something else."""
     return type(module) in LINEARS
+
+
+def is_dense_embedding(module: nn.Module) -> bool:
+    """Whether this is exactly an `nn.Embedding` that only looks rows up: a subclass may do more (Gemma's scale them)."""
+    return type(module) is nn.Embedding and module.max_norm is None
 
 
 def is_named(name: str, patterns: Iterable[str]) -> bool:
@@ -29,16 +35,16 @@ def is_named(name: str, patterns: Iterable[str]) -> bool:
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a dense linear."""
+    """(out_features, in_features) of a dense linear; of an embedding, (rows of the table, columns)."""
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def dense_weight(module: nn.Module, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """The weight [out, in] of a dense linear, a view (a Conv1D keeps it transposed).
+    """The weight [out, in] of a dense linear, a view (a Conv1D keeps it transposed), or the table of an embedding.
 
     Args:
-        module: `nn.Linear` or `Conv1D`.
+        module: `nn.Linear`, `Conv1D` or `nn.Embedding`.
         weight: its weight as it is stored, where the module does not hold it (yet).
     """
     weight = module.weight if weight is None else weight
@@ -48,6 +54,12 @@ def dense_weight(module: nn.Module, weight: torch.Tensor | None = None) -> torch
 def quantized_linears(model: nn.Module) -> dict[str, QuipLinear]:
     """Every quantized linear of the model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuipLinear)}
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuipLinear | QuipEmbedding]:
+    """Every quantized linear and embedding of the model by name."""
+    kinds = (QuipLinear, QuipEmbedding)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def replace_linear(model: nn.Module, name: str, quantized: Any, config: Any) -> QuipLinear:
@@ -62,13 +74,28 @@ def replace_linear(model: nn.Module, name: str, quantized: Any, config: Any) -> 
     return module
 
 
-def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear:
+def replace_embedding(model: nn.Module, name: str, quantized: Any, config: Any) -> QuipEmbedding:
+    """Put a quantized embedding in the place of the dense one called `name`, and return it; see [`replace_linear`]."""
+    embedding = model.get_submodule(name)
+    module = QuipEmbedding.like(embedding, config)
+    for key, empty in list(module.named_parameters()):
+        value = getattr(quantized, key).to(device=embedding.weight.device, dtype=empty.dtype)
+        setattr(module, key, nn.Parameter(value, requires_grad=False))
+    model.set_submodule(name, module)
+    return module
+
+
+def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear | QuipEmbedding:
     """Put a quantized linear without values (on the meta device) in the place of the dense one called `name`.
 
-    The bias stays the parameter that it was, loaded or not.
+    The bias stays the parameter that it was, loaded or not. The same for an embedding.
     """
     linear = model.get_submodule(name)
     config = config.for_module(name)
+    if is_dense_embedding(linear):
+        module = QuipEmbedding.like(linear, config)
+        model.set_submodule(name, module)
+        return module
     out_features, in_features = linear_shape(linear)
     module = QuipLinear(
         in_features,
@@ -89,8 +116,8 @@ def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear:
 
 
 def freeze(model: nn.Module) -> None:
-    """Switch the gradients of every quantized linear's parameters off (loading switches those of floats on)."""
-    for module in quantized_linears(model).values():
+    """Switch the gradients of every quantized module's parameters off (loading switches those of floats on)."""
+    for module in quantized_modules(model).values():
         module.requires_grad_(False)
 
 
@@ -103,12 +130,15 @@ def pack(model: nn.Module) -> None:
         module.pack_if_wanted()
 
 
-def to_dense(module: QuipLinear, dtype: torch.dtype | None = None) -> nn.Module:
-    """The dense linear that computes the same: an `nn.Linear`, or a `Conv1D` where that is what was quantized.
+def to_dense(module: QuipLinear | QuipEmbedding, dtype: torch.dtype | None = None) -> nn.Module:
+    """The dense module that computes the same: an `nn.Linear`, or the `Conv1D` or `nn.Embedding` that was quantized.
 
     Args:
         dtype: of its parameters; None: that of the stand-in for the weight.
     """
+    if isinstance(module, QuipEmbedding):
+        dense = nn.Embedding.from_pretrained(module.dequantize(dtype), freeze=False, padding_idx=module.padding_idx)
+        return dense.train(module.training)
     dtype = dtype or module.weight_dtype
     weight = module.dequantize(dtype)
     with torch.device("meta"):
@@ -124,12 +154,12 @@ def to_dense(module: QuipLinear, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def replace_by_dense(model: nn.Module, dtype: torch.dtype | None = None) -> Mapping[str, nn.Module]:
-    """Put a dense linear in the place of every quantized one, and return them by name.
+    """Put a dense module in the place of every quantized one, and return them by name.
 
     Raises:
         ValueError: codes are not in memory (the model is offloaded).
     """
-    quantized = quantized_linears(model)
+    quantized = quantized_modules(model)
     for name, module in quantized.items():
         if module.codes.is_meta:
             raise ValueError(

@@ -67,6 +67,8 @@ class PackedWeight(torch.Tensor):
 
     # Transformers' initialisation, which some models begin at the parent of a linear, leaves such a tensor alone.
     _is_hf_initialized = True
+    # What an error says.
+    _no_values = _NO_VALUES
 
     @classmethod
     def like(cls, vector: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> PackedWeight:
@@ -80,14 +82,24 @@ class PackedWeight(torch.Tensor):
 
     @data.setter
     def data(self, value: Any) -> None:
-        raise ValueError(f"data: {_NO_VALUES}")
+        raise ValueError(f"data: {self._no_values}")
 
     def __repr__(self) -> str:
-        return f"PackedWeight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
         # Not a TypeError: Tensor's arithmetic would turn that into "unsupported operand type" without the reason.
-        raise ValueError(f"{getattr(func, '__name__', func)}: {_NO_VALUES}")
+        raise ValueError(f"{getattr(func, '__name__', func)}: {cls._no_values}")
+
+
+class PackedTable(PackedWeight):
+    """The same for the table of a quantized embedding."""
+
+    _no_values = (
+        "the table of a quantized embedding is stored as codes and has no values to read or change. Another number of "
+        "tokens (resize_token_embeddings), tied embeddings and merging adapters need a dense table: change the model "
+        "before it is quantized, or call model.dequantize()"
+    )

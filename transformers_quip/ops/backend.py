@@ -104,5 +104,8 @@ def get_activations() -> str:
 
 def read_environment() -> None:
     """Take over what the environment variables say; raises as [`set_backend`] and [`set_activations`] do."""
-    set_backend(os.environ.get(BACKEND_VARIABLE) or "auto")
-    set_activations(os.environ.get(ACTIVATIONS_VARIABLE) or "auto")
+    for variable, choose in ((BACKEND_VARIABLE, set_backend), (ACTIVATIONS_VARIABLE, set_activations)):
+        try:
+            choose(os.environ.get(variable) or "auto")
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"environment variable {variable}={os.environ[variable]}: {error}") from None

@@ -14,6 +14,7 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 from quip_kernels import cpu_linear as kernels
+from quip_kernels import cpu_many as many_kernels
 from quip_kernels import cpu_trellis as trellis_kernels
 
 from .. import codebooks
@@ -119,7 +120,7 @@ def linear(
     residual_scale: float | None = None,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See [`reference.linear`]. One call into the library for few vectors; for many, a matrix product block by block."""
+    """See [`reference.linear`]. One call into the library for few vectors; for many, products with decoded rows."""
     n, m = su.shape[0], sv.shape[0]
     codes, codes_residual = logical(codes, codes_residual, codebook, n)
     layout = _trellis_layout(codebook)
@@ -136,6 +137,8 @@ def linear(
     q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
     second = {"codes_residual": codes_residual, "residual_scale": _residual_scale(codebook, residual_scale)}
     if vectors > MOST_VECTORS[planes]:
+        if x.dtype == torch.bfloat16 and slow_in is None and slow_out is None and _fits_bundles(m, n):
+            return _bundled(x, codes, su, sv, bias, q_in, q_out, second)
         decode = functools.partial(_decode_rows, codes, **second)
         return _many_vectors(x, su, sv, bias, (q_in, slow_in), (q_out, slow_out), decode)
     if slow_in is None and slow_out is None:
@@ -234,7 +237,11 @@ def _many_vectors(
     """
     n, m = su.shape[0], sv.shape[0]
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    t = _rotated_inputs(x, su, transform_in, dtype)
+    t = _kept_rotated(x, su, transform_in, dtype)
+    if t is None:
+        rows = x.reshape(-1, n)
+        t = _transform_in(rows, su, *transform_in, scratch("rotated inputs", rows.shape, dtype))
+        _keep_rotated(x, su, transform_in, t)
     z = scratch("rotated outputs", (len(t), m), dtype)
     rows = min(m, max(1, DECODED_WEIGHTS // n // TILE) * TILE)
     for begin in range(0, m, rows):
@@ -248,38 +255,80 @@ def _many_vectors(
     return _transform_out(z, sv, bias, *transform_out, x.dtype).reshape(*x.shape[:-1], m)
 
 
+def _fits_bundles(m: int, n: int) -> bool:
+    """Whether the library computes many vectors of such a layer in bundles."""
+    return m % many_kernels.WHOLE == 0 and n % many_kernels.WHOLE == 0 and many_kernels.is_available()
+
+
+def _bundled(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    su: torch.Tensor,
+    sv: torch.Tensor,
+    bias: torch.Tensor | None,
+    q_in: kernels.Transform | None,
+    q_out: kernels.Transform | None,
+    second: dict,
+) -> torch.Tensor:
+    """The layer of many bfloat16 vectors in one call, which computes the rotated inputs unless they are there already."""
+    vectors, n, m = x.numel() // su.shape[0], su.shape[0], sv.shape[0]
+    memory = scratch("workspace", (many_kernels.workspace(vectors, m, n),), torch.float32)
+    t = _kept_rotated(x, su, q_in, torch.int32)
+    is_rotated = t is not None
+    if not is_rotated:
+        t = scratch("rotated inputs", many_kernels.rotated_shape(vectors, n), torch.int32)
+    y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second)
+    if not is_rotated:
+        _keep_rotated(x, su, q_in, t)
+    return y
+
+
 class _Rotated(NamedTuple):
-    """What `_rotated_inputs` computed last, and from what."""
+    """Rotated inputs that were computed last, and from what."""
 
     x: weakref.ref
     su: weakref.ref
     versions: tuple[int, int]
-    transform: tuple
+    transform: object
     t: torch.Tensor
 
 
-def _rotated_inputs(x: torch.Tensor, su: torch.Tensor, transform_in: tuple, dtype: torch.dtype) -> torch.Tensor:
-    """Q_inᵀ( su ⊙ x ) as rows [N, n] in this dtype: the last result again for the same x and an equal su.
+def _kept_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, dtype: torch.dtype) -> torch.Tensor | None:
+    """Q_inᵀ( su ⊙ x ) in this dtype, if that of the same x and an equal su was computed last; else None.
 
     So it is computed once for linears that read one input (q, k and v; gate and up), which are given equal su when they
     are quantized. For few vectors, where it is a part of the library's call, the saving would be less than a call.
     """
-    tracked = not (x.is_inference() or su.is_inference())  # tensors of inference mode do not tell whether they changed
-    last: _Rotated | None = getattr(_kept, "rotated", None)
-    if tracked and last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
+    last: _Rotated | None = getattr(_kept, "rotated", None) if _is_eager() else None
+    if last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
         before = last.su()
         if before is not None and last.versions == (x._version, before._version) and torch.equal(before, su):
             return last.t
-    rows = x.reshape(-1, su.shape[0])
-    t = _transform_in(rows, su, *transform_in, scratch("rotated inputs", rows.shape, dtype))
-    if tracked:
-        versions = x._version, su._version
-        _kept.rotated = _Rotated(weakref.ref(x, _forget), weakref.ref(su), versions, transform_in, t)
-    return t
+    _kept.rotated = None  # its memory is going to be written to
+    return None
+
+
+def _keep_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, t: torch.Tensor) -> None:
+    # Tensors of inference mode do not tell whether they changed, nor do those into which compiled code writes.
+    if _is_eager() and not (x.is_inference() or su.is_inference()):
+        _kept.rotated = _Rotated(weakref.ref(x, _forget), weakref.ref(su), (x._version, su._version), transform_in, t)
 
 
 def _forget(_: weakref.ref) -> None:
     _kept.rotated = None
+
+
+def _is_eager() -> bool:
+    return getattr(_kept, "eager", False)
+
+
+def eager_linear(x: torch.Tensor, *arguments) -> torch.Tensor:
+    """[`linear`] for a call that is not made by compiled code: its input may be that of the call before."""
+    _kept.eager = True
+    try:
+        return linear(x, *arguments)
+    finally:
+        _kept.eager = False
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

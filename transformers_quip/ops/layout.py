@@ -25,7 +25,12 @@ def is_packed(codes: torch.Tensor, codebook: str) -> bool:
 
 def is_wanted(codes: torch.Tensor, codebook: str) -> bool:
     """Whether these codes should be brought into the kernels' layout: they lie where the kernels will run."""
-    return codes.device.type in DEVICES and uses_triton() and codebook in CODEBOOKS and not is_packed(codes, codebook)
+    return is_run_by_kernels(codes) and codebook in CODEBOOKS and not is_packed(codes, codebook)
+
+
+def is_run_by_kernels(codes: torch.Tensor) -> bool:
+    """Whether Triton kernels compute what lies where these codes lie."""
+    return codes.device.type in DEVICES and uses_triton()
 
 
 def pack(codes: torch.Tensor, codes_residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -118,11 +118,38 @@ def linear(
     Returns:
         [..., m] in the dtype of x, computed in [`compute_dtype`].
     """
+    rotated = rotate(x, su, codebook, incoherence_in, seed, "exact")
+    return rotated_linear(
+        x, rotated, codes, codes_residual, sv, bias, codebook, incoherence_out, seed, residual_scale, table
+    )
+
+
+def rotate(
+    x: torch.Tensor, su: torch.Tensor, codebook: str, incoherence: str, seed: int, activations: str
+) -> list[torch.Tensor]:
+    """The first step of [`linear`]: [Q_inᵀ( su ⊙ x )], one tensor [..., n] in [`compute_dtype`]."""
     dtype = compute_dtype(x.dtype)
-    y = transform(x.to(dtype) * su.to(dtype), incoherence_in, seed, True)
-    weight = decode(codes, codes_residual, codebook, su.shape[0], dtype, residual_scale, table)
-    y = torch.nn.functional.linear(y, weight)
-    y = transform(y, incoherence_out, seed, False) * sv.to(dtype)
+    return [transform(x.to(dtype) * su.to(dtype), incoherence, seed, True)]
+
+
+def rotated_linear(
+    x: torch.Tensor,
+    rotated: list[torch.Tensor],
+    codes: torch.Tensor,
+    codes_residual: torch.Tensor | None,
+    sv: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    incoherence: str,
+    seed: int,
+    residual_scale: float | None = None,
+    table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The second step of [`linear`], from what [`rotate`] made of x; x itself tells the shape and the dtype."""
+    dtype = compute_dtype(x.dtype)
+    weight = decode(codes, codes_residual, codebook, x.shape[-1], dtype, residual_scale, table)
+    y = torch.nn.functional.linear(rotated[0], weight)
+    y = transform(y, incoherence, seed, False) * sv.to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
     return y.to(x.dtype)
@@ -130,5 +157,5 @@ def linear(
 
 def register() -> None:
     """Make these the implementation on every device that has none of its own."""
-    for function in (transform, decode, linear):
+    for function in (transform, decode, linear, rotate, rotated_linear):
         torch.library.impl(f"quip::{function.__name__}", "default", function)

@@ -2,7 +2,9 @@
 
 The perplexity of a quantized model grows by about Σ a_l t_l² over its modules, where t_l² is the relative squared error of
 module l's weight and a_l its sensitivity (the linearity theorem of HIGGS, arXiv 2411.17525, section 3). So a_l is
-measured once, with noise, and what remains is a knapsack problem.
+measured once, with noise. Errors of rounding with feedback are no such noise: they avoid what the inputs have most of, in
+some modules much more than in others, so that the recipe (`model.py`) multiplies a_l by what is left of the loss then
+(`layer.loss_of_rounding`). What remains is a knapsack problem.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,10 @@ from ..calibration.observe import observe_until
 from ..config import MIXED_BITS
 from ..nn import replace
 from .allocate import allocate, gaussian_error, measure_sensitivities
-from .layer import QuantizedWeight, quantize_weight, quantize_weights
+from .embedding import quantize_embedding
+from .layer import QuantizedWeight, loss_of_rounding, quantize_weight, quantize_weights
 from .plan import make_plan
+from .progress import advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
+
+# On how many tokens Hessians are measured where they only serve to choose bits.
+_RATIO_TOKENS = 1 << 15
 
 
 @dataclass
@@ -60,7 +66,7 @@ class QuantizationReport:
 
 @torch.no_grad()
 def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None) -> QuantizationReport:
-    """Quantize the linears of a causal model's decoder blocks, in place.
+    """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, where the config names them.
 
     For each block in turn: Hessians from one pass over the calibration tokens, all its weights quantized, and the
     block replayed with them. Beside the model, memory holds one block's Hessians and one set of hidden states (on the
@@ -101,12 +107,44 @@ class _Recipe:
         """Give each module without bits of its own those that `config.bits` as an average allows."""
         entries = {e.name: e for e in self.plan.entries if e.quantized and self.config.for_module(e.name).is_mixed}
         sensitivities = measure_sensitivities(self.model, list(entries), self.ids, self.config.seed)
+        for name, ratio in self._losses_of_rounding(entries).items():
+            sensitivities[name] *= ratio
         errors = {bits: gaussian_error(codebooks.default_for_bits(bits)) for bits in MIXED_BITS}
         bits = allocate({n: e.parameters for n, e in entries.items()}, sensitivities, errors, self.config.bits)
         counts = ", ".join(f"{list(bits.values()).count(number)} with {number}" for number in MIXED_BITS)
         logger.info("bits=%s on the average: of %d modules %s bits.", self.config.bits, len(bits), counts)
         # Before what the caller set for patterns, which still holds: later ones win.
-        self.config.modules = {name: {"bits": number} for name, number in bits.items()} | (self.config.modules or {})
+        modules = {name: {"bits": number} for name, number in bits.items()}
+        for pattern, options in (self.config.modules or {}).items():
+            modules[pattern] = modules.pop(pattern, {}) | options  # a pattern may be the name of one module
+        self.config.modules = modules
+
+    def _losses_of_rounding(self, names: Collection[str]) -> dict[str, float]:
+        """For these linears, how much less errors of rounding matter than independent ones."""
+        ids = self.ids[: max(_RATIO_TOKENS // self.ids.shape[1], 1)]
+        name, blocks = find_blocks(self.model)
+        inputs = capture_inputs(self.model, blocks, ids, self.config.batch_size)
+        result = {}
+
+        def add(chosen: Iterable[str], hessian: torch.Tensor) -> None:
+            for config, alike in self._by_config(chosen):
+                config = copy.copy(config)
+                config.update(bits=MIXED_BITS[0])  # the ratio hardly depends on them
+                weights = {n: replace.dense_weight(self.model.get_submodule(n)) for n in alike}
+                result.update(loss_of_rounding(weights, hessian, config))
+
+        for index, block in enumerate(tqdm(blocks, desc="Predicting losses", unit="block")):
+            prefix = f"{name}.{index}."
+            members = [entry.removeprefix(prefix) for entry in self.plan.names if entry.startswith(prefix)]
+            hessians = _Hessians(prefix)
+            with calibration_autocast(block):
+                hessians.collect(block, index, members, inputs, range(inputs.num_batches))
+            for leader, group in hessians.groups.items():
+                add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
+        for outside in (n for n in names if not n.startswith(f"{name}.")):
+            if not replace.is_dense_embedding(self.model.get_submodule(outside)):  # whose rows see no feedback
+                add([outside], self._hessian_after_blocks(outside, ids))
+        return result
 
     def run(self) -> QuantizationReport:
         name, blocks = find_blocks(self.model)
@@ -114,12 +152,15 @@ class _Recipe:
             inputs = capture_inputs(self.model, blocks, self.ids, self.config.batch_size)
         self.bar = tqdm(total=len(self.plan.names), desc="Quantizing", unit="layer")
         with self.bar:
+            embeddings = [n for n in self.plan.names if replace.is_dense_embedding(self.model.get_submodule(n))]
+            if embeddings:
+                self._quantize_embeddings(embeddings, blocks, inputs)
             for index, block in enumerate(blocks):
                 self.bar.set_description(f"Block {index + 1} of {len(blocks)}")
                 prefix = f"{name}.{index}."
                 names = [entry.removeprefix(prefix) for entry in self.plan.names if entry.startswith(prefix)]
                 self._quantize_block(block, index, prefix, names, inputs)
-            for outside in (entry for entry in self.plan.names if not entry.startswith(f"{name}.")):
+            for outside in (n for n in self.plan.names if not n.startswith(f"{name}.") and n not in embeddings):
                 self.bar.set_description("After the blocks")
                 self._quantize_after_blocks(outside)
         self.config.calibration = {
@@ -129,6 +170,22 @@ class _Recipe:
             "mean_relative_error": round(self.report.mean_relative_error, 6),
         }
         return self.report
+
+    def _quantize_embeddings(self, names: list[str], blocks: nn.ModuleList, inputs: BlockInputs) -> None:
+        """Quantize embeddings; the batches that follow the quantized model enter the first block from them."""
+        self.bar.set_description("Embeddings")
+        with self._timed("round"):
+            for name in names:
+                started = time.perf_counter()
+                table, config = self.model.get_submodule(name).weight, self.config.for_module(name)
+                result = quantize_embedding(table, config, name)
+                self._record(name, table, result, time.perf_counter() - started)
+                replace.replace_embedding(self.model, name, result, config)
+        with self._timed("capture"):
+            following = _split_batches(inputs.num_batches, self.config.calibrate_on)[1]
+            again = capture_inputs(self.model, blocks, self.ids, self.config.batch_size)
+            for batch in following:
+                inputs.hidden[batch] = again.hidden[batch]
 
     def _quantize_block(self, block: nn.Module, index: int, prefix: str, names: list[str], inputs: BlockInputs) -> None:
         """Observe, quantize and replay one block; `prefix` is its name in the model with a dot."""
@@ -165,17 +222,22 @@ class _Recipe:
 
     def _quantize_after_blocks(self, name: str) -> None:
         """Quantize a linear that reads what the quantized blocks make of the tokens: the output embeddings."""
-        linear = self.model.get_submodule(name)
-        accumulator = HessianAccumulator(replace.linear_shape(linear)[1], linear.weight.device, name)
-        with self._timed("observe"), evaluating(self.model), calibration_autocast(self.model):
-            observe_until(self.model, linear, self.ids.split(self.config.batch_size), accumulator.add)
+        with self._timed("observe"):
+            hessian = self._hessian_after_blocks(name, self.ids)
         with self._timed("round"):
             started = time.perf_counter()
-            weight = replace.dense_weight(linear)
+            weight = replace.dense_weight(self.model.get_submodule(name))
             config = self.config.for_module(name)
-            result = quantize_weights({name: weight}, accumulator.hessian(), config)[name]
+            result = quantize_weights({name: weight}, hessian, config)[name]
             self._record(name, weight, result, time.perf_counter() - started)
             replace.replace_linear(self.model, name, result, config)
+
+    def _hessian_after_blocks(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        linear = self.model.get_submodule(name)
+        accumulator = HessianAccumulator(replace.linear_shape(linear)[1], linear.weight.device, name)
+        with evaluating(self.model), calibration_autocast(self.model):
+            observe_until(self.model, linear, ids.split(self.config.batch_size), accumulator.add)
+        return accumulator.hessian()
 
     def _by_config(self, names: Iterable[str]) -> list[tuple[QuipConfig, list[str]]]:
         """The modules of one input, those with the same options together: they are rounded as one stack of rows."""
@@ -192,8 +254,7 @@ class _Recipe:
     def _record(self, name: str, weight: torch.Tensor, result: QuantizedWeight, seconds: float) -> None:
         self.report.modules.append({"name": name, "shape": list(weight.shape), "seconds": seconds, **result.statistics})
         error, mean = result.statistics["relative_error"], self.report.mean_relative_error
-        self.bar.set_postfix_str(f"{name.rpartition('.')[2]}: relative error {error:.4f}, mean {mean:.4f}", refresh=False)
-        self.bar.update()
+        advance(self.bar, name, error, mean)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ from .. import codebooks, incoherence
 from ..calibration.capture import find_blocks
 from ..config import matches
 from ..nn.linear import QuipLinear
-from ..nn.replace import LINEARS, is_dense_linear, is_named, linear_shape
+from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, is_named, linear_shape
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -34,7 +34,7 @@ VECTORS = "norms, biases and other vectors"
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What happens to one module (or, for what is no linear, to one parameter).
+    """What happens to one module (or, for what is neither linear nor quantized, to one parameter).
 
     Attributes:
         name: of the module or parameter.
@@ -69,7 +69,7 @@ class QuantizationPlan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The linears to quantize, in the order of the model."""
+        """The modules to quantize: linears in the order of the model, then embeddings."""
         return tuple(entry.name for entry in self.entries if entry.quantized)
 
     @property
@@ -98,10 +98,13 @@ class QuantizationPlan:
 
     def summary(self) -> str:
         """The coverage in a few lines for the user."""
+        quantized = [entry.linear for entry in self.entries if entry.quantized]
+        tables = quantized.count(False)
+        embeddings = f" and {tables} embedding{'s' if tables > 1 else ''}" if tables else ""
         lines = [
-            f"{len(self.names)} of {sum(entry.linear for entry in self.entries)} linear layers, {self.share:.1%} of "
-            f"{_count(self.parameters)} parameters, are quantized to {self.true_bits:.3f} bits per weight "
-            f"(codebook {', '.join(self.codebooks)})."
+            f"{sum(quantized)} of {sum(entry.linear for entry in self.entries)} linear layers{embeddings}, "
+            f"{self.share:.1%} of {_count(self.parameters)} parameters, are quantized to {self.true_bits:.3f} bits per "
+            f"weight (codebook {', '.join(self.codebooks)})."
         ]
         for reason, entries in self.left_dense().items():
             share = sum(entry.parameters for entry in entries) / self.parameters
@@ -116,14 +119,14 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     """Decide for every weight of the model, on the meta device or not, whether it is quantized.
 
     A calibrated run quantizes the linears inside the decoder blocks; a run without calibration all linears. Left out
-    are the output embeddings (unless `config.modules` names them, without wildcards), weights that are tied, modules that
-    the model keeps in float32 and those that `config.modules_to_not_convert` names: a prefix up to a dot, a suffix, or a
-    regular expression, as everywhere in
-    Transformers (there the list replaces the default, here it adds to it).
+    are the output embeddings, weights that are tied, modules that the model keeps in float32 and those that
+    `config.modules_to_not_convert` names: a prefix up to a dot, a suffix, or a regular expression, as everywhere in
+    Transformers (there the list replaces the default, here it adds to it). Output embeddings, and embeddings, are
+    quantized on request: where a pattern of `config.modules` calls them by name ([`is_called`]).
 
     Raises:
         ValueError: there is nothing to quantize, a size cannot be quantized, a pattern is no regular expression, or
-            output embeddings that `config.modules` names are tied to another weight.
+            embeddings that `config.modules` names are tied, or cannot be quantized as it says.
     """
     if any(isinstance(module, QuipLinear) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is quantized already: start from the original, dense model")
@@ -141,14 +144,22 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
         reason = dense.get(name, "")
         size = 0 if reason else _packed_bytes(name, shape, module.weight.dtype, config.for_module(name))
         entries.append(PlanEntry(name, shape, module.weight.numel(), True, not reason, reason, size))
+    tables = _embeddings(model, config)
+    entries += tables
     if all(not entry.quantized for entry in entries):
         found = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries[:4])
         raise ValueError(f"Nothing of {type(model).__name__} would be quantized ({found})")
     entries = _without_repetitions(model, entries)
-    entries += _rest(model, linears)
+    entries += _rest(model, [entry.name for entry in entries])
     configs = (config.for_module(entry.name) for entry in entries if entry.quantized)
     used = {"chosen for each module" if found.is_mixed else found.codebook: None for found in configs}
     return QuantizationPlan(tuple(entries), tuple(used))
+
+
+def is_called(name: str, config: QuipConfig) -> bool:
+    """Whether `config.modules` means this module by name: a pattern matches, and its last part has no wildcard."""
+    last = name.rpartition(".")[2]
+    return any(matches(name, pattern) and pattern.rpartition(".")[2] == last for pattern in config.modules or {})
 
 
 def unmatched_patterns(model: nn.Module, config: QuipConfig) -> list[str]:
@@ -177,12 +188,9 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
     blocks = find_blocks(model)[0] + "." if config.is_calibrated else ""
     reasons = {}
     for name, module in linears.items():
-        if module is output and name in (config.modules or {}):
+        if module is output and is_called(name, config):
             if name in tied:
-                raise ValueError(
-                    f"modules names {name!r}, but its weight is {TIED}: untie the model's embeddings and save it first "
-                    "(config.tie_word_embeddings=False), or leave it dense"
-                )
+                raise _tied_error(name)
         elif module is output:
             reasons[name] = f"{OUTPUT_EMBEDDINGS}, {TIED}" if name in tied else OUTPUT_EMBEDDINGS
         elif places[id(module)] > 1:
@@ -196,6 +204,39 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
         elif not name.startswith(blocks):
             reasons[name] = OUTSIDE_BLOCKS
     return reasons
+
+
+def _tied_error(name: str) -> ValueError:
+    return ValueError(
+        f"modules names {name!r}, but its weight is {TIED}: untie the model's embeddings and save it first "
+        "(config.tie_word_embeddings=False), or leave it dense"
+    )
+
+
+def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
+    """The embeddings that `config.modules` asks to quantize."""
+    entries, tied = [], None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or not is_called(name, config):
+            continue
+        if not is_dense_embedding(module):
+            what = "limits the norm of its rows" if type(module) is nn.Embedding else f"is a {type(module).__name__}"
+            raise ValueError(
+                f"modules names {name!r}, which {what}: only a plain nn.Embedding can be quantized, leave it dense"
+            )
+        tied = _tied_modules(model) if tied is None else tied
+        if name in tied:
+            raise _tied_error(name)
+        shape, own = linear_shape(module), config.for_module(name)
+        if own.incoherence != config.incoherence and incoherence.sides(own.incoherence)[1] != "none":
+            raise ValueError(
+                f"modules sets incoherence={own.incoherence!r} for the embedding {name!r}, but rows that are looked up one "
+                f"by one can only be transformed on the input side: {[incoherence.sides(own.incoherence)[0], 'none']}"
+            )
+        sides = (incoherence.sides(own.incoherence)[0], "none")
+        size = _packed_bytes(name, shape, module.weight.dtype, own, sides)
+        entries.append(PlanEntry(name, shape, module.weight.numel(), quantized=True, packed_bytes=size))
+    return entries
 
 
 def _strict_float32(model: nn.Module) -> Iterable[str]:
@@ -215,11 +256,13 @@ def _tied_modules(model: nn.Module) -> set[str]:
     return tied
 
 
-def _packed_bytes(name: str, shape: tuple[int, int], dtype: torch.dtype, config: QuipConfig) -> int:
+def _packed_bytes(
+    name: str, shape: tuple[int, int], dtype: torch.dtype, config: QuipConfig, sides: tuple[str, str] | None = None
+) -> int:
     """Bytes of codes, su and sv. Raises `ValueError` for a shape that cannot be quantized."""
     if min(shape) < 1:
         raise ValueError(f"{name} has shape {list(shape)}: an empty weight cannot be quantized; leave it out")
-    for side, size in zip(incoherence.sides(config.incoherence), reversed(shape), strict=True):
+    for side, size in zip(sides or incoherence.sides(config.incoherence), reversed(shape), strict=True):
         try:
             incoherence.get(side, size, config.seed)
         except ValueError as error:
@@ -248,9 +291,9 @@ def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[Pla
     return result
 
 
-def _rest(model: nn.Module, linears: dict[str, nn.Module]) -> Iterator[PlanEntry]:
-    """Parameters that are no weight of a linear."""
-    weights = {f"{name}.weight" for name in linears}
+def _rest(model: nn.Module, listed: Iterable[str]) -> Iterator[PlanEntry]:
+    """Parameters that are no weight of these modules."""
+    weights = {f"{name}.weight" for name in listed}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, parameter in model.named_parameters():
         if name in weights or name in tied:

@@ -29,6 +29,8 @@ class TransformArguments(ctypes.Structure):
         ("orders", ctypes.c_int64 * MOST_FACTORS),
         ("factors", ctypes.c_void_p * MOST_FACTORS),
         ("transposed", ctypes.c_void_p * MOST_FACTORS),
+        ("signs", ctypes.c_void_p * MOST_FACTORS),
+        ("signs_transposed", ctypes.c_void_p * MOST_FACTORS),
     )
 
 
@@ -67,9 +69,9 @@ class TrellisArguments(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where there is none or it does not load (one log line says so)."""
+    """The library, or None where there is none or it does not load (which is a warning)."""
     if not PATH.exists():
-        logger.info("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)
+        logger.debug("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)  # whoever asks says so
         return None
     try:
         found = ctypes.CDLL(str(PATH))
@@ -82,11 +84,12 @@ def library() -> ctypes.CDLL | None:
         ("quip_round_panel", number, [pointer] * 3 + [size] * 2 + [number, real] + [pointer] * 3 + [number]),
         ("quip_round_panel_scalar", number, [pointer] * 3 + [size] * 2 + [number] + [pointer] * 3 + [number]),
         ("quip_linear", number, [pointer] * 3 + [size] * 2 + [number] * 5),
-        ("quip_residual_decode", None, [pointer, pointer, number, real, size, size, pointer, number, number]),
-        ("quip_e8p_decode", None, [pointer, size, size, pointer, number, number, number]),
+        ("quip_decode", None, [pointer, pointer, number, real, size, size, pointer] + [number] * 3),
         ("quip_transform_vectors", number, [pointer]),
         ("quip_trellis_products", number, [pointer] * 3 + [size, number, number]),
         ("quip_trellis_decode", number, [pointer] * 2 + [number] * 3),
+        ("quip_has_amx", number, []),
+        ("quip_linear_many", None, [pointer] * 3 + [size] * 2 + [pointer, number] + [pointer, size] * 2 + [number]),
         ("quip_cpu_level", number, []),
         ("quip_share_threads", None, [pointer]),
     ):

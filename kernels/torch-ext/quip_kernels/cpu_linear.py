@@ -20,9 +20,10 @@ from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, Trans
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLANES = (1, 2, 3)
+_LEAST_SIGNS, _MOST_SIGNS = 28, 128  # with fewer, plain products are as quick; with more, addresses do not fit
 MOST_FEATURES = 1 << 18  # inputs of a layer, fixed in the C source
-# The second stage that codes of this type belong to; see `cpu.SECOND_STAGES`.
-_SECOND = {torch.uint8: "e8", torch.int16: "e8p"}
+# The number of the second stage that codes of this type belong to; see `cpu.SECOND_STAGES`.
+_SECOND = {torch.uint8: SECOND_STAGES["e8"], torch.int16: SECOND_STAGES["e8p"]}
 
 
 class Transform:
@@ -40,11 +41,14 @@ class Transform:
         if len(dense) > MOST_FACTORS:
             raise ValueError(f"a transform of {len(dense)} dense factors, at most {MOST_FACTORS} can be")
         self.size = power * math.prod(factor.shape[0] for factor in dense)
-        self._kept = [(f.float().contiguous(), f.float().T.contiguous()) for f in dense]  # the pointers' owners
+        # the pointers' owners
+        self._kept = [(f.float().contiguous(), f.float().T.contiguous(), _signs(f), _signs(f.T)) for f in dense]
         arguments = TransformArguments(size=self.size, count=len(dense), power=power)
-        for i, (factor, transposed) in enumerate(self._kept):
+        for i, (factor, transposed, signs, signs_transposed) in enumerate(self._kept):
             arguments.orders[i] = factor.shape[0]
             arguments.factors[i], arguments.transposed[i] = factor.data_ptr(), transposed.data_ptr()
+            if signs is not None:
+                arguments.signs[i], arguments.signs_transposed[i] = signs.data_ptr(), signs_transposed.data_ptr()
         self._arguments = arguments
         self.address = ctypes.addressof(arguments)
 
@@ -90,7 +94,7 @@ def linear(
     codes, su, sv, bias = _contiguous(codes), _contiguous(su), _contiguous(sv), _contiguous(bias)
     codes_residual = _contiguous(codes_residual)
     tensors = (codes, codes_residual, su, sv, bias)
-    layer, address, m, n = _layer(vectors, tensors, transform_in, transform_out, residual_scale)
+    layer, address, m, n = layer_of(vectors, tensors, transform_in, transform_out, residual_scale)
     if planes not in PLANES:
         raise ValueError(f"planes={planes} must be 1, 2 or 3")
     y = x.new_empty(*x.shape[:-1], m) if dtype is None else x.new_empty((*x.shape[:-1], m), dtype=dtype)
@@ -121,7 +125,7 @@ _layers: dict[tuple, tuple] = {}
 _MOST_LAYERS = 4096
 
 
-def _layer(
+def layer_of(
     x: torch.Tensor,
     tensors: tuple[torch.Tensor | None, ...],
     transform_in: Transform | None,
@@ -247,23 +251,13 @@ def decode(
     weight = torch.empty(codes.shape[0], columns, dtype=dtype) if out is None else out
     if weight.shape != (codes.shape[0], columns) or not weight.is_contiguous():
         raise ValueError(f"out must be a contiguous {[codes.shape[0], columns]}, got {list(weight.shape)}")
-    if codes_residual is not None:
-        second = _second_stage(codes, codes_residual)
-        codes_residual = codes_residual.contiguous()
-        library().quip_residual_decode(
-            codes.data_ptr(),
-            codes_residual.data_ptr(),
-            second,
-            residual_scale,
-            codes.shape[0],
-            columns,
-            weight.data_ptr(),
-            _type(weight, "the weight"),
-            torch.get_num_threads(),
-        )
-        return weight
-    library().quip_e8p_decode(
+    second = _second_stage(codes, codes_residual)
+    codes_residual = _contiguous(codes_residual)
+    library().quip_decode(
         codes.data_ptr(),
+        None if codes_residual is None else codes_residual.data_ptr(),
+        second,
+        residual_scale,
         codes.shape[0],
         columns,
         weight.data_ptr(),
@@ -283,7 +277,7 @@ def _second_stage(codes: torch.Tensor, codes_residual: torch.Tensor | None) -> i
             f"codes_residual must be int16 (E8P) or uint8 (E8) {list(codes.shape)} on the CPU, as codes, got "
             f"{codes_residual.dtype} {list(codes_residual.shape)} on {codes_residual.device}"
         )
-    return SECOND_STAGES[_SECOND[codes_residual.dtype]]
+    return _SECOND[codes_residual.dtype]
 
 
 def _rows(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -305,6 +299,21 @@ def _type(tensor: torch.Tensor, name: str) -> int:
     if kind is None or not tensor.is_cpu:
         raise ValueError(f"{name} must be float32, bfloat16 or float16 on the CPU, got {tensor.dtype} on {tensor.device}")
     return kind
+
+
+def _signs(factor: torch.Tensor) -> torch.Tensor | None:
+    """Of a matrix whose entries have one size, the address of each four in a row: uint16 [order, order/4].
+
+    The sixteen sums ± a ± b ± c ± d of four entries of two neighbouring columns are 128 bytes each, one after the other.
+    None for another matrix, and for one whose sums would have addresses of more than 16 bits.
+    """
+    order = factor.shape[0]
+    if order % 4 or not _LEAST_SIGNS <= order <= _MOST_SIGNS:
+        return None
+    if not torch.allclose(factor.abs(), factor[0, 0].abs(), rtol=1e-6, atol=0):
+        return None
+    sums = ((factor < 0).reshape(order, -1, 4).int() * torch.tensor([1, 2, 4, 8], dtype=torch.int32)).sum(-1)
+    return ((16 * torch.arange(order // 4) + sums) * 128).to(torch.uint16)
 
 
 def _is_sylvester(factor: torch.Tensor) -> bool:

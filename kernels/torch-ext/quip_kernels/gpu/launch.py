@@ -15,11 +15,23 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def arch() -> str:
     """The instruction set that kernels with inline assembly are specialised for: "cuda", "hip" or "plain"."""
     if interpreted() or not torch.cuda.is_available():
         return "plain"
     return "hip" if torch.version.hip else "cuda"
+
+
+@functools.lru_cache(maxsize=16)
+def family(device: torch.device) -> str:
+    """Which tiles fit a device: "cuda", "blackwell" (its tensor cores are programmed in another way), "cdna" (AMD, waves
+    of 64), "rdna" (AMD, waves of 32) or "plain"."""
+    if device.type != "cuda":
+        return "plain"
+    if torch.version.hip:
+        return "cdna" if torch.cuda.get_device_properties(device).warp_size == 64 else "rdna"
+    return "blackwell" if torch.cuda.get_device_capability(device)[0] >= 10 else "cuda"
 
 
 def term_dtype() -> tl.dtype:

@@ -208,7 +208,7 @@ class Tile(NamedTuple):
 
 def tiles(vectors: int, digits: int, arch: str) -> list[Tile]:
     """The tiles to choose from, the first without measuring; all keep their accumulators in registers (see the tests)."""
-    vectors = min(vectors, 4)
+    vectors = min(vectors, 4 if digits < 3 else 2)
     sets = vectors * digits
     usual = Tile(vectors, 32 if sets <= 4 else 16, 32, sets > 2 or arch == "hip", not interpreted())
     candidates = [usual, usual._replace(fill=8), usual._replace(gather=not usual.gather)]

@@ -14,7 +14,7 @@ import triton.language as tl
 from .. import e8p, layout
 from . import tune
 from .decode import load_table, nibbles_of_words, twice_weights_of_words
-from .launch import device_of, interpreted, processors
+from .launch import device_of, family, interpreted, processors
 
 LARGEST_BATCH = 64
 BLOCK_ROWS = 64
@@ -155,7 +155,7 @@ def small_batch(
     parts = split(rows, words, processors(planes.device))
     result = torch.empty(len(stages) * parts, batch, rows, dtype=torch.float32, device=planes.device)
     for stage, out in zip(stages, result.split(parts), strict=True):
-        candidates = [tile for tile in tiles() if gather in (None, tile.gather)]
+        candidates = [tile for tile in tiles(batch, family(planes.device)) if gather in (None, tile.gather)]
         name = f"small batch {'e8p' if stage.signed else 'e8'} {block_batch(batch)}x{len(x.values)}"
         tile = tune.choose(name, (rows, words), candidates, planes.device, lambda t, s=stage, o=out: _launch(x, s, t, o))
         _launch(x, stage, tile, out)
@@ -193,9 +193,12 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tiles() -> list[Tile]:
-    """The tiles to choose from, the first without measuring."""
+def tiles(batch: int, family: str) -> list[Tile]:
+    """The tiles to choose from, the first without measuring; none spills registers on this family (`launch.family`)."""
     usual = Tile(gather=not interpreted(), warps=4)
+    if family == "rdna":
+        usual = usual._replace(warps=4 if block_batch(batch) == 16 else 16)
+        return [usual, usual._replace(gather=not usual.gather)]
     return [usual, usual._replace(warps=8), usual._replace(gather=not usual.gather)]
 
 

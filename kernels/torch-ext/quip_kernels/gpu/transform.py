@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .. import e8p
 from .dot import dot_signs
-from .launch import device_of, term_dtype
+from .launch import device_of, family, term_dtype
 from .quantize import Digits, lowest_digit, quantize, round_to_integer, scale_of
 
 # Sylvester factors in one pass: a larger tile does not fit into the registers of a program.
@@ -349,7 +349,7 @@ def transform(
                     P=plan.power,
                     TERMS=terms,
                     TERM=term_dtype(),
-                    num_warps=warps(a * b),
+                    num_warps=warps(a * b, family(x.device)),
                 )
         x, pre, row_scale, parts = y, None, None, 1
     return x
@@ -358,7 +358,7 @@ def transform(
 def transform_quantize(x: torch.Tensor, plan: Plan, pre: torch.Tensor, digits: int) -> Digits:
     """The digits of Qᵀ (pre ⊙ x) for every row of x [M, n]; see [`transform`] and `quantize`."""
     rows, size = x.shape
-    if plan.factors or not 256 <= plan.power <= LARGEST_BLOCK:
+    if plan.factors or not is_fused(plan.power, family(x.device)):
         return quantize(transform(x, plan, True, torch.float32, pre=pre), digits)
     result = Digits.empty(rows, size, digits, x.device)
     a, b = tile(size)
@@ -375,7 +375,7 @@ def transform_quantize(x: torch.Tensor, plan: Plan, pre: torch.Tensor, digits: i
             DIGITS=digits,
             TERMS=3 if x.dtype == torch.float32 else 2,
             TERM=term_dtype(),
-            num_warps=warps(size),
+            num_warps=warps(size, family(x.device)),
         )
     return result
 
@@ -388,6 +388,16 @@ def tile(power: int) -> tuple[int, int]:
     return max(16, power // b), b
 
 
-def warps(numbers: int) -> int:
-    """Warps for a tile of so many numbers."""
-    return 4 if numbers < 2048 else (8 if numbers < 4096 else 16)
+def warps(numbers: int, family: str) -> int:
+    """Warps for a tile of so many numbers on a family of devices (`launch.family`): no register may be spilled."""
+    if numbers < 2048:
+        return 4
+    return 16 if numbers == LARGEST_BLOCK and family == "rdna" else 8
+
+
+def is_fused(power: int, family: str) -> bool:
+    """Whether a transform by Sylvester's matrix is quantized in the same kernel.
+
+    Triton 3.6 does not compile the larger ones of those for Blackwell, and RDNA has too few registers for them.
+    """
+    return 256 <= power <= LARGEST_BLOCK and family not in ("blackwell", "rdna")

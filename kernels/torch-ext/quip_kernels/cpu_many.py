@@ -1,0 +1,127 @@
+"""E8P layers of many bfloat16 vectors, on a processor with AMX.
+
+Vectors are rotated sixteen at a time, side by side, in what the C source calls a bundle. Each thread decodes a few rows of
+the weight, multiplies all bundles by them while they are in its cache, and forgets them. Products are those of bfloat16
+numbers, summed in float32, as a dense layer's are; what is between them and the result is float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .cpu_library import LEVELS, default_level, library
+from .cpu_linear import Transform, layer_of
+
+WHOLE = 32  # sizes of layers are multiples of this
+_BUNDLE = 16
+_MARGIN = 32  # numbers between decoded rows, fixed in the C source
+_MOST_DECODED = 1 << 19  # weights that a thread has decoded at a time: half of a cache
+_PIECES = 8  # that each thread takes its share in, at least where there are so many rows
+_TOGETHER = 512  # vectors of which there are products in float32 at a time
+
+
+def is_available() -> bool:
+    """Whether the library was built with these kernels, this processor has what they need, and nobody asked for less."""
+    return library() is not None and LEVELS[default_level()] == "avx512" and _has_amx()
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(library().quip_has_amx())
+
+
+def rotated_shape(vectors: int, n: int) -> tuple[int, int, int]:
+    """The shape of rotated inputs, int32: each is two neighbouring entries of a vector, in bfloat16."""
+    return _even_bundles(vectors), n // 2, _BUNDLE
+
+
+def workspace(vectors: int, m: int, n: int) -> int:
+    """Numbers of float32 that [`linear`] needs to work with, with PyTorch's present number of threads."""
+    threads = torch.get_num_threads()
+    decoded = threads * _rows(m, n, threads) * (n + _MARGIN) // 2
+    return _sums(vectors, m) + max(decoded, (2 * threads * _BUNDLE + 2) * max(m, n))
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    su: torch.Tensor | None,
+    sv: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    transform_in: Transform | None,
+    transform_out: Transform | None,
+    rotated: torch.Tensor,
+    is_rotated: bool,
+    memory: torch.Tensor,
+    codes_residual: torch.Tensor | None = None,
+    residual_scale: float = 1.0,
+) -> torch.Tensor:
+    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias; what is None is left out.
+
+    The result depends neither on the number of threads nor on the other vectors.
+
+    Args:
+        x: bfloat16 [..., n], n a multiple of 32.
+        codes, su, sv, bias, transform_in, transform_out, codes_residual, residual_scale: see `cpu_linear.linear`; m is a
+            multiple of 32.
+        rotated: int32 of `rotated_shape`, for Q_inᵀ( su ⊙ x ): what it holds already if `is_rotated`, else written here.
+        memory: float32 [`workspace`] to work with.
+
+    Returns:
+        bfloat16 [..., m]. A vector with an entry that is not finite gives NaN.
+
+    Raises:
+        ValueError: a tensor is not as described.
+    """
+    n = x.shape[-1]
+    rows = x.reshape(-1, n)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    tensors = tuple(v if v is None else v.contiguous() for v in (codes, codes_residual, su, sv, bias))
+    layer, address, m, n = layer_of(rows, tensors, transform_in, transform_out, residual_scale)
+    if x.dtype != torch.bfloat16 or not x.is_cpu or m % WHOLE or n % WHOLE:
+        raise ValueError(
+            f"x must be bfloat16 on the CPU, inputs and outputs multiples of {WHOLE}, got {x.dtype} on {x.device}, {n} "
+            f"and {m}"
+        )
+    count, threads = len(rows), torch.get_num_threads()
+    _check(rotated, "rotated", torch.int32, rotated_shape(count, n))
+    _check(memory, "memory", torch.float32, (workspace(count, m, n),))
+    y = x.new_empty(*x.shape[:-1], m)
+    start = memory.data_ptr()
+    library().quip_linear_many(
+        address,
+        rows.data_ptr(),
+        y.data_ptr(),
+        count,
+        rows.stride(0),
+        rotated.data_ptr(),
+        is_rotated,
+        start,
+        _TOGETHER,
+        start + 4 * _sums(count, m),
+        _rows(m, n, threads),
+        threads,
+    )
+    del layer  # had to live until here, whatever other threads do to the cache
+    return y
+
+
+def _even_bundles(vectors: int) -> int:
+    return -(-vectors // (2 * _BUNDLE)) * 2
+
+
+def _sums(vectors: int, m: int) -> int:
+    return _even_bundles(min(vectors, _TOGETHER)) * _BUNDLE * m
+
+
+def _rows(m: int, n: int, threads: int) -> int:
+    """Rows that a thread decodes at a time: whole tiles, in pieces that all threads have about equally many of."""
+    return max(1, min(_MOST_DECODED // n, m // (_PIECES * threads)) // WHOLE) * WHOLE
+
+
+def _check(v: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if v.dtype != dtype or v.shape != shape or not v.is_contiguous() or not v.is_cpu:
+        raise ValueError(f"{name} must be contiguous {dtype} {list(shape)} on the CPU, got {v.dtype} {list(v.shape)}")

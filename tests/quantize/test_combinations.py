@@ -1,0 +1,76 @@
+"""Every rounding method with every codebook and every pair of transforms: it works, or the config says why not."""
+
+import re
+
+import pytest
+import torch
+
+from tests.models import tiny_model
+from tests.problems import problem
+from transformers_quip import QuipConfig, QuipLinear, codebooks, incoherence, rounding
+from transformers_quip.quantize.layer import quantize_weight, quantize_weights
+from transformers_quip.quantize.plan import make_plan
+
+# 20 columns are no whole blocks of 8, and 12 rows no power of two.
+ROWS, COLUMNS = 12, 20
+TRANSFORMS = ["hadamard", "kronecker", "none", "hadamard-quip-for-all", ("hadamard", "none"), ("none", "kronecker")]
+# Of some packages' files, for multiples of so many numbers.
+BLOCKED = {"hadamard-128": 128, "hadamard-eighths": 8}
+SCALAR = {"half-integer", "scalar2", "scalar3", "scalar4", "scalar8"}
+# What is defined for grids of single weights alone (QuIP, arXiv 2307.13304: algorithm 5, and rounding by lot).
+SCALAR_ONLY = {"stochastic", "convex"}
+
+
+def test_nothing_is_left_out():
+    assert set(rounding.names()) == {"ldlq", "ldlq-rg", "greedy", "quantease", "convex", "nearest", "stochastic"}
+    assert set(codebooks.names()) == {"e8p", "e8p-rvq3", "e8p-rvq4", "d4", *SCALAR}
+    assert set(incoherence.names()) == {name for name in TRANSFORMS if isinstance(name, str)} | BLOCKED.keys()
+
+
+@pytest.mark.parametrize("codebook", codebooks.names())
+@pytest.mark.parametrize("method", rounding.names())
+def test_works_or_is_refused(method, codebook):
+    if method in SCALAR_ONLY and codebook not in SCALAR:
+        said = f"rounding={method!r} does not work with codebook={codebook!r}, only with 'half-integer', 'scalar2'"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            QuipConfig(codebook=codebook, rounding=method)
+        with pytest.raises(ValueError, match=re.escape(said)):
+            QuipConfig(rounding="nearest", modules={"fc": {"codebook": codebook, "rounding": method}})
+        return
+    weight, hessian = problem(ROWS, COLUMNS, seed=3)
+    linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
+    total = ((weight.double() @ hessian.double()) * weight).sum()
+    for transform, rescale in [*((name, True) for name in TRANSFORMS), ("hadamard", False)]:
+        config = QuipConfig(codebook=codebook, rounding=method, incoherence=transform, rescale=rescale, refinement_sweeps=1)
+        result = quantize_weights({"fc": weight}, hessian, config)["fc"]
+        error = weight - QuipLinear.from_quantized(linear, result, config).dequantize(torch.float64)
+        lost = (((error @ hessian.double()) * error).sum() / total).item()
+        assert result.statistics["relative_error"] == pytest.approx(lost, rel=1e-3, abs=1e-6)
+        # By lot, an error has twice the variance, and more at the ends of the grid.
+        assert lost < {2: 0.25, 3: 0.1, 4: 0.025, 8: 2e-3}[config.bits] * (4 if method in SCALAR_ONLY else 1)
+        if method in ("nearest", "stochastic"):
+            blind = quantize_weight(weight, config, "fc")
+            assert blind.codes.shape == result.codes.shape
+
+
+@pytest.mark.parametrize("method", rounding.names())
+def test_codebooks_that_are_only_read_are_refused(method):
+    with pytest.raises(
+        ValueError, match=r"trellis:mul1:k2:exl3.*it is for checkpoints|does not work with codebook=.trellis:mul1"
+    ):
+        make_plan(tiny_model("llama"), QuipConfig(codebook="trellis:mul1:k2:exl3", rounding=method))
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_transforms_in_blocks_work_where_sizes_allow_it(name):
+    weight, hessian = problem(128, 128, seed=4)
+    config = QuipConfig(incoherence=name, refinement_sweeps=0)
+    assert quantize_weights({"fc": weight}, hessian, config)["fc"].statistics["relative_error"] < 0.1
+    model = torch.nn.ModuleDict({"fc": torch.nn.Linear(BLOCKED[name] + 4, 128)})
+    with pytest.raises(ValueError, match=rf"fc has shape .*{name} works on .* no multiple of"):
+        make_plan(model, QuipConfig(incoherence=name, dataset=None))
+
+
+def test_a_stored_transform_is_only_read():
+    with pytest.raises(ValueError, match="stored"):
+        make_plan(tiny_model("llama"), QuipConfig(incoherence="stored"))

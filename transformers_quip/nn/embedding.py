@@ -1,0 +1,150 @@
+"""QuipEmbedding: an embedding whose table is codes behind an incoherence transform of its columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import codebooks
+from .. import ops as _ops  # noqa: F401 - registers torch.ops.quip
+from ..incoherence import sides
+from .weight import PackedTable
+
+
+class QuipEmbedding(nn.Embedding):
+    """row i = sv_i · su ⊙ (Q ŵ_i), ŵ_i = codebook.decode(codes_i).
+
+    The formula of [`QuipLinear`]'s dense weight with no transform on the output side: that one would mix all rows, and a
+    look-up needs a few. So only the rows that are looked up are decoded, and sv scales each of them.
+
+    It is an `nn.Embedding` so that tools which look for those (PEFT) find it, but it has no weight parameter: `weight` is
+    a read-only stand-in with the shape, dtype and device of the dense table. All parameters are frozen; there are no
+    buffers. A new module gives zeros until its parameters are loaded.
+
+    Args:
+        num_embeddings, embedding_dim: m and n, any positive sizes.
+        padding_idx: as of `nn.Embedding`; it has an effect on training alone, and here nothing is trained.
+        codebook, residual_scale, seed: see [`QuipLinear`].
+        incoherence: name of the transform.
+        device, dtype: of the parameters, the dtype of su, sv and the rows.
+
+    Parameters:
+        codes, codes_residual: integers, m rows, as the codebook's `layout` describes them; the second is None for a
+            codebook of one stage.
+        su: [n]. sv: [m].
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        codebook: str = "e8p",
+        incoherence: str = "hadamard",
+        seed: int = 0,
+        residual_scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)  # nn.Embedding's own would allocate the dense table
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ValueError(f"num_embeddings={num_embeddings} and embedding_dim={embedding_dim} must be positive")
+        grids = codebooks.get(codebook, residual_scale).layout(num_embeddings, embedding_dim)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.codebook, self.incoherence, self.seed, self.residual_scale = codebook, incoherence, seed, residual_scale
+
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype | None) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.codes = zeros(*grids[0])
+        self.register_parameter("codes_residual", zeros(*grids[1]) if len(grids) > 1 else None)
+        self.su = zeros((embedding_dim,), dtype)
+        self.sv = zeros((num_embeddings,), dtype)
+        # Transformers' weight initialisation leaves such a module alone.
+        self._is_hf_initialized = True
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding, config: Any) -> QuipEmbedding:
+        """An empty one on the meta device in the place of a dense one.
+
+        Args:
+            embedding: its sizes, its padding and its table's dtype are used.
+            config: has `codebook`, `residual_scale`, `incoherence` (of a pair, the input side) and `seed`
+                ([`QuipConfig`]).
+        """
+        module = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            codebook=config.codebook,
+            incoherence=sides(config.incoherence)[0],
+            seed=config.seed,
+            residual_scale=config.residual_scale,
+            device="meta",
+            dtype=embedding.weight.dtype,
+        )
+        return module.train(embedding.training)
+
+    @property
+    def weight(self) -> PackedTable:
+        """A stand-in with the shape [m, n], dtype and device of the dense table; see [`PackedWeight`]."""
+        return PackedTable.like(self.su, self.num_embeddings, self.embedding_dim, self.su.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                "the table of a quantized embedding cannot be set: it is stored as codes. Call model.dequantize() "
+                "first, or replace the module by an nn.Embedding"
+            )
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Quantized tables have no random start; nothing calls this but code that means a dense embedding."""
+        raise TypeError("a quantized embedding cannot be initialised at random: load or quantize a table")
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all tensors that stand for the table: codes of all stages, su and sv."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+    @property
+    def true_bits(self) -> float:
+        """Bits per weight, with everything that is stored for it: packed_bytes · 8 / (m·n)."""
+        return self.packed_bytes * 8 / (self.num_embeddings * self.embedding_dim)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Integers [...] below m → [..., n] in the dtype of su.
+
+        Raises:
+            TypeError: ids are no integers.
+            IndexError: (on a CPU) one of them is not below m, or negative.
+        """
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"expected token ids in int64 or int32, got {ids.dtype} {list(ids.shape)} in {self}")
+        if ids.numel() == 0:
+            return self.su.new_empty((*ids.shape, self.embedding_dim))
+        flat = ids.reshape(-1)
+        second = None if self.codes_residual is None else self.codes_residual.index_select(0, flat)
+        rows = self._rows(self.codes.index_select(0, flat), second, self.sv.index_select(0, flat), self.su.dtype)
+        return rows.reshape(*ids.shape, self.embedding_dim)
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense table [m, n], in this dtype or that of su."""
+        return self._rows(self.codes, self.codes_residual, self.sv, dtype or self.su.dtype)
+
+    def _rows(
+        self, codes: torch.Tensor, codes_residual: torch.Tensor | None, sv: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        arguments = (codes, codes_residual, self.codebook, self.embedding_dim, compute, self.residual_scale)
+        rows = torch.ops.quip.transform(torch.ops.quip.decode(*arguments), self.incoherence, self.seed, False)
+        return (rows * self.su.to(compute) * sv.to(compute)[:, None]).to(dtype)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, codebook={self.codebook}, bits={self.true_bits:.3f}"
