@@ -200,8 +200,9 @@ def print_table(rows: list[dict]) -> None:
 
 
 def claims(rows: list[dict]) -> list[str]:
-    """Each claim of the papers with the perplexities that bear on it, as far as they were measured."""
-    found = {row["label"]: row["perplexity"] for row in rows}
+    """Each claim of the papers with the figures that bear on it, as far as they were measured: what rounding minimises,
+    and what one hopes to gain by it (one seed; perplexities of two seeds differ by about 3 %)."""
+    found = {row["label"]: {"proxy loss": row.get("proxy_loss"), **row["perplexity"]} for row in rows}
     scalar = {name: Method(2, "scalar2", name, sweeps=count) for name, count in ROUNDINGS.items()}
     plain = {name: Method(2, "scalar2", name, sweeps=count, **NO_INCOHERENCE) for name, count in ROUNDINGS.items()}
     chains = {f"incoherence helps {name}": (scalar[name], plain[name]) for name in ROUNDINGS}
@@ -214,11 +215,14 @@ def claims(rows: list[dict]) -> list[str]:
     chains["E8P > D4 > scalar"] = tuple(Method(2, book, "ldlq") for book in ("e8p", "d4", "scalar2"))
     result = []
     for claim, chain in chains.items():
-        for text in ("wiki", "news"):
-            values = [found[method.label][text] for method in chain if method.label in found]
-            if len(values) == len(chain):
-                verdict = "holds" if values == sorted(values) else "does not hold"
-                result.append(f"{claim}, {text}: {verdict} ({' | '.join(f'{value:.4g}' for value in values)})")
+        if not all(method.label in found for method in chain):
+            continue
+        verdicts = []
+        for measure in ("proxy loss", "wiki", "news"):
+            values = [found[method.label][measure] for method in chain]
+            holds = "holds" if values == sorted(values) else "does not hold"
+            verdicts.append(f"{measure} {' | '.join(f'{value:.3g}' for value in values)} ({holds})")
+        result.append(f"{claim}: {', '.join(verdicts)}")
     return result
 
 
