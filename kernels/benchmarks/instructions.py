@@ -80,7 +80,7 @@ def _compile(specimen: Specimen, gpu: GPUTarget):
             if kind.startswith("*")
         },
     )
-    return triton.compile(source, target=gpu, options={"num_warps": specimen.warps_on(gpu)})
+    return triton.compile(source, target=gpu, options=specimen.options_on(gpu))
 
 
 def _read_nvidia(kernel, specimen: Specimen, warps: int) -> Report:

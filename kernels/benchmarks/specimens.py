@@ -30,6 +30,7 @@ class Specimen:
         arguments: name → type of what is passed when it runs, as Triton writes it ("*fp32", "i32").
         constants: name → value of the rest, or a function of the target (`GPUTarget`).
         warps: of a program, or a function of the target.
+        stages: blocks that are on their way at once in a loop, a function of the target; None is Triton's own choice.
         launched: whether it is launched on a target.
         weights_in_loop: weights that a program decodes in one round of its main loop; 0 if that has no meaning.
     """
@@ -38,12 +39,18 @@ class Specimen:
     arguments: Mapping[str, str]
     constants: Mapping[str, Any]
     warps: int | Callable[[Any], int] = 4
+    stages: Callable[[Any], int | None] = lambda gpu: None
     weights_in_loop: int = 0
     launched: Callable[[Any], bool] = lambda gpu: True
 
     def warps_on(self, gpu: Any) -> int:
         """Warps of a program on a target."""
         return self.warps(gpu) if callable(self.warps) else self.warps
+
+    def options_on(self, gpu: Any) -> dict[str, int]:
+        """What Triton is told of a program on a target."""
+        options = {"num_warps": self.warps_on(gpu), "num_stages": self.stages(gpu)}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 FAMILIES = ("cuda", "blackwell", "cdna", "rdna")
@@ -103,7 +110,10 @@ def _matvecs(vectors: int, digits: int, signed: bool) -> dict[str, Specimen]:
     }
 
 
-def _small_batch(batch: int, terms: int, signed: bool, tile: SmallBatchTile) -> Specimen:
+def _small_batch(batch: int, terms: int, signed: bool, gather: bool, warps: int) -> Specimen:
+    def tiles(gpu: Any) -> list[SmallBatchTile]:
+        return [tile for tile in small_batch_tiles(batch, _family(gpu)) if (tile.gather, tile.warps) == (gather, warps)]
+
     return Specimen(
         small_batch_kernel,
         {
@@ -124,11 +134,12 @@ def _small_batch(batch: int, terms: int, signed: bool, tile: SmallBatchTile) -> 
             "BLOCK_BATCH": batch,
             "BLOCK_ROWS": BLOCK_ROWS,
             "BLOCK_WORDS": BLOCK_WORDS,
-            "GATHER": tile.gather,
+            "GATHER": gather,
         },
-        warps=tile.warps,
+        warps=warps,
+        stages=lambda gpu: tiles(gpu)[0].stages,
         weights_in_loop=BLOCK_ROWS * BLOCK_WORDS * 32,
-        launched=lambda gpu: tile in small_batch_tiles(batch, _family(gpu)),
+        launched=lambda gpu: len(tiles(gpu)) > 0,
     )
 
 
@@ -205,7 +216,6 @@ def _factor(order: int, terms: int) -> Specimen:
             "y": "*fp32",
             "groups": "i32",
             "before": "i32",
-            "order": "i32",
             "after": "i32",
             "parts": "i32",
             "part_stride": "i32",
@@ -214,6 +224,7 @@ def _factor(order: int, terms: int) -> Specimen:
         {
             "post": None,
             "bias": None,
+            "ORDER": order,
             "BLOCK_I": block,
             "BLOCK_J": block,
             "BLOCK_G": 64,
@@ -336,13 +347,13 @@ SPECIMENS = {
         for terms in (1, 2)
     },
     **{
-        f"small batch {'e8p' if signed else 'e8'} {batch}x{terms} {'gather' if tile.gather else 'load'} {tile.warps}": (
-            _small_batch(batch, terms, signed, tile)
+        f"small batch {'e8p' if signed else 'e8'} {batch}x{terms} {'gather' if gather else 'load'} {warps}": (
+            _small_batch(batch, terms, signed, gather, warps)
         )
         for signed in (True, False)
         for batch in (16, 32, 64)
         for terms in (1, 2)
-        for tile in dict.fromkeys(tile for family in FAMILIES for tile in small_batch_tiles(batch, family))
+        for gather, warps in dict.fromkeys(tile[:2] for family in FAMILIES for tile in small_batch_tiles(batch, family))
     },
     **{
         f"sylvester {power} {dtype}": _sylvester(power, dtype, 3 if dtype == "fp32" else 2)

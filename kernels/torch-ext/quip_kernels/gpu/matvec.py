@@ -67,31 +67,44 @@ def matvec_kernel(
     table_values = load_table(table, SIGNED, GATHER)
 
     SETS: tl.constexpr = 1 if MERGE else 2
+    # Places that do not depend on the block cost no instructions in the loop, but two registers each: of many there are
+    # too few, and a pointer for each digit of a vector walks instead.
+    WALK: tl.constexpr = VECTORS * DIGITS > 4
     totals = (tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.int32),) * (VECTORS * DIGITS * SETS)
     for block in range(part * blocks_per_part, tl.minimum((part + 1) * blocks_per_part, tl.cdiv(words, BLOCK_WORDS))):
         word = (block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS))[None, :]
-        inside = None if EVEN else word < words
+        every_second = 0x0F0F0F0F
+        if not EVEN:
+            # Beyond the row no nibble counts: those are masked anyway, while a masked load clears its registers first.
+            every_second = tl.where(word < words, 0x0F0F0F0F, 0)
+            word = tl.where(word < words, word, word % 4)
         place = start_of_row + word  # first of all: a 64-bit pointer to each row would take registers in the loop
-        indices = tl.load(planes + place, mask=inside).to(tl.uint32, bitcast=True)
+        indices = tl.load(planes + place).to(tl.uint32, bitcast=True)
         signs = 0
         if SIGNED:
-            signs = tl.load(signs_plane + place, mask=inside).to(tl.uint32, bitcast=True)
+            signs = tl.load(signs_plane + place).to(tl.uint32, bitcast=True)
+        sources = ()
+        for t in tl.static_range(VECTORS * DIGITS):
+            sources = sources + (digits + t * 8 * words + word,)
         codes = nibbles_of_words(table, table_values, indices, signs, SIGNED, GATHER)
         for i in tl.static_range(4):
             nibbles = codes[i]
-            low = (nibbles & 0x0F0F0F0F).to(tl.int32, bitcast=True)
-            high = ((nibbles >> 4) & 0x0F0F0F0F if MERGE else nibbles & 0xF0F0F0F0).to(tl.int32, bitcast=True)
+            low = (nibbles & every_second).to(tl.int32, bitcast=True)
+            high = ((nibbles >> 4) & every_second if MERGE else nibbles & (every_second << 4)).to(tl.int32, bitcast=True)
             new_totals = ()
+            new_sources = ()
             for t in tl.static_range(VECTORS * DIGITS):
-                source = digits + (t * 8 + 2 * i) * words + word
-                x_low = tl.load(source, mask=inside, other=None if EVEN else 0)
-                x_high = tl.load(source + words, mask=inside, other=None if EVEN else 0)
+                source = sources[t] if WALK else digits + (t * 8 + 2 * i) * words + word
+                new_sources = new_sources + (source + 2 * words,)
+                x_low = tl.load(source)
+                x_high = tl.load(source + words)
                 total = dot_bytes(low, x_low, totals[t * SETS], ARCH)
                 if MERGE:
                     new_totals = new_totals + (dot_bytes(high, x_high, total, ARCH),)
                 else:
                     new_totals = new_totals + (total, dot_bytes(high, x_high, totals[t * SETS + 1], ARCH))
             totals = new_totals
+            sources = new_sources
 
     for v in tl.static_range(VECTORS):
         result = tl.zeros([BLOCK_ROWS], tl.float32)

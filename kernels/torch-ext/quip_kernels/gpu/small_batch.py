@@ -183,14 +183,21 @@ def _launch(x: Halves, stage: layout.Stage, tile: Tile, parts: torch.Tensor) -> 
             BLOCK_WORDS=BLOCK_WORDS,
             GATHER=tile.gather,
             num_warps=tile.warps,
+            **({} if tile.stages is None else {"num_stages": tile.stages}),
         )
 
 
 class Tile(NamedTuple):
-    """How table entries are fetched (see `decode.look_up`), and the warps of a program."""
+    """How one program of the kernel works.
+
+    Attributes:
+        gather: see `decode.look_up`. warps: of a program.
+        stages: blocks that are on their way at once; None is Triton's own choice.
+    """
 
     gather: bool
     warps: int
+    stages: int | None = None
 
 
 def tiles(batch: int, family: str) -> list[Tile]:
@@ -198,8 +205,9 @@ def tiles(batch: int, family: str) -> list[Tile]:
     usual = Tile(gather=not interpreted(), warps=4)
     if family == "rdna":
         usual = usual._replace(warps=4 if block_batch(batch) == 16 else 16)
-        return [usual, usual._replace(gather=not usual.gather)]
-    return [usual, usual._replace(warps=8), usual._replace(gather=not usual.gather)]
+    # where table entries are loaded one by one, no registers are left for the next block's activations
+    other = usual._replace(gather=not usual.gather, stages=1 if family in ("blackwell", "rdna") else None)
+    return [usual, other] if family == "rdna" else [usual, usual._replace(warps=8), other]
 
 
 def block_batch(batch: int) -> int:

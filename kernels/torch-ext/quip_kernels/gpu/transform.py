@@ -179,11 +179,11 @@ def factor_kernel(
     y,
     groups,
     before,
-    order,
     after,
     parts,
     part_stride,
     scale,
+    ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -191,7 +191,7 @@ def factor_kernel(
     TERMS: tl.constexpr,
     TERM: tl.constexpr,
 ):
-    """y[m, b, i, r] = scale · Σ_j factor[i, j] x[m, b, j, r] (factor[j, i] if TRANSPOSE); i, j < order.
+    """y[m, b, i, r] = scale · Σ_j factor[i, j] x[m, b, j, r] (factor[j, i] if TRANSPOSE); i, j < ORDER.
 
     groups = all triples (m, b, r) with b < before and r < after; a program has BLOCK_G of them and BLOCK_I of the i.
     TERMS is 0 unless entries are ±1.
@@ -201,10 +201,10 @@ def factor_kernel(
     known = group < groups
     outer = tl.minimum(group, groups - 1) // after
     row = (outer // before).to(tl.int64)
-    start = (outer % before) * (order * after) + group % after
-    columns = before * order * after
+    start = (outer % before) * (ORDER * after) + group % after
+    columns = before * ORDER * after
     value = tl.zeros([BLOCK_G, BLOCK_I], tl.float32)
-    for first in range(0, order, BLOCK_J):
+    for first in range(0, ORDER, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         source = _load(
             x,
@@ -212,18 +212,18 @@ def factor_kernel(
             row_scale,
             row,
             start + j[None, :] * after,
-            known & (j < order)[None, :],
+            known & (j < ORDER)[None, :],
             columns,
             parts,
             part_stride,
         )
         j = j[:, None]
-        entry = factor + (j * order + i if TRANSPOSE else i * order + j)
-        matrix = tl.load(entry, mask=(i < order) & (j < order), other=0).to(tl.float32)
+        entry = factor + (j * ORDER + i if TRANSPOSE else i * ORDER + j)
+        matrix = tl.load(entry, mask=(i < ORDER) & (j < ORDER), other=0).to(tl.float32)
         if TERMS > 0:
             matrix = matrix.to(TERM)
         value += dot_signs(source, matrix, TERMS)
-    _store(y, post, bias, value * scale, row, start + i * after, known & (i < order), columns)
+    _store(y, post, bias, value * scale, row, start + i * after, known & (i < ORDER), columns)
 
 
 def make_plan(size: int, factors: Sequence[torch.Tensor], device: torch.device) -> Plan:
@@ -318,11 +318,11 @@ def transform(
                     y,
                     groups,
                     before,
-                    order,
                     after,
                     parts,
                     rows * plan.size,
                     scale,
+                    ORDER=order,
                     BLOCK_I=block,
                     BLOCK_J=block,
                     BLOCK_G=64,
