@@ -93,9 +93,10 @@ def test_no_spills_anywhere(name, target):
     check(name, target)
 
 
+@pytest.mark.parametrize("columns", ["gather 32", "uneven"])  # multiples of 1024, and others
 @pytest.mark.parametrize("digits", [1, 2])  # int8 and exact activations
-def test_matvec_takes_two_instructions_a_weight_and_loads_128_bits(digits):
-    report = instructions.inspect(f"matvec e8p 1x{digits} gather 32", "sm_90")
+def test_matvec_takes_two_instructions_a_weight_and_loads_128_bits(digits, columns):
+    report = instructions.inspect(f"matvec e8p 1x{digits} {columns}", "sm_90")
     assert report.per_weight <= 2.0
     assert set(report.loads) == {"LDG.128"}
     assert report.loop["IDP"] > 0  # dp4a
