@@ -262,6 +262,26 @@ def test_many_bfloat16_vectors_are_one_call_that_shares_rotated_inputs(rotations
 
 
 @needs_amx
+@torch.no_grad()
+def test_many_bfloat16_vectors_with_8_bit_activations(rotations):
+    """Rotated inputs of one precision are not taken for those of another; codes of two stages keep bfloat16."""
+    first, second = (arguments(m, 96, MANY, torch.bfloat16) for m in (64, 32))
+    second[0], second[3] = first[0], first[3].clone()
+    for name, low, high in (("int8", 0.004, 0.015), ("exact", 0, 0.004), ("auto", 0.004, 0.015)):
+        set_activations(name)
+        for args in (first, second):
+            assert low < relative_error(cpu.eager_linear(*args), args) < high
+    assert rotations == [False, True] * 3
+    parts = truth.random_linear(64, 96, dtype=torch.bfloat16, codebook="e8p-rvq4")
+    tensors = (parts[name] for name in ("codes", "codes_residual", "su", "sv"))
+    args = [first[0], *tensors, None, "e8p-rvq4", "none", "none", 0]
+    weight = truth.decode(parts["codes"], 96, "e8p-rvq4", parts["codes_residual"])
+    expected = (first[0].double() * parts["su"].double()) @ weight.T * parts["sv"].double()
+    set_activations("int8")
+    assert ((cpu.linear(*args).double() - expected).norm() / expected.norm()).item() < 0.004
+
+
+@needs_amx
 @pytest.mark.parametrize("name", ["none", ("hadamard", "none"), ("none", "hadamard")])
 def test_many_bfloat16_vectors_without_incoherence(rotations, name):
     args = arguments(64, 96, MANY, torch.bfloat16, name)

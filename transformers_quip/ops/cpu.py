@@ -138,7 +138,7 @@ def linear(
     second = {"codes_residual": codes_residual, "residual_scale": _residual_scale(codebook, residual_scale)}
     if vectors > MOST_VECTORS[planes]:
         if x.dtype == torch.bfloat16 and slow_in is None and slow_out is None and _fits_bundles(m, n):
-            return _bundled(x, codes, su, sv, bias, q_in, q_out, second)
+            return _bundled(x, codes, su, sv, bias, q_in, q_out, second, int8=planes == 1 and codes_residual is None)
         decode = functools.partial(_decode_rows, codes, **second)
         return _many_vectors(x, su, sv, bias, (q_in, slow_in), (q_out, slow_out), decode)
     if slow_in is None and slow_out is None:
@@ -237,10 +237,10 @@ def _many_vectors(
     """
     n, m = su.shape[0], sv.shape[0]
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    t = _kept_rotated(x, su, transform_in, dtype)
+    vectors = x.reshape(-1, n)
+    t = _kept_rotated(x, su, transform_in, vectors.shape, dtype)
     if t is None:
-        rows = x.reshape(-1, n)
-        t = _transform_in(rows, su, *transform_in, scratch("rotated inputs", rows.shape, dtype))
+        t = _transform_in(vectors, su, *transform_in, scratch("rotated inputs", vectors.shape, dtype))
         _keep_rotated(x, su, transform_in, t)
     z = scratch("rotated outputs", (len(t), m), dtype)
     rows = min(m, max(1, DECODED_WEIGHTS // n // TILE) * TILE)
@@ -269,15 +269,17 @@ def _bundled(
     q_in: kernels.Transform | None,
     q_out: kernels.Transform | None,
     second: dict,
+    int8: bool,
 ) -> torch.Tensor:
     """The layer of many bfloat16 vectors in one call, which computes the rotated inputs unless they are there already."""
     vectors, n, m = x.numel() // su.shape[0], su.shape[0], sv.shape[0]
     memory = scratch("workspace", (many_kernels.workspace(vectors, m, n),), torch.float32)
-    t = _kept_rotated(x, su, q_in, torch.int32)
+    shape = many_kernels.rotated_shape(vectors, n, int8)
+    t = _kept_rotated(x, su, q_in, shape, torch.int32)
     is_rotated = t is not None
     if not is_rotated:
-        t = scratch("rotated inputs", many_kernels.rotated_shape(vectors, n), torch.int32)
-    y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second)
+        t = scratch("rotated inputs", shape, torch.int32)
+    y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second, int8=int8)
     if not is_rotated:
         _keep_rotated(x, su, q_in, t)
     return y
@@ -293,14 +295,17 @@ class _Rotated(NamedTuple):
     t: torch.Tensor
 
 
-def _kept_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, dtype: torch.dtype) -> torch.Tensor | None:
-    """Q_inᵀ( su ⊙ x ) in this dtype, if that of the same x and an equal su was computed last; else None.
+def _kept_rotated(
+    x: torch.Tensor, su: torch.Tensor, transform_in: object, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Q_inᵀ( su ⊙ x ) in this form, if that of the same x and an equal su was computed last; else None.
 
     So it is computed once for linears that read one input (q, k and v; gate and up), which are given equal su when they
     are quantized. For few vectors, where it is a part of the library's call, the saving would be less than a call.
     """
     last: _Rotated | None = getattr(_kept, "rotated", None) if _is_eager() else None
-    if last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
+    alike = last is not None and last.x() is x and last.transform == transform_in
+    if alike and (last.t.shape, last.t.dtype) == (shape, dtype):
         before = last.su()
         if before is not None and last.versions == (x._version, before._version) and torch.equal(before, su):
             return last.t
