@@ -148,6 +148,35 @@ def linear(
     return _transform_out(z, sv, bias, q_out, slow_out, x.dtype)
 
 
+def one_call(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codes_residual: torch.Tensor | None,
+    su: torch.Tensor,
+    sv: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    incoherence_in: str,
+    incoherence_out: str,
+    seed: int,
+    residual_scale: float | None,
+) -> tuple[tuple[kernels.Transform | None, kernels.Transform | None], float, int] | None:
+    """If [`linear`] is one call of the library for few such vectors: its transforms, scale and planes; else None."""
+    if codebook not in CODEBOOKS or codes.dtype != torch.int16 or su.shape[0] > kernels.MOST_FEATURES:
+        return None
+    planes = _planes(codebook, codes_residual, x.dtype, su.dtype, sv.dtype, None if bias is None else bias.dtype)
+    q_in, slow_in = _kernel_transform(incoherence_in, su.shape[0], seed)
+    q_out, slow_out = _kernel_transform(incoherence_out, sv.shape[0], seed)
+    if (
+        planes is None
+        or slow_in is not None
+        or slow_out is not None
+        or not 0 < x.numel() // su.shape[0] <= MOST_VECTORS[planes]
+    ):
+        return None
+    return (q_in, q_out), _residual_scale(codebook, residual_scale), planes
+
+
 def _decode_rows(
     codes: torch.Tensor,
     rows: slice,
