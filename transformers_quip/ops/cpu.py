@@ -31,6 +31,8 @@ CODEBOOKS = {"e8p": None, "e8p-rvq3": torch.uint8, "e8p-rvq4": torch.int16}
 # Up to so many vectors, by the planes of activations, products with the codes are faster than decoding the weight and a
 # matrix product with it (measured at 1536x576 and 2048x2048 with AVX-512; the bfloat16 product is the faster one).
 MOST_VECTORS = {3: 64, 2: 40, 1: 64}
+# The same where many bfloat16 vectors are one call (measured from 576x576, where it is too few, to 5632x2048: too many).
+MOST_BESIDE_BUNDLES = {2: 20, 1: 24}
 MOST_TRELLIS_VECTORS = 16
 # Weights that are decoded at a time for that: the dense weight never exists as a whole beside its codes.
 DECODED_WEIGHTS = 1 << 22
@@ -136,12 +138,13 @@ def linear(
     q_in, slow_in = _kernel_transform(incoherence_in, n, seed)
     q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
     second = {"codes_residual": codes_residual, "residual_scale": _residual_scale(codebook, residual_scale)}
-    if vectors > MOST_VECTORS[planes]:
-        if x.dtype == torch.bfloat16 and slow_in is None and slow_out is None and _fits_bundles(m, n):
+    is_slow = slow_in is not None or slow_out is not None
+    if vectors > most_vectors(planes, x.dtype, m, n, is_slow):
+        if not is_slow and _fits_bundles(x.dtype, m, n):
             return _bundled(x, codes, su, sv, bias, q_in, q_out, second, int8=planes == 1 and codes_residual is None)
         decode = functools.partial(_decode_rows, codes, **second)
         return _many_vectors(x, su, sv, bias, (q_in, slow_in), (q_out, slow_out), decode)
-    if slow_in is None and slow_out is None:
+    if not is_slow:
         return kernels.linear(x, codes, su, sv, bias, q_in, q_out, planes, **second)
     t = _transform_in(x, su, q_in, slow_in, torch.empty(x.shape))
     z = kernels.linear(t, codes, None, None, None, None, None, planes, **second)
@@ -171,7 +174,7 @@ def one_call(
         planes is None
         or slow_in is not None
         or slow_out is not None
-        or not 0 < x.numel() // su.shape[0] <= MOST_VECTORS[planes]
+        or not 0 < x.numel() // su.shape[0] <= most_vectors(planes, x.dtype, sv.shape[0], su.shape[0])
     ):
         return None
     return (q_in, q_out), _residual_scale(codebook, residual_scale), planes
@@ -284,9 +287,20 @@ def _many_vectors(
     return _transform_out(z, sv, bias, *transform_out, x.dtype).reshape(*x.shape[:-1], m)
 
 
-def _fits_bundles(m: int, n: int) -> bool:
+def most_vectors(planes: int, dtype: torch.dtype, m: int, n: int, is_slow: bool = False) -> int:
+    """Up to how many vectors of this dtype are multiplied by the codes; is_slow: whether a transform is PyTorch's."""
+    most = MOST_VECTORS[planes]
+    return min(most, MOST_BESIDE_BUNDLES[planes]) if not is_slow and _fits_bundles(dtype, m, n) else most
+
+
+def _fits_bundles(dtype: torch.dtype, m: int, n: int) -> bool:
     """Whether the library computes many vectors of such a layer in bundles."""
-    return m % many_kernels.WHOLE == 0 and n % many_kernels.WHOLE == 0 and many_kernels.is_available()
+    return (
+        dtype == torch.bfloat16
+        and m % many_kernels.WHOLE == 0
+        and n % many_kernels.WHOLE == 0
+        and many_kernels.is_available()
+    )
 
 
 def _bundled(

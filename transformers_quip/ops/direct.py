@@ -53,7 +53,7 @@ class Prepared:
         self._call = library().quip_linear
         self._arguments = (address, (self._n, kind, kind, planes, default_level()))
         self._keep = (layer, transforms)
-        self._dtype, self._most = x.dtype, cpu.MOST_VECTORS[planes]
+        self._dtype, self._most = x.dtype, cpu.most_vectors(planes, x.dtype, self._m, self._n)
         self._settings = (get_backend(), get_activations())
 
     def __call__(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor | None:
