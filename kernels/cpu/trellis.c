@@ -32,14 +32,15 @@ static int column_of(int order, int q) {
 static trellis_kernels kernels_of(int level, int code) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (level == QUIP_AVX512) {
+    /* Whatever has the other instructions of that level has IFMA too, or is served by AVX2. */
+    if (level == QUIP_AVX512 && __builtin_cpu_supports("avx512ifma")) {
         trellis_kernels kernels = quip_trellis_avx512;
 #if defined(TRELLIS_FP16)
         if (__builtin_cpu_supports("avx512fp16")) quip_trellis_use_fp16(&kernels, code);
 #endif
         return kernels;
     }
-    if (level == QUIP_AVX2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return quip_trellis_avx2;
+    if (level >= QUIP_AVX2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return quip_trellis_avx2;
 #endif
     (void)level, (void)code;
     return quip_trellis_plain;
