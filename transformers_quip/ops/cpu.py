@@ -214,7 +214,10 @@ def _trellis_linear(
     if not vectors_fit or vectors == 0 or not _is_covered(codebook, x.dtype):
         names = (codebook, incoherence_in, incoherence_out, seed)
         return reference.linear(x, codes, codes_residual, su, sv, bias, *names, None, table)
-    reference.check_codes(codes, codes_residual, codebook, n, table)
+    shapes = (codes.shape[1:], None if table is None else table.shape)
+    book = codebooks.get(codebook)
+    if codes_residual is not None or shapes != ((n // TILE * book.k,), book.table_shape) or codes.dtype != book.code_dtype:
+        reference.check_codes(codes, codes_residual, codebook, n, table)  # says what is wrong
     both = (_kernel_transform(incoherence_in, n, seed), _kernel_transform(incoherence_out, m, seed))
     if vectors > MOST_TRELLIS_VECTORS:
 
@@ -222,8 +225,11 @@ def _trellis_linear(
             return trellis_kernels.decode(codes[rows], n, dtype, layout, table, out=out)
 
         return _many_vectors(x, su, sv, bias, *both, decode)
-    t = _transform_in(x, su, *both[0], torch.empty(x.shape))
-    return _transform_out(trellis_kernels.products(t, codes, layout, table), sv, bias, *both[1], x.dtype)
+    (q_in, slow_in), (q_out, slow_out) = both
+    if slow_in is None and slow_out is None:
+        return trellis_kernels.linear(x, codes, su, sv, bias, q_in, q_out, layout, table)
+    t = _transform_in(x, su, q_in, slow_in, torch.empty(x.shape))
+    return _transform_out(trellis_kernels.products(t, codes, layout, table), sv, bias, q_out, slow_out, x.dtype)
 
 
 @functools.cache
