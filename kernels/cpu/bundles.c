@@ -1,4 +1,4 @@
-/* Vectors of bfloat16 to bundles and back, with a transform, with AVX-512.
+/* Vectors of 16 bits to bundles and back, with a transform, with AVX-512.
  *
  * In a bundle every step of a transform is the same operation on sixteen neighbours, so that nothing is shuffled but
  * when a vector is read and when it is written. */
@@ -170,20 +170,47 @@ AVX512 INLINE __m512i pair(__m512 first, __m512 second) {
     return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
+/* The same as float16. */
+AVX512 INLINE __m512i pair_float16(__m512 first, __m512 second) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* The first and the second entry of each word. */
+AVX512 INLINE void part(__m512i word, const int type, __m512 *entries) {
+    if (type == QUIP_FLOAT16) {
+        entries[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(word));
+        entries[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(word, 16)));
+    } else {
+        entries[0] = (__m512)_mm512_slli_epi32(word, 16);
+        entries[1] = (__m512)_mm512_and_si512(word, _mm512_set1_epi32(-65536));
+    }
+}
+
 /* scale * x for `count` vectors at `x`; others, of the sixteen, are zero. */
-AVX512 static void read_bundle(const quip_bundle_call *call, const uint16_t *x, int64_t count, const float *scale, float *to) {
+AVX512 INLINE void read(const quip_bundle_call *call, const uint16_t *x, int64_t count, const float *scale, float *to,
+                        const int type) {
     for (int64_t i = 0; i < call->size; i += ENTRIES) {
         __m512i v[LANES];
         UNROLL for (int r = 0; r < LANES; r++)
             v[r] = _mm512_maskz_loadu_epi32(r < count ? 0xffff : 0, x + r * call->stride + i);
         turn(v);
         UNROLL for (int k = 0; k < LANES; k++) {
-            const __m512i first = _mm512_slli_epi32(v[k], 16), second = _mm512_and_si512(v[k], _mm512_set1_epi32(-65536));
+            __m512 entry[2];
             float *at = to + (i + 2 * k) * LANES;
-            _mm512_storeu_ps(at, _mm512_mul_ps((__m512)first, _mm512_set1_ps(scale[i + 2 * k])));
-            _mm512_storeu_ps(at + LANES, _mm512_mul_ps((__m512)second, _mm512_set1_ps(scale[i + 2 * k + 1])));
+            part(v[k], type, entry);
+            _mm512_storeu_ps(at, _mm512_mul_ps(entry[0], _mm512_set1_ps(scale[i + 2 * k])));
+            _mm512_storeu_ps(at + LANES, _mm512_mul_ps(entry[1], _mm512_set1_ps(scale[i + 2 * k + 1])));
         }
     }
+}
+
+AVX512 static void read_bundle(const quip_bundle_call *call, const uint16_t *x, int64_t count, const float *scale, float *to) {
+    if (call->type == QUIP_FLOAT16)
+        read(call, x, count, scale, to, QUIP_FLOAT16);
+    else
+        read(call, x, count, scale, to, QUIP_BFLOAT16);
 }
 
 AVX512 static void write_pairs(const float *x, int64_t size, uint32_t *to) {
@@ -222,8 +249,8 @@ AVX512 static void measure(float *x, int64_t size, const float *units) {
 }
 
 /* scale * x + bias, to `count` vectors. */
-AVX512 static void write_vectors(const quip_bundle_call *call, const float *x, int64_t count, const float *scale,
-                                 const float *bias, uint16_t *to) {
+AVX512 INLINE void write(const quip_bundle_call *call, const float *x, int64_t count, const float *scale, const float *bias,
+                         uint16_t *to, const int type) {
     for (int64_t i = 0; i < call->size; i += ENTRIES) {
         __m512i v[LANES];
         UNROLL for (int k = 0; k < LANES; k++) {
@@ -232,12 +259,20 @@ AVX512 static void write_vectors(const quip_bundle_call *call, const float *x, i
                 const int64_t at = i + 2 * k + e;
                 entry[e] = _mm512_fmadd_ps(_mm512_loadu_ps(x + at * LANES), _mm512_set1_ps(scale[at]), _mm512_set1_ps(bias[at]));
             }
-            v[k] = pair(entry[0], entry[1]);
+            v[k] = type == QUIP_FLOAT16 ? pair_float16(entry[0], entry[1]) : pair(entry[0], entry[1]);
         }
         turn(v);
         UNROLL for (int r = 0; r < LANES; r++)
             if (r < count) _mm512_storeu_si512(to + r * call->stride + i, v[r]);
     }
+}
+
+AVX512 static void write_vectors(const quip_bundle_call *call, const float *x, int64_t count, const float *scale,
+                                 const float *bias, uint16_t *to) {
+    if (call->type == QUIP_FLOAT16)
+        write(call, x, count, scale, bias, to, QUIP_FLOAT16);
+    else
+        write(call, x, count, scale, bias, to, QUIP_BFLOAT16);
 }
 
 typedef struct {

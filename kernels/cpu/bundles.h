@@ -1,4 +1,4 @@
-/* Bundles: sixteen vectors side by side, entry i of all of them at [i][LANES], for layers of many bfloat16 vectors. */
+/* Bundles: sixteen vectors side by side, entry i of all of them at [i][LANES], for layers of many vectors of 16 bits. */
 #ifndef QUIP_BUNDLES_H
 #define QUIP_BUNDLES_H
 
@@ -25,12 +25,13 @@ typedef struct {
     const quip_transform *q;     /* of that size; null for none */
     float *memory;               /* (2 threads LANES + 2) size numbers */
     int64_t size, count, stride; /* of a vector; vectors; from one to the next, where they are not in bundles */
-    int scale_type, bias_type, threads, bytes; /* in: whether int8 is wanted */
+    int type, scale_type, bias_type, threads; /* type: QUIP_BFLOAT16 or QUIP_FLOAT16, of vectors that are not in bundles */
+    int bytes;                                /* in: whether int8 is wanted */
 } quip_bundle_call;
 
-/* Q^T( scale * x ) of vectors of bfloat16, in words. Bundles are completed with zeros to an even number. */
+/* Q^T( scale * x ) of vectors of 16 bits, in words. Bundles are completed with zeros to an even number. */
 HIDDEN void quip_to_bundles(const quip_bundle_call *call);
-/* scale * Q( x ) + bias of bundles of float32, or of int32 in units, which are overwritten, as vectors of bfloat16. */
+/* scale * Q( x ) + bias of bundles of float32, or of int32 in units, which are overwritten, as vectors of 16 bits. */
 HIDDEN void quip_from_bundles(const quip_bundle_call *call);
 /* products_amx.c: z[bundles][m][LANES] of a layer's codes and of words as quip_to_bundles writes them: float32, or of int8 four
  * times the sums, in int32 (for codes of one stage). memory: threads * rows * (4 words + MARGIN) bytes; rows: decoded at a time

@@ -1,4 +1,4 @@
-"""Layers of many bfloat16 vectors against float64 formulas, and what must not change a bit of them."""
+"""Layers of many vectors of 16 bits against float64 formulas, and what must not change a bit of them."""
 
 import itertools
 
@@ -188,6 +188,26 @@ def test_views_and_leading_dimensions():
     assert torch.equal(run(x[0, :, :96].T.contiguous().T, parts, FACTORS[6], FACTORS[2]), expected[0])
 
 
+def test_float16():
+    """As bfloat16, but for more digits; numbers at the ends of its range are read and written as they are."""
+    parts = truth.random_linear(64, 96)
+    x = torch.randn(40, 96, generator=torch.Generator().manual_seed(2)).half()
+    q_in, q_out = kron(FACTORS[6]), kron(FACTORS[2])
+    expected = (x.double() * parts["su"].double()) @ q_in @ truth.decode(parts["codes"], 96).T
+    expected = expected @ q_out.T * parts["sv"].double() + parts["bias"].double()
+    y = run(x, parts, FACTORS[6], FACTORS[2], True)
+    assert y.dtype == torch.float16
+    assert relative_error(y, expected) < ACCURACY_INT8
+    alone = {**truth.random_linear(32, 32), "su": None, "sv": None, "bias": None}
+    weight = truth.decode(alone["codes"], 32)
+    for power in (-20, 9):  # below the normal numbers of float16, and up to its largest and above
+        x = torch.eye(32).half() * 2.0**power * 127
+        expected = (x.double() @ weight.T).half()
+        torch.testing.assert_close(run(x, alone, None, None, True), expected, rtol=2**-10, atol=2**-24)
+    x = torch.full((1, 32), 65504.0).half()
+    assert run(x, {**alone, "codes": torch.zeros_like(alone["codes"])}, None, None, True).isinf().all()
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_neither_threads_nor_other_vectors_change_a_bit(int8):
     parts = truth.random_linear(576, 192)
@@ -231,6 +251,7 @@ def test_dense_layers_go_on_working_between():
     ("change", "said"),
     [
         ({"x": torch.zeros(40, 96)}, "x must be bfloat16"),
+        ({"x": torch.zeros(40, 96).half()}, "x must be bfloat16, or float16 with int8, .* got torch.float16"),
         ({"x": torch.zeros(40, 80).bfloat16()}, "codes for 80 inputs"),
         ({"codes": torch.zeros(40, 12, dtype=torch.int16), "sv": None, "bias": None}, "multiples of 32, got .* 96 and 40"),
         ({"su": torch.zeros(95)}, r"su has shape \[95\]"),

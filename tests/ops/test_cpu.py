@@ -283,17 +283,29 @@ def test_many_bfloat16_vectors_with_8_bit_activations(rotations):
 
 @needs_amx
 @torch.no_grad()
-@pytest.mark.parametrize(("activations", "most"), [("int8", 24), ("exact", 20)])
-def test_bundles_take_over_earlier_than_other_products(rotations, activations, most):
+@pytest.mark.parametrize(
+    ("activations", "dtype", "most"),
+    [("int8", torch.bfloat16, 24), ("exact", torch.bfloat16, 20), ("int8", torch.float16, 24)],
+)
+def test_bundles_take_over_earlier_than_other_products(rotations, activations, dtype, most):
     set_activations(activations)
     for vectors in (most, most + 1):
-        args = arguments(64, 96, vectors, torch.bfloat16)
-        module = QuipLinear(96, 64, dtype=torch.bfloat16, seed=3)
+        args = arguments(64, 96, vectors, dtype)
+        module = QuipLinear(96, 64, dtype=dtype, seed=3)
         module.load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (args[1], *args[3:6]), strict=True)))
         for _ in range(2):  # looked up, and prepared
             assert torch.equal(module(args[0]), cpu.eager_linear(*args))
         assert relative_error(module(args[0]), args) < 0.015
     assert len(rotations) == 5
+
+
+@needs_amx
+def test_bundles_do_not_take_what_they_would_round(rotations):
+    """float16 has more digits than products of bfloat16 keep, and float32 all the more."""
+    for dtype in (torch.float16, torch.float32):
+        args = arguments(64, 96, MANY, dtype)
+        assert relative_error(torch.ops.quip.linear(*args), args) < ACCURACY[dtype]
+    assert not rotations
 
 
 @needs_amx

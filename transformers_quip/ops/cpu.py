@@ -31,7 +31,7 @@ CODEBOOKS = {"e8p": None, "e8p-rvq3": torch.uint8, "e8p-rvq4": torch.int16}
 # Up to so many vectors, by the planes of activations, products with the codes are faster than decoding the weight and a
 # matrix product with it (measured at 1536x576 and 2048x2048 with AVX-512; the bfloat16 product is the faster one).
 MOST_VECTORS = {3: 64, 2: 40, 1: 64}
-# The same where many bfloat16 vectors are one call (measured from 576x576, where it is too few, to 5632x2048: too many).
+# The same where many vectors are one call (measured from 576x576, where it is too few, to 5632x2048: too many).
 MOST_BESIDE_BUNDLES = {2: 20, 1: 24}
 MOST_TRELLIS_VECTORS = 16
 # Weights that are decoded at a time for that: the dense weight never exists as a whole beside its codes.
@@ -139,9 +139,11 @@ def linear(
     q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
     second = {"codes_residual": codes_residual, "residual_scale": _residual_scale(codebook, residual_scale)}
     is_slow = slow_in is not None or slow_out is not None
-    if vectors > most_vectors(planes, x.dtype, m, n, is_slow):
-        if not is_slow and _fits_bundles(x.dtype, m, n):
-            return _bundled(x, codes, su, sv, bias, q_in, q_out, second, int8=planes == 1 and codes_residual is None)
+    int8 = _is_int8(planes, codes_residual)
+    in_bundles = not is_slow and many_kernels.takes(x.dtype, m, n, int8)
+    if vectors > _most_vectors(planes, in_bundles):
+        if in_bundles:
+            return _bundled(x, codes, su, sv, bias, q_in, q_out, second, int8)
         decode = functools.partial(_decode_rows, codes, **second)
         return _many_vectors(x, su, sv, bias, (q_in, slow_in), (q_out, slow_out), decode)
     if not is_slow:
@@ -163,21 +165,20 @@ def one_call(
     incoherence_out: str,
     seed: int,
     residual_scale: float | None,
-) -> tuple[tuple[kernels.Transform | None, kernels.Transform | None], float, int] | None:
-    """If [`linear`] is one call of the library for few such vectors: its transforms, scale and planes; else None."""
+) -> tuple[tuple[kernels.Transform | None, kernels.Transform | None], float, int, int] | None:
+    """If [`linear`] is products with the codes: its transforms, scale and planes, and for how many vectors; else None."""
     if codebook not in CODEBOOKS or codes.dtype != torch.int16 or su.shape[0] > kernels.MOST_FEATURES:
         return None
     planes = _planes(codebook, codes_residual, x.dtype, su.dtype, sv.dtype, None if bias is None else bias.dtype)
     q_in, slow_in = _kernel_transform(incoherence_in, su.shape[0], seed)
     q_out, slow_out = _kernel_transform(incoherence_out, sv.shape[0], seed)
-    if (
-        planes is None
-        or slow_in is not None
-        or slow_out is not None
-        or not 0 < x.numel() // su.shape[0] <= most_vectors(planes, x.dtype, sv.shape[0], su.shape[0])
-    ):
+    if planes is None or slow_in is not None or slow_out is not None:
         return None
-    return (q_in, q_out), _residual_scale(codebook, residual_scale), planes
+    fits = many_kernels.takes(x.dtype, sv.shape[0], su.shape[0], _is_int8(planes, codes_residual))
+    most = _most_vectors(planes, fits)
+    if not 0 < x.numel() // su.shape[0] <= most:
+        return None
+    return (q_in, q_out), _residual_scale(codebook, residual_scale), planes, most
 
 
 def _decode_rows(
@@ -293,20 +294,14 @@ def _many_vectors(
     return _transform_out(z, sv, bias, *transform_out, x.dtype).reshape(*x.shape[:-1], m)
 
 
-def most_vectors(planes: int, dtype: torch.dtype, m: int, n: int, is_slow: bool = False) -> int:
-    """Up to how many vectors of this dtype are multiplied by the codes; is_slow: whether a transform is PyTorch's."""
-    most = MOST_VECTORS[planes]
-    return min(most, MOST_BESIDE_BUNDLES[planes]) if not is_slow and _fits_bundles(dtype, m, n) else most
+def _most_vectors(planes: int, in_bundles: bool) -> int:
+    """Up to how many vectors are multiplied by the codes; in_bundles: what becomes of more."""
+    return min(MOST_VECTORS[planes], MOST_BESIDE_BUNDLES[planes]) if in_bundles else MOST_VECTORS[planes]
 
 
-def _fits_bundles(dtype: torch.dtype, m: int, n: int) -> bool:
-    """Whether the library computes many vectors of such a layer in bundles."""
-    return (
-        dtype == torch.bfloat16
-        and m % many_kernels.WHOLE == 0
-        and n % many_kernels.WHOLE == 0
-        and many_kernels.is_available()
-    )
+def _is_int8(planes: int, codes_residual: torch.Tensor | None) -> bool:
+    """Whether many vectors are multiplied in 8 bits, which is done for codes of one stage."""
+    return planes == 1 and codes_residual is None
 
 
 def _bundled(
@@ -320,7 +315,7 @@ def _bundled(
     second: dict,
     int8: bool,
 ) -> torch.Tensor:
-    """The layer of many bfloat16 vectors in one call, which computes the rotated inputs unless they are there already."""
+    """The layer of many vectors in one call, which computes the rotated inputs unless they are there already."""
     vectors, n, m = x.numel() // su.shape[0], su.shape[0], sv.shape[0]
     memory = scratch("workspace", (many_kernels.workspace(vectors, m, n),), torch.float32)
     shape = many_kernels.rotated_shape(vectors, n, int8)

@@ -43,6 +43,7 @@ class Prepared:
         transforms: tuple[kernels.Transform | None, kernels.Transform | None],
         residual_scale: float,
         planes: int,
+        most: int,
     ):
         present = {name: v for name, v in tensors.items() if v is not None}
         self._present = tuple((name, weakref.ref(v), v.data_ptr(), v.dtype) for name, v in present.items())
@@ -53,7 +54,7 @@ class Prepared:
         self._call = library().quip_linear
         self._arguments = (address, (self._n, kind, kind, planes, default_level()))
         self._keep = (layer, transforms)
-        self._dtype, self._most = x.dtype, cpu.most_vectors(planes, x.dtype, self._m, self._n)
+        self._dtype, self._most = x.dtype, most
         self._settings = (get_backend(), get_activations())
 
     def __call__(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""E8P layers of many bfloat16 vectors, on a processor with AMX.
+"""E8P layers of many vectors of 16 bits, on a processor with AMX.
 
 Vectors are rotated sixteen at a time, side by side, in what the C source calls a bundle. Each thread decodes a few rows of
 the weight, multiplies all bundles by them while they are in its cache, and forgets them. Products are those of bfloat16
@@ -13,9 +13,10 @@ import functools
 import torch
 
 from .cpu_library import LEVELS, default_level, library
-from .cpu_linear import Transform, layer_of
+from .cpu_linear import DTYPES, Transform, layer_of
 
 WHOLE = 32  # sizes of layers are multiples of this
+_DTYPES = {False: (torch.bfloat16,), True: (torch.bfloat16, torch.float16)}  # of x, by whether it becomes int8
 _BUNDLE = 16
 _TILE = 16  # words of 32 bits that a tile has of each row, and
 _MARGIN = 64  # bytes between decoded rows; both are fixed in the C source
@@ -32,6 +33,11 @@ def is_available() -> bool:
 @functools.cache
 def _has_amx() -> bool:
     return bool(library().quip_has_amx())
+
+
+def takes(dtype: torch.dtype, m: int, n: int, int8: bool) -> bool:
+    """Whether [`linear`] takes vectors of this dtype for a layer of n inputs and m outputs."""
+    return dtype in _DTYPES[int8] and m % WHOLE == 0 and n % WHOLE == 0 and is_available()
 
 
 def rotated_shape(vectors: int, n: int, int8: bool = False) -> tuple[int, int, int]:
@@ -69,7 +75,7 @@ def linear(
     The result depends neither on the number of threads nor on the other vectors.
 
     Args:
-        x: bfloat16 [..., n], n a multiple of 32.
+        x: bfloat16 [..., n], or float16 if `int8`; n a multiple of 32.
         codes, su, sv, bias, transform_in, transform_out, codes_residual, residual_scale: see `cpu_linear.linear`; m is a
             multiple of 32.
         int8: whether rotated inputs are rounded to int8, each vector in units of its own; for codes of one stage.
@@ -77,7 +83,7 @@ def linear(
         memory: float32 [`workspace`] to work with.
 
     Returns:
-        bfloat16 [..., m]. A vector with an entry that is not finite gives NaN.
+        [..., m] of the dtype of x. A vector with an entry that is not finite gives NaN.
 
     Raises:
         ValueError: a tensor is not as described, or the processor has no AMX (see `is_available`).
@@ -90,10 +96,10 @@ def linear(
         rows = rows.contiguous()
     tensors = tuple(v if v is None else v.contiguous() for v in (codes, codes_residual, su, sv, bias))
     layer, address, m, n = layer_of(rows, tensors, transform_in, transform_out, residual_scale)
-    if x.dtype != torch.bfloat16 or not x.is_cpu or m % WHOLE or n % WHOLE:
+    if x.dtype not in _DTYPES[int8] or not x.is_cpu or m % WHOLE or n % WHOLE:
         raise ValueError(
-            f"x must be bfloat16 on the CPU, inputs and outputs multiples of {WHOLE}, got {x.dtype} on {x.device}, {n} "
-            f"and {m}"
+            f"x must be bfloat16, or float16 with int8, on the CPU, inputs and outputs multiples of {WHOLE}, got {x.dtype} "
+            f"on {x.device}, {n} and {m}"
         )
     if int8 and codes_residual is not None:
         raise ValueError("int8 inputs are for codes of one stage, and there are two")
@@ -106,6 +112,7 @@ def linear(
         address,
         rows.data_ptr(),
         y.data_ptr(),
+        DTYPES[x.dtype],
         count,
         rows.stride(0),
         rotated.data_ptr(),
