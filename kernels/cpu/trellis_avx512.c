@@ -14,25 +14,27 @@
 static void prepare(trellis_plan *plan) {
     for (int l = 0; l < WIDTH; l++) {
         const int pair = l / 2 * 2, byte = pair * plan->step_bits / 8, begin = l * plan->step_bits - 8 * byte;
-        /* memory has the second byte of a word first */
-        for (int i = 0; i < 8; i++) plan->places[0][4 * pair + 7 - i] = (uint8_t)((byte + i) ^ 1);
+        /* memory has the second byte of a word first; what lies beyond 32 bytes is shifted away */
+        for (int i = 0; i < 8; i++) plan->places[0][4 * pair + 7 - i] = (uint8_t)(((byte + i) ^ 1) & 31);
         for (int i = 0; i < 4; i++) plan->places[1][4 * l + i] = (uint8_t)(48 - begin + 8 * i);
     }
 }
 
-TARGET INLINE words states_in(const trellis_plan *plan, __m512i bytes) {
-    const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(plan->places[0]), bytes);
+/* Sixteen states lie in 32 bytes, and a load of no more is less often from two lines of the cache. */
+TARGET INLINE words states_in(const trellis_plan *plan, __m256i bytes) {
+    const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(plan->places[0]), _mm512_castsi256_si512(bytes));
     return (words)_mm512_maskz_multishift_epi64_epi8(0x3333333333333333, _mm512_load_si512(plan->places[1]), eight);
 }
 
 TARGET INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane) {
     (void)lane;
-    return states_in(plan, _mm512_loadu_si512(bytes));
+    return states_in(plan, _mm256_loadu_si256((const __m256i *)bytes));
 }
 
 TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lane, int16_t first) {
     (void)lane;
-    return states_in(plan, _mm512_mask_set1_epi16(_mm512_loadu_si512(bytes), (__mmask32)1 << plan->step_bits, first));
+    const __m256i read = _mm256_loadu_si256((const __m256i *)bytes);
+    return states_in(plan, _mm256_mask_set1_epi16(read, (__mmask16)(1u << plan->step_bits), first));
 }
 
 /* In the lower halves of 64 bits. Operands and products are of 52 bits: g = A s + B is computed modulo 2^32 in the highest

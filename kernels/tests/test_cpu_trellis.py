@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the CPU library 
 
 LEVELS = range(len(cpu_library.LEVELS))
 COMPUTED = [Layout(code, k, order) for code in kernels.CODES[:5] for k, order in ((2, "rows"), (3, "exl3"), (8, "qtip"))]
-COMPUTED += [Layout("mul1", k, "exl3") for k in (1, 4, 5, 6, 7)]
+COMPUTED += [Layout(code, k, "exl3") for code in ("2mad", "mcg", "mul1") for k in (1, 4, 5, 6, 7)]
 TABULATED = [
     (Layout("hyb", 2, "qtip"), (512, 2)),
     (Layout("hyb", 3, "qtip"), (512, 2)),
@@ -21,6 +21,8 @@ TABULATED = [
     (Layout("hyb", 1, "exl3"), (32768, 2)),
     (Layout("quantlut", 4, "rows"), (1024, 2)),
     (Layout("quantlut", 5, "qtip"), (65536, 1)),
+    (Layout("quantlut", 6, "exl3"), (2048, 2)),
+    (Layout("quantlut", 8, "rows"), (512, 2)),
     (Layout("lut", 7, "rows"), (65536, 2)),
 ]
 CASES = [(layout, None) for layout in COMPUTED] + TABULATED
