@@ -54,6 +54,7 @@ TARGET INLINE words byte_sums(words h) {
     return (words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)) + (0x4b000000u + 1024);
 }
 
+/* With a count for each lane, which takes one operation; with one count for all it would be two. */
 TARGET INLINE words shifted(words w, int count) { return (words)_mm256_srlv_epi32((__m256i)w, _mm256_set1_epi32(count)); }
 
 TARGET INLINE words look_up(const void *table, words index) {

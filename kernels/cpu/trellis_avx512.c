@@ -54,26 +54,18 @@ TARGET INLINE words byte_sums(words h) {
     return (words)_mm512_dpbusd_epi32(_mm512_set1_epi32(0x4b000000 + 1024), (__m512i)h, _mm512_set1_epi8(1));
 }
 
+/* With a count for each lane, which takes one operation; with one count for all it would be two. */
 TARGET INLINE words shifted(words w, int count) { return (words)_mm512_srlv_epi32((__m512i)w, _mm512_set1_epi32(count)); }
 
-/* All lanes, which the compiler does not know: a look-up keeps the lanes that its mask leaves out, and where a compiler sees
- * that there are none, it takes any register for them, so that look-ups wait for each other. */
-TARGET INLINE __mmask16 all_lanes(void) {
-    __mmask16 mask = 0xffff;
-    __asm__("" : "+k"(mask));
-    return mask;
-}
-
 TARGET INLINE words look_up(const void *table, words index) {
-    return (words)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), all_lanes(), (__m512i)index, table, 4);
+    return (words)_mm512_i32gather_epi32((__m512i)index, table, 4);
 }
 
 TARGET INLINE void look_up_pairs(const float *table, const words *index, floats *first, floats *second) {
     /* doubles are only moved, whatever the bits would mean */
     const __m256i *half = (const __m256i *)index;
-    const __m512d none = _mm512_setzero_pd();
-    *first = (floats)_mm512_mask_i32gather_pd(none, (__mmask8)all_lanes(), _mm256_load_si256(half), table, 8);
-    *second = (floats)_mm512_mask_i32gather_pd(none, (__mmask8)all_lanes(), _mm256_load_si256(half + 1), table, 8);
+    *first = (floats)_mm512_i32gather_pd(_mm256_load_si256(half), table, 8);
+    *second = (floats)_mm512_i32gather_pd(_mm256_load_si256(half + 1), table, 8);
 }
 
 TARGET INLINE void widen(words pairs, floats *first, floats *second) {
