@@ -79,6 +79,13 @@ def logits(source: str, ids: list[list[int]], **options) -> list:
         return _load(source, **options)(torch.tensor(ids)).logits.tolist()
 
 
+def logits_with_config(source: str, ids: list[list[int]], **options) -> list:
+    """The same, where the user gives a config of ours without options."""
+    from transformers_quip import QuipConfig
+
+    return logits(source, ids, quantization_config=QuipConfig(), **options)
+
+
 def push(folder: str, repo: str, patient: bool = True, **options) -> str:
     """Load a folder and push the model; returns the commit."""
     import time
