@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.hub import client as run
-from tests.hub.client import Client, ClientError
-from tests.loopback_hub import TOKEN, Repo
+from tests.hub.client import ClientError
+from tests.loopback_hub import READER, TOKEN, Repo
 
 BESIDE = "quantization_config.json"
 
@@ -78,22 +78,17 @@ def test_several_files_of_pickles(hub, client, publish, golden, tmp_path):
     check(client(run.logits, "owner/bin", ids, dtype="float32"), expected)
 
 
-def test_where_it_is_asked_for(hub, environment, publish, tmp_path):
-    """Revision, subfolder, token and cache are those of the call, and offline the cache is enough."""
-    ids, expected = publish("owner/branches", "exl3_mcg_k4", folder="4.0bpw/", branch="other", private=True)
-    client = Client({**environment, "HF_TOKEN": None})
-    options = {"revision": "other", "subfolder": "4.0bpw", "token": TOKEN, "cache_dir": str(tmp_path / "cache")}
-    options["dtype"] = "float32"
-    check(client(run.logits, "owner/branches", ids, **options), expected)
+def test_where_it_is_asked_for(hub, client, publish, tmp_path):
+    """Revision, subfolder, token and cache are those of the call, and the cache is enough."""
+    ids, expected = publish("reader/branches", "exl3_mcg_k4", folder="4.0bpw/", branch="other", private=True)
+    options = {"revision": "other", "subfolder": "4.0bpw", "token": READER, "cache_dir": str(tmp_path / "cache")}
+    check(client(run.logits, "reader/branches", ids, dtype="float32", **options), expected)
     assert {path.name for path in tmp_path.glob("cache/*/snapshots/*/*/*")} >= {"config.json", BESIDE}
-    with pytest.raises(ClientError):
-        client(run.logits, "owner/branches", ids, **options | {"token": None, "cache_dir": str(tmp_path / "empty")})
-    client.pool.shutdown()
-    offline = Client({**environment, "HF_HUB_OFFLINE": "1", "HF_TOKEN": None})
     before = len(hub.requests)
-    check(offline(run.logits, "owner/branches", ids, **options), expected)
-    assert len(hub.requests) == before
-    offline.pool.shutdown()
+    check(client(run.logits, "reader/branches", ids, dtype="float32", local_files_only=True, **options), expected)
+    assert not any(BESIDE in path for _, path, *_ in hub.requests[before:])
+    with pytest.raises(ClientError, match="not a valid model identifier|private"):
+        client(run.logits, "reader/branches", ids, **options | {"token": TOKEN, "cache_dir": str(tmp_path / "empty")})
 
 
 def test_of_a_dense_model_it_is_asked_once(hub, client, dense):
