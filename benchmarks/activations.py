@@ -2,8 +2,8 @@
 
     python benchmarks/activations.py QUANTIZED_FOLDER [--windows N]
 
-QUANTIZED_FOLDER is a saved quantized model with its tokenizer. Every token goes through the kernels that generation
-uses, also where a matrix product would be quicker, so that the figures are those of generated text.
+QUANTIZED_FOLDER is a saved quantized model with its tokenizer. Once every token goes through the kernels that generation
+uses, also where a matrix product would be quicker, in float32; and once through those that prompts take, in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from protocol import EVALUATION_WINDOWS, load_windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import transformers_quip
+from quip_kernels import cpu_many as many_kernels
 from transformers_quip.evaluation import perplexity
 from transformers_quip.ops import cpu
 
@@ -26,18 +27,28 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=EVALUATION_WINDOWS, help="evaluation windows of each text")
     options = parser.parse_args()
     transformers_quip.set_backend("cpu")  # an error where there is no compiled library
-    cpu.MOST_VECTORS = dict.fromkeys(cpu.MOST_VECTORS, 1 << 30)
 
-    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
     windows = load_windows(AutoTokenizer.from_pretrained(options.folder), calibration=1, evaluation=options.windows)
-    found: dict[str, dict[str, float]] = {}
-    for activations in ("exact", "int8"):
-        transformers_quip.set_activations(activations)
-        found[activations] = {name: perplexity(model, ids) for name, ids in windows.evaluation.items()}
-    cost = {name: found["int8"][name] / value - 1 for name, value in found["exact"].items()}
-    for name, value in cost.items():
-        print(f"{name}: exact {found['exact'][name]:.3f}, int8 {found['int8'][name]:.3f}, {value:+.3%}")
-    machine.save("activations", {"windows": options.windows, "perplexity": found, "cost": cost})
+    usual = dict(cpu.MOST_VECTORS)
+    rows = []
+    for kernels, dtype, most in (
+        ("of generation", torch.float32, dict.fromkeys(usual, 1 << 30)),
+        ("of prompts", torch.bfloat16, usual),
+    ):
+        cpu.MOST_VECTORS = most
+        model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype)
+        found: dict[str, dict[str, float]] = {}
+        for activations in ("exact", "int8"):
+            transformers_quip.set_activations(activations)
+            found[activations] = {name: perplexity(model, ids) for name, ids in windows.evaluation.items()}
+        cost = {name: found["int8"][name] / value - 1 for name, value in found["exact"].items()}
+        for name, value in cost.items():
+            print(
+                f"kernels {kernels}, {name}: exact {found['exact'][name]:.3f}, int8 {found['int8'][name]:.3f}, {value:+.3%}"
+            )
+        rows.append({"kernels": kernels, "dtype": str(dtype).removeprefix("torch."), "perplexity": found, "cost": cost})
+    many = many_kernels.is_available()
+    machine.save("activations", {"windows": options.windows, "prompts_multiply_int8": many, "rows": rows})
 
 
 if __name__ == "__main__":

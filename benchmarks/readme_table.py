@@ -155,8 +155,9 @@ def other_figures() -> str:
     if memory := load("memory"):
         lines += [f"- Peak memory, {name}: {value / 1e6:.0f} MB." for name, value in memory["summary"].items()]
     if activations := load("activations"):
-        cost = ", ".join(f"{name} {value:+.2%}" for name, value in activations["cost"].items())
-        lines.append(f"- Perplexity of 8-bit instead of exact activations: {cost}.")
+        for row in activations["rows"]:
+            cost = ", ".join(f"{name} {value:+.2%}" for name, value in row["cost"].items())
+            lines.append(f"- Perplexity of 8-bit instead of exact activations, in kernels {row['kernels']}: {cost}.")
     if startup := load("startup"):
         before = ""
         for row in startup["rows"]:

@@ -1,4 +1,4 @@
-/* Vectors of bfloat16 to bundles and back, with a transform, with AVX-512.
+/* Vectors of 16 bits to bundles and back, with a transform, with AVX-512.
  *
  * In a bundle every step of a transform is the same operation on sixteen neighbours, so that nothing is shuffled but
  * when a vector is read and when it is written. */
@@ -13,6 +13,8 @@
 
 #define ROWS 6    /* of a factor, and */
 #define COLUMNS 4 /* entries that are worked on at once: 24 sums, which fit into registers */
+
+#define ENTRIES 32 /* that are turned at once */
 
 #define MOST_SIGNS 128 /* order of a factor of signs, and */
 #define PAIR 2         /* entries that are worked on at once; both are fixed in cpu_linear.py */
@@ -168,20 +170,47 @@ AVX512 INLINE __m512i pair(__m512 first, __m512 second) {
     return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
+/* The same as float16. */
+AVX512 INLINE __m512i pair_float16(__m512 first, __m512 second) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* The first and the second entry of each word. */
+AVX512 INLINE void part(__m512i word, const int type, __m512 *entries) {
+    if (type == QUIP_FLOAT16) {
+        entries[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(word));
+        entries[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(word, 16)));
+    } else {
+        entries[0] = (__m512)_mm512_slli_epi32(word, 16);
+        entries[1] = (__m512)_mm512_and_si512(word, _mm512_set1_epi32(-65536));
+    }
+}
+
 /* scale * x for `count` vectors at `x`; others, of the sixteen, are zero. */
-AVX512 static void read_bundle(const quip_bundle_call *call, const uint16_t *x, int64_t count, const float *scale, float *to) {
-    for (int64_t i = 0; i < call->size; i += TILE_ENTRIES) {
+AVX512 INLINE void read(const quip_bundle_call *call, const uint16_t *x, int64_t count, const float *scale, float *to,
+                        const int type) {
+    for (int64_t i = 0; i < call->size; i += ENTRIES) {
         __m512i v[LANES];
         UNROLL for (int r = 0; r < LANES; r++)
             v[r] = _mm512_maskz_loadu_epi32(r < count ? 0xffff : 0, x + r * call->stride + i);
         turn(v);
         UNROLL for (int k = 0; k < LANES; k++) {
-            const __m512i first = _mm512_slli_epi32(v[k], 16), second = _mm512_and_si512(v[k], _mm512_set1_epi32(-65536));
+            __m512 entry[2];
             float *at = to + (i + 2 * k) * LANES;
-            _mm512_storeu_ps(at, _mm512_mul_ps((__m512)first, _mm512_set1_ps(scale[i + 2 * k])));
-            _mm512_storeu_ps(at + LANES, _mm512_mul_ps((__m512)second, _mm512_set1_ps(scale[i + 2 * k + 1])));
+            part(v[k], type, entry);
+            _mm512_storeu_ps(at, _mm512_mul_ps(entry[0], _mm512_set1_ps(scale[i + 2 * k])));
+            _mm512_storeu_ps(at + LANES, _mm512_mul_ps(entry[1], _mm512_set1_ps(scale[i + 2 * k + 1])));
         }
     }
+}
+
+AVX512 static void read_bundle(const quip_bundle_call *call, const uint16_t *x, int64_t count, const float *scale, float *to) {
+    if (call->type == QUIP_FLOAT16)
+        read(call, x, count, scale, to, QUIP_FLOAT16);
+    else
+        read(call, x, count, scale, to, QUIP_BFLOAT16);
 }
 
 AVX512 static void write_pairs(const float *x, int64_t size, uint32_t *to) {
@@ -189,10 +218,40 @@ AVX512 static void write_pairs(const float *x, int64_t size, uint32_t *to) {
         _mm512_storeu_si512(to + i / 2 * LANES, pair(_mm512_loadu_ps(x + i * LANES), _mm512_loadu_ps(x + (i + 1) * LANES)));
 }
 
+/* The same as int8, completed with zeros, each vector in units of its own: its largest entry over 127. */
+AVX512 static void write_fours(const float *x, int64_t size, uint32_t *to) {
+    const __m512i low = _mm512_set1_epi32(255), infinite = _mm512_set1_epi32(0x7f800000);
+    const int64_t words = quip_bundle_words(size, 1);
+    __m512i bits = _mm512_setzero_si512(); /* those of sizes are ordered as integers, and not a number above all */
+    for (int64_t i = 0; i < size; i++)
+        bits = _mm512_max_epu32(bits, _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x + i * LANES))));
+    const __mmask16 bad = _mm512_cmpge_epu32_mask(bits, infinite);
+    const __m512 most = _mm512_max_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(1e-30f)); /* the inverse must be finite */
+    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(127), most);
+    for (int64_t i = 0; i < size; i += 4) {
+        __m512i v[4];
+        UNROLL for (int e = 0; e < 4; e++)
+            v[e] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + (i + e) * LANES), inverse));
+        const __m512i even = _mm512_or_si512(_mm512_and_si512(v[0], low), _mm512_slli_epi32(_mm512_and_si512(v[2], low), 16));
+        const __m512i odd = _mm512_or_si512(_mm512_and_si512(v[1], low), _mm512_slli_epi32(v[3], 16));
+        _mm512_storeu_si512(to + i / 4 * LANES, _mm512_or_si512(even, _mm512_slli_epi32(odd, 8)));
+    }
+    for (int64_t i = size / 4; i < words; i++) _mm512_storeu_si512(to + i * LANES, _mm512_setzero_si512());
+    const __m512 unit = _mm512_mul_ps(most, _mm512_set1_ps(1.0f / 127));
+    _mm512_storeu_ps(to + words * LANES, _mm512_mask_blend_ps(bad, unit, _mm512_set1_ps(NAN)));
+}
+
+/* Sums of four times a weight with int8 become float32, in place. */
+AVX512 static void measure(float *x, int64_t size, const float *units) {
+    const __m512 unit = _mm512_mul_ps(_mm512_loadu_ps(units), _mm512_set1_ps(0.25f));
+    for (int64_t i = 0; i < size; i++)
+        _mm512_storeu_ps(x + i * LANES, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(x + i * LANES)), unit));
+}
+
 /* scale * x + bias, to `count` vectors. */
-AVX512 static void write_vectors(const quip_bundle_call *call, const float *x, int64_t count, const float *scale,
-                                 const float *bias, uint16_t *to) {
-    for (int64_t i = 0; i < call->size; i += TILE_ENTRIES) {
+AVX512 INLINE void write(const quip_bundle_call *call, const float *x, int64_t count, const float *scale, const float *bias,
+                         uint16_t *to, const int type) {
+    for (int64_t i = 0; i < call->size; i += ENTRIES) {
         __m512i v[LANES];
         UNROLL for (int k = 0; k < LANES; k++) {
             __m512 entry[2];
@@ -200,12 +259,20 @@ AVX512 static void write_vectors(const quip_bundle_call *call, const float *x, i
                 const int64_t at = i + 2 * k + e;
                 entry[e] = _mm512_fmadd_ps(_mm512_loadu_ps(x + at * LANES), _mm512_set1_ps(scale[at]), _mm512_set1_ps(bias[at]));
             }
-            v[k] = pair(entry[0], entry[1]);
+            v[k] = type == QUIP_FLOAT16 ? pair_float16(entry[0], entry[1]) : pair(entry[0], entry[1]);
         }
         turn(v);
         UNROLL for (int r = 0; r < LANES; r++)
             if (r < count) _mm512_storeu_si512(to + r * call->stride + i, v[r]);
     }
+}
+
+AVX512 static void write_vectors(const quip_bundle_call *call, const float *x, int64_t count, const float *scale,
+                                 const float *bias, uint16_t *to) {
+    if (call->type == QUIP_FLOAT16)
+        write(call, x, count, scale, bias, to, QUIP_FLOAT16);
+    else
+        write(call, x, count, scale, bias, to, QUIP_BFLOAT16);
 }
 
 typedef struct {
@@ -219,12 +286,13 @@ static void to_bundles(void *context, int64_t first, int64_t last) {
     work *w = context;
     const quip_bundle_call *call = w->call;
     float *memory = w->bias + call->size + 2 * first * LANES * call->size, *scratch = memory + LANES * call->size;
+    const int64_t bundle = (quip_bundle_words(call->size, call->bytes) + call->bytes) * LANES;
     (void)last;
     for (int64_t b; (b = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->bundles;) {
         float *x = memory;
         read_bundle(call, (const uint16_t *)call->from + b * LANES * call->stride, call->count - b * LANES, w->scale, x);
         if (call->q) x = apply(call->q, 1, x, scratch);
-        write_pairs(x, call->size, (uint32_t *)call->to + b * call->size / 2 * LANES);
+        (call->bytes ? write_fours : write_pairs)(x, call->size, (uint32_t *)call->to + b * bundle);
     }
 }
 
@@ -235,6 +303,7 @@ static void from_bundles(void *context, int64_t first, int64_t last) {
     (void)last;
     for (int64_t b; (b = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->bundles;) {
         float *x = (float *)call->from + b * LANES * call->size;
+        if (call->units) measure(x, call->size, call->units + b * call->units_stride);
         if (call->q) x = apply(call->q, 0, x, scratch);
         write_vectors(call, x, call->count - b * LANES, w->scale, w->bias, (uint16_t *)call->to + b * LANES * call->stride);
     }
@@ -250,6 +319,10 @@ static void run(const quip_bundle_call *call, quip_body body, int64_t bundles) {
         if (!call->bias) w.bias[i] = 0;
     }
     quip_parallel(body, &w, call->threads, 1, call->threads);
+}
+
+HIDDEN int64_t quip_bundle_words(int64_t n, int bytes) {
+    return bytes ? (n / 4 + TILE_WORDS - 1) / TILE_WORDS * TILE_WORDS : n / 2;
 }
 
 HIDDEN void quip_to_bundles(const quip_bundle_call *call) {

@@ -2,8 +2,9 @@
  *
  * PyTorch keeps its own worker threads, which go on spinning for a while after each operation. A second pool would
  * fight with them for the processors between any two operations, so theirs are used where Python has handed over the
- * entry point of their OpenMP runtime; otherwise threads are made for each call that is worth it. Pieces are taken
- * from a counter, so that a thread which is held up does not hold up the others. */
+ * entry point of their OpenMP runtime; otherwise threads are made for each call that is worth it. Each thread goes through
+ * a share of its own from the beginning, so that what it reads lies side by side, and then helps the others with what is
+ * left of theirs, so that a thread which is held up does not hold them up. */
 #include <pthread.h>
 
 #include "common.h"
@@ -17,15 +18,25 @@ static fork_join shared_threads;
 typedef struct {
     quip_body body;
     void *context;
-    int64_t count, grain, next;
+    int64_t count, grain, size; /* of a share, in whole pieces */
+    int shares, started;
+    struct {
+        int64_t next;
+        char apart[56]; /* counters of threads in cache lines of their own */
+    } taken[MOST_THREADS];
 } job;
 
 static void work(void *argument) {
     job *j = argument;
-    for (;;) {
-        const int64_t first = __atomic_fetch_add(&j->next, j->grain, __ATOMIC_RELAXED);
-        if (first >= j->count) return;
-        j->body(j->context, first, first + j->grain < j->count ? first + j->grain : j->count);
+    const int own = __atomic_fetch_add(&j->started, 1, __ATOMIC_RELAXED);
+    for (int i = 0; i < j->shares; i++) {
+        const int share = (own + i) % j->shares;
+        const int64_t begin = share * j->size, end = begin + j->size < j->count ? begin + j->size : j->count;
+        for (;;) {
+            const int64_t first = begin + __atomic_fetch_add(&j->taken[share].next, j->grain, __ATOMIC_RELAXED);
+            if (first >= end) break;
+            j->body(j->context, first, first + j->grain < end ? first + j->grain : end);
+        }
     }
 }
 
@@ -35,12 +46,22 @@ static void *work_in_thread(void *argument) {
 }
 
 HIDDEN void quip_parallel(quip_body body, void *context, int64_t count, int64_t grain, int threads) {
-    const int64_t pieces = (count + grain - 1) / grain;
+    const int64_t pieces = (count + grain - 1) / grain; /* no larger than that */
     const int64_t most = shared_threads ? pieces : pieces / LEAST_PIECES;
-    job j = {body, context, count, grain, 0};
+    job j;
     if (threads > most) threads = (int)most;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
-    if (threads <= 1) {
+    if (threads < 1) threads = 1;
+    j.body = body;
+    j.context = context;
+    j.count = count;
+    j.shares = threads;
+    const int64_t each = (pieces + threads - 1) / threads; /* of which all have about one size */
+    j.grain = each ? (count + threads * each - 1) / (threads * each) : 1;
+    j.size = each * j.grain;
+    j.started = 0;
+    for (int i = 0; i < threads; i++) j.taken[i].next = 0;
+    if (threads == 1) {
         work(&j);
     } else if (shared_threads) {
         shared_threads(work, &j, (unsigned)threads, 0);

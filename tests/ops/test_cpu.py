@@ -9,7 +9,7 @@ from quip_kernels import cpu as cpu_kernels
 from quip_kernels import cpu_linear as kernels
 from quip_kernels import cpu_many as many_kernels
 from tests import truth
-from transformers_quip import incoherence, set_activations, set_backend
+from transformers_quip import QuipLinear, incoherence, set_activations, set_backend
 from transformers_quip.ops import cpu, reference
 
 needs_library = pytest.mark.skipif(not cpu_kernels.is_available(), reason="the CPU library was not compiled")
@@ -259,6 +259,53 @@ def test_many_bfloat16_vectors_are_one_call_that_shares_rotated_inputs(rotations
     assert relative_error(cpu.eager_linear(*single), single) < ACCURACY[torch.float32]
     assert relative_error(cpu.eager_linear(*second), second) < ACCURACY[torch.bfloat16]
     assert rotations[4:] == [False] * 4
+
+
+@needs_amx
+@torch.no_grad()
+def test_many_bfloat16_vectors_with_8_bit_activations(rotations):
+    """Rotated inputs of one precision are not taken for those of another; codes of two stages keep bfloat16."""
+    first, second = (arguments(m, 96, MANY, torch.bfloat16) for m in (64, 32))
+    second[0], second[3] = first[0], first[3].clone()
+    for name, low, high in (("int8", 0.004, 0.015), ("exact", 0, 0.004), ("auto", 0.004, 0.015)):
+        set_activations(name)
+        for args in (first, second):
+            assert low < relative_error(cpu.eager_linear(*args), args) < high
+    assert rotations == [False, True] * 3
+    parts = truth.random_linear(64, 96, dtype=torch.bfloat16, codebook="e8p-rvq4")
+    tensors = (parts[name] for name in ("codes", "codes_residual", "su", "sv"))
+    args = [first[0], *tensors, None, "e8p-rvq4", "none", "none", 0]
+    weight = truth.decode(parts["codes"], 96, "e8p-rvq4", parts["codes_residual"])
+    expected = (first[0].double() * parts["su"].double()) @ weight.T * parts["sv"].double()
+    set_activations("int8")
+    assert ((cpu.linear(*args).double() - expected).norm() / expected.norm()).item() < 0.004
+
+
+@needs_amx
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("activations", "dtype", "most"),
+    [("int8", torch.bfloat16, 24), ("exact", torch.bfloat16, 20), ("int8", torch.float16, 24)],
+)
+def test_bundles_take_over_earlier_than_other_products(rotations, activations, dtype, most):
+    set_activations(activations)
+    for vectors in (most, most + 1):
+        args = arguments(64, 96, vectors, dtype)
+        module = QuipLinear(96, 64, dtype=dtype, seed=3)
+        module.load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (args[1], *args[3:6]), strict=True)))
+        for _ in range(2):  # looked up, and prepared
+            assert torch.equal(module(args[0]), cpu.eager_linear(*args))
+        assert relative_error(module(args[0]), args) < 0.015
+    assert len(rotations) == 5
+
+
+@needs_amx
+def test_bundles_do_not_take_what_they_would_round(rotations):
+    """float16 has more digits than products of bfloat16 keep, and float32 all the more."""
+    for dtype in (torch.float16, torch.float32):
+        args = arguments(64, 96, MANY, dtype)
+        assert relative_error(torch.ops.quip.linear(*args), args) < ACCURACY[dtype]
+    assert not rotations
 
 
 @needs_amx

@@ -17,8 +17,6 @@ from .weight import PackedWeight
 if TYPE_CHECKING:
     from .shared import SharedInput
 
-_TENSORS = ("codes", "codes_residual", "su", "sv", "bias")
-
 
 class QuipLinear(nn.Linear):
     """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias, Ŵ = codebook.decode(codes) (QuIP#, arXiv 2402.04396).
@@ -89,6 +87,7 @@ class QuipLinear(nn.Linear):
         self.register_parameter("bias", vector(out_features, dtype) if bias else None)
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.share_input(None)
+        self._prepared: _ops.direct.Prepared | None = None
         # Transformers' weight initialisation leaves such a module alone.
         self._is_hf_initialized = True
 
@@ -171,9 +170,13 @@ class QuipLinear(nn.Linear):
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f"expected floating point [..., {self.in_features}], got {x.dtype} {list(x.shape)} in {self}")
         tensors = self._parameters  # asking the module for each of them takes five times as long
+        if not torch.compiler.is_compiling() and self._prepared is not None:
+            y = self._prepared(x, tensors)
+            if y is not None:
+                return y
         if not tensors["codes"].is_cpu and not torch.compiler.is_compiling():
             self.pack_if_wanted()
-        arguments = (x, *(tensors[name] for name in _TENSORS))
+        arguments = (x, *(tensors[name] for name in _ops.direct.TENSORS))
         names = (self.codebook, self.incoherence_in, self.incoherence_out, self.seed)
         arguments += (*names, self.residual_scale, tensors["table"])
         if torch.is_grad_enabled():
@@ -185,7 +188,9 @@ class QuipLinear(nn.Linear):
             return torch.ops.quip.rotated_linear(x, rotated, *parts, *names, tensors["table"])
         if torch.compiler.is_compiling():
             return torch.ops.quip.linear(*arguments)
-        return _ops.direct.linear(*arguments)
+        y = _ops.direct.linear(*arguments)
+        self._prepared = _ops.direct.prepare(x, tensors, *names, self.residual_scale) or self._prepared
+        return y
 
     def rotate(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The first step of the forward, Q_inᵀ( su ⊙ x ), as the second step takes it (see `ops.schemas`)."""
@@ -289,7 +294,7 @@ class QuipLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state = self.__dict__ | {"_prepared": None}
         if self.is_packed:
             codes = zip(("codes", "codes_residual"), self._logical_codes(), strict=True)
             logical = {name: value if value is None else nn.Parameter(value, requires_grad=False) for name, value in codes}

@@ -87,7 +87,7 @@ def set_activations(name: str) -> None:
     Args:
         name: "auto" (the default): on the CPU "int8" for float16 and bfloat16 and "exact" for float32, elsewhere "exact".
             "exact": no loss that the dtype of the activations could show. "int8": faster, with an error of about 0.9 %
-            of a layer's output, which cost 0.1 to 0.2 % of a 2-bit model's perplexity (`benchmarks/activations.py`).
+            of a layer's output, which cost less than 0.2 % of a 2-bit model's perplexity (`benchmarks/activations.py`).
 
     Raises:
         ValueError: the name is not one of these.

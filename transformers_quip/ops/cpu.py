@@ -31,6 +31,8 @@ CODEBOOKS = {"e8p": None, "e8p-rvq3": torch.uint8, "e8p-rvq4": torch.int16}
 # Up to so many vectors, by the planes of activations, products with the codes are faster than decoding the weight and a
 # matrix product with it (measured at 1536x576 and 2048x2048 with AVX-512; the bfloat16 product is the faster one).
 MOST_VECTORS = {3: 64, 2: 40, 1: 64}
+# The same where many vectors are one call (measured from 576x576, where it is too few, to 5632x2048: too many).
+MOST_BESIDE_BUNDLES = {2: 20, 1: 24}
 MOST_TRELLIS_VECTORS = 16
 # Weights that are decoded at a time for that: the dense weight never exists as a whole beside its codes.
 DECODED_WEIGHTS = 1 << 22
@@ -136,16 +138,47 @@ def linear(
     q_in, slow_in = _kernel_transform(incoherence_in, n, seed)
     q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
     second = {"codes_residual": codes_residual, "residual_scale": _residual_scale(codebook, residual_scale)}
-    if vectors > MOST_VECTORS[planes]:
-        if x.dtype == torch.bfloat16 and slow_in is None and slow_out is None and _fits_bundles(m, n):
-            return _bundled(x, codes, su, sv, bias, q_in, q_out, second)
+    is_slow = slow_in is not None or slow_out is not None
+    int8 = _is_int8(planes, codes_residual)
+    in_bundles = not is_slow and many_kernels.takes(x.dtype, m, n, int8)
+    if vectors > _most_vectors(planes, in_bundles):
+        if in_bundles:
+            return _bundled(x, codes, su, sv, bias, q_in, q_out, second, int8)
         decode = functools.partial(_decode_rows, codes, **second)
         return _many_vectors(x, su, sv, bias, (q_in, slow_in), (q_out, slow_out), decode)
-    if slow_in is None and slow_out is None:
+    if not is_slow:
         return kernels.linear(x, codes, su, sv, bias, q_in, q_out, planes, **second)
     t = _transform_in(x, su, q_in, slow_in, torch.empty(x.shape))
     z = kernels.linear(t, codes, None, None, None, None, None, planes, **second)
     return _transform_out(z, sv, bias, q_out, slow_out, x.dtype)
+
+
+def one_call(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codes_residual: torch.Tensor | None,
+    su: torch.Tensor,
+    sv: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: str,
+    incoherence_in: str,
+    incoherence_out: str,
+    seed: int,
+    residual_scale: float | None,
+) -> tuple[tuple[kernels.Transform | None, kernels.Transform | None], float, int, int] | None:
+    """If [`linear`] is products with the codes: its transforms, scale and planes, and for how many vectors; else None."""
+    if codebook not in CODEBOOKS or codes.dtype != torch.int16 or su.shape[0] > kernels.MOST_FEATURES:
+        return None
+    planes = _planes(codebook, codes_residual, x.dtype, su.dtype, sv.dtype, None if bias is None else bias.dtype)
+    q_in, slow_in = _kernel_transform(incoherence_in, su.shape[0], seed)
+    q_out, slow_out = _kernel_transform(incoherence_out, sv.shape[0], seed)
+    if planes is None or slow_in is not None or slow_out is not None:
+        return None
+    fits = many_kernels.takes(x.dtype, sv.shape[0], su.shape[0], _is_int8(planes, codes_residual))
+    most = _most_vectors(planes, fits)
+    if not 0 < x.numel() // su.shape[0] <= most:
+        return None
+    return (q_in, q_out), _residual_scale(codebook, residual_scale), planes, most
 
 
 def _decode_rows(
@@ -237,10 +270,10 @@ def _many_vectors(
     """
     n, m = su.shape[0], sv.shape[0]
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    t = _kept_rotated(x, su, transform_in, dtype)
+    vectors = x.reshape(-1, n)
+    t = _kept_rotated(x, su, transform_in, vectors.shape, dtype)
     if t is None:
-        rows = x.reshape(-1, n)
-        t = _transform_in(rows, su, *transform_in, scratch("rotated inputs", rows.shape, dtype))
+        t = _transform_in(vectors, su, *transform_in, scratch("rotated inputs", vectors.shape, dtype))
         _keep_rotated(x, su, transform_in, t)
     z = scratch("rotated outputs", (len(t), m), dtype)
     rows = min(m, max(1, DECODED_WEIGHTS // n // TILE) * TILE)
@@ -255,9 +288,14 @@ def _many_vectors(
     return _transform_out(z, sv, bias, *transform_out, x.dtype).reshape(*x.shape[:-1], m)
 
 
-def _fits_bundles(m: int, n: int) -> bool:
-    """Whether the library computes many vectors of such a layer in bundles."""
-    return m % many_kernels.WHOLE == 0 and n % many_kernels.WHOLE == 0 and many_kernels.is_available()
+def _most_vectors(planes: int, in_bundles: bool) -> int:
+    """Up to how many vectors are multiplied by the codes; in_bundles: what becomes of more."""
+    return min(MOST_VECTORS[planes], MOST_BESIDE_BUNDLES[planes]) if in_bundles else MOST_VECTORS[planes]
+
+
+def _is_int8(planes: int, codes_residual: torch.Tensor | None) -> bool:
+    """Whether many vectors are multiplied in 8 bits, which is done for codes of one stage."""
+    return planes == 1 and codes_residual is None
 
 
 def _bundled(
@@ -269,15 +307,17 @@ def _bundled(
     q_in: kernels.Transform | None,
     q_out: kernels.Transform | None,
     second: dict,
+    int8: bool,
 ) -> torch.Tensor:
-    """The layer of many bfloat16 vectors in one call, which computes the rotated inputs unless they are there already."""
+    """The layer of many vectors in one call, which computes the rotated inputs unless they are there already."""
     vectors, n, m = x.numel() // su.shape[0], su.shape[0], sv.shape[0]
     memory = scratch("workspace", (many_kernels.workspace(vectors, m, n),), torch.float32)
-    t = _kept_rotated(x, su, q_in, torch.int32)
+    shape = many_kernels.rotated_shape(vectors, n, int8)
+    t = _kept_rotated(x, su, q_in, shape, torch.int32)
     is_rotated = t is not None
     if not is_rotated:
-        t = scratch("rotated inputs", many_kernels.rotated_shape(vectors, n), torch.int32)
-    y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second)
+        t = scratch("rotated inputs", shape, torch.int32)
+    y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second, int8=int8)
     if not is_rotated:
         _keep_rotated(x, su, q_in, t)
     return y
@@ -293,14 +333,17 @@ class _Rotated(NamedTuple):
     t: torch.Tensor
 
 
-def _kept_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, dtype: torch.dtype) -> torch.Tensor | None:
-    """Q_inᵀ( su ⊙ x ) in this dtype, if that of the same x and an equal su was computed last; else None.
+def _kept_rotated(
+    x: torch.Tensor, su: torch.Tensor, transform_in: object, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Q_inᵀ( su ⊙ x ) in this form, if that of the same x and an equal su was computed last; else None.
 
     So it is computed once for linears that read one input (q, k and v; gate and up), which are given equal su when they
     are quantized. For few vectors, where it is a part of the library's call, the saving would be less than a call.
     """
     last: _Rotated | None = getattr(_kept, "rotated", None) if _is_eager() else None
-    if last is not None and last.x() is x and last.transform == transform_in and last.t.dtype == dtype:
+    alike = last is not None and last.x() is x and last.transform == transform_in
+    if alike and (last.t.shape, last.t.dtype) == (shape, dtype):
         before = last.su()
         if before is not None and last.versions == (x._version, before._version) and torch.equal(before, su):
             return last.t

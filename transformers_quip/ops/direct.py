@@ -1,14 +1,22 @@
 """The shortest way to the CPU library, for calls that nothing but the computation is interested in.
 
 PyTorch's dispatcher takes longer to call an op written in Python than the library takes to compute a small layer, and a
-model makes some two hundred such calls for each token.
+model makes some two hundred such calls for each token. What has to be looked up and checked takes as long, because the
+weights have driven everything else out of the caches: it is done once for each layer, and then only seen to be still so.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+
 import torch
 
+from quip_kernels import cpu_linear as kernels
+from quip_kernels.cpu_library import default_level, library
+
 from . import cpu
+from .backend import get_activations, get_backend
 
 
 def linear(x: torch.Tensor, codes: torch.Tensor, *arguments) -> torch.Tensor:
@@ -17,6 +25,95 @@ def linear(x: torch.Tensor, codes: torch.Tensor, *arguments) -> torch.Tensor:
         return cpu.eager_linear(x, codes, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.quip.linear(x, codes, *arguments)
+
+
+class Prepared:
+    """A layer, for few vectors of one dtype: all that stays the same from call to call.
+
+    It holds no tensor. It is for the tensors that it was made with, as long as they lie where they lay; what is written to
+    them changes the layer as it should.
+    """
+
+    __slots__ = ("_absent", "_arguments", "_call", "_dtype", "_keep", "_m", "_most", "_n", "_present", "_settings")
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor | None],
+        transforms: tuple[kernels.Transform | None, kernels.Transform | None],
+        residual_scale: float,
+        planes: int,
+        most: int,
+    ):
+        present = {name: v for name, v in tensors.items() if v is not None}
+        self._present = tuple((name, weakref.ref(v), v.data_ptr(), v.dtype) for name, v in present.items())
+        self._absent = tuple(name for name in tensors if name not in present)
+        rows = x.reshape(-1, x.shape[-1])
+        layer, address, self._m, self._n = kernels.layer_of(rows, tuple(tensors.values()), *transforms, residual_scale)
+        kind = kernels.DTYPES[x.dtype]
+        self._call = library().quip_linear
+        self._arguments = (address, (self._n, kind, kind, planes, default_level()))
+        self._keep = (layer, transforms)
+        self._dtype, self._most = x.dtype, most
+        self._settings = (get_backend(), get_activations())
+
+    def __call__(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor | None:
+        """The layer's output, or None where it has to be looked up again.
+
+        Args:
+            x: [..., n]. tensors: by name, those of `TENSORS` and others.
+        """
+        n, m, shape = self._n, self._m, x.shape
+        count = x.numel() // n
+        if (
+            type(x) is not torch.Tensor
+            or x.dtype is not self._dtype
+            or not 0 < count <= self._most
+            or shape[-1] != n
+            or not x.is_cpu
+            or not x.is_contiguous()
+            or (get_backend(), get_activations()) != self._settings
+            or torch.is_grad_enabled()
+            or _is_watched()
+        ):
+            return None
+        for name, known, address, dtype in self._present:
+            v = tensors[name]
+            if v is None or v is not known() or v.data_ptr() != address or v.dtype is not dtype:
+                return None
+        for name in self._absent:
+            if tensors[name] is not None:
+                return None
+        y = x.new_empty((*shape[:-1], m))
+        address, rest = self._arguments
+        if self._call(address, x.data_ptr(), y.data_ptr(), count, *rest, torch.get_num_threads()):
+            raise MemoryError(f"no memory for {count} vectors of {n} inputs and {m} outputs")
+        return y
+
+
+TENSORS = ("codes", "codes_residual", "su", "sv", "bias")
+
+
+def prepare(
+    x: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor | None],
+    codebook: str,
+    incoherence_in: str,
+    incoherence_out: str,
+    seed: int,
+    residual_scale: float | None,
+) -> Prepared | None:
+    """What computes such inputs as x from now on; None where one call of the library does not.
+
+    Args: see [`linear`]; tensors: by name, at least `TENSORS`.
+    """
+    if codebook not in cpu.CODEBOOKS or type(x) is not torch.Tensor or not x.is_cpu:
+        return None
+    tensors = {name: tensors[name] for name in TENSORS}
+    if not all(v is None or (v.is_cpu and v.is_contiguous()) for v in tensors.values()):
+        return None
+    found = cpu.one_call(x, *tensors.values(), codebook, incoherence_in, incoherence_out, seed, residual_scale)
+    return None if found is None else Prepared(x, tensors, *found)
 
 
 def _is_watched() -> bool:

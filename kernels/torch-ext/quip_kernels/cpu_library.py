@@ -89,7 +89,11 @@ def library() -> ctypes.CDLL | None:
         ("quip_trellis_products", number, [pointer] * 3 + [size, number, number]),
         ("quip_trellis_decode", number, [pointer] * 2 + [number] * 3),
         ("quip_has_amx", number, []),
-        ("quip_linear_many", None, [pointer] * 3 + [size] * 2 + [pointer, number] + [pointer, size] * 2 + [number]),
+        (
+            "quip_linear_many",
+            None,
+            [pointer] * 3 + [number] + [size] * 2 + [pointer, number, number] + [pointer, size] * 2 + [number],
+        ),
         ("quip_cpu_level", number, []),
         ("quip_share_threads", None, [pointer]),
     ):

@@ -1,8 +1,9 @@
-"""E8P layers of many bfloat16 vectors, on a processor with AMX.
+"""E8P layers of many vectors of 16 bits, on a processor with AMX.
 
 Vectors are rotated sixteen at a time, side by side, in what the C source calls a bundle. Each thread decodes a few rows of
 the weight, multiplies all bundles by them while they are in its cache, and forgets them. Products are those of bfloat16
-numbers, summed in float32, as a dense layer's are; what is between them and the result is float32.
+numbers, summed in float32, as a dense layer's are, or exact ones of the weight with int8; what is between them and the
+result is float32.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import functools
 import torch
 
 from .cpu_library import LEVELS, default_level, library
-from .cpu_linear import Transform, layer_of
+from .cpu_linear import DTYPES, Transform, layer_of
 
 WHOLE = 32  # sizes of layers are multiples of this
+_DTYPES = {False: (torch.bfloat16,), True: (torch.bfloat16, torch.float16)}  # of x, by whether it becomes int8
 _BUNDLE = 16
-_MARGIN = 32  # numbers between decoded rows, fixed in the C source
+_TILE = 16  # words of 32 bits that a tile has of each row, and
+_MARGIN = 64  # bytes between decoded rows; both are fixed in the C source
 _MOST_DECODED = 1 << 19  # weights that a thread has decoded at a time: half of a cache
 _PIECES = 8  # that each thread takes its share in, at least where there are so many rows
 _TOGETHER = 512  # vectors of which there are products in float32 at a time
@@ -32,15 +35,23 @@ def _has_amx() -> bool:
     return bool(library().quip_has_amx())
 
 
-def rotated_shape(vectors: int, n: int) -> tuple[int, int, int]:
-    """The shape of rotated inputs, int32: each is two neighbouring entries of a vector, in bfloat16."""
-    return _even_bundles(vectors), n // 2, _BUNDLE
+def takes(dtype: torch.dtype, m: int, n: int, int8: bool) -> bool:
+    """Whether [`linear`] takes vectors of this dtype for a layer of n inputs and m outputs."""
+    return dtype in _DTYPES[int8] and m % WHOLE == 0 and n % WHOLE == 0 and is_available()
+
+
+def rotated_shape(vectors: int, n: int, int8: bool = False) -> tuple[int, int, int]:
+    """The shape of rotated inputs, int32: each is two neighbouring entries of a vector in bfloat16, or four in int8.
+
+    With int8, zeros complete the entries to whole tiles, and the last row has the units of the vectors, in float32.
+    """
+    return _even_bundles(vectors), _words(n, int8) + int8, _BUNDLE
 
 
 def workspace(vectors: int, m: int, n: int) -> int:
     """Numbers of float32 that [`linear`] needs to work with, with PyTorch's present number of threads."""
     threads = torch.get_num_threads()
-    decoded = threads * _rows(m, n, threads) * (n + _MARGIN) // 2
+    decoded = threads * _rows(m, n, threads) * (n // 2 + _MARGIN // 4)
     return _sums(vectors, m) + max(decoded, (2 * threads * _BUNDLE + 2) * max(m, n))
 
 
@@ -57,37 +68,43 @@ def linear(
     memory: torch.Tensor,
     codes_residual: torch.Tensor | None = None,
     residual_scale: float = 1.0,
+    int8: bool = False,
 ) -> torch.Tensor:
     """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias; what is None is left out.
 
     The result depends neither on the number of threads nor on the other vectors.
 
     Args:
-        x: bfloat16 [..., n], n a multiple of 32.
+        x: bfloat16 [..., n], or float16 if `int8`; n a multiple of 32.
         codes, su, sv, bias, transform_in, transform_out, codes_residual, residual_scale: see `cpu_linear.linear`; m is a
             multiple of 32.
+        int8: whether rotated inputs are rounded to int8, each vector in units of its own; for codes of one stage.
         rotated: int32 of `rotated_shape`, for Q_inᵀ( su ⊙ x ): what it holds already if `is_rotated`, else written here.
         memory: float32 [`workspace`] to work with.
 
     Returns:
-        bfloat16 [..., m]. A vector with an entry that is not finite gives NaN.
+        [..., m] of the dtype of x. A vector with an entry that is not finite gives NaN.
 
     Raises:
-        ValueError: a tensor is not as described.
+        ValueError: a tensor is not as described, or the processor has no AMX (see `is_available`).
     """
+    if not is_available():
+        raise ValueError("many vectors at once need the compiled library and a processor with AMX")
     n = x.shape[-1]
     rows = x.reshape(-1, n)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     tensors = tuple(v if v is None else v.contiguous() for v in (codes, codes_residual, su, sv, bias))
     layer, address, m, n = layer_of(rows, tensors, transform_in, transform_out, residual_scale)
-    if x.dtype != torch.bfloat16 or not x.is_cpu or m % WHOLE or n % WHOLE:
+    if x.dtype not in _DTYPES[int8] or not x.is_cpu or m % WHOLE or n % WHOLE:
         raise ValueError(
-            f"x must be bfloat16 on the CPU, inputs and outputs multiples of {WHOLE}, got {x.dtype} on {x.device}, {n} "
-            f"and {m}"
+            f"x must be bfloat16, or float16 with int8, on the CPU, inputs and outputs multiples of {WHOLE}, got {x.dtype} "
+            f"on {x.device}, {n} and {m}"
         )
+    if int8 and codes_residual is not None:
+        raise ValueError("int8 inputs are for codes of one stage, and there are two")
     count, threads = len(rows), torch.get_num_threads()
-    _check(rotated, "rotated", torch.int32, rotated_shape(count, n))
+    _check(rotated, "rotated", torch.int32, rotated_shape(count, n, int8))
     _check(memory, "memory", torch.float32, (workspace(count, m, n),))
     y = x.new_empty(*x.shape[:-1], m)
     start = memory.data_ptr()
@@ -95,10 +112,12 @@ def linear(
         address,
         rows.data_ptr(),
         y.data_ptr(),
+        DTYPES[x.dtype],
         count,
         rows.stride(0),
         rotated.data_ptr(),
         is_rotated,
+        int8,
         start,
         _TOGETHER,
         start + 4 * _sums(count, m),
@@ -111,6 +130,10 @@ def linear(
 
 def _even_bundles(vectors: int) -> int:
     return -(-vectors // (2 * _BUNDLE)) * 2
+
+
+def _words(n: int, int8: bool) -> int:
+    return -(-n // (4 * _TILE)) * _TILE if int8 else n // 2
 
 
 def _sums(vectors: int, m: int) -> int:
