@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _REPLACED = ("config.json", "quantization_config.json")
+_DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def convert(
@@ -66,8 +67,9 @@ def convert(
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
     for key, info in files.headers.items():
         if key not in used:
-            dtype = next(dtype for dtype, name in TYPES.items() if name == info.dtype)
-            steps.append(Step({key: (info.shape, dtype)}, lambda key=key, info=info: {key: files.read(info)}))
+            if info.dtype not in _DTYPES:
+                raise ValueError(f"{key} is of type {info.dtype}, which is not supported; types are {', '.join(_DTYPES)}")
+            steps.append(Step({key: (info.shape, _DTYPES[info.dtype])}, lambda key=key, info=info: {key: files.read(info)}))
     for linear in plan.linears:
         steps.append(Step(_expected(linear, model), lambda linear=linear: repack(linear, _read(linear, files), model)))
     steps = [_returning(step, returner) for step in steps]
