@@ -66,6 +66,18 @@ HIDDEN void *quip_get_memory(int64_t bytes); /* on a 64-byte boundary, to be fre
 HIDDEN void quip_scale_vector(float *x, const float *by, int64_t n);
 HIDDEN void quip_add_vector(float *x, const float *other, int64_t n);
 
+/* y = after * Q( before * x ) + bias for many vectors, or with the transpose of Q. Returns 0, -2 for want of memory. */
+typedef struct {
+    const void *x;
+    void *y;
+    const void *before, *after, *bias; /* null for none */
+    const quip_transform *q;
+    int64_t count, x_stride;
+    int32_t x_type, y_type, before_type, after_type, bias_type, transpose, threads, failed;
+    float *vectors[3];
+} quip_transform_call;
+EXPORT int quip_transform_vectors(quip_transform_call *call);
+
 /* A weight w of any codebook here is kept as the byte 4 w + 31. */
 #define BYTE_OFFSET 31
 

@@ -1,4 +1,4 @@
-/* Products with trellis-coded weights, and the weights themselves. */
+/* Linear layers with trellis-coded weights, and the weights themselves. */
 #include "trellis.h"
 
 #include <stdlib.h>
@@ -11,6 +11,7 @@ typedef struct {
     const quip_trellis *w;
     trellis_kernels kernels;
     trellis_plan plan;
+    int32_t source[TILE_WEIGHTS]; /* place in a tile's sequence of the weight in row i / 16 and column i % 16 */
     const float *views; /* [n / 16][count][32], what 32 weights that follow each other in the sequence meet */
     float *z;           /* [count][m] */
     void *out;
@@ -29,17 +30,22 @@ static int column_of(int order, int q) {
     return (q & 1) | (q >> 3 & 3) << 1 | (order == TRELLIS_QTIP ? q >> 2 & 1 : q >> 1 & 1) << 3;
 }
 
+static void find_places(int order, int32_t *source) {
+    for (int q = 0; q < TILE_WEIGHTS; q++) source[row_of(order, q) * TILE + column_of(order, q)] = q;
+}
+
 static trellis_kernels kernels_of(int level, int code) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (level == QUIP_AVX512) {
+    /* Whatever has the other instructions of that level has IFMA too, or is served by AVX2. */
+    if (level == QUIP_AVX512 && __builtin_cpu_supports("avx512ifma")) {
         trellis_kernels kernels = quip_trellis_avx512;
 #if defined(TRELLIS_FP16)
         if (__builtin_cpu_supports("avx512fp16")) quip_trellis_use_fp16(&kernels, code);
 #endif
         return kernels;
     }
-    if (level == QUIP_AVX2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return quip_trellis_avx2;
+    if (level >= QUIP_AVX2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return quip_trellis_avx2;
 #endif
     (void)level, (void)code;
     return quip_trellis_plain;
@@ -90,8 +96,8 @@ static int make_plan(const quip_trellis *w, const trellis_kernels *kernels, trel
 
 /* Tile number t, where it is not so near to the end of the codes that kernels would read beyond; else a copy of it. */
 static const int16_t *tile_with_margin(const quip_trellis *w, int64_t t, int16_t *copy) {
-    const int64_t words = (int64_t)TILE * w->k, all = w->m / TILE * (w->n / TILE);
-    const int16_t *tile = w->codes + t * words;
+    const int64_t words = (int64_t)TILE * w->k, all = w->layer.m / TILE * (w->layer.n / TILE);
+    const int16_t *tile = (const int16_t *)w->layer.codes + t * words;
     if ((all - t - 1) * words * 2 >= MARGIN) return tile;
     memcpy(copy, tile, (size_t)words * sizeof *tile);
     return copy;
@@ -101,7 +107,7 @@ static const int16_t *tile_with_margin(const quip_trellis *w, int64_t t, int16_t
 static void multiply_rows(void *context, int64_t first, int64_t last) {
     work *j = context;
     const quip_trellis *w = j->w;
-    const int64_t tiles = w->n / TILE, words = (int64_t)TILE * w->k, stride = 2 * TILE * j->count;
+    const int64_t tiles = w->layer.n / TILE, words = (int64_t)TILE * w->k, stride = 2 * TILE * j->count;
     int16_t copy[TILE * MOST_BITS + MARGIN] = {0};
     float weights[TOGETHER][TILE_WEIGHTS] __attribute__((aligned(64)));
     const int64_t bytes = j->count * TILE_WEIGHTS * (int64_t)sizeof(float);
@@ -114,7 +120,7 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) {
         memset(sums, 0, (size_t)bytes);
         if (j->count == 1) {
-            const int16_t *row = w->codes + r * tiles * words;
+            const int16_t *row = (const int16_t *)w->layer.codes + r * tiles * words;
             int64_t whole = tiles;
             while (whole && tile_with_margin(w, r * tiles + whole - 1, copy) == copy) whole--;
             j->kernels.products(&j->plan, row, whole, j->views, sums);
@@ -131,10 +137,12 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
             }
         }
         for (int64_t v = 0; v < j->count; v++) {
-            float *z = j->z + v * w->m + r * TILE;
-            double total[TILE] = {0};
-            for (int q = 0; q < TILE_WEIGHTS; q++) total[row_of(w->order, q)] += sums[v * TILE_WEIGHTS + q];
-            for (int i = 0; i < TILE; i++) z[i] = (float)(total[i] * unit);
+            float *z = j->z + v * w->layer.m + r * TILE;
+            for (int i = 0; i < TILE; i++) {
+                double total = 0;
+                for (int c = 0; c < TILE; c++) total += sums[v * TILE_WEIGHTS + j->source[TILE * i + c]];
+                z[i] = (float)(total * unit);
+            }
         }
     }
     free(sums);
@@ -144,12 +152,10 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
 static void decode_rows(void *context, int64_t first, int64_t last) {
     work *j = context;
     const quip_trellis *w = j->w;
-    const int64_t tiles = w->n / TILE;
+    const int64_t n = w->layer.n, tiles = n / TILE;
     int16_t copy[TILE * MOST_BITS + MARGIN] = {0};
     float weights[TILE_WEIGHTS] __attribute__((aligned(64)));
     float rows[TILE][TOGETHER * TILE] __attribute__((aligned(64)));
-    int32_t source[TILE_WEIGHTS];
-    for (int q = 0; q < TILE_WEIGHTS; q++) source[row_of(w->order, q) * TILE + column_of(w->order, q)] = q;
     for (int64_t r = first; r < last; r++)
         for (int64_t begin = 0; begin < tiles; begin += TOGETHER) {
             const int64_t count = tiles - begin < TOGETHER ? tiles - begin : TOGETHER;
@@ -157,40 +163,40 @@ static void decode_rows(void *context, int64_t first, int64_t last) {
                 j->kernels.decode(&j->plan, tile_with_margin(w, r * tiles + begin + t, copy), weights);
                 if (w->code <= TRELLIS_2MAD)
                     for (int i = 0; i < TILE_WEIGHTS; i++) weights[i] /= TRELLIS_MAD;
-                j->kernels.arrange(weights, source, rows[0] + t * TILE, TOGETHER * TILE);
+                j->kernels.arrange(weights, j->source, rows[0] + t * TILE, TOGETHER * TILE);
             }
             for (int i = 0; i < TILE; i++)
-                quip_store(rows[i], j->out, j->type, (r * TILE + i) * w->n + begin * TILE, count * TILE);
+                quip_store(rows[i], j->out, j->type, (r * TILE + i) * n + begin * TILE, count * TILE);
         }
 }
 
 static int is_sound(const quip_trellis *w) {
     const int tabulated = w->code >= TRELLIS_HYB;
-    return w->code >= TRELLIS_1MAD && w->code <= TRELLIS_LUT && w->k >= 1 && w->k <= MOST_BITS && w->m >= 0 && w->n > 0 &&
-           w->m % TILE == 0 && w->n % TILE == 0 && w->order >= TRELLIS_ROWS && w->order <= TRELLIS_EXL3 &&
+    const int64_t m = w->layer.m, n = w->layer.n;
+    return w->code >= TRELLIS_1MAD && w->code <= TRELLIS_LUT && w->k >= 1 && w->k <= MOST_BITS && m >= 0 && n > 0 &&
+           m % TILE == 0 && n % TILE == 0 && w->order >= TRELLIS_ROWS && w->order <= TRELLIS_EXL3 &&
            !!w->table == tabulated && (w->step == 1 || (w->step == 2 && tabulated)) &&
            (!tabulated || (w->table_bits >= 1 && w->table_bits + (w->code == TRELLIS_HYB) <= 16)) &&
-           (w->code != TRELLIS_LUT || w->table_bits == 16);
+           (w->code != TRELLIS_LUT || w->table_bits == 16) && (!w->layer.in || w->layer.in->size == n) &&
+           (!w->layer.out || w->layer.out->size == m) && w->layer.second == QUIP_NO_STAGE;
 }
 
-/* z[count][m] of x[count][n], both float32. Returns 0, -1 for arguments that are out of range, -2 for want of memory.
- * level: at most what quip_cpu_level() gives. */
-EXPORT int quip_trellis_products(const quip_trellis *w, const float *x, float *z, int64_t count, int level, int threads) {
-    if (!is_sound(w) || count < 0) return -1;
-    if (count == 0) return 0;
+/* z[count][m] of x[count][n]. Returns as quip_trellis_linear. */
+static int multiply(const quip_trellis *w, const float *x, float *z, int64_t count, int level, int threads) {
     work j = {.w = w, .kernels = kernels_of(level, w->code), .z = z, .count = count};
     if (make_plan(w, &j.kernels, &j.plan)) return -2;
-    const int64_t tiles = w->n / TILE;
-    float *const views = quip_get_memory(2 * count * w->n * (int64_t)sizeof *views);
+    find_places(w->order, j.source);
+    const int64_t n = w->layer.n, tiles = n / TILE;
+    float *const views = quip_get_memory(2 * count * n * (int64_t)sizeof *views);
     if (views) {
         int column[2 * TILE];
         for (int q = 0; q < 2 * TILE; q++) column[q] = column_of(w->order, q);
         for (int64_t t = 0; t < tiles; t++)
             for (int64_t v = 0; v < count; v++)
                 for (int q = 0; q < 2 * TILE; q++)
-                    views[(t * count + v) * 2 * TILE + q] = x[v * w->n + t * TILE + column[q]];
+                    views[(t * count + v) * 2 * TILE + q] = x[v * n + t * TILE + column[q]];
         j.views = views;
-        quip_parallel(multiply_rows, &j, w->m / TILE, (1 << 15) / (w->n * count) + 1, threads);
+        quip_parallel(multiply_rows, &j, w->layer.m / TILE, (1 << 15) / (n * count) + 1, threads);
         free(views);
     } else
         j.failed = 1;
@@ -198,12 +204,53 @@ EXPORT int quip_trellis_products(const quip_trellis *w, const float *x, float *z
     return j.failed ? -2 : 0;
 }
 
-/* out[m][n] of `type`. Returns as quip_trellis_products. */
+/* y[count][m] of x[count][n], vectors of x `x_stride` apart. Returns 0, -1 for arguments that are out of range, -2 for want
+ * of memory. level: at most what quip_cpu_level() gives. */
+EXPORT int quip_trellis_linear(const quip_trellis *w, const void *x, void *y, int64_t count, int64_t x_stride, int x_type,
+                               int y_type, int level, int threads) {
+    if (!is_sound(w) || count < 0) return -1;
+    if (count == 0 || w->layer.m == 0) return 0;
+    const quip_layer *layer = &w->layer;
+    float *t = quip_get_memory(count * (layer->n + layer->m) * (int64_t)sizeof *t), *z = t + count * layer->n;
+    if (!t) return -2;
+    const quip_transform identity_in = {.size = layer->n, .power = 1}, identity_out = {.size = layer->m, .power = 1};
+    quip_transform_call in = {.x = x,
+                              .y = t,
+                              .before = layer->su,
+                              .q = layer->in ? layer->in : &identity_in,
+                              .count = count,
+                              .x_stride = x_stride,
+                              .x_type = x_type,
+                              .y_type = QUIP_FLOAT32,
+                              .before_type = layer->su_type,
+                              .transpose = 1,
+                              .threads = threads};
+    quip_transform_call out = {.x = z,
+                               .y = y,
+                               .after = layer->sv,
+                               .bias = layer->bias,
+                               .q = layer->out ? layer->out : &identity_out,
+                               .count = count,
+                               .x_stride = layer->m,
+                               .x_type = QUIP_FLOAT32,
+                               .y_type = y_type,
+                               .after_type = layer->sv_type,
+                               .bias_type = layer->bias_type,
+                               .threads = threads};
+    int failed = quip_transform_vectors(&in);
+    if (!failed) failed = multiply(w, t, z, count, level, threads);
+    if (!failed) failed = quip_transform_vectors(&out);
+    free(t);
+    return failed;
+}
+
+/* out[m][n] of `type`. Returns as quip_trellis_linear. */
 EXPORT int quip_trellis_decode(const quip_trellis *w, void *out, int type, int level, int threads) {
     if (!is_sound(w)) return -1;
     work j = {.w = w, .kernels = kernels_of(level, w->code), .out = out, .type = type};
     if (make_plan(w, &j.kernels, &j.plan)) return -2;
-    quip_parallel(decode_rows, &j, w->m / TILE, (1 << 14) / w->n + 1, threads);
+    find_places(w->order, j.source);
+    quip_parallel(decode_rows, &j, w->layer.m / TILE, (1 << 14) / w->layer.n + 1, threads);
     free(j.plan.values);
     return 0;
 }

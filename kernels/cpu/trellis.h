@@ -15,10 +15,9 @@ enum { TRELLIS_ROWS, TRELLIS_QTIP, TRELLIS_EXL3 };
 enum { TABLE_NONE, TABLE_SINGLE, TABLE_PAIRS, TABLE_HALVES };
 
 typedef struct {
-    const int16_t *codes;           /* [m / 16][n / 16][16 k] */
-    const void *table;              /* [2^table_bits][step], null for a code without one */
-    int64_t m, n;
-    int32_t code, k, order, step;   /* step: weights of a state, 1 or 2 */
+    quip_layer layer;             /* codes: [m / 16][n / 16][16 k]; it has no second stage */
+    const void *table;            /* [2^table_bits][step], null for a code without one */
+    int32_t code, k, order, step; /* step: weights of a state, 1 or 2 */
     int32_t table_bits, table_type;
 } quip_trellis;
 

@@ -41,11 +41,12 @@ TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, 
     return states(plan, copy, lane);
 }
 
-TARGET INLINE words high_product(words h, uint32_t factor) {
-    const __m256i all = (__m256i)h, factors = _mm256_set1_epi64x(factor);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(all, 32), factors);
-    const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(all, factors), 32);
-    return (words)_mm256_blend_epi32(even, odd, 0xaa);
+TARGET INLINE words two_mads(words s) {
+    const words g = s * 264435761u + 1013904223u;
+    const __m256i factor = _mm256_set1_epi64x(1664525);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)g, 32), factor);
+    const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32((__m256i)g, factor), 32);
+    return g + (words)_mm256_blend_epi32(even, odd, 0xaa);
 }
 
 TARGET INLINE words byte_sums(words h) {
@@ -53,14 +54,18 @@ TARGET INLINE words byte_sums(words h) {
     return (words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)) + (0x4b000000u + 1024);
 }
 
+/* With a count for each lane, which takes one operation; with one count for all it would be two. */
+TARGET INLINE words shifted(words w, int count) { return (words)_mm256_srlv_epi32((__m256i)w, _mm256_set1_epi32(count)); }
+
 TARGET INLINE words look_up(const void *table, words index) {
     return (words)_mm256_i32gather_epi32((const int *)table, (__m256i)index, 4);
 }
 
-TARGET INLINE void look_up_pairs(const float *table, words index, floats *first, floats *second) {
+TARGET INLINE void look_up_pairs(const float *table, const words *index, floats *first, floats *second) {
     const double *pairs = (const double *)table; /* only moved, whatever the bits would mean */
-    *first = (floats)_mm256_i32gather_pd(pairs, _mm256_castsi256_si128((__m256i)index), 8);
-    *second = (floats)_mm256_i32gather_pd(pairs, _mm256_extracti128_si256((__m256i)index, 1), 8);
+    const __m128i *half = (const __m128i *)index;
+    *first = (floats)_mm256_i32gather_pd(pairs, _mm_load_si128(half), 8);
+    *second = (floats)_mm256_i32gather_pd(pairs, _mm_load_si128(half + 1), 8);
 }
 
 TARGET INLINE void widen(words pairs, floats *first, floats *second) {

@@ -1,11 +1,11 @@
-/* The kernels of trellis codes with AVX-512 (VBMI, VNNI). */
+/* The kernels of trellis codes with AVX-512 (VBMI, VNNI, IFMA). */
 #include "trellis.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define WIDTH 16
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512ifma")))
 #define KERNELS quip_trellis_avx512
 #include "trellis_vectors.h"
 
@@ -14,46 +14,58 @@
 static void prepare(trellis_plan *plan) {
     for (int l = 0; l < WIDTH; l++) {
         const int pair = l / 2 * 2, byte = pair * plan->step_bits / 8, begin = l * plan->step_bits - 8 * byte;
-        /* memory has the second byte of a word first */
-        for (int i = 0; i < 8; i++) plan->places[0][4 * pair + 7 - i] = (uint8_t)((byte + i) ^ 1);
+        /* memory has the second byte of a word first; what lies beyond 32 bytes is shifted away */
+        for (int i = 0; i < 8; i++) plan->places[0][4 * pair + 7 - i] = (uint8_t)(((byte + i) ^ 1) & 31);
         for (int i = 0; i < 4; i++) plan->places[1][4 * l + i] = (uint8_t)(48 - begin + 8 * i);
     }
 }
 
-TARGET INLINE words states_in(const trellis_plan *plan, __m512i bytes) {
-    const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(plan->places[0]), bytes);
+/* Sixteen states lie in 32 bytes, and a load of no more is less often from two lines of the cache. */
+TARGET INLINE words states_in(const trellis_plan *plan, __m256i bytes) {
+    const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(plan->places[0]), _mm512_castsi256_si512(bytes));
     return (words)_mm512_maskz_multishift_epi64_epi8(0x3333333333333333, _mm512_load_si512(plan->places[1]), eight);
 }
 
 TARGET INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane) {
     (void)lane;
-    return states_in(plan, _mm512_loadu_si512(bytes));
+    return states_in(plan, _mm256_loadu_si256((const __m256i *)bytes));
 }
 
 TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lane, int16_t first) {
     (void)lane;
-    return states_in(plan, _mm512_mask_set1_epi16(_mm512_loadu_si512(bytes), (__mmask32)1 << plan->step_bits, first));
+    const __m256i read = _mm256_loadu_si256((const __m256i *)bytes);
+    return states_in(plan, _mm256_mask_set1_epi16(read, (__mmask16)(1u << plan->step_bits), first));
 }
 
-TARGET INLINE words high_product(words h, uint32_t factor) {
-    const __m512i all = (__m512i)h, factors = _mm512_set1_epi64(factor);
-    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(all, 32), factors);
-    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(all, factors), 32);
-    return (words)_mm512_mask_blend_epi32(0xaaaa, even, odd);
+/* In the lower halves of 64 bits. Operands and products are of 52 bits: g = A s + B is computed modulo 2^32 in the highest
+ * of them, whatever is above s, and the upper half of the product of that with 2^32 + 1664525 is g + (1664525 g >> 32). */
+TARGET INLINE __m512i two_mads_of_even(__m512i s) {
+    const __m512i factor = _mm512_set1_epi64(264435761LL << 20), addend = _mm512_set1_epi64(1013904223LL << 20);
+    const __m512i g = _mm512_madd52lo_epu64(addend, s, factor);
+    return _mm512_madd52hi_epu64(_mm512_setzero_si512(), g, _mm512_set1_epi64((1LL << 32) + 1664525));
+}
+
+TARGET INLINE words two_mads(words s) {
+    const __m512i even = two_mads_of_even((__m512i)s), odd = two_mads_of_even(_mm512_srli_epi64((__m512i)s, 32));
+    return (words)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CDAB);
 }
 
 TARGET INLINE words byte_sums(words h) {
     return (words)_mm512_dpbusd_epi32(_mm512_set1_epi32(0x4b000000 + 1024), (__m512i)h, _mm512_set1_epi8(1));
 }
 
+/* With a count for each lane, which takes one operation; with one count for all it would be two. */
+TARGET INLINE words shifted(words w, int count) { return (words)_mm512_srlv_epi32((__m512i)w, _mm512_set1_epi32(count)); }
+
 TARGET INLINE words look_up(const void *table, words index) {
     return (words)_mm512_i32gather_epi32((__m512i)index, table, 4);
 }
 
-TARGET INLINE void look_up_pairs(const float *table, words index, floats *first, floats *second) {
+TARGET INLINE void look_up_pairs(const float *table, const words *index, floats *first, floats *second) {
     /* doubles are only moved, whatever the bits would mean */
-    *first = (floats)_mm512_i32gather_pd(_mm512_castsi512_si256((__m512i)index), table, 8);
-    *second = (floats)_mm512_i32gather_pd(_mm512_extracti64x4_epi64((__m512i)index, 1), table, 8);
+    const __m256i *half = (const __m256i *)index;
+    *first = (floats)_mm512_i32gather_pd(_mm256_load_si256(half), table, 8);
+    *second = (floats)_mm512_i32gather_pd(_mm256_load_si256(half + 1), table, 8);
 }
 
 TARGET INLINE void widen(words pairs, floats *first, floats *second) {

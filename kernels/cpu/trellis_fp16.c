@@ -20,7 +20,10 @@ static void prepare(trellis_plan *plan) {
 }
 
 TARGET INLINE __m512i states(const trellis_plan *plan, const int16_t *tile, int group) {
-    __m512i bytes = _mm512_loadu_si512(tile + 2 * group * plan->step_bits);
+    const int16_t *from = tile + 2 * group * plan->step_bits;
+    /* With less than 8 bits all lies in 32 bytes, and a load of no more is less often from two lines of the cache. */
+    __m512i bytes = plan->step_bits < 8 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from))
+                                        : _mm512_loadu_si512(from);
     if (group + 1 == GROUPS) bytes = _mm512_mask_set1_epi16(bytes, (__mmask32)1 << 2 * plan->step_bits, tile[0]);
     const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(plan->places[0]), bytes);
     return _mm512_multishift_epi64_epi8(_mm512_load_si512(plan->places[1]), eight);

@@ -5,8 +5,9 @@
  *   prepare(plan)                   fills plan->places
  *   states(plan, bytes, lane)       states of a group, from number `lane` on; its bits begin at `bytes`
  *   last_states(..., first)         the same of the last group of a tile, whose last state goes on in the word `first`
- *   high_product(h, factor)         the upper 32 bits of the products
+ *   two_mads(s)                     the 32 bits of code 2mad whose bytes are added
  *   byte_sums(h)                    the bits of the float32 2^23 + 1024 + the sum of the four bytes
+ *   shifted(w, count)               w >> count
  *   look_up(table, index)           words of a table of words
  *   look_up_pairs(table, index, first, second)  pairs of float32 at 2 * index, one after the other
  *   widen(pairs, first, second)     pairs of float16, one in each word, as float32 one after the other
@@ -60,34 +61,34 @@ TARGET INLINE floats value_of(words s, int code) {
         return round_to_half((sum - 0x1p23f) * a + c);
 #endif
     }
-    case TRELLIS_2MAD: {
-        const words h = s * 264435761u + 1013904223u;
-        return (floats)byte_sums(h + high_product(h, 1664525)) - (0x1p23f + 1024 + 510);
-    }
+    case TRELLIS_2MAD: return (floats)byte_sums(two_mads(s)) - (0x1p23f + 1024 + 510);
     default: return (floats)byte_sums(s * 34038481u + 76625530u) - (0x1p23f + 1024 + 510);
     }
 }
 
-/* The weights of states s: one each, or with a table of pairs two, those of the first half of the states in `first`. */
-TARGET INLINE void values_of(const trellis_plan *plan, words s, floats *first, floats *second, int code, int kind) {
-    if (kind == TABLE_NONE) {
-        *first = value_of(s, code);
-        return;
-    }
-    const shorts t = (shorts)s; /* products modulo 2^16 are all that is needed, and the upper halves are 0 */
-    const words index = (words)(t * (t * (uint16_t)plan->multiplied + 1)) >> (uint32_t)(16 - plan->bits);
+/* Where the table has the weights of states s. */
+TARGET INLINE words index_of(const trellis_plan *plan, words s) {
+    shorts t = (shorts)s; /* products modulo 2^16 are all that is needed, and the upper halves are 0 */
+    if (plan->multiplied) t *= t + 1;
+    return shifted((words)t, 16 - plan->bits);
+}
+
+/* The weights at these indices: one each, or of a table of pairs two, those of the first half of the indices in `first`. */
+TARGET INLINE void values_at(const trellis_plan *plan, const words *index, floats *first, floats *second, int kind) {
     if (kind == TABLE_SINGLE)
-        *first = (floats)look_up(plan->values, index);
+        *first = (floats)look_up(plan->values, *index);
     else if (kind == TABLE_PAIRS)
         look_up_pairs(plan->values, index, first, second);
     else
-        widen(look_up(plan->halves, index), first, second);
+        widen(look_up(plan->halves, *index), first, second);
 }
 
 TARGET INLINE words states_of_group(const trellis_plan *plan, const int16_t *tile, int group, int groups, int lane) {
     const uint8_t *bytes = (const uint8_t *)tile + 2 * group * plan->step_bits;
     return group + 1 < groups ? states(plan, bytes, lane) : last_states(plan, bytes, lane, tile[0]);
 }
+
+#define INDEXED 8 /* tiles whose indices are computed together */
 
 /* Place in the sequence of the first weight of vector number i, of those that come from states `lane` and on of each group. */
 #define PLACE(i) (step == 1 ? TILE * (i) + lane : (i) / 2 * 2 * TILE + 2 * lane + (i) % 2 * WIDTH)
@@ -96,35 +97,75 @@ TARGET INLINE void decode_as(const trellis_plan *plan, const int16_t *tile, floa
     const int step = kind < TABLE_PAIRS ? 1 : 2, groups = TILE / step;
     for (int lane = 0; lane < TILE; lane += WIDTH) UNROLL
         for (int g = 0; g < groups; g++) {
+            const words s = states_of_group(plan, tile, g, groups, lane);
             floats first, second;
-            values_of(plan, states_of_group(plan, tile, g, groups, lane), &first, &second, code, kind);
+            if (kind == TABLE_NONE)
+                first = value_of(s, code);
+            else {
+                const words index = index_of(plan, s);
+                values_at(plan, &index, &first, &second, kind);
+            }
             store(weights + PLACE(g * step), first);
             if (step == 2) store(weights + PLACE(g * step + 1), second);
         }
 }
 
-TARGET INLINE void products_as(const trellis_plan *plan, const int16_t *tile, int64_t tiles, const float *views, float *sums,
-                               int code, int kind) {
-    const int step = kind < TABLE_PAIRS ? 1 : 2, groups = TILE / step;
+TARGET INLINE void computed_products(const trellis_plan *plan, const int16_t *tile, int64_t tiles, const float *views,
+                                     float *sums, int code) {
     for (int lane = 0; lane < TILE; lane += WIDTH) {
         floats sum[TILE];
         UNROLL
-        for (int i = 0; i < TILE; i++) sum[i] = load(sums + PLACE(i));
+        for (int i = 0; i < TILE; i++) sum[i] = load(sums + TILE * i + lane);
         for (int64_t t = 0; t < tiles; t++) {
-            const int16_t *codes = tile + t * (plan->step_bits * groups);
-            const float *view = views + 2 * TILE * t;
-            const floats x[2] = {load(view + PLACE(0)), load(view + PLACE(1))};
+            const int16_t *codes = tile + t * (plan->step_bits * TILE);
+            const floats x[2] = {load(views + 2 * TILE * t + lane), load(views + 2 * TILE * t + TILE + lane)};
             UNROLL
-            for (int g = 0; g < groups; g++) {
-                floats first, second;
-                values_of(plan, states_of_group(plan, codes, g, groups, lane), &first, &second, code, kind);
-                sum[g * step] += first * x[g * step % 2];
-                if (step == 2) sum[g * step + 1] += second * x[1];
-            }
+            for (int g = 0; g < TILE; g++)
+                sum[g] += value_of(states_of_group(plan, codes, g, TILE, lane), code) * x[g % 2];
         }
         UNROLL
-        for (int i = 0; i < TILE; i++) store(sums + PLACE(i), sum[i]);
+        for (int i = 0; i < TILE; i++) store(sums + TILE * i + lane, sum[i]);
     }
+}
+
+/* All indices of some tiles come before the first look-up: look-ups that need not wait for what was computed just before
+ * them are quicker by a fifth. */
+TARGET INLINE void tabulated_products(const trellis_plan *plan, const int16_t *tile, int64_t tiles, const float *views,
+                                      float *sums, int kind) {
+    const int step = kind < TABLE_PAIRS ? 1 : 2, groups = TILE / step;
+    words index[INDEXED][TILE];
+    for (int lane = 0; lane < TILE; lane += WIDTH)
+        for (int64_t begin = 0; begin < tiles; begin += INDEXED) {
+            const int count = tiles - begin < INDEXED ? (int)(tiles - begin) : INDEXED;
+            const int16_t *codes = tile + begin * (plan->step_bits * groups);
+            const float *view = views + 2 * TILE * begin;
+            for (int t = 0; t < count; t++, codes += plan->step_bits * groups) UNROLL
+                for (int g = 0; g < groups; g++)
+                    index[t][g] = index_of(plan, states_of_group(plan, codes, g, groups, lane));
+            floats sum[TILE];
+            UNROLL
+            for (int i = 0; i < TILE; i++) sum[i] = load(sums + PLACE(i));
+            for (int t = 0; t < count; t++, view += 2 * TILE) {
+                const floats x[2] = {load(view + PLACE(0)), load(view + PLACE(1))};
+                UNROLL
+                for (int g = 0; g < groups; g++) {
+                    floats first, second;
+                    values_at(plan, &index[t][g], &first, &second, kind);
+                    sum[g * step] += first * x[g * step % 2];
+                    if (step == 2) sum[g * step + 1] += second * x[1];
+                }
+            }
+            UNROLL
+            for (int i = 0; i < TILE; i++) store(sums + PLACE(i), sum[i]);
+        }
+}
+
+TARGET INLINE void products_as(const trellis_plan *plan, const int16_t *tile, int64_t tiles, const float *views, float *sums,
+                               int code, int kind) {
+    if (kind == TABLE_NONE)
+        computed_products(plan, tile, tiles, views, sums, code);
+    else
+        tabulated_products(plan, tile, tiles, views, sums, kind);
 }
 
 #define FOR_EACH_KIND(function, ...)                                                                                   \

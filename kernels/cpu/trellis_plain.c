@@ -29,9 +29,11 @@ INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lan
     return states(plan, copy, lane);
 }
 
-INLINE words high_product(words h, uint32_t factor) {
-    for (int l = 0; l < WIDTH; l++) h[l] = (uint32_t)((uint64_t)h[l] * factor >> 32);
-    return h;
+INLINE words two_mads(words s) {
+    const words g = s * 264435761u + 1013904223u;
+    words high;
+    for (int l = 0; l < WIDTH; l++) high[l] = (uint32_t)((uint64_t)g[l] * 1664525 >> 32);
+    return g + high;
 }
 
 INLINE words byte_sums(words h) {
@@ -39,15 +41,17 @@ INLINE words byte_sums(words h) {
     return ((pairs + (pairs >> 16)) & 0xffffu) + (0x4b000000u + 1024);
 }
 
+INLINE words shifted(words w, int count) { return w >> (uint32_t)count; }
+
 INLINE words look_up(const void *table, words index) {
     words found;
     for (int l = 0; l < WIDTH; l++) found[l] = ((const uint32_t *)table)[index[l]];
     return found;
 }
 
-INLINE void look_up_pairs(const float *table, words index, floats *first, floats *second) {
+INLINE void look_up_pairs(const float *table, const words *index, floats *first, floats *second) {
     float found[2 * WIDTH];
-    for (int l = 0; l < WIDTH; l++) memcpy(found + 2 * l, table + 2 * index[l], 2 * sizeof *found);
+    for (int l = 0; l < WIDTH; l++) memcpy(found + 2 * l, table + 2 * (*index)[l], 2 * sizeof *found);
     memcpy(first, found, sizeof *first);
     memcpy(second, found + WIDTH, sizeof *second);
 }

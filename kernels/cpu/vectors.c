@@ -13,16 +13,6 @@ FOR_EACH_CPU HIDDEN void quip_add_vector(float *restrict x, const float *restric
     for (int64_t i = 0; i < n; i++) x[i] += other[i];
 }
 
-typedef struct {
-    const void *x;
-    void *y;
-    const void *before, *after, *bias; /* null for none */
-    const quip_transform *q;
-    int64_t count, x_stride;
-    int32_t x_type, y_type, before_type, after_type, bias_type, transpose, threads, failed;
-    float *vectors[3];
-} quip_transform_call;
-
 #define TOGETHER (1 << 14) /* numbers that are transformed at once: they and their copy stay in a cache */
 
 static void transform_vectors(void *context, int64_t first, int64_t last) {
@@ -50,7 +40,6 @@ static void transform_vectors(void *context, int64_t first, int64_t last) {
     free(memory);
 }
 
-/* y = after * Q( before * x ) + bias for many vectors, or with the transpose of Q. Returns 0, -2 for want of memory. */
 EXPORT int quip_transform_vectors(quip_transform_call *call) {
     const int64_t n = call->q->size;
     const void *given[3] = {call->before, call->after, call->bias};

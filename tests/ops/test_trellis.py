@@ -154,3 +154,38 @@ def test_config_reads_trellis_codebooks_and_does_not_quantize_with_them():
         QuipConfig(codebook="trellis:mul1:k9:exl3")
     with pytest.raises(ValueError, match="contradict"):
         QuipConfig(bits=2, codebook="trellis:mul1:k5:exl3")
+
+
+@pytest.mark.skipif(not cpu_kernels.is_available(), reason="the CPU library was not compiled")
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_is_prepared_once(name, monkeypatch):
+    """Few vectors are looked up once; another table, more vectors and another backend are seen."""
+    codes, su, sv, bias, table, weight = tensors(name)
+    module = QuipLinear(N, M, codebook=name)
+    module.load_state_dict({"codes": codes, "su": su, "sv": sv, "bias": bias} | ({} if table is None else {"table": table}))
+    looked_up, function = [], cpu.eager_linear
+    monkeypatch.setattr(cpu, "eager_linear", lambda *args: looked_up.append(len(args[0])) or function(*args))
+    for batch in (3, 3, 1, MANY, cpu.MOST_TRELLIS_VECTORS, 2):
+        x = vectors(batch, N)
+        assert relative(module(x), x.double() @ weight.T + bias.double()) < 1e-6
+    assert looked_up == [3, MANY]
+    x = vectors(2, N)
+    assert relative(module(x.half()), x.half().double() @ weight.T + bias.double()) < 5e-4
+    assert module(vectors(2, 1, N).double()).dtype == torch.float64
+    if table is not None:
+        before = module(x)
+        module.table.mul_(2)
+        inner = before - bias
+        torch.testing.assert_close(module(x) - bias, 2 * inner)
+        module.table = torch.nn.Parameter(module.table.half(), requires_grad=False)
+        torch.testing.assert_close(module(x) - bias, 2 * inner)
+    codes, backend = module.codes.clone(), module(x)
+    module.codes.zero_()
+    assert not torch.allclose(module(x), backend)
+    module.codes.copy_(codes)
+    try:
+        set_backend("reference")
+        torch.testing.assert_close(module(x), backend)
+    finally:
+        set_backend("auto")

@@ -16,6 +16,7 @@ from quip_kernels import cpu as cpu_kernels
 from quip_kernels import cpu_linear as kernels
 from quip_kernels import cpu_many as many_kernels
 from quip_kernels import cpu_trellis as trellis_kernels
+from quip_kernels.cpu_library import default_level, library
 
 from .. import codebooks
 from .. import incoherence as transforms
@@ -153,6 +154,18 @@ def linear(
     return _transform_out(z, sv, bias, q_out, slow_out, x.dtype)
 
 
+class OneCall(NamedTuple):
+    """A call of the library for few vectors: function(address, x, y, how many, *arguments, threads), which returns 0."""
+
+    function: Callable[..., int]
+    address: int
+    arguments: tuple[int, ...]
+    m: int
+    n: int
+    most: int  # vectors
+    keep: object  # what lies at the address, and what that points to
+
+
 def one_call(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -165,20 +178,36 @@ def one_call(
     incoherence_out: str,
     seed: int,
     residual_scale: float | None,
-) -> tuple[tuple[kernels.Transform | None, kernels.Transform | None], float, int, int] | None:
-    """If [`linear`] is products with the codes: its transforms, scale and planes, and for how many vectors; else None."""
-    if codebook not in CODEBOOKS or codes.dtype != torch.int16 or su.shape[0] > kernels.MOST_FEATURES:
+    table: torch.Tensor | None,
+) -> OneCall | None:
+    """The call of the library that [`linear`] is for x, if it is one; all tensors are contiguous and on the CPU."""
+    layout = _trellis_layout(codebook)
+    if (codebook not in CODEBOOKS and layout is None) or codes.dtype != torch.int16 or su.shape[0] > kernels.MOST_FEATURES:
         return None
-    planes = _planes(codebook, codes_residual, x.dtype, su.dtype, sv.dtype, None if bias is None else bias.dtype)
-    q_in, slow_in = _kernel_transform(incoherence_in, su.shape[0], seed)
-    q_out, slow_out = _kernel_transform(incoherence_out, sv.shape[0], seed)
-    if planes is None or slow_in is not None or slow_out is not None:
+    n, m = su.shape[0], sv.shape[0]
+    dtypes = (x.dtype, su.dtype, sv.dtype, None if bias is None else bias.dtype)
+    q_in, slow_in = _kernel_transform(incoherence_in, n, seed)
+    q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
+    if slow_in is not None or slow_out is not None:
         return None
-    fits = many_kernels.takes(x.dtype, sv.shape[0], su.shape[0], _is_int8(planes, codes_residual))
-    most = _most_vectors(planes, fits)
-    if not 0 < x.numel() // su.shape[0] <= most:
+    if layout is None:
+        planes = _planes(codebook, codes_residual, *dtypes)
+        fits = planes is not None
+        most = _most_vectors(planes, many_kernels.takes(x.dtype, m, n, _is_int8(planes, codes_residual))) if fits else 0
+    else:
+        fits = all(v is None or v in kernels.DTYPES for v in dtypes) and not _is_wide(table)
+        most = MOST_TRELLIS_VECTORS if fits and _is_covered(codebook, x.dtype) else 0
+    if not 0 < x.numel() // n <= most:
         return None
-    return (q_in, q_out), _residual_scale(codebook, residual_scale), planes, most
+    kind = kernels.DTYPES[x.dtype]
+    if layout is None:
+        tensors, scale = (codes, codes_residual, su, sv, bias), _residual_scale(codebook, residual_scale)
+        keep, address, _, _ = kernels.layer_of(x.reshape(-1, n), tensors, q_in, q_out, scale)
+        function, arguments = library().quip_linear, (n, kind, kind, planes, default_level())
+    else:
+        keep, address, _ = trellis_kernels.layer_of(n, (codes, su, sv, bias, table), q_in, q_out, layout)
+        function, arguments = library().quip_trellis_linear, (n, kind, kind, default_level())
+    return OneCall(function, address, arguments, m, n, most, (keep, q_in, q_out))
 
 
 def _decode_rows(
@@ -215,7 +244,10 @@ def _trellis_linear(
     if not vectors_fit or vectors == 0 or not _is_covered(codebook, x.dtype):
         names = (codebook, incoherence_in, incoherence_out, seed)
         return reference.linear(x, codes, codes_residual, su, sv, bias, *names, None, table)
-    reference.check_codes(codes, codes_residual, codebook, n, table)
+    shapes = (codes.shape[1:], None if table is None else table.shape)
+    book = codebooks.get(codebook)
+    if codes_residual is not None or shapes != ((n // TILE * book.k,), book.table_shape) or codes.dtype != book.code_dtype:
+        reference.check_codes(codes, codes_residual, codebook, n, table)  # says what is wrong
     both = (_kernel_transform(incoherence_in, n, seed), _kernel_transform(incoherence_out, m, seed))
     if vectors > MOST_TRELLIS_VECTORS:
 
@@ -223,8 +255,11 @@ def _trellis_linear(
             return trellis_kernels.decode(codes[rows], n, dtype, layout, table, out=out)
 
         return _many_vectors(x, su, sv, bias, *both, decode)
-    t = _transform_in(x, su, *both[0], torch.empty(x.shape))
-    return _transform_out(trellis_kernels.products(t, codes, layout, table), sv, bias, *both[1], x.dtype)
+    (q_in, slow_in), (q_out, slow_out) = both
+    if slow_in is None and slow_out is None:
+        return trellis_kernels.linear(x, codes, su, sv, bias, q_in, q_out, layout, table)
+    t = _transform_in(x, su, q_in, slow_in, torch.empty(x.shape))
+    return _transform_out(trellis_kernels.products(t, codes, layout, table), sv, bias, q_out, slow_out, x.dtype)
 
 
 @functools.cache

@@ -12,9 +12,6 @@ from collections.abc import Mapping
 
 import torch
 
-from quip_kernels import cpu_linear as kernels
-from quip_kernels.cpu_library import default_level, library
-
 from . import cpu
 from .backend import get_activations, get_backend
 
@@ -40,28 +37,20 @@ class Prepared:
         self,
         x: torch.Tensor,
         tensors: Mapping[str, torch.Tensor | None],
-        transforms: tuple[kernels.Transform | None, kernels.Transform | None],
-        residual_scale: float,
-        planes: int,
-        most: int,
+        call: cpu.OneCall,
     ):
         present = {name: v for name, v in tensors.items() if v is not None}
         self._present = tuple((name, weakref.ref(v), v.data_ptr(), v.dtype) for name, v in present.items())
         self._absent = tuple(name for name in tensors if name not in present)
-        rows = x.reshape(-1, x.shape[-1])
-        layer, address, self._m, self._n = kernels.layer_of(rows, tuple(tensors.values()), *transforms, residual_scale)
-        kind = kernels.DTYPES[x.dtype]
-        self._call = library().quip_linear
-        self._arguments = (address, (self._n, kind, kind, planes, default_level()))
-        self._keep = (layer, transforms)
-        self._dtype, self._most = x.dtype, most
+        self._call, self._arguments, self._keep = call.function, (call.address, call.arguments), call.keep
+        self._dtype, self._m, self._n, self._most = x.dtype, call.m, call.n, call.most
         self._settings = (get_backend(), get_activations())
 
     def __call__(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor | None:
         """The layer's output, or None where it has to be looked up again.
 
         Args:
-            x: [..., n]. tensors: by name, those of `TENSORS` and others.
+            x: [..., n]. tensors: by name, those of `TENSORS`, the table, and maybe others.
         """
         n, m, shape = self._n, self._m, x.shape
         count = x.numel() // n
@@ -105,15 +94,16 @@ def prepare(
 ) -> Prepared | None:
     """What computes such inputs as x from now on; None where one call of the library does not.
 
-    Args: see [`linear`]; tensors: by name, at least `TENSORS`.
+    Args: see [`linear`]; tensors: by name, at least `TENSORS` and the table.
     """
-    if codebook not in cpu.CODEBOOKS or type(x) is not torch.Tensor or not x.is_cpu:
+    if type(x) is not torch.Tensor or not x.is_cpu:
         return None
-    tensors = {name: tensors[name] for name in TENSORS}
+    tensors = {name: tensors[name] for name in (*TENSORS, "table")}
     if not all(v is None or (v.is_cpu and v.is_contiguous()) for v in tensors.values()):
         return None
-    found = cpu.one_call(x, *tensors.values(), codebook, incoherence_in, incoherence_out, seed, residual_scale)
-    return None if found is None else Prepared(x, tensors, *found)
+    *parts, table = tensors.values()
+    found = cpu.one_call(x, *parts, codebook, incoherence_in, incoherence_out, seed, residual_scale, table)
+    return None if found is None else Prepared(x, tensors, found)
 
 
 def _is_watched() -> bool:

@@ -35,7 +35,7 @@ class TransformArguments(ctypes.Structure):
 
 
 class LayerArguments(ctypes.Structure):
-    """`quip_layer` of linear.c."""
+    """`quip_layer` of common.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "residual", "su", "sv", "bias", "transform_in", "transform_out")),
@@ -46,7 +46,7 @@ class LayerArguments(ctypes.Structure):
 
 
 class TransformCall(ctypes.Structure):
-    """`quip_transform_call` of vectors.c."""
+    """`quip_transform_call` of common.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y", "before", "after", "bias", "transform")),
@@ -61,8 +61,8 @@ class TrellisArguments(ctypes.Structure):
     """`quip_trellis` of trellis.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "table")),
-        *((name, ctypes.c_int64) for name in ("m", "n")),
+        ("layer", LayerArguments),
+        ("table", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("code", "k", "order", "step", "table_bits", "table_type")),
     )
 
@@ -86,7 +86,7 @@ def library() -> ctypes.CDLL | None:
         ("quip_linear", number, [pointer] * 3 + [size] * 2 + [number] * 5),
         ("quip_decode", None, [pointer, pointer, number, real, size, size, pointer] + [number] * 3),
         ("quip_transform_vectors", number, [pointer]),
-        ("quip_trellis_products", number, [pointer] * 3 + [size, number, number]),
+        ("quip_trellis_linear", number, [pointer] * 3 + [size] * 2 + [number] * 4),
         ("quip_trellis_decode", number, [pointer] * 2 + [number] * 3),
         ("quip_has_amx", number, []),
         (

@@ -90,9 +90,9 @@ def linear(
     Raises:
         ValueError: a tensor is not as described.
     """
-    vectors = x if x.is_contiguous() else _rows(x, x.shape[-1])
-    codes, su, sv, bias = _contiguous(codes), _contiguous(su), _contiguous(sv), _contiguous(bias)
-    codes_residual = _contiguous(codes_residual)
+    vectors = x if x.is_contiguous() else rows_of(x, x.shape[-1])
+    codes, su, sv, bias = contiguous(codes), contiguous(su), contiguous(sv), contiguous(bias)
+    codes_residual = contiguous(codes_residual)
     tensors = (codes, codes_residual, su, sv, bias)
     layer, address, m, n = layer_of(vectors, tensors, transform_in, transform_out, residual_scale)
     if planes not in PLANES:
@@ -105,8 +105,8 @@ def linear(
         y.data_ptr(),
         count,
         n if vectors is x else vectors.stride(0),
-        _type(vectors, "x"),
-        _type(y, "the result"),
+        type_of(vectors, "x"),
+        type_of(y, "the result"),
         planes,
         default_level() if level is None else level,
         torch.get_num_threads(),
@@ -117,7 +117,7 @@ def linear(
     return y
 
 
-def _contiguous(v: torch.Tensor | None) -> torch.Tensor | None:
+def contiguous(v: torch.Tensor | None) -> torch.Tensor | None:
     return v if v is None or v.is_contiguous() else v.contiguous()
 
 
@@ -162,7 +162,7 @@ def layer_of(
     for transform, size in ((transform_in, n), (transform_out, m)):
         if transform is not None and transform.size != size:
             raise ValueError(f"a transform of size {transform.size} was given for {size} features")
-    types = [_vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
+    types = [vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
     arguments = LayerArguments(
         *(None if v is None else v.data_ptr() for v in tensors),
         *(None if q is None else q.address for q in (transform_in, transform_out)),
@@ -203,11 +203,11 @@ def transform(
     n = q.size
     if x.shape[-1] != n:
         raise ValueError(f"expected [..., {n}], got {list(x.shape)}")
-    vectors = _rows(x, n)
+    vectors = rows_of(x, n)
     y = torch.empty(x.shape, dtype=dtype or x.dtype) if out is None else out
     if y.shape != x.shape or not y.is_contiguous():
         raise ValueError(f"out must be a contiguous {list(x.shape)}, got {list(y.shape)}")
-    types = [_vector_type(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
+    types = [vector_type(v, n, name) for v, name in ((before, "before"), (after, "after"), (bias, "bias"))]
     given = [v if v is None else v.contiguous() for v in (before, after, bias)]
     call = TransformCall(
         vectors.data_ptr(),
@@ -216,8 +216,8 @@ def transform(
         q.address,
         vectors.shape[0],
         vectors.stride(0),
-        _type(vectors, "x"),
-        _type(y, "the result"),
+        type_of(vectors, "x"),
+        type_of(y, "the result"),
         *types,
         transpose,
         torch.get_num_threads(),
@@ -252,7 +252,7 @@ def decode(
     if weight.shape != (codes.shape[0], columns) or not weight.is_contiguous():
         raise ValueError(f"out must be a contiguous {[codes.shape[0], columns]}, got {list(weight.shape)}")
     second = _second_stage(codes, codes_residual)
-    codes_residual = _contiguous(codes_residual)
+    codes_residual = contiguous(codes_residual)
     library().quip_decode(
         codes.data_ptr(),
         None if codes_residual is None else codes_residual.data_ptr(),
@@ -261,7 +261,7 @@ def decode(
         codes.shape[0],
         columns,
         weight.data_ptr(),
-        _type(weight, "the weight"),
+        type_of(weight, "the weight"),
         default_level() if level is None else level,
         torch.get_num_threads(),
     )
@@ -280,21 +280,21 @@ def _second_stage(codes: torch.Tensor, codes_residual: torch.Tensor | None) -> i
     return _SECOND[codes_residual.dtype]
 
 
-def _rows(x: torch.Tensor, size: int) -> torch.Tensor:
+def rows_of(x: torch.Tensor, size: int) -> torch.Tensor:
     """x as [vectors, size] with neighbours in memory along the last dimension; a copy only where it must be."""
     rows = x.reshape(-1, size) if x.numel() else x.new_empty(0, size)
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
 
-def _vector_type(vector: torch.Tensor | None, size: int, name: str) -> int:
+def vector_type(vector: torch.Tensor | None, size: int, name: str) -> int:
     if vector is None:
         return 0
     if vector.shape != (size,):
         raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{size}]")
-    return _type(vector, name)
+    return type_of(vector, name)
 
 
-def _type(tensor: torch.Tensor, name: str) -> int:
+def type_of(tensor: torch.Tensor, name: str) -> int:
     kind = DTYPES.get(tensor.dtype)
     if kind is None or not tensor.is_cpu:
         raise ValueError(f"{name} must be float32, bfloat16 or float16 on the CPU, got {tensor.dtype} on {tensor.device}")

@@ -1,4 +1,4 @@
-"""Trellis codes on the CPU: products with vectors, and the decoded weight.
+"""Linear layers of trellis codes on the CPU: the fused layer, its products alone, and the decoded weight.
 
 The library (`cpu.is_available`) computes values from the codes as it goes, in float32, and keeps none of them. What codes
 and tables mean is described in `transformers_quip.codebooks.trellis`.
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_library import TrellisArguments, default_level, library
-from .cpu_linear import DTYPES
+from .cpu_library import LayerArguments, TrellisArguments, default_level, library
+from .cpu_linear import DTYPES, Transform, contiguous, rows_of, type_of, vector_type
 
 TILE = 16
 CODES = ("1mad", "2mad", "3inst", "mcg", "mul1", "hyb", "quantlut", "lut")  # in the order of the C source's numbers
@@ -28,42 +28,60 @@ class Layout(NamedTuple):
     order: str
 
 
-def products(
-    x: torch.Tensor, codes: torch.Tensor, layout: Layout, table: torch.Tensor | None = None, level: int | None = None
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    su: torch.Tensor | None,
+    sv: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    transform_in: Transform | None,
+    transform_out: Transform | None,
+    layout: Layout,
+    table: torch.Tensor | None = None,
+    level: int | None = None,
 ) -> torch.Tensor:
-    """Ŵ x for every vector, in float32 arithmetic. The result depends neither on threads nor on the other vectors.
+    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias in float32 arithmetic; what is None is left out.
+
+    The result depends neither on threads nor on the other vectors.
 
     Args:
-        x: float32 [..., n], n a multiple of 16.
+        x: float32, bfloat16 or float16 [..., n], n a multiple of 16.
         codes: int16 [m, n/16·K], m a multiple of 16.
-        layout: what they are.
+        su: [n]; sv, bias: [m]; each float32, bfloat16 or float16.
+        transform_in, transform_out: of sizes n and m.
+        layout: what the codes are.
         table: float32, bfloat16 or float16 [2^Q, V] for a code of `TABULATED`.
         level: instruction set, an index of `cpu_library.LEVELS`; None: `default_level`.
 
     Returns:
-        float32 [..., m].
+        [..., m] in the dtype of x.
 
     Raises:
         ValueError: a tensor is not as described.
     """
     n = x.shape[-1]
-    if x.dtype != torch.float32 or not x.is_cpu:
-        raise ValueError(f"x must be float32 on the CPU, got {x.dtype} on {x.device}")
-    x, codes, table = (v if v is None else v.contiguous() for v in (x, codes, table))
-    arguments = _arguments(codes, n, layout, table)
-    z = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    vectors = x if x.is_contiguous() else rows_of(x, n)
+    tensors = tuple(map(contiguous, (codes, su, sv, bias, table)))
+    layer, address, m = layer_of(n, tensors, transform_in, transform_out, layout)
+    kind = type_of(x, "x")
+    y = x.new_empty(*x.shape[:-1], m)
+    stride = n if vectors is x else vectors.stride(0)
+    level = default_level() if level is None else level
     _check(
-        library().quip_trellis_products(
-            ctypes.byref(arguments),
-            x.data_ptr(),
-            z.data_ptr(),
-            x.numel() // n,
-            default_level() if level is None else level,
-            torch.get_num_threads(),
+        library().quip_trellis_linear(
+            address, vectors.data_ptr(), y.data_ptr(), x.numel() // n, stride, kind, kind, level, torch.get_num_threads()
         ),
         layout,
     )
-    return z
+    del layer, tensors  # had to live until here, whatever other threads do to the cache
+    return y
+
+
+def products(
+    x: torch.Tensor, codes: torch.Tensor, layout: Layout, table: torch.Tensor | None = None, level: int | None = None
+) -> torch.Tensor:
+    """Ŵ x for every vector: [`linear`] without all the rest."""
+    return linear(x, codes, None, None, None, None, None, layout, table, level)
 
 
 def decode(
@@ -78,7 +96,7 @@ def decode(
     """The weight Ŵ [m, columns] of trellis codes: the values of float32, rounded to float32, bfloat16 or float16.
 
     Args:
-        codes, layout, table, level: see [`products`].
+        codes, layout, table, level: see [`linear`].
         columns: n.
         dtype: of the result.
         out: where to put it; None: new memory.
@@ -88,8 +106,8 @@ def decode(
     """
     if dtype not in DTYPES:
         raise ValueError(f"weights are decoded to float32, bfloat16 or float16, not {dtype}")
-    codes, table = (v if v is None else v.contiguous() for v in (codes, table))
-    arguments = _arguments(codes, columns, layout, table)
+    codes, table = contiguous(codes), contiguous(table)
+    arguments = _arguments(columns, (codes, None, None, None, table), None, None, layout)
     weight = torch.empty(codes.shape[0], columns, dtype=dtype) if out is None else out
     if weight.shape != (codes.shape[0], columns) or weight.dtype != dtype or not weight.is_contiguous():
         raise ValueError(f"out must be a contiguous {dtype} {[codes.shape[0], columns]}, got {list(weight.shape)}")
@@ -106,7 +124,48 @@ def decode(
     return weight
 
 
-def _arguments(codes: torch.Tensor, n: int, layout: Layout, table: torch.Tensor | None) -> TrellisArguments:
+_layers: dict[tuple, tuple] = {}
+_MOST_LAYERS = 4096
+
+
+def layer_of(
+    n: int,
+    tensors: tuple[torch.Tensor | None, ...],
+    transform_in: Transform | None,
+    transform_out: Transform | None,
+    layout: Layout,
+) -> tuple[TrellisArguments, int, int]:
+    """The layer's description for the library, its address and m; tensors: codes, su, sv, bias, table, all contiguous.
+
+    Descriptions are kept, as those of `cpu_linear.layer_of` are, and for the same reason.
+    """
+    codes, su, sv, bias, table = tensors
+    key = (
+        n, transform_in, transform_out, layout, codes.data_ptr(), codes.shape, codes.dtype,
+        None if su is None else (su.data_ptr(), su.shape, su.dtype),
+        None if sv is None else (sv.data_ptr(), sv.shape, sv.dtype),
+        None if bias is None else (bias.data_ptr(), bias.shape, bias.dtype),
+        None if table is None else (table.data_ptr(), table.shape, table.dtype),
+    )  # fmt: skip
+    found = _layers.get(key)
+    if found is None:
+        arguments = _arguments(n, tensors, transform_in, transform_out, layout)
+        if len(_layers) >= _MOST_LAYERS:
+            _layers.clear()
+        # the key keeps the transforms alive
+        found = _layers[key] = (arguments, ctypes.addressof(arguments), codes.shape[0])
+    return found
+
+
+def _arguments(
+    n: int,
+    tensors: tuple[torch.Tensor | None, ...],
+    transform_in: Transform | None,
+    transform_out: Transform | None,
+    layout: Layout,
+) -> TrellisArguments:
+    """See [`layer_of`]. Raises `ValueError` for a tensor that is not as [`linear`] describes it."""
+    codes, su, sv, bias, table = tensors
     code, k, order = layout
     if code not in CODES or order not in ORDERS or k not in range(1, 9):
         raise ValueError(f"the library has no trellis {layout}: codes {', '.join(CODES)}, 1 to 8 bits, {', '.join(ORDERS)}")
@@ -135,11 +194,23 @@ def _arguments(codes: torch.Tensor, n: int, layout: Layout, table: torch.Tensor 
                 f"{table.dtype} {list(table.shape)} on {table.device}"
             )
         step, kind = table.shape[1], DTYPES[table.dtype]
-    return TrellisArguments(
+    m = codes.shape[0]
+    for transform, size in ((transform_in, n), (transform_out, m)):
+        if transform is not None and transform.size != size:
+            raise ValueError(f"a transform of size {transform.size} was given for {size} features")
+    layer = LayerArguments(
         codes.data_ptr(),
-        None if table is None else table.data_ptr(),
-        codes.shape[0],
+        None,
+        *(None if v is None else v.data_ptr() for v in (su, sv, bias)),
+        *(None if q is None else q.address for q in (transform_in, transform_out)),
         n,
+        m,
+        1.0,
+        *(vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))),
+    )
+    return TrellisArguments(
+        layer,
+        None if table is None else table.data_ptr(),
         CODES.index(code),
         k,
         ORDERS.index(order),
