@@ -62,12 +62,12 @@ def write_checkpoints(
         name = key.removesuffix(".weight")
         del foreign[key]
         m, n = reversed(weight.shape) if transposed else weight.shape
-        parent, _, last = name.rpartition(".")
+        parent, dot, last = name.rpartition(".")
         parts = [part.split(":") for part in (rename or {}).get(last, (f"{last}:{m}",))]
         weights = []
         for part, rows in parts:
-            tensors, decoded = make(f"{parent}.{part}", int(rows), n, generator)
-            foreign.update({f"{parent}.{part}.{kind}": value for kind, value in tensors.items()})
+            tensors, decoded = make(f"{parent}{dot}{part}", int(rows), n, generator)
+            foreign.update({f"{parent}{dot}{part}.{kind}": value for kind, value in tensors.items()})
             weights.append(decoded)
         expected = torch.cat(weights)
         dense[key] = (expected.T if transposed else expected).float().contiguous()
@@ -91,9 +91,14 @@ def half(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return (signs * (1 + torch.rand(shape, generator=generator) / 4)).half()
 
 
-def quip_for_all(use_rand: bool = False, per_channel: bool = False, missing: tuple[str, ...] = ()) -> Make:
-    """E8P linears of QuIP-for-all."""
-    points = truth.quip_for_all_points().double()
+def quip_for_all(
+    use_rand: bool = False,
+    per_channel: bool = False,
+    missing: tuple[str, ...] = (),
+    codebook: str = "E8P12",
+    residual: float = 1.0,
+) -> Make:
+    """Linears of QuIP-for-all; `residual` is what multiplies the second stage."""
 
     def make(name: str, m: int, n: int, generator: torch.Generator):
         sizes = {"had_left": n, "had_right": m}
@@ -112,10 +117,10 @@ def quip_for_all(use_rand: bool = False, per_channel: bool = False, missing: tup
             else:
                 transforms[kind] = truth.hadamard(size)
         rows, columns = padded["had_right"], padded["had_left"]
-        codes = torch.randint(-(2**15), 2**15, (rows, columns // 8), generator=generator).to(torch.int16)
+        codes, w = _quip_for_all_codes(codebook, rows, columns, residual, generator)
         scale = (half(rows, generator=generator).abs() if per_channel else torch.tensor(1.25).half()) / n**0.5
         vectors = {"SU": half(n, generator=generator), "SV": half(m, generator=generator)}
-        w = points[codes.long() & 0xFFFF].flatten(1) * scale.double().expand(rows)[:, None]
+        w = w * scale.double().expand(rows)[:, None]
         w = (transforms["had_right"] @ w @ transforms["had_left"].T)[:m, :n]
         for kind in missing:
             vectors[kind] = torch.ones_like(vectors[kind])
@@ -125,6 +130,22 @@ def quip_for_all(use_rand: bool = False, per_channel: bool = False, missing: tup
         return {"Qidxs": codes, **kept, **factors, "Wscale": scale, "weight": dummy}, w
 
     return make
+
+
+def _quip_for_all_codes(
+    codebook: str, m: int, n: int, residual: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random codes and the weights that they mean (shared/formats/quip_for_all.md, 2)."""
+    points = truth.quip_for_all_points().double()
+    if codebook == "E8P12":
+        codes = torch.randint(-(2**15), 2**15, (m, n // 8), generator=generator)
+        return codes.to(torch.int16), points[codes & 0xFFFF].flatten(1)
+    if codebook == "E8P12RVQ4B":
+        codes = torch.randint(-(2**31), 2**31, (m, n // 8), generator=generator)
+        return codes.to(torch.int32), (points[codes >> 16 & 0xFFFF] + residual * points[codes & 0xFFFF]).flatten(1)
+    octets = torch.randint(0, 256, (m, n // 8, 3), generator=generator)  # of each group: second stage, low, high
+    points = points[octets[..., 1] | octets[..., 2] << 8] + residual * truth.e8_table()[octets[..., 0]]
+    return octets.to(torch.uint8).reshape(m, -1).view(torch.int32), points.flatten(1)
 
 
 def quip_for_all_config(**values) -> dict:
@@ -259,14 +280,26 @@ def _qtip_value(s: torch.Tensor, mode: str, table: torch.Tensor) -> torch.Tensor
     return ((total - 510).float() / 147.800537109375).double()
 
 
-def quip_sharp(codebook: str = "E8P12", rescale: bool = False, wscale: float = 1.0, fused: bool = True) -> Make:
-    """Linears of QuIP#, fused ones with their scales; with a Wscale as old files have it."""
+def quip_sharp(
+    codebook: str | dict[str, str] = "E8P12",
+    rescale: bool = False,
+    wscale: float = 1.0,
+    fused: bool = True,
+    divisors: tuple[float, float] = (3.45, 2.04),
+) -> Make:
+    """Linears of QuIP#, fused ones with their scales; with a Wscale as old files have it.
+
+    Args:
+        codebook: of all linears, or by the last part of their names.
+        divisors: of the second stages of 4 and of 3 bits.
+    """
 
     def make(name: str, m: int, n: int, generator: torch.Generator):
-        words, decoded = _quip_sharp_codes(codebook, m, n, generator)
+        book = codebook if isinstance(codebook, str) else codebook[name.rpartition(".")[2]]
+        words, decoded = _quip_sharp_codes(book, m, n, generator, divisors)
         parts = {"qkv_proj": (64, 32, 32), "upgate_proj": (m // 2, m // 2)}.get(name.rpartition(".")[2])
         tensors = {"Qidxs": words, "SU": half(n, generator=generator), "SV": half(m, generator=generator) / n**0.5}
-        identity = {"E8P12": 7, "D4": 0, "HI4B1C": 10}[codebook]
+        identity = {"E8P12": 7, "E8P12RVQ4B": 17, "E8P12RVQ3B": 18, "D4": 0, "HI4B1C": 10}[book]
         tensors |= {"Wscale": torch.tensor(wscale).half(), "codebook_id": torch.tensor(identity)}
         w = truth.hadamard(m) @ decoded @ truth.hadamard(n).T
         w = (tensors["SV"].double() * tensors["Wscale"].double())[:, None] * w * tensors["SU"].double()
@@ -281,8 +314,18 @@ def quip_sharp(codebook: str = "E8P12", rescale: bool = False, wscale: float = 1
     return make
 
 
-def _quip_sharp_codes(codebook: str, m: int, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _quip_sharp_codes(
+    codebook: str, m: int, n: int, generator: torch.Generator, divisors: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Random codes as the package packs them, and the weights that they mean (shared/formats/quip_sharp.md, 1.3 and 3)."""
+    if codebook in ("E8P12RVQ4B", "E8P12RVQ3B"):
+        words, decoded = _quip_sharp_codes("E8P12", m, n, generator, divisors)
+        if codebook == "E8P12RVQ4B":
+            second, residual = _quip_sharp_codes("E8P12", m, n, generator, divisors)
+            return torch.cat([words, second], 1), decoded + residual / divisors[0]
+        second = torch.randint(0, 256, (m, n // 8), generator=generator)
+        packed = torch.cat([words, second.to(torch.uint8).view(torch.int64)], 1)
+        return packed, decoded + truth.e8_table()[second].flatten(1) / divisors[1]
     if codebook == "E8P12":
         codes = torch.randint(-(2**15), 2**15, (m, n // 8), generator=generator).to(torch.int16)
         return pack_tiles(codes), truth.decode(codes, n)

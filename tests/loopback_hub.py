@@ -71,7 +71,8 @@ class LoopbackHub:
         handler = type("Handler", (_Handler,), {"hub": self})
         # large files are on another host, as on the Hub: the client treats a redirection to it in another way
         self.servers = [ThreadingHTTPServer(("127.0.0.1", number), handler) for number in (port, 0)]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        ports = [server.server_address[1] for server in self.servers]
+        self.endpoint, self.storage = f"http://127.0.0.1:{ports[0]}", f"http://localhost:{ports[1]}"
 
     def __enter__(self) -> LoopbackHub:
         for server in self.servers:

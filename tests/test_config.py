@@ -283,3 +283,20 @@ def test_bits_between_those_of_codebooks_are_an_average():
     assert config.for_module("layers.0.up_proj") is config
     assert not QuipConfig(bits=3).is_mixed
     assert QuipConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("method", ["convex", "stochastic"])
+@pytest.mark.parametrize("dataset", ["self", None])
+def test_no_method_is_offered_for_a_codebook_that_is_only_read(method, dataset):
+    book = "trellis:mul1:k2:exl3"
+    allowed = "only with 'half-integer', 'scalar2', 'scalar3', 'scalar4', 'scalar8'"
+    with pytest.raises(ValueError) as caught:
+        QuipConfig(codebook=book, rounding=method, dataset=dataset)
+    message = str(caught.value)
+    assert message.startswith(f"QuipConfig: rounding={method!r} does not work with codebook={book!r}, {allowed}")
+    assert message.endswith("is for checkpoints that were made elsewhere, and no method rounds to it")
+    assert "ldlq" not in message
+    with pytest.raises(
+        ValueError, match=f"modules has 'down_proj'.*rounding='{method}' does not work with codebook='{book}'"
+    ):
+        QuipConfig(dataset=dataset, modules={"down_proj": {"codebook": book, "rounding": method}})

@@ -119,10 +119,12 @@ class QuipConfig(QuantizationConfigMixin):
         method = rounding.get(self.rounding)
         if not method.works_with(codebooks.get(self.codebook)):
             books = ", ".join(repr(name) for name in codebooks.names() if method.works_with(codebooks.get(name)))
-            methods = ", ".join(map(repr, _methods(self.codebook)))
+            methods = f"methods for {self.codebook!r}: {', '.join(map(repr, _methods(self.codebook)))}"
+            if is_read_only(self.codebook):
+                methods = f"{self.codebook!r} is for checkpoints that were made elsewhere, and no method rounds to it"
             raise ValueError(
                 f"QuipConfig: rounding={self.rounding!r} does not work with codebook={self.codebook!r}, only with "
-                f"{books or 'none that is registered'}; methods for {self.codebook!r}: {methods}"
+                f"{books or 'none that is registered'}; {methods}"
             )
 
     def _with(self, options: dict[str, Any]) -> QuipConfig:

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from . import memory
+from . import memory, resizing
 from .checkpoints import native
 from .checkpoints.files import Files, check_inside
 from .checkpoints.foreign import METHODS, ForeignPlan
@@ -104,6 +104,7 @@ class QuipQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         saving.install()
+        resizing.install()
         self._loading = (model, checkpoint_files or [])
         self._memory = memory.Returner(checkpoint_files or [])
         parameters = self.quantization_config.foreign

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import memory
 from .checkpoints.family import DAMAGED
-from .checkpoints.files import UNREADABLE, Files, unreadable
+from .checkpoints.files import UNREADABLE, Files, expand_weights, find_weights, read_json, unreadable
 from .checkpoints.foreign import METHODS, ForeignLinear, ForeignPlan, make_plan
 from .config import QuipConfig
 
@@ -31,8 +29,13 @@ logger = logging.getLogger(__name__)
 
 # Where some packages keep the quantization_config, or a copy of it.
 BESIDE = "quantization_config.json"
+_ORIGINAL = "_transformers_quip_original"
 # Whether what `from_pretrained` loads is a foreign checkpoint.
 _loads_foreign: ContextVar[bool] = ContextVar("loads_foreign", default=False)
+# What `from_pretrained` loads: the name of a folder or repository, and the arguments.
+_source: ContextVar[tuple[str | None, Mapping[str, Any]]] = ContextVar("source", default=(None, {}))
+# Those that say where on the Hub, and how to get there.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class ForeignConfig(QuantizationConfigMixin):
@@ -180,46 +183,65 @@ def foreign_parameters(config: PretrainedConfig) -> dict[str, Any] | None:
     return None
 
 
-def parameters_beside(config: PretrainedConfig, download: bool) -> dict[str, Any] | None:
+def parameters_beside(name: str | None, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a checkpoint that has it in a file beside config.json alone.
 
     Args:
-        config: as it was read, with the name of its folder or repository.
-        download: whether the file may be fetched from the Hub.
+        name: of its folder or repository.
+        arguments: of `from_pretrained`.
+
+    Raises:
+        ValueError: the file is no JSON object.
     """
-    name, path = config.name_or_path, None
-    if name and os.path.isdir(name):
-        path = os.path.join(name, BESIDE)
-    elif name and download:
-        path = cached_file(
-            name, BESIDE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-    if path is None or not os.path.isfile(path):
+    if name is None or os.path.isfile(name):
         return None
-    try:
-        parameters = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): {DAMAGED}") from None
-    known = isinstance(parameters, dict) and parameters.get("quant_method") in METHODS
-    return parameters if known else None
+    # Of a repository without that file Transformers' cache remembers that it has none.
+    missing = {f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")}
+    path = cached_file(name, BESIDE, **{key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}, **missing)
+    parameters = {} if path is None else read_json(path)
+    return parameters if parameters.get("quant_method") in METHODS else None
+
+
+def check_files(name: str | None, arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if the index of a folder's files is damaged, or names files that are not in the folder."""
+    if name is None or not os.path.isdir(name) or arguments.get("variant") or arguments.get("use_safetensors") is False:
+        return
+    found = find_weights(os.path.join(name, arguments.get("subfolder") or ""))
+    if found is not None:
+        expand_weights(found)
+
+
+def _original(function: Callable) -> Callable:
+    """Transformers' own function, where an earlier import of this file has replaced it."""
+    return getattr(function, _ORIGINAL, function)
+
+
+def _replaces(original: Callable) -> Callable[[Callable], Callable]:
+    def mark(function: Callable) -> Callable:
+        function = functools.wraps(original)(function)
+        setattr(function, _ORIGINAL, original)
+        return function
+
+    return mark
 
 
 def recognise_foreign() -> None:
     """Let `from_pretrained` know checkpoints that say that they are quantized where Transformers does not look.
 
     Without that it would build the dense model, find none of its weights in the files and return it with random ones.
-    Also, let it say which file it is that cannot be read.
+    Also, let it say which file it is that cannot be read, and never run code that is in one.
     """
     # Its import registers, and that imports this file: whoever imports this file first must not import it in turn.
     from transformers import modeling_utils
 
-    original = getattr(modeling_utils.get_hf_quantizer, "__wrapped__", modeling_utils.get_hf_quantizer)
+    original = _original(modeling_utils.get_hf_quantizer)
 
-    @functools.wraps(original)
+    @_replaces(original)
     def get_hf_quantizer(config: PretrainedConfig, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         parameters = foreign_parameters(config)
-        if parameters is None and getattr(config, "quantization_config", None) is None:
-            parameters = parameters_beside(config, download=isinstance(quantization_config, QuipConfig))
+        name, arguments = _source.get()
+        if parameters is None and getattr(config, "quantization_config", None) is None and not kwargs.get("gguf_file"):
+            parameters = parameters_beside(name, arguments)
         if parameters is not None:
             if not (quantization_config is None or isinstance(quantization_config, (QuipConfig, dict))):
                 raise ValueError(
@@ -229,19 +251,36 @@ def recognise_foreign() -> None:
                 )
             quantization_config = ForeignConfig.from_dict(parameters)
         found = original(config, quantization_config, *args, **kwargs)
-        _loads_foreign.set(getattr(getattr(found[0], "quantization_config", None), "foreign", None) is not None)
+        is_foreign = getattr(getattr(found[0], "quantization_config", None), "foreign", None) is not None
+        _loads_foreign.set(is_foreign)
+        if is_foreign:
+            check_files(name, arguments)
         return found
 
     modeling_utils.get_hf_quantizer = get_hf_quantizer
-    read = getattr(modeling_utils.load_state_dict, "__wrapped__", modeling_utils.load_state_dict)
+    read = _original(modeling_utils.load_state_dict)
 
-    @functools.wraps(read)
-    def load_state_dict(checkpoint_file: Any, *args: Any, **kwargs: Any) -> Any:
+    @_replaces(read)
+    def load_state_dict(
+        checkpoint_file: Any, map_location: Any = "cpu", weights_only: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
         try:
-            return read(checkpoint_file, *args, **kwargs)
+            return read(checkpoint_file, map_location, weights_only or _loads_foreign.get(), *args, **kwargs)
         except UNREADABLE as error:
             if not _loads_foreign.get():
                 raise
             raise unreadable(str(checkpoint_file), error) from None
 
     modeling_utils.load_state_dict = load_state_dict
+    loader = _original(modeling_utils.PreTrainedModel.from_pretrained.__func__)
+
+    @_replaces(loader)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        name = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
+        token = _source.set((name, kwargs))
+        try:
+            return loader(cls, pretrained_model_name_or_path, *args, **kwargs)
+        finally:
+            _source.reset(token)
+
+    modeling_utils.PreTrainedModel.from_pretrained = classmethod(from_pretrained)

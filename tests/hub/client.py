@@ -79,6 +79,13 @@ def logits(source: str, ids: list[list[int]], **options) -> list:
         return _load(source, **options)(torch.tensor(ids)).logits.tolist()
 
 
+def logits_with_config(source: str, ids: list[list[int]], **options) -> list:
+    """The same, where the user gives a config of ours without options."""
+    from transformers_quip import QuipConfig
+
+    return logits(source, ids, quantization_config=QuipConfig(), **options)
+
+
 def push(folder: str, repo: str, patient: bool = True, **options) -> str:
     """Load a folder and push the model; returns the commit."""
     import time
@@ -113,9 +120,19 @@ def snapshot(repo: str, **options) -> dict[str, bytes]:
 
 def validate_card(text: str) -> None:
     """huggingface_hub's own validation of a model card."""
-    from huggingface_hub import ModelCard
+    from types import SimpleNamespace
 
-    ModelCard(text).validate()
+    from huggingface_hub import ModelCard, constants, repocard
+
+    def post(url, **options):  # versions before 2 ask huggingface.co, whatever HF_ENDPOINT says
+        return session.post(url.replace("https://huggingface.co", constants.ENDPOINT), **options)
+
+    get_session, session = repocard.get_session, repocard.get_session()
+    repocard.get_session = lambda: SimpleNamespace(post=post)
+    try:
+        ModelCard(text).validate()
+    finally:
+        repocard.get_session = get_session
 
 
 def inspect(repo: str, **options) -> tuple[float, int, int]:

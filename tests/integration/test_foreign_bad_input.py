@@ -285,6 +285,13 @@ def test_a_config_beside_the_config(name, damaged, golden, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_convert_of_a_type_that_is_not_known(damaged, tmp_path):
+    folder = damaged("qs_E8P12_t128", lambda tensors: tensors.update(extra=torch.zeros(2).to(torch.float8_e4m3fn)))
+    with pytest.raises(ValueError, match="extra is of type F8_E4M3, which is not supported; types are F64, F32"):
+        convert(folder, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
 def test_convert_on_a_full_disk(golden, tmp_path):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -59,6 +59,9 @@ def test_what_counts_as_a_dense_linear():
         (r".*\.mlp", True),
         (r"model\.layers\.[2-9]", False),
         ("model.layers.1.mlp.up", False),
+        ("model.layers.1.", True),
+        ("model.lay|model.layers.1.mlp", True),
+        ("model.lay|model.layers.2", False),
     ],
 )
 def test_names_are_matched_as_in_transformers(pattern, named):

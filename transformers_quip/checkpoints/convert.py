@@ -12,8 +12,7 @@ import torch
 
 from ..memory import Returner
 from ..nn.place import place_all
-from .family import DAMAGED
-from .files import TYPES, Files, check_inside
+from .files import TYPES, Files, expand_weights, find_weights, read_json
 from .foreign import ForeignLinear
 from .native import expand_names
 from .writer import Step, write
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _REPLACED = ("config.json", "quantization_config.json")
+_DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def convert(
@@ -67,8 +67,9 @@ def convert(
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
     for key, info in files.headers.items():
         if key not in used:
-            dtype = next(dtype for dtype, name in TYPES.items() if name == info.dtype)
-            steps.append(Step({key: (info.shape, dtype)}, lambda key=key, info=info: {key: files.read(info)}))
+            if info.dtype not in _DTYPES:
+                raise ValueError(f"{key} is of type {info.dtype}, which is not supported; types are {', '.join(_DTYPES)}")
+            steps.append(Step({key: (info.shape, _DTYPES[info.dtype])}, lambda key=key, info=info: {key: files.read(info)}))
     for linear in plan.linears:
         steps.append(Step(_expected(linear, model), lambda linear=linear: repack(linear, _read(linear, files), model)))
     steps = [_returning(step, returner) for step in steps]
@@ -112,7 +113,7 @@ def _parameters(folder: Path, config: Any) -> dict[str, Any]:
     for parameters in (
         getattr(config, "quantization_config", None),
         getattr(config, "quip_params", None),
-        _read_json(beside) if beside.is_file() else None,
+        read_json(beside) if beside.is_file() else None,
     ):
         if isinstance(parameters, dict):
             if parameters.get("quant_method") == "quip":
@@ -123,33 +124,12 @@ def _parameters(folder: Path, config: Any) -> dict[str, Any]:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): {DAMAGED}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object: {DAMAGED}")
-    return content
-
-
 def _weight_files(folder: Path) -> list[str]:
     """The files of weights, as Transformers would choose them."""
-    for kind, name in (("safetensors", "model"), ("bin", "pytorch_model")):
-        index = folder / f"{name}.{kind}.index.json"
-        if index.is_file():
-            names = _read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-                raise ValueError(f"{index} has no weight_map from tensors to files: {DAMAGED}")
-            names = sorted(set(names.values()))
-            check_inside(folder, [str(folder / file) for file in names])
-            missing = [file for file in names if not (folder / file).is_file()]
-            if missing:
-                raise ValueError(f"{folder} has no {missing[0]}, which {index.name} lists: {DAMAGED}")
-            return [str(folder / file) for file in names]
-        if (folder / f"{name}.{kind}").is_file():
-            return [str(folder / f"{name}.{kind}")]
-    raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of several files")
+    found = find_weights(folder)
+    if found is None:
+        raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of several files")
+    return expand_weights(found)
 
 
 def _expected(linear: ForeignLinear, model: PreTrainedModel) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -5,10 +5,13 @@ Safetensors, and for checkpoints of others what `torch.save` wrote, through PyTo
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -42,20 +45,27 @@ class Files:
         headers: shape and type of every tensor by its name.
 
     Raises:
-        ValueError: a file cannot be read, or holds something other than tensors.
+        ValueError: a file cannot be read, or holds something other than tensors; or two hold different ones of one name.
     """
 
     def __init__(self, files: Iterable[str]):
-        files = [str(file) for file in files]
         self._loaded: dict[str, dict[str, torch.Tensor]] = {}
         self._open: dict[str, safe_open] = {}
-        self.headers = read_headers([file for file in files if file.endswith(".safetensors")])
-        for file in files:
-            if not file.endswith(".safetensors"):
-                self._loaded[file] = tensors = _load(file)
-                self.headers.update(
-                    (key, TensorInfo(tuple(value.shape), TYPES[value.dtype], file, key)) for key, value in tensors.items()
-                )
+        self.headers: dict[str, TensorInfo] = {}
+        for file in map(str, files):
+            found = read_headers([file]) if file.endswith(".safetensors") else self._load(file)
+            for key in found.keys() & self.headers.keys():
+                self._check_equal(self.headers[key], found[key])
+            self.headers.update(found)
+
+    def _load(self, file: str) -> dict[str, TensorInfo]:
+        self._loaded[file] = tensors = _load(file)
+        return {key: TensorInfo(tuple(value.shape), TYPES[value.dtype], file, key) for key, value in tensors.items()}
+
+    def _check_equal(self, first: TensorInfo, second: TensorInfo) -> None:
+        """A tensor that is in two files: nothing says which of them would count."""
+        if first != replace(second, file=first.file) or not self.read(first).equal(self.read(second)):
+            raise ValueError(f"{second.key} is in {first.file} and in {second.file}, and is not the same there: {DAMAGED}")
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """One tensor; a view of the mapped file where that can be. Raises `ValueError` if it cannot be read."""
@@ -83,6 +93,43 @@ def unreadable(file: str, error: Exception) -> ValueError:
     return ValueError(f"{file} cannot be read as a file of tensors alone ({error}): {DAMAGED}")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A file of one JSON object. Raises `ValueError` if it is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): {DAMAGED}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object: {DAMAGED}")
+    return content
+
+
+def find_weights(folder: str | Path) -> Path | None:
+    """The one file of weights, or the index of several, that Transformers would choose; None if there is neither."""
+    kinds = (("model", "safetensors"), ("pytorch_model", "bin"))
+    names = (name for stem, kind in kinds for name in (f"{stem}.{kind}", f"{stem}.{kind}.index.json"))
+    return next((path for path in map(Path(folder).joinpath, names) if path.is_file()), None)
+
+
+def expand_weights(path: Path) -> list[str]:
+    """The files of weights behind what [`find_weights`] found.
+
+    Raises:
+        ValueError: an index that is none, or names files that are missing or lie elsewhere.
+    """
+    if path.suffix != ".json":
+        return [str(path)]
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{path} has no weight_map from tensors to files: {DAMAGED}")
+    names = sorted(set(names.values()))
+    check_inside(path.parent, [str(path.parent / file) for file in names])
+    missing = [file for file in names if not (path.parent / file).is_file()]
+    if missing:
+        raise ValueError(f"{path.parent} has no {missing[0]}, which {path.name} lists: {DAMAGED}")
+    return [str(path.parent / file) for file in names]
+
+
 def check_inside(folder: str | Path, files: Iterable[str]) -> None:
     """Raise `ValueError` for a path that leads out of a checkpoint's folder, as its index may name one."""
     root = os.path.abspath(folder)
@@ -99,6 +146,11 @@ def _load(file: str) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} holds {type(tensors).__name__} instead of tensors by names: {DAMAGED}")
     for key, value in tensors.items():
-        if not isinstance(value, torch.Tensor) or value.dtype not in TYPES:
+        if not (isinstance(key, str) and isinstance(value, torch.Tensor) and _is_plain(value)):
             raise ValueError(f"{file} holds {key!r}, which is no tensor of a known type: {DAMAGED}")
     return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is numbers of a known type one beside another, not sparse or without values."""
+    return tensor.dtype in TYPES and tensor.layout == torch.strided and tensor.device.type == "cpu"

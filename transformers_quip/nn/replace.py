@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .embedding import QuipEmbedding
 from .linear import QuipLinear
@@ -27,11 +27,12 @@ def is_dense_embedding(module: nn.Module) -> bool:
 
 
 def is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns means this module, as everywhere in Transformers.
+    """Whether one of the patterns means this module.
 
-    A pattern is a prefix up to a dot, a suffix, or a regular expression that matches from the start up to a dot.
+    A pattern is a prefix up to a dot, a suffix, or a regular expression that matches from the start up to a dot: as in
+    Transformers, of which earlier versions let a prefix end anywhere, so that "layers.1" meant layers.10 too.
     """
-    return not should_convert_module(name, list(patterns))
+    return any(name.endswith(pattern) or re.match(rf"(?:{pattern})(?:\.|$|(?<=\.))", name) for pattern in patterns)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
