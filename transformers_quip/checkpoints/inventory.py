@@ -201,7 +201,8 @@ def read_repo(repo_id: str, revision: str | None = None, token: str | bool | Non
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     if constants.HF_HUB_OFFLINE:
-        return read_folder(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        needed = [CONFIG, "*.safetensors", INDEX]  # the cache need not have more
+        return read_folder(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=needed))
     api = HfApi(token=token)
     revision = api.model_info(
         repo_id, revision=revision
