@@ -231,13 +231,13 @@ needs_amx = pytest.mark.skipif(not many_kernels.is_available(), reason="needs th
 @pytest.fixture
 def rotations(monkeypatch):
     """Whether each call for many bfloat16 vectors had its inputs rotated already."""
-    counted, function = [], many_kernels.linear
+    counted, function = [], many_kernels.run
 
-    def linear(*args, **options):
-        counted.append(args[8])
-        return function(*args, **options)
+    def run(*args):
+        counted.append(args[6])
+        return function(*args)
 
-    monkeypatch.setattr(many_kernels, "linear", linear)
+    monkeypatch.setattr(many_kernels, "run", run)
     return counted
 
 
@@ -297,6 +297,39 @@ def test_bundles_take_over_earlier_than_other_products(rotations, activations, d
             assert torch.equal(module(args[0]), cpu.eager_linear(*args))
         assert relative_error(module(args[0]), args) < 0.015
     assert len(rotations) == 5
+
+
+@needs_amx
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prepared_layers_share_rotated_inputs(rotations, dtype):
+    """As those that are looked up do; what was rotated last is for no other input, layer or number of vectors."""
+    set_activations("int8")
+    parts = [arguments(m, 96, MANY, dtype) for m in (64, 32, 96)]
+    modules = []
+    for args in parts:
+        args[3] = parts[0][3] if args is not parts[2] else -parts[0][3]
+        modules.append(QuipLinear(96, len(args[4]), dtype=dtype, seed=3))
+        modules[-1].load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (args[1], *args[3:6]), strict=True)))
+
+    def check(x, *expected):
+        rotations.clear()
+        for module, args in zip(modules, parts, strict=True):
+            assert 0.004 < relative_error(module(x), [x, *args[1:]]) < 0.015
+        assert rotations == list(expected)
+
+    x = parts[0][0]
+    for _ in range(2):  # looked up, and prepared
+        check(x, False, True, False)
+    check(x.clone(), False, True, False)
+    check(x[:30], False, True, False)
+    check(x.T.contiguous().T, False, True, False)  # not contiguous: looked up
+    modules[0](x)
+    x.neg_()
+    assert relative_error(modules[1](x), [x, *parts[1][1:]]) < 0.015
+    with torch.inference_mode():
+        hidden = x * 2
+        check(hidden, False, False, False)
 
 
 @needs_amx

@@ -12,6 +12,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quip_kernels import cpu as cpu_kernels
+from quip_kernels import cpu_many
 from tests import truth
 from transformers_quip import QuipLinear, incoherence, set_activations, set_backend
 from transformers_quip.ops import cpu, direct
@@ -170,6 +171,22 @@ def test_inputs_of_every_kind(direct_calls, codebook):
         module(torch.randn(3, 25))
     with pytest.raises(ValueError, match="got torch.int64"):
         module(torch.ones(3, 24).long())
+
+
+@needs_library
+@torch.no_grad()
+def test_many_vectors_are_prepared_where_they_are_one_call(direct_calls):
+    module = QuipLinear(96, 64, dtype=torch.bfloat16)
+    module.load_state_dict(truth.random_linear(64, 96, dtype=torch.bfloat16))
+    many, few = torch.randn(2, 40, 96).bfloat16(), torch.randn(3, 96).bfloat16()
+    expected = [module.float()(v.float()) for v in (many, few)]
+    module.bfloat16()
+    direct_calls.clear()
+    for _ in range(2):
+        for v, y in zip((many, few), expected, strict=True):
+            assert (module(v).float() - y).norm() < 0.02 * y.norm()
+    second = "prepared" if cpu_many.takes(torch.bfloat16, 64, 96, True) else "looked up"
+    assert direct_calls == ["looked up", "prepared" if second == "prepared" else "looked up", second, "prepared"]
 
 
 @needs_library

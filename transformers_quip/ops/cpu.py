@@ -155,7 +155,10 @@ def linear(
 
 
 class OneCall(NamedTuple):
-    """A call of the library for few vectors: function(address, x, y, how many, *arguments, threads), which returns 0."""
+    """A call of the library for few vectors: function(address, x, y, how many, *arguments, threads), which returns 0.
+
+    bundles: what [`bundled`] needs for more of them, None where they take another way.
+    """
 
     function: Callable[..., int]
     address: int
@@ -163,6 +166,7 @@ class OneCall(NamedTuple):
     m: int
     n: int
     most: int  # vectors
+    bundles: tuple[kernels.Transform | None, bool] | None  # the input's transform, and whether they become int8
     keep: object  # what lies at the address, and what that points to
 
 
@@ -180,7 +184,7 @@ def one_call(
     residual_scale: float | None,
     table: torch.Tensor | None,
 ) -> OneCall | None:
-    """The call of the library that [`linear`] is for x, if it is one; all tensors are contiguous and on the CPU."""
+    """The calls of the library that [`linear`] is for inputs as x, if x is one; all tensors contiguous and on the CPU."""
     layout = _trellis_layout(codebook)
     if (codebook not in CODEBOOKS and layout is None) or codes.dtype != torch.int16 or su.shape[0] > kernels.MOST_FEATURES:
         return None
@@ -190,14 +194,18 @@ def one_call(
     q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
     if slow_in is not None or slow_out is not None:
         return None
+    in_bundles = int8 = False
     if layout is None:
         planes = _planes(codebook, codes_residual, *dtypes)
         fits = planes is not None
-        most = _most_vectors(planes, many_kernels.takes(x.dtype, m, n, _is_int8(planes, codes_residual))) if fits else 0
+        int8 = fits and _is_int8(planes, codes_residual)
+        in_bundles = fits and many_kernels.takes(x.dtype, m, n, int8)
+        most = _most_vectors(planes, in_bundles) if fits else 0
     else:
         fits = all(v is None or v in kernels.DTYPES for v in dtypes) and not _is_wide(table)
         most = MOST_TRELLIS_VECTORS if fits and _is_covered(codebook, x.dtype) else 0
-    if not 0 < x.numel() // n <= most:
+    vectors = x.numel() // n
+    if most == 0 or vectors == 0 or (vectors > most and not in_bundles):
         return None
     kind = kernels.DTYPES[x.dtype]
     if layout is None:
@@ -207,7 +215,8 @@ def one_call(
     else:
         keep, address, _ = trellis_kernels.layer_of(n, (codes, su, sv, bias, table), q_in, q_out, layout)
         function, arguments = library().quip_trellis_linear, (n, kind, kind, default_level())
-    return OneCall(function, address, arguments, m, n, most, (keep, q_in, q_out))
+    bundles = (q_in, int8) if in_bundles else None
+    return OneCall(function, address, arguments, m, n, most, bundles, (keep, q_in, q_out))
 
 
 def _decode_rows(
@@ -355,6 +364,28 @@ def _bundled(
     y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second, int8=int8)
     if not is_rotated:
         _keep_rotated(x, su, q_in, t)
+    return y
+
+
+def bundled(
+    x: torch.Tensor, su: torch.Tensor, address: int, m: int, vectors: int, q_in: kernels.Transform | None, int8: bool
+) -> torch.Tensor:
+    """[`_bundled`] for a layer that lies at this address, contiguous x, and a call that no compiled code makes."""
+    n, threads = x.shape[-1], torch.get_num_threads()
+    plan = many_kernels.plan(vectors, m, n, int8, threads)
+    memory = scratch("workspace", (plan.workspace,), torch.float32)
+    _kept.eager = True
+    try:
+        t = _kept_rotated(x, su, q_in, plan.rotated_shape, torch.int32)
+        is_rotated = t is not None
+        if not is_rotated:
+            t = scratch("rotated inputs", plan.rotated_shape, torch.int32)
+        y = x.new_empty((*x.shape[:-1], m))
+        many_kernels.run(address, x, y, vectors, n, t, is_rotated, int8, memory, plan, threads)
+        if not is_rotated:
+            _keep_rotated(x, su, q_in, t)
+    finally:
+        _kept.eager = False
     return y
 
 

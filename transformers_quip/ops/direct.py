@@ -25,13 +25,14 @@ def linear(x: torch.Tensor, codes: torch.Tensor, *arguments) -> torch.Tensor:
 
 
 class Prepared:
-    """A layer, for few vectors of one dtype: all that stays the same from call to call.
+    """A layer, for vectors of one dtype, few or as many as are one call too: all that stays the same from call to call.
 
     It holds no tensor. It is for the tensors that it was made with, as long as they lie where they lay; what is written to
     them changes the layer as it should.
     """
 
-    __slots__ = ("_absent", "_arguments", "_call", "_dtype", "_keep", "_m", "_most", "_n", "_present", "_settings")
+    __slots__ = ("_absent", "_arguments", "_bundles", "_call", "_dtype", "_keep")
+    __slots__ += ("_m", "_most", "_n", "_present", "_settings")
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Prepared:
         self._present = tuple((name, weakref.ref(v), v.data_ptr(), v.dtype) for name, v in present.items())
         self._absent = tuple(name for name in tensors if name not in present)
         self._call, self._arguments, self._keep = call.function, (call.address, call.arguments), call.keep
+        self._bundles = call.bundles
         self._dtype, self._m, self._n, self._most = x.dtype, call.m, call.n, call.most
         self._settings = (get_backend(), get_activations())
 
@@ -57,7 +59,8 @@ class Prepared:
         if (
             type(x) is not torch.Tensor
             or x.dtype is not self._dtype
-            or not 0 < count <= self._most
+            or count == 0
+            or (count > self._most and self._bundles is None)
             or shape[-1] != n
             or not x.is_cpu
             or not x.is_contiguous()
@@ -73,8 +76,10 @@ class Prepared:
         for name in self._absent:
             if tensors[name] is not None:
                 return None
-        y = x.new_empty((*shape[:-1], m))
         address, rest = self._arguments
+        if count > self._most:
+            return cpu.bundled(x, tensors["su"], address, m, count, *self._bundles)
+        y = x.new_empty((*shape[:-1], m))
         if self._call(address, x.data_ptr(), y.data_ptr(), count, *rest, torch.get_num_threads()):
             raise MemoryError(f"no memory for {count} vectors of {n} inputs and {m} outputs")
         return y

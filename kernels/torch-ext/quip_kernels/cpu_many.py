@@ -9,6 +9,7 @@ result is float32.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -50,9 +51,25 @@ def rotated_shape(vectors: int, n: int, int8: bool = False) -> tuple[int, int, i
 
 def workspace(vectors: int, m: int, n: int) -> int:
     """Numbers of float32 that [`linear`] needs to work with, with PyTorch's present number of threads."""
-    threads = torch.get_num_threads()
-    decoded = threads * _rows(m, n, threads) * (n // 2 + _MARGIN // 4)
-    return _sums(vectors, m) + max(decoded, (2 * threads * _BUNDLE + 2) * max(m, n))
+    return plan(vectors, m, n, False, torch.get_num_threads()).workspace
+
+
+class Plan(NamedTuple):
+    """What [`run`] is told of so many vectors: shape of the rotated inputs, numbers of float32, rows decoded at a time."""
+
+    rotated_shape: tuple[int, int, int]
+    workspace: int
+    sums: int  # of the workspace, at its beginning
+    rows: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(vectors: int, m: int, n: int, int8: bool, threads: int) -> Plan:
+    """See [`Plan`]; that of every layer size is kept, because it takes as long as a small layer."""
+    sums, rows = _even_bundles(min(vectors, _TOGETHER)) * _BUNDLE * m, _rows(m, n, threads)
+    decoded = threads * rows * (n // 2 + _MARGIN // 4)
+    workspace = sums + max(decoded, (2 * threads * _BUNDLE + 2) * max(m, n))
+    return Plan(rotated_shape(vectors, n, int8), workspace, sums, rows)
 
 
 def linear(
@@ -104,28 +121,51 @@ def linear(
     if int8 and codes_residual is not None:
         raise ValueError("int8 inputs are for codes of one stage, and there are two")
     count, threads = len(rows), torch.get_num_threads()
-    _check(rotated, "rotated", torch.int32, rotated_shape(count, n, int8))
-    _check(memory, "memory", torch.float32, (workspace(count, m, n),))
+    planned = plan(count, m, n, int8, threads)
+    _check(rotated, "rotated", torch.int32, planned.rotated_shape)
+    _check(memory, "memory", torch.float32, (planned.workspace,))
     y = x.new_empty(*x.shape[:-1], m)
+    run(address, rows, y, count, rows.stride(0), rotated, is_rotated, int8, memory, planned, threads)
+    del layer  # had to live until here, whatever other threads do to the cache
+    return y
+
+
+def run(
+    address: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    count: int,
+    stride: int,
+    rotated: torch.Tensor,
+    is_rotated: bool,
+    int8: bool,
+    memory: torch.Tensor,
+    planned: Plan,
+    threads: int,
+) -> None:
+    """[`linear`] for arguments that have been checked: y of `count` vectors of x which are `stride` apart.
+
+    Args:
+        address: of the layer's description (`cpu_linear.layer_of`).
+        planned: for so many vectors and threads.
+    """
     start = memory.data_ptr()
     library().quip_linear_many(
         address,
-        rows.data_ptr(),
+        x.data_ptr(),
         y.data_ptr(),
         DTYPES[x.dtype],
         count,
-        rows.stride(0),
+        stride,
         rotated.data_ptr(),
         is_rotated,
         int8,
         start,
         _TOGETHER,
-        start + 4 * _sums(count, m),
-        _rows(m, n, threads),
+        start + 4 * planned.sums,
+        planned.rows,
         threads,
     )
-    del layer  # had to live until here, whatever other threads do to the cache
-    return y
 
 
 def _even_bundles(vectors: int) -> int:
@@ -134,10 +174,6 @@ def _even_bundles(vectors: int) -> int:
 
 def _words(n: int, int8: bool) -> int:
     return -(-n // (4 * _TILE)) * _TILE if int8 else n // 2
-
-
-def _sums(vectors: int, m: int) -> int:
-    return _even_bundles(min(vectors, _TOGETHER)) * _BUNDLE * m
 
 
 def _rows(m: int, n: int, threads: int) -> int:
