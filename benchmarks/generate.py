@@ -10,6 +10,7 @@ is one forward pass over 512 tokens. Medians of whole calls are compared.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -52,7 +53,8 @@ def ways_of(folder: str, activations: list[str]) -> dict[str, dict[str, Callable
     stored = sum(linear.packed_bytes for linear in linears)
     print(f"{folder}: decoder linears take {resident / 2**20:.1f} MiB, {resident / stored:.3f} of their packed bytes")
     ids = torch.randint(3, dense.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
-    models = {"dense bfloat16": (dense, None)} | {f"2-bit {name}": (packed, name) for name in activations}
+    # One model for each: layers look up anew what they are when the setting has changed, and no user changes it at each call.
+    models = {"dense bfloat16": (dense, None)} | {f"2-bit {name}": (copy.deepcopy(packed), name) for name in activations}
     ways: dict[str, dict[str, Callable[[], object]]] = {"generate": {}, "prefill": {}}
     for name, (model, precision) in models.items():
 
