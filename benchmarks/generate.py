@@ -53,7 +53,7 @@ def ways_of(folder: str, activations: list[str]) -> dict[str, dict[str, Callable
     stored = sum(linear.packed_bytes for linear in linears)
     print(f"{folder}: decoder linears take {resident / 2**20:.1f} MiB, {resident / stored:.3f} of their packed bytes")
     ids = torch.randint(3, dense.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
-    # One model for each: layers look up anew what they are when the setting has changed, and no user changes it at each call.
+    # One model for each: layers look up anew what they are when the setting has changed, which no user does at each call.
     models = {"dense bfloat16": (dense, None)} | {f"2-bit {name}": (copy.deepcopy(packed), name) for name in activations}
     ways: dict[str, dict[str, Callable[[], object]]] = {"generate": {}, "prefill": {}}
     for name, (model, precision) in models.items():
