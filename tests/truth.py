@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import re
 import struct
+from collections.abc import Iterable
 
 import torch
 
@@ -205,6 +206,30 @@ def random_residual(m: int, n: int, dtype: torch.dtype, seed: int = 1) -> torch.
 
 
 @functools.cache
+def random_orthogonal(order: int, seed: int = 0) -> torch.Tensor:
+    """A random orthogonal matrix, float64."""
+    matrix = torch.randn(order, order, generator=torch.Generator().manual_seed(order + seed), dtype=torch.float64)
+    return torch.linalg.qr(matrix)[0].contiguous()
+
+
+def sylvester(order: int) -> torch.Tensor:
+    """Sylvester's Hadamard matrix of a power of two over its root, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < order:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix / order**0.5
+
+
+def kron(factors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The Kronecker product of float64 matrices."""
+    return functools.reduce(torch.kron, factors, torch.ones(1, 1, dtype=torch.float64))
+
+
+def relative_error(given: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖given - expected‖ / ‖expected‖."""
+    return ((given.double() - expected).norm() / expected.norm()).item()
+
+
 def hadamard(size: int) -> torch.Tensor:
     """The orthogonal Q of order 2^p (Sylvester), or 12·2^p or 20·2^p (Paley I for q = 11, 19, times Sylvester), float64."""
     core = torch.ones(1, 1, dtype=torch.float64)

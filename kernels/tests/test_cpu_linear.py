@@ -10,6 +10,7 @@ import torch
 from quip_kernels import cpu, cpu_library
 from quip_kernels import cpu_linear as kernels
 from tests import truth
+from tests.truth import kron, random_orthogonal, relative_error, sylvester
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the CPU library was not compiled")
 
@@ -26,33 +27,10 @@ def processor_has(level):
     return level
 
 
-def random_orthogonal(order, seed=0):
-    matrix = torch.randn(order, order, generator=torch.Generator().manual_seed(order + seed), dtype=torch.float64)
-    return torch.linalg.qr(matrix)[0].contiguous()
-
-
-def sylvester(order):
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < order:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    return matrix / order**0.5
-
-
-def kron(factors):
-    q = torch.ones(1, 1, dtype=torch.float64)
-    for factor in factors:
-        q = torch.kron(q, factor)
-    return q
-
-
 def some_factors(size):
     """An odd factor and a power of two, as sizes of models are."""
     power = size & -size
     return [random_orthogonal(size // power)] * (size > power) + [sylvester(power)]
-
-
-def relative_error(given, expected):
-    return ((given.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -8,6 +8,7 @@ import torch
 from quip_kernels import cpu_library, cpu_many
 from quip_kernels.cpu_linear import Transform
 from tests import truth
+from tests.truth import kron, random_orthogonal, relative_error, sylvester
 
 pytestmark = pytest.mark.skipif(not cpu_many.is_available(), reason="needs the compiled CPU library and AMX")
 
@@ -15,18 +16,6 @@ pytestmark = pytest.mark.skipif(not cpu_many.is_available(), reason="needs the c
 # error of 0.29 units, which is 0.0023 times the largest number, and that is up to four times their usual size.
 ACCURACY = 3e-3
 ACCURACY_INT8 = 0.012
-
-
-def random_orthogonal(order):
-    matrix = torch.randn(order, order, generator=torch.Generator().manual_seed(order), dtype=torch.float64)
-    return torch.linalg.qr(matrix)[0].contiguous()
-
-
-def sylvester(order):
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < order:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
-    return matrix / order**0.5
 
 
 def signs(order):
@@ -48,13 +37,6 @@ def paley(q):
     return matrix / (q + 1) ** 0.5
 
 
-def kron(factors):
-    q = torch.ones(1, 1, dtype=torch.float64)
-    for factor in factors:
-        q = torch.kron(q, factor)
-    return q
-
-
 def run(x, parts, factors_in, factors_out, int8=False, **second):
     q_in, q_out = (None if factors is None else Transform(factors) for factors in (factors_in, factors_out))
     m, n = len(parts["codes"]), x.shape[-1]
@@ -66,10 +48,6 @@ def run(x, parts, factors_in, factors_out, int8=False, **second):
     again = cpu_many.linear(x, *layer, t, True, memory, int8=int8, **second)
     assert torch.equal(again.nan_to_num(nan=7.0), y.nan_to_num(nan=7.0))
     return y
-
-
-def relative_error(given, expected):
-    return ((given.double() - expected).norm() / expected.norm()).item()
 
 
 # Factors of every kind: none, Sylvester's of each remainder by four bits, signs (orders 32 to 128), other matrices of any

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .cpu_library import LEVELS, default_level, library
-from .cpu_linear import DTYPES, Transform, layer_of
+from .cpu_linear import DTYPES, Transform, contiguous, layer_of, rows_of
 
 WHOLE = 32  # sizes of layers are multiples of this
 _DTYPES = {False: (torch.bfloat16,), True: (torch.bfloat16, torch.float16)}  # of x, by whether it becomes int8
@@ -108,10 +108,8 @@ def linear(
     if not is_available():
         raise ValueError("many vectors at once need the compiled library and a processor with AMX")
     n = x.shape[-1]
-    rows = x.reshape(-1, n)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    tensors = tuple(v if v is None else v.contiguous() for v in (codes, codes_residual, su, sv, bias))
+    rows = rows_of(x, n)
+    tensors = tuple(map(contiguous, (codes, codes_residual, su, sv, bias)))
     layer, address, m, n = layer_of(rows, tensors, transform_in, transform_out, residual_scale)
     if x.dtype not in _DTYPES[int8] or not x.is_cpu or m % WHOLE or n % WHOLE:
         raise ValueError(
