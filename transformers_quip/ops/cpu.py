@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +18,7 @@ from quip_kernels.cpu_library import default_level, library
 from .. import codebooks
 from .. import incoherence as transforms
 from ..codebooks.trellis import TILE, Trellis
-from . import reference
+from . import kept, reference
 from .backend import get_activations, get_backend
 from .layout import logical
 
@@ -37,9 +34,6 @@ MOST_BESIDE_BUNDLES = {2: 20, 1: 24}
 MOST_TRELLIS_VECTORS = 16
 # Weights that are decoded at a time for that: the dense weight never exists as a whole beside its codes.
 DECODED_WEIGHTS = 1 << 22
-MOST_SCRATCH = 1 << 24
-
-_kept = threading.local()
 
 
 @functools.lru_cache(maxsize=512)
@@ -315,20 +309,21 @@ def _many_vectors(
     n, m = su.shape[0], sv.shape[0]
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     vectors = x.reshape(-1, n)
-    t = _kept_rotated(x, su, transform_in, vectors.shape, dtype)
+    t = kept.rotated(x, su, transform_in, vectors.shape, dtype)
     if t is None:
-        t = _transform_in(vectors, su, *transform_in, scratch("rotated inputs", vectors.shape, dtype))
-        _keep_rotated(x, su, transform_in, t)
-    z = scratch("rotated outputs", (len(t), m), dtype)
+        t = _transform_in(vectors, su, *transform_in, kept.scratch("rotated inputs", vectors.shape, dtype))
+        kept.keep_rotated(x, su, transform_in, t)
+    z = kept.scratch("rotated outputs", (len(t), m), dtype)
     rows = min(m, max(1, DECODED_WEIGHTS // n // TILE) * TILE)
     for begin in range(0, m, rows):
         count = min(rows, m - begin)
-        decoded = scratch("decoded rows", (count, n), dtype)
+        decoded = kept.scratch("decoded rows", (count, n), dtype)
         weight = decode(slice(begin, begin + count), dtype, decoded)
         if rows >= m:
             torch.mm(t, weight.T, out=z)
         else:
-            z[:, begin : begin + count] = torch.mm(t, weight.T, out=scratch("block of outputs", (len(t), count), dtype))
+            block = kept.scratch("block of outputs", (len(t), count), dtype)
+            z[:, begin : begin + count] = torch.mm(t, weight.T, out=block)
     return _transform_out(z, sv, bias, *transform_out, x.dtype).reshape(*x.shape[:-1], m)
 
 
@@ -355,15 +350,15 @@ def _bundled(
 ) -> torch.Tensor:
     """The layer of many vectors in one call, which computes the rotated inputs unless they are there already."""
     vectors, n, m = x.numel() // su.shape[0], su.shape[0], sv.shape[0]
-    memory = scratch("workspace", (many_kernels.workspace(vectors, m, n),), torch.float32)
+    memory = kept.scratch("workspace", (many_kernels.workspace(vectors, m, n),), torch.float32)
     shape = many_kernels.rotated_shape(vectors, n, int8)
-    t = _kept_rotated(x, su, q_in, shape, torch.int32)
+    t = kept.rotated(x, su, q_in, shape, torch.int32)
     is_rotated = t is not None
     if not is_rotated:
-        t = scratch("rotated inputs", shape, torch.int32)
+        t = kept.scratch("rotated inputs", shape, torch.int32)
     y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second, int8=int8)
     if not is_rotated:
-        _keep_rotated(x, su, q_in, t)
+        kept.keep_rotated(x, su, q_in, t)
     return y
 
 
@@ -373,89 +368,29 @@ def bundled(
     """[`_bundled`] for a layer that lies at this address, contiguous x, and a call that no compiled code makes."""
     n, threads = x.shape[-1], torch.get_num_threads()
     plan = many_kernels.plan(vectors, m, n, int8, threads)
-    memory = scratch("workspace", (plan.workspace,), torch.float32)
-    _kept.eager = True
+    memory = kept.scratch("workspace", (plan.workspace,), torch.float32)
+    kept.set_eager(True)
     try:
-        t = _kept_rotated(x, su, q_in, plan.rotated_shape, torch.int32)
+        t = kept.rotated(x, su, q_in, plan.rotated_shape, torch.int32)
         is_rotated = t is not None
         if not is_rotated:
-            t = scratch("rotated inputs", plan.rotated_shape, torch.int32)
+            t = kept.scratch("rotated inputs", plan.rotated_shape, torch.int32)
         y = x.new_empty((*x.shape[:-1], m))
         many_kernels.run(address, x, y, vectors, n, t, is_rotated, int8, memory, plan, threads)
         if not is_rotated:
-            _keep_rotated(x, su, q_in, t)
+            kept.keep_rotated(x, su, q_in, t)
     finally:
-        _kept.eager = False
+        kept.set_eager(False)
     return y
-
-
-class _Rotated(NamedTuple):
-    """Rotated inputs that were computed last, and from what."""
-
-    x: weakref.ref
-    su: weakref.ref
-    versions: tuple[int, int]
-    transform: object
-    t: torch.Tensor
-
-
-def _kept_rotated(
-    x: torch.Tensor, su: torch.Tensor, transform_in: object, shape: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor | None:
-    """Q_inᵀ( su ⊙ x ) in this form, if that of the same x and an equal su was computed last; else None.
-
-    So it is computed once for linears that read one input (q, k and v; gate and up), which are given equal su when they
-    are quantized. For few vectors, where it is a part of the library's call, the saving would be less than a call.
-    """
-    last: _Rotated | None = getattr(_kept, "rotated", None) if _is_eager() else None
-    alike = last is not None and last.x() is x and last.transform == transform_in
-    if alike and (last.t.shape, last.t.dtype) == (shape, dtype):
-        before = last.su()
-        if before is not None and last.versions == (x._version, before._version) and torch.equal(before, su):
-            return last.t
-    _kept.rotated = None  # its memory is going to be written to
-    return None
-
-
-def _keep_rotated(x: torch.Tensor, su: torch.Tensor, transform_in: object, t: torch.Tensor) -> None:
-    # Tensors of inference mode do not tell whether they changed, nor do those into which compiled code writes.
-    if _is_eager() and not (x.is_inference() or su.is_inference()):
-        _kept.rotated = _Rotated(weakref.ref(x, _forget), weakref.ref(su), (x._version, su._version), transform_in, t)
-
-
-def _forget(_: weakref.ref) -> None:
-    _kept.rotated = None
-
-
-def _is_eager() -> bool:
-    return getattr(_kept, "eager", False)
 
 
 def eager_linear(x: torch.Tensor, *arguments) -> torch.Tensor:
     """[`linear`] for a call that is not made by compiled code: its input may be that of the call before."""
-    _kept.eager = True
+    kept.set_eager(True)
     try:
         return linear(x, *arguments)
     finally:
-        _kept.eager = False
-
-
-def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a result that only this thread needs and only until it asks for this name again.
-
-    The system hands fresh memory out page by page, which took as long as a whole matrix product. So each thread keeps
-    one piece of up to `MOST_SCRATCH` bytes for each name.
-    """
-    count = math.prod(shape)
-    if count * dtype.itemsize > MOST_SCRATCH:
-        return torch.empty(shape, dtype=dtype)
-    memory = getattr(_kept, "memory", None)
-    if memory is None:
-        memory = _kept.memory = {}
-    found = memory.get((name, dtype))
-    if found is None or found.numel() < count:
-        found = memory[name, dtype] = torch.empty(count, dtype=dtype)
-    return found[:count].view(shape)
+        kept.set_eager(False)
 
 
 def _transform_in(
