@@ -138,7 +138,12 @@ def linear(
     in_bundles = not is_slow and many_kernels.takes(x.dtype, m, n, int8)
     if vectors > _most_vectors(planes, in_bundles):
         if in_bundles:
-            return _bundled(x, codes, su, sv, bias, q_in, q_out, second, int8)
+            tensors = tuple(map(kernels.contiguous, (codes, codes_residual, su, sv, bias)))
+            rows = kernels.rows_of(x, n)
+            layer, address, _, _ = kernels.layer_of(rows, tensors, q_in, q_out, second["residual_scale"])
+            y = bundled(x, rows, su, address, m, q_in, int8)
+            del layer, tensors  # had to live until here
+            return y
         decode = functools.partial(_decode_rows, codes, **second)
         return _many_vectors(x, su, sv, bias, (q_in, slow_in), (q_out, slow_out), decode)
     if not is_slow:
@@ -337,51 +342,45 @@ def _is_int8(planes: int, codes_residual: torch.Tensor | None) -> bool:
     return planes == 1 and codes_residual is None
 
 
-def _bundled(
+def bundled(
     x: torch.Tensor,
-    codes: torch.Tensor,
+    rows: torch.Tensor,
     su: torch.Tensor,
-    sv: torch.Tensor,
-    bias: torch.Tensor | None,
+    address: int,
+    m: int,
     q_in: kernels.Transform | None,
-    q_out: kernels.Transform | None,
-    second: dict,
     int8: bool,
 ) -> torch.Tensor:
-    """The layer of many vectors in one call, which computes the rotated inputs unless they are there already."""
-    vectors, n, m = x.numel() // su.shape[0], su.shape[0], sv.shape[0]
-    memory = kept.scratch("workspace", (many_kernels.workspace(vectors, m, n),), torch.float32)
-    shape = many_kernels.rotated_shape(vectors, n, int8)
-    t = kept.rotated(x, su, q_in, shape, torch.int32)
+    """Many vectors in one call, which computes the rotated inputs unless they are there already.
+
+    Args:
+        x: [..., n]. rows: the same, [vectors, n] or contiguous, with neighbours in memory along the last dimension.
+        address: of the layer's description. q_in: the transform of its inputs.
+        int8: whether they are multiplied in 8 bits.
+    """
+    n, threads = x.shape[-1], torch.get_num_threads()
+    vectors = x.numel() // n
+    plan = many_kernels.plan(vectors, m, n, int8, threads)
+    memory = kept.scratch("workspace", (plan.workspace,), torch.float32)
+    t = kept.rotated(x, su, q_in, plan.rotated_shape, torch.int32)
     is_rotated = t is not None
     if not is_rotated:
-        t = kept.scratch("rotated inputs", shape, torch.int32)
-    y = many_kernels.linear(x, codes, su, sv, bias, q_in, q_out, t, is_rotated, memory, **second, int8=int8)
+        t = kept.scratch("rotated inputs", plan.rotated_shape, torch.int32)
+    y = x.new_empty((*x.shape[:-1], m))
+    stride = n if rows is x else rows.stride(0)
+    many_kernels.run(address, rows, y, vectors, stride, t, is_rotated, int8, memory, plan, threads)
     if not is_rotated:
         kept.keep_rotated(x, su, q_in, t)
     return y
 
 
-def bundled(
-    x: torch.Tensor, su: torch.Tensor, address: int, m: int, vectors: int, q_in: kernels.Transform | None, int8: bool
-) -> torch.Tensor:
-    """[`_bundled`] for a layer that lies at this address, contiguous x, and a call that no compiled code makes."""
-    n, threads = x.shape[-1], torch.get_num_threads()
-    plan = many_kernels.plan(vectors, m, n, int8, threads)
-    memory = kept.scratch("workspace", (plan.workspace,), torch.float32)
+def eager_bundled(x: torch.Tensor, *arguments) -> torch.Tensor:
+    """[`bundled`] for contiguous x and a call that is not made by compiled code."""
     kept.set_eager(True)
     try:
-        t = kept.rotated(x, su, q_in, plan.rotated_shape, torch.int32)
-        is_rotated = t is not None
-        if not is_rotated:
-            t = kept.scratch("rotated inputs", plan.rotated_shape, torch.int32)
-        y = x.new_empty((*x.shape[:-1], m))
-        many_kernels.run(address, x, y, vectors, n, t, is_rotated, int8, memory, plan, threads)
-        if not is_rotated:
-            kept.keep_rotated(x, su, q_in, t)
+        return bundled(x, x, *arguments)
     finally:
         kept.set_eager(False)
-    return y
 
 
 def eager_linear(x: torch.Tensor, *arguments) -> torch.Tensor:

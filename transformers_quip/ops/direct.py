@@ -78,7 +78,7 @@ class Prepared:
                 return None
         address, rest = self._arguments
         if count > self._most:
-            return cpu.bundled(x, tensors["su"], address, m, count, *self._bundles)
+            return cpu.eager_bundled(x, tensors["su"], address, m, *self._bundles)
         y = x.new_empty((*shape[:-1], m))
         if self._call(address, x.data_ptr(), y.data_ptr(), count, *rest, torch.get_num_threads()):
             raise MemoryError(f"no memory for {count} vectors of {n} inputs and {m} outputs")
