@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from tests.models import ARCHITECTURES, VOCABULARY, tiny_ids, tiny_model
 from transformers_quip.calibration import write_text
 from transformers_quip.calibration.growing_cache import cache_bytes, growing_cache
-from transformers_quip.calibration.synthetic import sample
+from transformers_quip.calibration.synthetic import cache_argument, sample
 
 
 def write(model, *args, **kwargs):
@@ -174,7 +174,7 @@ def test_growing_cache_equals_dynamic_cache(arch):
     caches = growing_cache(model.config, 20), DynamicCache(config=model.config)
     with torch.no_grad():
         for part in ids.split([5, 1, 7, 1, 1, 5], dim=1):
-            ours, truth = (model(part, past_key_values=cache, use_cache=True).logits for cache in caches)
+            ours, truth = (model(part, use_cache=True, **{cache_argument(model): cache}).logits for cache in caches)
             torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
     assert caches[0].get_seq_length() == 20
 
@@ -182,13 +182,13 @@ def test_growing_cache_equals_dynamic_cache(arch):
 def test_growing_cache_refuses_more_than_its_capacity():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="cannot hold 5"):
-        model(tiny_ids(1, 5), past_key_values=growing_cache(model.config, 4), use_cache=True)
+        model(tiny_ids(1, 5), use_cache=True, **{cache_argument(model): growing_cache(model.config, 4)})
 
 
 def test_cache_bytes():
     model = tiny_model("llama")
     cache = growing_cache(model.config, 1)
-    model(tiny_ids(1, 1), past_key_values=cache, use_cache=True)
+    model(tiny_ids(1, 1), use_cache=True, **{cache_argument(model): cache})
     # layers * (keys and values) * key/value heads * head size * bytes of a float32, for 10 tokens
     assert cache_bytes(cache, 10) == 2 * 2 * 2 * 16 * 4 * 10
 

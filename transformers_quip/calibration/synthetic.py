@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ STARTS = ("random", "bos")
 # Beyond this many documents at once a matrix product gains nothing more.
 _MOST_AT_ONCE = 256
 _MEMORY = 1 << 30
+# What a forward's key/value cache is called, from the newest name to the oldest.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 @torch.no_grad()
@@ -97,7 +100,7 @@ def write_text(
 
 
 def _check(model, num_samples, length, temperatures, start, greedy_tokens, batch_size) -> None:
-    if model.get_output_embeddings() is None or "past_key_values" not in inspect.signature(model.forward).parameters:
+    if model.get_output_embeddings() is None or cache_argument(model) is None:
         raise ValueError(
             f"{type(model).__name__} cannot write its own calibration text (dataset='self'): it is not a causal language "
             "model with a key/value cache and a language modelling head. Give texts or token ids as `dataset`, or None."
@@ -116,6 +119,20 @@ def _check(model, num_samples, length, temperatures, start, greedy_tokens, batch
         raise ValueError(f"start must be one of {', '.join(map(repr, STARTS))}, got {start!r}.")
 
 
+def cache_argument(model: nn.Module) -> str | None:
+    """The name under which the model's forward takes its key/value cache; None for a forward without one.
+
+    Transformers renamed it from `past_key_values` to `cache` in 5.24. Models with code of their own may use either name.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE_ARGUMENTS if name in parameters), None)
+
+
+def _next_logits(model: nn.Module, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits [B, T, V] of tokens [B, T] that follow those in the cache; the cache is extended."""
+    return model(input_ids=tokens, use_cache=True, **{cache_argument(model): cache}).logits
+
+
 def _first_tokens(model: nn.Module, documents: int, start: str, generator: torch.Generator) -> torch.Tensor:
     """The first token of each document, int64 [documents, 1]."""
     config = model.config.get_text_config(decoder=True)
@@ -132,7 +149,7 @@ def _batch_size(model: nn.Module, token: torch.Tensor, length: int) -> int:
     """How many documents fit into the memory meant for them, measured on one token of one document."""
     device = execution_device(model.get_input_embeddings())
     cache = growing_cache(model.config, 1)
-    logits = model(input_ids=token.to(device), past_key_values=cache, use_cache=True).logits
+    logits = _next_logits(model, token.to(device), cache)
     per_document = cache_bytes(cache, length) + 3 * 4 * logits.shape[-1]  # logits, probabilities, their sums
     memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _MEMORY
     return max(1, min(_MOST_AT_ONCE, memory // per_document))
@@ -154,7 +171,7 @@ def _write(
     cache = growing_cache(model.config, length)
     bar.update()
     for position in range(1, length):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = _next_logits(model, token, cache)[:, -1].float()
         if position <= greedy_tokens:
             token = logits.argmax(-1, keepdim=True).to(device)
         else:
