@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import transformers_quip
 from quip_kernels import cpu_many as many_kernels
 from transformers_quip.evaluation import perplexity
-from transformers_quip.ops import cpu
+from transformers_quip.ops.cpu import run as cpu
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from quip_kernels import cpu, cpu_library
 from quip_kernels import cpu_linear as kernels
 from quip_kernels import cpu_trellis as trellis_kernels
 from transformers_quip import codebooks, incoherence
-from transformers_quip.codebooks import trellis_layouts
-from transformers_quip.ops import cpu as ops
+from transformers_quip.checkpoints.foreign import trellis_bits
 from transformers_quip.ops import reference
+from transformers_quip.ops.cpu import run as ops
 
 SHAPES = ("1536x576", "4096x4096", "14336x4096")
 ACTIVATIONS = {1: "int8", 2: "int16", 3: "exact"}
@@ -99,7 +99,7 @@ def trellis_ways(name: str, m: int, n: int, vectors: int) -> dict[str, Callable[
         "dense bfloat16": lambda: torch.nn.functional.linear(x, dense),
         "dense float32": lambda: torch.nn.functional.linear(x_single, dense_single),
         "reference decode": lambda: book.decode(codes, n, torch.bfloat16, table=table),
-        "re-packing": lambda: trellis_layouts.from_exl3(foreign),
+        "re-packing": lambda: trellis_bits.from_exl3(foreign),
         "op": lambda: torch.ops.quip.linear(*arguments),
     }
     for level in range(cpu_library.library().quip_cpu_level() + 1):

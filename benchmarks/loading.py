@@ -180,7 +180,7 @@ def load(folder: Path) -> dict[str, float]:
             delattr(plain, key)
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(plain)  # imports what every model needs, whatever its weights
-    from transformers_quip import repacking
+    from transformers_quip.hf import foreign as repacking
 
     spent = {"bytes": 0, "seconds": 0.0}
     original = repacking.repack
@@ -220,7 +220,7 @@ def load(folder: Path) -> dict[str, float]:
         "repacked_megabytes_per_second": spent["bytes"] / spent["seconds"] / 1e6,
     }
     del model
-    from transformers_quip import memory
+    from transformers_quip.checkpoints import memory
     from transformers_quip.checkpoints.convert import convert
 
     memory.return_memory([os.path.realpath(file)])

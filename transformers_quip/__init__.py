@@ -9,21 +9,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import logs, registration
+from . import logs
+from .hf import registration
 from .version import __version__
 
 if TYPE_CHECKING:
     from .config import QuipConfig
+    from .hf.quantizer import QuipQuantizer
     from .nn import QuipLinear
     from .ops.backend import set_activations, set_backend
-    from .quantizer import QuipQuantizer
 
 __all__ = ["QuipConfig", "QuipLinear", "QuipQuantizer", "__version__", "set_activations", "set_backend"]
 
 _HOMES = {
     "QuipConfig": "config",
     "QuipLinear": "nn",
-    "QuipQuantizer": "quantizer",
+    "QuipQuantizer": "hf.quantizer",
     "set_activations": "ops.backend",
     "set_backend": "ops.backend",
 }

@@ -11,7 +11,7 @@ from tests import truth
 from transformers_quip import incoherence, set_activations
 from transformers_quip.codebooks.trellis import Trellis
 from transformers_quip.ops import backend
-from transformers_quip.ops import triton as ops
+from transformers_quip.ops.triton import run as ops
 
 if not launch.interpreted():
     raise RuntimeError("run test_gpu_interpreted.py, which starts these tests with Triton's interpreter")

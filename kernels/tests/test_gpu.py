@@ -12,7 +12,7 @@ from quip_kernels import e8p, layout
 from tests import truth
 from transformers_quip import QuipLinear, codebooks, incoherence, set_activations, set_backend
 from transformers_quip.nn.shared import share_inputs
-from transformers_quip.ops import triton as ops
+from transformers_quip.ops.triton import run as ops
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from tests.truth import trellis_place, trellis_value
 from transformers_quip import codebooks
-from transformers_quip.codebooks import trellis, trellis_layouts
+from transformers_quip.checkpoints.foreign import trellis_bits
+from transformers_quip.codebooks import trellis
 from transformers_quip.codebooks.trellis import Trellis
 
 NAMES = [
@@ -99,7 +100,7 @@ def test_decode_in_parts_and_in_other_dtypes(monkeypatch):
 def test_qtip_layout(k):
     book, m, n = Trellis("3inst", k, "rows"), 16, 32
     streams = some_streams(2, k)
-    codes = trellis_layouts.from_qtip(as_int16([words(bits) for bits in streams]), m, n)
+    codes = trellis_bits.from_qtip(as_int16([words(bits) for bits in streams]), m, n)
     assert torch.equal(book.decode(codes, n).double(), brute_force(book, streams, m, n, None))
 
 
@@ -116,7 +117,7 @@ def test_qtip_kernel_layout(k):
                         bits = streams[(2 * down + dm) * (n // 16) + 2 * right + dn]
                         stored += reversed(words(bits, 8)[group * k : (group + 1) * k])
     packed = torch.tensor(stored, dtype=torch.uint8).view(torch.int16).view(8, 16 * k)
-    codes = trellis_layouts.from_qtip_kernel(packed, m, n)
+    codes = trellis_bits.from_qtip_kernel(packed, m, n)
     assert torch.equal(book.decode(codes, n, table=table).double(), brute_force(book, streams, m, n, table))
 
 
@@ -130,7 +131,7 @@ def test_exl3_layout(k):
         turned = bits[16 - k :] + bits[: 16 - k]
         tiles.append([half for word in words(turned, 32) for half in (word & 0xFFFF, word >> 16)])
     stored = as_int16(tiles).view(n // 16, m // 16, 16 * k)
-    codes = trellis_layouts.from_exl3(stored)
+    codes = trellis_bits.from_exl3(stored)
     assert torch.equal(book.decode(codes, n).double(), brute_force(book, streams, m, n, None))
 
 
@@ -140,8 +141,8 @@ def test_layouts_lose_no_bit():
     stored = torch.zeros(4 * 256 * k, 4 * 16 * k, dtype=torch.int16)
     index = torch.arange(len(stored))
     stored[index, index // 16] = as_int16((1 << index % 16).tolist())
-    kernel = torch.stack([trellis_layouts.from_qtip_kernel(bit.view(4, -1), 32, 32).flatten() for bit in stored])
-    exl3 = torch.stack([trellis_layouts.from_exl3(bit.view(2, 2, -1)).flatten() for bit in stored])
+    kernel = torch.stack([trellis_bits.from_qtip_kernel(bit.view(4, -1), 32, 32).flatten() for bit in stored])
+    exl3 = torch.stack([trellis_bits.from_exl3(bit.view(2, 2, -1)).flatten() for bit in stored])
     for moved in (kernel, exl3):
         assert (moved != 0).sum(1).eq(1).all()
         numbers = {(int(row.nonzero()[0]), int(row.sum()) & 0xFFFF) for row in moved}
@@ -166,9 +167,9 @@ def test_golden_qtip(golden):
         stored, (m, n) = model.get_tensor(f"{name}.trellis"), expected.shape
         table = model.get_tensor(f"{name}.tlut") if params["decode_mode"] == "quantlut_sym" else None
         if table is None:
-            book, codes = Trellis(params["decode_mode"], k, "rows"), trellis_layouts.from_qtip(stored, m, n)
+            book, codes = Trellis(params["decode_mode"], k, "rows"), trellis_bits.from_qtip(stored, m, n)
         else:
-            book, codes = Trellis("hyb", k, "qtip", (512, 2)), trellis_layouts.from_qtip_kernel(stored, m, n)
+            book, codes = Trellis("hyb", k, "qtip", (512, 2)), trellis_bits.from_qtip_kernel(stored, m, n)
         assert torch.equal(book.decode(codes, n, table=table), expected)
         found += 1
     assert found >= 6
@@ -179,7 +180,7 @@ def test_golden_exl3(golden):
     for _, model, name, expected in golden_cases(golden, "exl3"):
         code = next((code for code in ("mcg", "mul1") if f"{name}.{code}" in model.keys()), "3inst")  # noqa: SIM118
         stored = model.get_tensor(f"{name}.trellis")
-        codes = trellis_layouts.from_exl3(stored)
+        codes = trellis_bits.from_exl3(stored)
         book = Trellis(code, stored.shape[2] // 16, "exl3")
         assert torch.equal(book.decode(codes, expected.shape[0], torch.float16).T, expected)
         found += 1
@@ -225,12 +226,12 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="nothing here quantizes with a trellis"):
         book.encode(torch.zeros(1, 16))
     with pytest.raises(ValueError, match=r"int16 with 2 tiles of 16·K words.*got torch.int16 \[3, 32\]"):
-        trellis_layouts.from_qtip(torch.zeros(3, 32, dtype=torch.int16), 16, 32)
+        trellis_bits.from_qtip(torch.zeros(3, 32, dtype=torch.int16), 16, 32)
     with pytest.raises(ValueError, match="multiples of 32"):
-        trellis_layouts.from_qtip_kernel(torch.zeros(2, 32, dtype=torch.int16), 16, 32)
+        trellis_bits.from_qtip_kernel(torch.zeros(2, 32, dtype=torch.int16), 16, 32)
     with pytest.raises(ValueError, match="2, 3 or 4 bits, got 5"):
-        trellis_layouts.from_qtip_kernel(torch.zeros(4, 80, dtype=torch.int16), 32, 32)
+        trellis_bits.from_qtip_kernel(torch.zeros(4, 80, dtype=torch.int16), 32, 32)
     with pytest.raises(ValueError, match=r"got torch.int32 \[2, 32\]"):
-        trellis_layouts.from_exl3(torch.zeros(1, 2, 32, dtype=torch.int32))
+        trellis_bits.from_exl3(torch.zeros(1, 2, 32, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"16·K words, K = 1 to 8, got torch.int16 \[2, 40\]"):
-        trellis_layouts.from_exl3(torch.zeros(1, 2, 40, dtype=torch.int16))
+        trellis_bits.from_exl3(torch.zeros(1, 2, 40, dtype=torch.int16))

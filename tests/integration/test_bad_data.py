@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import POSITIONS, VOCABULARY, tiny_ids, tiny_tokenizer
 from transformers_quip import QuipConfig
-from transformers_quip.quantize import model as recipe
+from transformers_quip.quantize import recipe as recipe
 
 
 class Begun(Exception):

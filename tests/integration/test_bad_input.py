@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from transformers_quip import QuipConfig, quantizer
+from transformers_quip import QuipConfig
+from transformers_quip.hf import quantizer
 
 UNCALIBRATED = QuipConfig(dataset=None)
 

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.models import tiny_model
-from transformers_quip import QuipConfig, quantizer
+from transformers_quip import QuipConfig
+from transformers_quip.hf import quantizer
 
 UNCALIBRATED = QuipConfig(dataset=None)
 

@@ -53,7 +53,7 @@ def test_the_whole_way(options, dense, ids, tmp_path):
 
 @pytest.mark.parametrize("follow", ["dense", "quantized", "mixed"])
 def test_which_batches_come_from_the_quantized_table(follow, dense, monkeypatch):
-    from transformers_quip.quantize import model as recipe
+    from transformers_quip.quantize import recipe as recipe
 
     entering = {}
 

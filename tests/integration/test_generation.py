@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, pipeline
 
 from tests.models import LAYERS, tiny_tokenizer
 from transformers_quip import QuipConfig, set_backend
-from transformers_quip.ops import backend, layout
+from transformers_quip.ops import backend, packing
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
@@ -59,7 +59,7 @@ def test_compiled_generation_in_16_bits(dtype, quantized, ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_generation_transforms_the_input_of_q_k_v_and_of_gate_up_once(dtype, quantized, ids, monkeypatch):
     """The CPU stands for a GPU; the ops compute by the reference."""
-    monkeypatch.setattr(layout, "DEVICES", ("cpu",))
+    monkeypatch.setattr(packing, "DEVICES", ("cpu",))
     monkeypatch.setitem(backend._chosen, "backend", "triton")
     model = AutoModelForCausalLM.from_pretrained(quantized("llama"), dtype=dtype)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import truth
 from transformers_quip import QuipLinear, set_activations
 from transformers_quip.nn.shared import share_inputs
-from transformers_quip.ops import backend, layout
+from transformers_quip.ops import backend, packing
 
 ROWS = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 64}
 
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(layout, "DEVICES", ("cpu",))
+    monkeypatch.setattr(packing, "DEVICES", ("cpu",))
     monkeypatch.setitem(backend._chosen, "backend", "triton")
     monkeypatch.setitem(backend._chosen, "activations", "auto")
 
@@ -190,7 +190,7 @@ def test_threads_do_not_see_each_others_inputs(module):
 
 @torch.no_grad()
 def test_elsewhere_than_on_a_gpu_nothing_changes(module, monkeypatch):
-    monkeypatch.setattr(layout, "DEVICES", ("cuda", "xpu"))
+    monkeypatch.setattr(packing, "DEVICES", ("cuda", "xpu"))
     x = vectors(2)
     with Counts() as counts:
         assert close(module(x), module.expected(x))

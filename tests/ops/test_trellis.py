@@ -8,7 +8,7 @@ from tests import truth
 from tests.models import tiny_model
 from transformers_quip import QuipConfig, codebooks, set_backend
 from transformers_quip.nn.linear import QuipLinear
-from transformers_quip.ops import cpu
+from transformers_quip.ops.cpu import run as cpu
 from transformers_quip.quantize.plan import make_plan
 
 M, N = 48, 96

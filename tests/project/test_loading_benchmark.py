@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from transformers_quip import QuipLinear, repacking
+from transformers_quip import QuipLinear
 from transformers_quip.checkpoints.inventory import read_header
+from transformers_quip.hf import foreign as repacking
 
 HIDDEN, INTERMEDIATE = 256, 512
 WEIGHTS = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE  # of one block

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..memory import Returner
 from ..nn.place import place_all
 from .files import TYPES, Files, expand_weights, find_weights, read_json
-from .foreign import ForeignLinear
+from .foreign.plan import ForeignLinear
+from .memory import Returner
 from .native import expand_names
 from .writer import Step, write
 
@@ -47,7 +47,7 @@ def convert(
     # Transformers is imported late: what is above this room is needed for whole checkpoints only
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..repacking import plan_for, repack
+    from ..hf.foreign import plan_for, repack
 
     folder, target = _folder(source), Path(destination)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

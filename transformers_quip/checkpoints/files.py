@@ -17,7 +17,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .family import DAMAGED
+from .foreign.family import DAMAGED
 from .native import TensorInfo, read_headers
 
 # Names of safetensors for the types of PyTorch.

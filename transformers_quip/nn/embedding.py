@@ -10,7 +10,7 @@ from torch import nn
 from .. import codebooks
 from .. import ops as _ops  # noqa: F401 - registers torch.ops.quip
 from ..incoherence import sides
-from .weight import PackedTable
+from .stand_in import PackedTable
 
 
 class QuipEmbedding(nn.Embedding):

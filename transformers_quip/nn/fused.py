@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .linear import QuipLinear
-from .weight import PackedWeight
+from .stand_in import PackedWeight
 
 
 class FusedRows(nn.Linear):

@@ -11,8 +11,8 @@ from torch import nn
 from .. import codebooks
 from .. import ops as _ops
 from ..incoherence import sides
-from ..ops import layout
-from .weight import PackedWeight
+from ..ops import packing
+from .stand_in import PackedWeight
 
 if TYPE_CHECKING:
     from .shared import SharedInput
@@ -87,7 +87,7 @@ class QuipLinear(nn.Linear):
         self.register_parameter("bias", vector(out_features, dtype) if bias else None)
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.share_input(None)
-        self._prepared: _ops.direct.Prepared | None = None
+        self._prepared: _ops.prepared.Prepared | None = None
         # Transformers' weight initialisation leaves such a module alone.
         self._is_hf_initialized = True
 
@@ -156,7 +156,7 @@ class QuipLinear(nn.Linear):
         """Bytes of all tensors that stand for the weight: codes of all stages, table, su and sv (not the bias)."""
         codes = [tensor for tensor in (self.codes, self.codes_residual) if tensor is not None]
         others = [tensor for tensor in (self.table, self.su, self.sv) if tensor is not None]
-        return sum(layout.stored_bytes(tensor, self.codebook, self.in_features) for tensor in codes) + sum(
+        return sum(packing.stored_bytes(tensor, self.codebook, self.in_features) for tensor in codes) + sum(
             tensor.numel() * tensor.element_size() for tensor in others
         )
 
@@ -176,7 +176,7 @@ class QuipLinear(nn.Linear):
                 return y
         if not tensors["codes"].is_cpu and not torch.compiler.is_compiling():
             self.pack_if_wanted()
-        arguments = (x, *(tensors[name] for name in _ops.direct.TENSORS))
+        arguments = (x, *(tensors[name] for name in _ops.prepared.TENSORS))
         names = (self.codebook, self.incoherence_in, self.incoherence_out, self.seed)
         arguments += (*names, self.residual_scale, tensors["table"])
         if torch.is_grad_enabled():
@@ -188,8 +188,8 @@ class QuipLinear(nn.Linear):
             return torch.ops.quip.rotated_linear(x, rotated, *parts, *names, tensors["table"])
         if torch.compiler.is_compiling():
             return torch.ops.quip.linear(*arguments)
-        y = _ops.direct.linear(*arguments)
-        self._prepared = _ops.direct.prepare(x, tensors, *names, self.residual_scale) or self._prepared
+        y = _ops.prepared.linear(*arguments)
+        self._prepared = _ops.prepared.prepare(x, tensors, *names, self.residual_scale) or self._prepared
         return y
 
     def rotate(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -204,7 +204,7 @@ class QuipLinear(nn.Linear):
 
     def _shares_now(self, x: torch.Tensor) -> bool:
         """Whether the first step is computed apart; without gradients, which only the whole op has."""
-        if not layout.is_run_by_kernels(self.codes) or x.device != self.codes.device or x.numel() == 0:
+        if not packing.is_run_by_kernels(self.codes) or x.device != self.codes.device or x.numel() == 0:
             return False
         return torch.compiler.is_compiling() or self._drop_share_if_changed() is not None
 
@@ -242,12 +242,12 @@ class QuipLinear(nn.Linear):
     @property
     def is_packed(self) -> bool:
         """Whether the codes are in the layout of the Triton kernels."""
-        return layout.is_packed(self.codes, self.codebook)
+        return packing.is_packed(self.codes, self.codebook)
 
     def pack(self) -> None:
         """Bring the codes into the layout of the Triton kernels, if they are not. Raises `TypeError` if it has none."""
         if not self.is_packed:
-            self._set_codes(*layout.pack(self.codes, self.codes_residual))
+            self._set_codes(*packing.pack(self.codes, self.codes_residual))
 
     def unpack(self) -> None:
         """Bring the codes into the logical layout, if they are not."""
@@ -255,7 +255,7 @@ class QuipLinear(nn.Linear):
 
     def pack_if_wanted(self) -> None:
         """[`pack`] if Triton kernels are going to compute this module; not where hooks bring and take its codes."""
-        if layout.is_wanted(self.codes, self.codebook) and not self._is_offloaded():
+        if packing.is_wanted(self.codes, self.codebook) and not self._is_offloaded():
             self.pack()
 
     def _is_offloaded(self) -> bool:
@@ -263,7 +263,7 @@ class QuipLinear(nn.Linear):
         return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
     def _logical_codes(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return layout.logical(self.codes, self.codes_residual, self.codebook, self.in_features)
+        return packing.logical(self.codes, self.codes_residual, self.codebook, self.in_features)
 
     def _set_codes(self, codes: torch.Tensor, codes_residual: torch.Tensor | None) -> None:
         for name, value in (("codes", codes), ("codes_residual", codes_residual)):
@@ -275,7 +275,7 @@ class QuipLinear(nn.Linear):
         super()._apply(fn, recurse)
         # a change of dtype (`module.to`, `.bfloat16()`) is one of the stand-in for the weight too
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
-        if self.is_packed and self.codes.device.type not in layout.DEVICES:
+        if self.is_packed and self.codes.device.type not in packing.DEVICES:
             self.unpack()
         self.share_input(shared)  # every su is changed alike
         return self

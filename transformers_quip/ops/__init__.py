@@ -2,16 +2,19 @@
 
 `schemas` says what the ops take and return, `reference` computes them with plain PyTorch on any device, `autograd`
 differentiates them. A faster version for a device (`cpu`, `triton`) is registered beside the reference and tested
-against it; `backend` lets the user choose; `direct` calls the CPU's version without the dispatcher.
+against it; `backend` lets the user choose; `cpu.prepared` calls the CPU's version without the dispatcher.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import autograd, backend, cpu, direct, reference, schemas, triton
+from . import autograd, backend, reference, schemas
+from .cpu import prepared
+from .cpu import run as cpu_run
+from .triton import run as triton_run
 
-__all__ = ["autograd", "backend", "cpu", "direct", "reference", "schemas", "triton"]
+__all__ = ["autograd", "backend", "prepared", "reference", "schemas"]
 
 backend.read_environment()
 
@@ -19,6 +22,6 @@ backend.read_environment()
 if not hasattr(torch.ops.quip, "linear"):
     schemas.define()
     reference.register()
-    cpu.register()
+    cpu_run.register()
     autograd.register()
-    triton.register()
+    triton_run.register()

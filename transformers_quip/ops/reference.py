@@ -7,7 +7,7 @@ import torch
 from .. import codebooks
 from .. import incoherence as transforms
 from ..codebooks.trellis import Trellis
-from . import layout
+from . import packing
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,7 +59,7 @@ def decode(
     Returns:
         Ŵ [m, columns].
     """
-    codes, codes_residual = layout.logical(codes, codes_residual, codebook, columns)
+    codes, codes_residual = packing.logical(codes, codes_residual, codebook, columns)
     check_codes(codes, codes_residual, codebook, columns, table)
     book = codebooks.get(codebook, residual_scale)
     if isinstance(book, Trellis):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import triton
+from .triton import run as triton
 
 SCHEMAS = {
     # Q x along the last dimension (Qᵀ x if transpose); Q = incoherence.get(incoherence, x.shape[-1], seed).

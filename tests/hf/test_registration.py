@@ -1,0 +1,92 @@
+"""Registration with Transformers: early enough in any order of imports, and without making the import slow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHECK = (
+    "import transformers.modeling_utils as waited_for\n"
+    "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"
+    "assert m['quip'].__name__ == 'QuipQuantizer'\n"
+)
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_import_brings_neither_torch_nor_transformers():
+    code = (
+        "import sys, transformers_quip\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert {'QuipConfig', 'set_backend', '__version__'} <= set(dir(transformers_quip))\n"
+    )
+    run(code)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import transformers_quip; from transformers import AutoModelForCausalLM, PreTrainedModel",
+        "import transformers.modeling_utils, transformers_quip",
+        "import transformers.quantizers.auto, transformers_quip",
+        "from transformers_quip import QuipConfig; import transformers.quantizers",
+    ],
+    ids=["before", "after", "between", "with the config"],
+)
+def test_registered_in_any_order(imports):
+    run(
+        f"{imports}\n{CHECK}"
+        "import inspect, sys, transformers_quip\n"
+        "assert 'def from_pretrained' in inspect.getsource(waited_for)\n"
+        "for loader in (waited_for.__loader__, waited_for.__spec__.loader):\n"
+        "    assert type(loader).__module__ != 'transformers_quip.hf.registration'\n"
+        "assert not [f for f in sys.meta_path if type(f).__name__ == 'Waiting']\n"
+    )
+
+
+def test_who_uses_a_public_name_finds_the_method_known():
+    run(
+        "from transformers_quip import QuipConfig\n"
+        "from transformers.quantizers.auto import AutoQuantizationConfig\n"
+        "assert AutoQuantizationConfig.from_dict(QuipConfig().to_dict()) == QuipConfig()\n"
+    )
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import transformers_quip
+
+    with pytest.raises(AttributeError, match="has no attribute 'QuipConfg'"):
+        transformers_quip.QuipConfg  # noqa: B018
+
+
+@pytest.mark.slow
+def test_every_module_can_be_the_first_to_be_imported():
+    """Some import Transformers' code that loads models, which registers, and so imports others before it goes on."""
+    run(
+        "import importlib, os, pathlib, sys, traceback, torch, transformers, transformers_quip\n"
+        "root = pathlib.Path(transformers_quip.__file__).parent\n"
+        "paths = [path.relative_to(root.parent).with_suffix('') for path in sorted(root.rglob('*.py'))]\n"
+        "names = ['.'.join(path.parts).removesuffix('.__init__') for path in paths if path.name != '__main__']\n"
+        "assert 'transformers_quip.hf.foreign' in names\n"
+        "for name in names:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        try:\n"
+        "            importlib.import_module(name)\n"
+        "        except BaseException:\n"
+        "            traceback.print_exc()\n"
+        "            os._exit(1)\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, name\n"
+    )

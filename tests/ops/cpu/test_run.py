@@ -1,0 +1,359 @@
+"""The ops through the compiled library: against float64 at sizes of every kind, and where the reference takes over."""
+
+import logging
+
+import pytest
+import torch
+
+from quip_kernels import cpu as cpu_kernels
+from quip_kernels import cpu_linear as kernels
+from quip_kernels import cpu_many as many_kernels
+from tests import truth
+from transformers_quip import QuipLinear, incoherence, set_activations, set_backend
+from transformers_quip.ops import reference
+from transformers_quip.ops.cpu import run as cpu
+
+needs_library = pytest.mark.skipif(not cpu_kernels.is_available(), reason="the CPU library was not compiled")
+
+MANY = 72  # vectors: more than any setting multiplies by the codes
+# Relative to the size of the output. Products with decoded weights are in the dtype of x if that is bfloat16.
+ACCURACY = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    set_activations("exact")
+    yield
+    set_backend("auto")
+    set_activations("auto")
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "is_available", lambda: False)
+    cpu._tell.cache_clear()
+
+
+def arguments(m, n, vectors, dtype=torch.float32, name="hadamard", bias=True):
+    parts = truth.random_linear(m, n, dtype=dtype)
+    x = torch.randn(vectors, n, generator=torch.Generator().manual_seed(9)).to(dtype)
+    return [
+        x,
+        parts["codes"],
+        None,
+        parts["su"],
+        parts["sv"],
+        parts["bias"] if bias else None,
+        "e8p",
+        *incoherence.sides(name),
+        3,
+    ]
+
+
+def relative_error(y, args):
+    x, codes, _, su, sv, bias, _, name_in, name_out, seed = args
+    q_in, q_out = (incoherence.get(name, len(v), seed).matrix() for name, v in ((name_in, su), (name_out, sv)))
+    z = (x.double() * su.double()) @ q_in @ truth.decode(codes, len(su)).T
+    expected = z @ q_out.T * sv.double() + (0 if bias is None else bias.double())
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+def calls(monkeypatch, name):
+    """A list of (arguments, keywords) of the calls of a kernel from now on."""
+    counted, function = [], getattr(kernels, name)
+    monkeypatch.setattr(
+        kernels, name, lambda *args, **options: counted.append((args, options)) or function(*args, **options)
+    )
+    return counted
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ACCURACY)
+@pytest.mark.parametrize("vectors", [1, 2, 7, 12, MANY])
+# 521 is a prime too large for a dense factor: its transform is an FFT, which the library has not.
+@pytest.mark.parametrize(("m", "n"), [(576, 192), (192, 576), (96, 100), (33, 40), (521, 64), (64, 521), (7, 5)])
+def test_layer(m, n, vectors, dtype):
+    args = arguments(m, n, vectors, dtype)
+    y = torch.ops.quip.linear(*args)
+    assert y.dtype == dtype
+    assert relative_error(y, args) < ACCURACY[dtype]
+    args[5] = None
+    assert relative_error(torch.ops.quip.linear(*args), args) < ACCURACY[dtype]
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["none", ("hadamard", "none"), ("none", "hadamard")])
+@pytest.mark.parametrize("vectors", [1, MANY])
+def test_without_incoherence(vectors, name):
+    args = arguments(48, 72, vectors, name=name)
+    assert relative_error(torch.ops.quip.linear(*args), args) < ACCURACY[torch.float32]
+
+
+@needs_library
+def test_few_vectors_are_one_call_and_many_are_decoded_block_by_block(monkeypatch):
+    fused, decoded = calls(monkeypatch, "linear"), calls(monkeypatch, "decode")
+    monkeypatch.setattr(cpu, "DECODED_WEIGHTS", 40 * 64)  # whole tiles of 16 rows
+    args = arguments(96, 64, 1)
+    torch.ops.quip.linear(*args)
+    assert (len(fused), len(decoded)) == (1, 0)
+    args = arguments(96, 64, MANY)
+    y = torch.ops.quip.linear(*args)
+    assert (len(fused), [len(codes) for (codes, *_), _ in decoded]) == (1, [32, 32, 32])
+    assert relative_error(y, args) < ACCURACY[torch.float32]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_activations(dtype):
+    """Measured by others: 0.8 to 0.9 % of the output. Well above rounding, so that the setting is seen to act."""
+    args = arguments(192, 576, 4, dtype, bias=False)
+    set_activations("int8")
+    assert 0.004 < relative_error(torch.ops.quip.linear(*args), args) < 0.015
+    set_activations("exact")
+    assert relative_error(torch.ops.quip.linear(*args), args) < ACCURACY[dtype]
+    set_activations("auto")
+    error = relative_error(torch.ops.quip.linear(*args), args)
+    assert error < ACCURACY[dtype] if dtype == torch.float32 else 0.004 < error < 0.015
+
+
+def test_unknown_activations():
+    with pytest.raises(ValueError, match="activations='int4' is not known, choose one of 'auto', 'exact', 'int8'"):
+        set_activations("int4")
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["hadamard", "none"])
+@pytest.mark.parametrize("size", [576, 521, 40])
+def test_transform_and_decode_equal_the_reference(name, size):
+    x = torch.randn(3, 2, size)
+    for transpose in (False, True):
+        y = torch.ops.quip.transform(x, name, 0, transpose)
+        torch.testing.assert_close(y, reference.transform(x, name, 0, transpose), rtol=1e-5, atol=1e-5)
+    codes = truth.random_linear(20, size)["codes"]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.ops.quip.decode(codes, None, "e8p", size, dtype)
+        assert torch.equal(weight, reference.decode(codes, None, "e8p", size, dtype))
+
+
+def test_float64_is_computed_in_float64():
+    args = arguments(96, 100, 3, torch.float64)
+    assert relative_error(torch.ops.quip.linear(*args), args) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", "cpu"])
+def test_the_backend_decides(monkeypatch, backend):
+    if backend == "cpu" and not cpu_kernels.is_available():
+        pytest.skip("the CPU library was not compiled")
+    set_backend(backend)
+    fused = calls(monkeypatch, "linear")
+    args = arguments(96, 64, 1)
+    assert relative_error(torch.ops.quip.linear(*args), args) < 2e-6
+    assert len(fused) == (backend != "reference" and cpu_kernels.is_available())
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(without_library, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers_quip"), "propagate", True)
+    args = arguments(96, 64, 2)
+    with caplog.at_level(logging.INFO, "transformers_quip"):
+        y = torch.ops.quip.linear(*args)
+        torch.ops.quip.linear(*args)
+    assert relative_error(y, args) < 1e-6
+    assert [record.getMessage() for record in caplog.records] == [
+        "there is no compiled CPU library (it is built where a C compiler is found at install time): quantized layers "
+        "run through PyTorch, which is slower"
+    ]
+
+
+@needs_library
+def test_compiled_with_changing_batch_sizes():
+    args = arguments(48, 64, 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: torch.ops.quip.linear(x, *args[1:]) * 2, fullgraph=True, dynamic=True)
+    for vectors in (2, 3, MANY):
+        x = torch.randn(vectors, 64)
+        assert torch.equal(compiled(x), torch.ops.quip.linear(x, *args[1:]) * 2)
+
+
+@needs_library
+@torch.no_grad()
+def test_linears_of_one_input_share_its_transform(monkeypatch):
+    first, second, third = (arguments(m, 96, MANY) for m in (64, 32, 48))
+    x, su = first[0], first[3]
+    second[0] = third[0] = x
+    second[3] = su.clone()  # equal, as for q and k; third has another
+    third[3] = -su
+    counted = calls(monkeypatch, "transform")
+
+    def inputs() -> int:
+        """How many transforms of inputs there were, of those counted since the last question."""
+        found = sum("before" in options for _, options in counted)
+        counted.clear()
+        return found
+
+    results = [cpu.eager_linear(*args) for args in (first, second, first)]
+    assert inputs() == 1
+    results.append(cpu.eager_linear(*third))
+    assert inputs() == 1
+    for y, args in zip(results, (first, second, first, third), strict=True):
+        assert relative_error(y, args) < ACCURACY[torch.float32]
+
+    cpu.eager_linear(*first)
+    inputs()
+    x.mul_(2)  # the same tensor, but not the same input
+    assert relative_error(cpu.eager_linear(*second), second) < ACCURACY[torch.float32]
+    assert inputs() == 1
+    su.neg_()  # what the kept result was made with is no longer what it was
+    assert relative_error(cpu.eager_linear(*first), first) < ACCURACY[torch.float32]
+    copy = [x.clone(), *first[1:]]
+    assert relative_error(cpu.eager_linear(*copy), copy) < ACCURACY[torch.float32]
+    assert inputs() == 2
+    with torch.inference_mode():
+        hidden = [x.clone(), *first[1:]]
+        cpu.eager_linear(*hidden)
+        hidden[0].mul_(3)
+        assert relative_error(cpu.eager_linear(*hidden), hidden) < ACCURACY[torch.float32]
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_code_that_writes_into_an_input_is_not_mistaken_for_the_same_input(dtype):
+    """It reuses memory, tensor and all, and does not count that as a change."""
+    first, second = arguments(64, 96, MANY, dtype), arguments(32, 96, MANY, dtype)
+    second[0], second[3] = first[0], first[3]
+    torch.ops.quip.linear(*first)
+    first[0].data.neg_()  # as a compiled kernel: not counted either
+    assert relative_error(torch.ops.quip.linear(*second), second) < ACCURACY[dtype]
+
+
+needs_amx = pytest.mark.skipif(not many_kernels.is_available(), reason="needs the compiled CPU library and AMX")
+
+
+@pytest.fixture
+def rotations(monkeypatch):
+    """Whether each call for many bfloat16 vectors had its inputs rotated already."""
+    counted, function = [], many_kernels.run
+
+    def run(*args):
+        counted.append(args[6])
+        return function(*args)
+
+    monkeypatch.setattr(many_kernels, "run", run)
+    return counted
+
+
+@needs_amx
+@torch.no_grad()
+def test_many_bfloat16_vectors_are_one_call_that_shares_rotated_inputs(rotations):
+    first, second, third = (arguments(m, 96, MANY, torch.bfloat16) for m in (64, 32, 96))
+    second[0] = third[0] = first[0]
+    second[3], third[3] = first[3].clone(), -first[3]
+    for args in (first, second, third, first):
+        assert relative_error(cpu.eager_linear(*args), args) < ACCURACY[torch.bfloat16]
+    assert rotations == [False, True, False, False]
+    with torch.inference_mode():  # its rotated inputs take the place of the others, and are not kept
+        hidden = [first[0] * 2, *first[1:]]
+        for _ in range(2):
+            assert relative_error(cpu.eager_linear(*hidden), hidden) < ACCURACY[torch.bfloat16]
+    assert relative_error(cpu.eager_linear(*second), second) < ACCURACY[torch.bfloat16]
+    single = [first[0].float(), *first[1:]]  # nor does the other way of computing find those of this one
+    assert relative_error(cpu.eager_linear(*single), single) < ACCURACY[torch.float32]
+    assert relative_error(cpu.eager_linear(*second), second) < ACCURACY[torch.bfloat16]
+    assert rotations[4:] == [False] * 4
+
+
+@needs_amx
+@torch.no_grad()
+def test_many_bfloat16_vectors_with_8_bit_activations(rotations):
+    """Rotated inputs of one precision are not taken for those of another; codes of two stages keep bfloat16."""
+    first, second = (arguments(m, 96, MANY, torch.bfloat16) for m in (64, 32))
+    second[0], second[3] = first[0], first[3].clone()
+    for name, low, high in (("int8", 0.004, 0.015), ("exact", 0, 0.004), ("auto", 0.004, 0.015)):
+        set_activations(name)
+        for args in (first, second):
+            assert low < relative_error(cpu.eager_linear(*args), args) < high
+    assert rotations == [False, True] * 3
+    parts = truth.random_linear(64, 96, dtype=torch.bfloat16, codebook="e8p-rvq4")
+    tensors = (parts[name] for name in ("codes", "codes_residual", "su", "sv"))
+    args = [first[0], *tensors, None, "e8p-rvq4", "none", "none", 0]
+    weight = truth.decode(parts["codes"], 96, "e8p-rvq4", parts["codes_residual"])
+    expected = (first[0].double() * parts["su"].double()) @ weight.T * parts["sv"].double()
+    set_activations("int8")
+    assert ((cpu.linear(*args).double() - expected).norm() / expected.norm()).item() < 0.004
+
+
+@needs_amx
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("activations", "dtype", "most"),
+    [("int8", torch.bfloat16, 24), ("exact", torch.bfloat16, 20), ("int8", torch.float16, 24)],
+)
+def test_bundles_take_over_earlier_than_other_products(rotations, activations, dtype, most):
+    set_activations(activations)
+    for vectors in (most, most + 1):
+        args = arguments(64, 96, vectors, dtype)
+        module = QuipLinear(96, 64, dtype=dtype, seed=3)
+        module.load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (args[1], *args[3:6]), strict=True)))
+        for _ in range(2):  # looked up, and prepared
+            assert torch.equal(module(args[0]), cpu.eager_linear(*args))
+        assert relative_error(module(args[0]), args) < 0.015
+    assert len(rotations) == 5
+
+
+@needs_amx
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prepared_layers_share_rotated_inputs(rotations, dtype):
+    """As those that are looked up do; what was rotated last is for no other input, layer or number of vectors."""
+    set_activations("int8")
+    parts = [arguments(m, 96, MANY, dtype) for m in (64, 32, 96)]
+    modules = []
+    for args in parts:
+        args[3] = parts[0][3] if args is not parts[2] else -parts[0][3]
+        modules.append(QuipLinear(96, len(args[4]), dtype=dtype, seed=3))
+        modules[-1].load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (args[1], *args[3:6]), strict=True)))
+
+    def check(x, *expected):
+        rotations.clear()
+        for module, args in zip(modules, parts, strict=True):
+            assert 0.004 < relative_error(module(x), [x, *args[1:]]) < 0.015
+        assert rotations == list(expected)
+
+    x = parts[0][0]
+    for _ in range(2):  # looked up, and prepared
+        check(x, False, True, False)
+    check(x.clone(), False, True, False)
+    check(x[:30], False, True, False)
+    check(x.T.contiguous().T, False, True, False)  # not contiguous: looked up
+    modules[0](x)
+    x.neg_()
+    assert relative_error(modules[1](x), [x, *parts[1][1:]]) < 0.015
+    with torch.inference_mode():
+        hidden = x * 2
+        check(hidden, False, False, False)
+
+
+@needs_amx
+def test_bundles_do_not_take_what_they_would_round(rotations):
+    """float16 has more digits than products of bfloat16 keep, and float32 all the more."""
+    for dtype in (torch.float16, torch.float32):
+        args = arguments(64, 96, MANY, dtype)
+        assert relative_error(torch.ops.quip.linear(*args), args) < ACCURACY[dtype]
+    assert not rotations
+
+
+@needs_amx
+@pytest.mark.parametrize("name", ["none", ("hadamard", "none"), ("none", "hadamard")])
+def test_many_bfloat16_vectors_without_incoherence(rotations, name):
+    args = arguments(64, 96, MANY, torch.bfloat16, name)
+    assert relative_error(cpu.eager_linear(*args), args) < ACCURACY[torch.bfloat16]
+    assert rotations == [False]
+
+
+@needs_library
+@pytest.mark.parametrize(("m", "n"), [(96, 64), (64, 40)])
+def test_many_bfloat16_vectors_on_other_processors(monkeypatch, rotations, m, n):
+    monkeypatch.setattr(many_kernels, "is_available", lambda: False)
+    args = arguments(m, n, MANY, torch.bfloat16)
+    assert relative_error(cpu.eager_linear(*args), args) < ACCURACY[torch.bfloat16]
+    assert not rotations

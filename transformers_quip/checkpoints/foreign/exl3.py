@@ -1,0 +1,74 @@
+"""Checkpoints of ExLlamaV3 ("exl3"): trellis codes of 1 to 8 bits, each linear with its own number of them.
+
+The format was read off the published package; `config.json` has a "quantization_config" with quant_method "exl3", but only
+the tensors tell how each linear is stored. With n' and m' the next multiples of 128, and H the Hadamard transform of blocks
+of 128 numbers,
+
+    y = C_m ( svh ⊙ H Ŵ H C_nᵀ ( suh ⊙ x ) ) + bias
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...config.storage import Layout
+from . import trellis_bits
+from .family import DAMAGED, FLOATING, Family, Form, Source
+
+_BLOCK = 128
+
+
+class Exl3(Family):
+    """See the file's description."""
+
+    name = "EXL3"
+    marker = "trellis"
+    kinds = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "scale")
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """See [`Family.check`]. Nothing: versions differ in the tensors only."""
+
+    def describe(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
+        """See [`Family.describe`]."""
+        if "scale" in source.tensors:
+            raise ValueError(f"{source.name}.scale: EXL3 files of that early version are not supported")
+        padded_rows, padded_columns = (-(-size // _BLOCK) * _BLOCK for size in (rows, columns))
+        shape = source.require("trellis", ("I16",))
+        if len(shape) != 3 or shape[2] % 16 or not 16 <= shape[2] <= 128:
+            raise ValueError(
+                f"{source.name}.trellis has shape {list(shape)}; supported are 16·K words in a tile, K = 1 to 8 bits"
+            )
+        source.require("trellis", ("I16",), (padded_columns // 16, padded_rows // 16, shape[2]))
+        for vector, signs, size in (("suh", "su", padded_columns), ("svh", "sv", padded_rows)):
+            if vector in source.tensors:
+                source.require(vector, FLOATING, (size,))
+            elif signs in source.tensors:
+                source.require(signs, ("I16",), (size // 16,))
+            else:
+                raise ValueError(f"{source.name} has neither {vector} nor {signs}: {DAMAGED}")
+        code = next((name for name in ("mcg", "mul1") if name in source.tensors), "3inst")
+        padded = (padded_rows, padded_columns)
+        return Form(
+            rows,
+            columns,
+            f"trellis:{code}:k{shape[2] // 16}:exl3",
+            ("hadamard-128", "hadamard-128"),
+            layout=Layout(None if padded == (rows, columns) else padded, scales_dtype="float32"),
+        )
+
+    def repack(self, tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torch.Tensor]:
+        """See [`Family.repack`]."""
+        return {
+            "codes": trellis_bits.from_exl3(tensors["trellis"]),
+            "su": tensors["suh"].float() if "suh" in tensors else _signs(tensors["su"]),
+            "sv": tensors["svh"].float() if "svh" in tensors else _signs(tensors["sv"]),
+        }
+
+
+def _signs(words: torch.Tensor) -> torch.Tensor:
+    """float32 [16·w] of ±1 out of int16 [w]: from the lowest bit on, a bit that is set means −1."""
+    bits = (words.to(torch.int32)[:, None] >> torch.arange(16, dtype=torch.int32, device=words.device)) & 1
+    return (1 - 2 * bits).float().flatten()

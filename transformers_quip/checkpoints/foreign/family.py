@@ -1,0 +1,148 @@
+"""What a family of foreign checkpoints has to say about itself, so that the rest is common to all."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ...config.storage import PLAIN, Layout
+from ..native import TensorInfo
+
+
+@dataclass(frozen=True)
+class Form:
+    """The native form of one quantized linear, and what is needed to re-pack its tensors.
+
+    Attributes:
+        rows, columns: m and n of the linear, without padding.
+        codebook, incoherence, residual_scale: as in `QuipConfig`; incoherence a pair.
+        layout: see there.
+        details: what the family's `repack` wants to know besides.
+    """
+
+    rows: int
+    columns: int
+    codebook: str
+    incoherence: tuple[str, str]
+    residual_scale: float | None = None
+    layout: Layout = PLAIN
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(m', n') of the codes."""
+        return self.layout.padded or (self.rows, self.columns)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors that a file has for one quantized linear.
+
+    Attributes:
+        name: of the linear in the file.
+        tensors: what the file says of each, by the last part of its name.
+        keys: their names, as Transformers has renamed them.
+        read: reads one of them, by the last part of its name; for small ones only, while the loading is planned.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    keys: Mapping[str, str]
+    read: Callable[[str], torch.Tensor]
+
+    def number(self, kind: str, dtypes: tuple[str, ...] = ("I64", "I32")) -> int:
+        """A tensor that must be there and is one integer. Raises `ValueError` if it is not."""
+        if math.prod(self.require(kind, dtypes)) != 1:
+            raise ValueError(f"{self.name}.{kind} has shape {list(self.shape(kind))} instead of one number: {DAMAGED}")
+        return int(self.read(kind))
+
+    def shape(self, kind: str) -> tuple[int, ...] | None:
+        """Of the tensor, None if there is none."""
+        info = self.tensors.get(kind)
+        return None if info is None else info.shape
+
+    def require(self, kind: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """The shape of a tensor that must be there, with one of these types (and this shape).
+
+        Raises:
+            ValueError: it is missing or other than that.
+        """
+        info = self.tensors.get(kind)
+        if info is None:
+            raise ValueError(f"{self.name}.{kind} is missing: {DAMAGED}")
+        if info.dtype not in dtypes or (shape is not None and info.shape != shape):
+            expected = " or ".join(dtypes) + ("" if shape is None else f" {list(shape)}")
+            raise ValueError(f"{self.name}.{kind} is {info.dtype} {list(info.shape)} instead of {expected}: {DAMAGED}")
+        return info.shape
+
+
+DAMAGED = "the files are damaged, incomplete, or do not belong to this config.json; download the checkpoint again"
+FLOATING = ("F16", "BF16", "F32")
+
+
+class Family(abc.ABC):
+    """A family of checkpoints, such as those of QuIP#.
+
+    Attributes:
+        name: for messages.
+        marker: the kind of tensor (the last part of its name) that every quantized linear has.
+        kinds: all of them but the bias.
+        fused: names of linears that are stored as one, by the name under which they are.
+    """
+
+    name: str
+    marker: str
+    kinds: tuple[str, ...]
+    fused: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+    def siblings(self, name: str) -> dict[str, str]:
+        """Tensors of a linear that are not called after it: kind → name."""
+        return {}
+
+    @abc.abstractmethod
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Look at the checkpoint's description of itself. Raises `ValueError` for what is not supported, by name."""
+
+    @abc.abstractmethod
+    def describe(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
+        """The native form of a linear; reads no large tensor.
+
+        Args:
+            source: its tensors.
+            rows, columns: m and n that the model wants.
+            parameters: the checkpoint's description of itself.
+
+        Raises:
+            ValueError: tensors are missing, contradictory or of a kind that is not supported; the message names them.
+        """
+
+    @abc.abstractmethod
+    def repack(self, tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torch.Tensor]:
+        """The native tensors of a linear, without loss; a pure function.
+
+        Args:
+            tensors: by kind, as [`Source.tensors`] lists them, all on one device; without the bias.
+            form: what [`describe`] said.
+
+        Returns:
+            By the names of the parameters of `nn.QuipLinear` (`nn.general.GeneralLinear`), contiguous.
+        """
+
+
+def is_true(parameters: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """Whether a flag of a config is set, which may be missing or null. Raises `ValueError` if it is no boolean."""
+    value = parameters.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"The checkpoint's config has {key}={value!r}, which must be true or false")
+    return default if value is None else value
+
+
+def zeros_beyond(vector: torch.Tensor, size: int) -> torch.Tensor:
+    """A vector, extended by zeros to this size, in float32."""
+    return torch.nn.functional.pad(vector.float(), (0, size - vector.shape[0]))

@@ -1,0 +1,365 @@
+"""Checkpoints of other packages: which family they are of, and where each of their tensors goes in the model.
+
+Nothing here reads a large tensor. The result is a [`ForeignPlan`]: the native config, and for every quantized linear the
+tensors that it is made of and a pure function that re-packs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import QuipConfig, matches
+from ...config.storage import Layout
+from ...nn.experts import expert_shape, is_stacked
+from ...nn.place import empty_linear, fused_shape
+from ...nn.replace import is_dense_linear, linear_shape
+from .. import native
+from ..native import TensorInfo
+from .exl3 import Exl3
+from .family import DAMAGED, Family, Form, Source
+from .qtip import Qtip
+from .quip_for_all import QuipForAll
+from .quip_sharp import QuipSharp
+
+logger = logging.getLogger(__name__)
+
+# What a quantization_config names as its quant_method. A config with "quip_params" has none.
+METHODS: dict[str, Family] = {"QUiP": QuipForAll(), "exl3": Exl3()}
+# Linears that checkpoints split where Transformers' module is one: name there → (name here, all that it is made of).
+_PARTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj", ("q_proj", "k_proj", "v_proj"))),
+    **dict.fromkeys(("gate_proj", "up_proj"), ("gate_up_proj", ("gate_proj", "up_proj"))),
+}
+
+
+def family_of(parameters: Mapping[str, Any]) -> Family:
+    """The family of a checkpoint.
+
+    Args:
+        parameters: its quantization_config, or its "quip_params".
+
+    Raises:
+        ValueError: it is not known, or of a kind that is not supported.
+    """
+    method = parameters.get("quant_method")
+    if method is None:
+        family: Family = Qtip() if "decode_mode" in parameters or "td_x" in parameters else QuipSharp()
+    elif method in METHODS:
+        family = METHODS[method]
+    else:
+        raise ValueError(f"quant_method={method!r} is none of {', '.join(map(repr, METHODS))}")
+    family.check(parameters)
+    return family
+
+
+@dataclass(frozen=True)
+class ForeignLinear:
+    """One quantized linear of a foreign checkpoint and its place in the model.
+
+    Attributes:
+        name: of the native linear in the model.
+        family, form: what [`Family.describe`] said of it.
+        source: its tensors in the files.
+        dense: the model has no linear there but only the matrix of one (a router): it gets the decoded weight.
+    """
+
+    name: str
+    family: Family
+    form: Form
+    source: Source
+    dense: bool = False
+
+    @property
+    def first(self) -> str:
+        """Name of one tensor that it becomes."""
+        return f"{self.name}.weight" if self.dense else f"{self.name}.codes"
+
+    @torch.no_grad()
+    def repack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The native tensors by their full names.
+
+        Args:
+            tensors: by kind, as `source.tensors` lists them.
+
+        Raises:
+            ValueError: a scale is infinite or no number.
+        """
+        for kind, value in tensors.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{self.source.name}.{kind} has numbers that are not finite: {DAMAGED}")
+        others = {kind: value for kind, value in tensors.items() if kind != "bias"}
+        result = {key: value.contiguous() for key, value in self.family.repack(others, self.form).items()}
+        if not all(result[key].isfinite().all() for key in ("su", "sv")):  # divided by a zero
+            raise ValueError(f"The scales of {self.source.name} are not all finite: {DAMAGED}")
+        if "bias" in tensors:
+            result["bias"] = tensors["bias"][: self.form.rows].contiguous()
+        if self.dense:
+            return {self.first: self._decoded(result)}
+        return {f"{self.name}.{key}": value for key, value in result.items()}
+
+    def _decoded(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        form = self.form
+        config = native_config([self])
+        linear = empty_linear(form.rows, form.columns, config, self.name, bias=False, dtype=torch.float32)
+        linear.load_state_dict(dict(tensors), assign=True)
+        return linear.dequantize()
+
+
+@dataclass(frozen=True)
+class ForeignPlan:
+    """How a foreign checkpoint becomes a native one.
+
+    Attributes:
+        linears: every quantized linear.
+        config: the native config.
+    """
+
+    linears: tuple[ForeignLinear, ...]
+    config: QuipConfig
+
+
+def make_plan(
+    model: nn.Module,
+    parameters: Mapping[str, Any],
+    headers: Mapping[str, TensorInfo],
+    read: Callable[[TensorInfo], torch.Tensor],
+    names: Mapping[str, TensorInfo],
+) -> ForeignPlan:
+    """Find a place in the model for every quantized linear of a checkpoint.
+
+    Args:
+        model: dense, as Transformers builds it; on the meta device or not.
+        parameters: the checkpoint's description of itself.
+        headers: its tensors by the names that Transformers' renamings give them.
+        read: reads one tensor.
+        names: all tensors that the checkpoint has, by their names in the model.
+
+    Raises:
+        ValueError: the checkpoint is of a kind that is not supported, contradicts itself or does not fit the model.
+    """
+    family = family_of(parameters)
+    sources = _collect(family, headers, read)
+    if not sources:
+        raise ValueError(
+            f"The config says that this is a checkpoint of {family.name}, but no tensor is called …{family.marker}: "
+            f"{DAMAGED}"
+        )
+    linears, joined = [], {}
+    for source in sources:
+        if _is_outside(model, source.name):
+            logger.warning("%s of the checkpoint is no part of %s and is left out", source.name, type(model).__name__)
+            continue
+        place = _find_place(model, family, source.name)
+        form = family.describe(source, place.rows, place.columns, parameters)
+        _check_bias(source, place, form)
+        if place.fuses:
+            layout = replace(form.layout, fuses=place.fuses)
+            form = replace(form, layout=layout, details={**form.details, "parts": place.counts})
+        if place.parts:
+            parts = tuple(place.parts.items())
+            joined[place.name.rpartition(".")[0]] = Layout(scales_dtype=form.layout.scales_dtype, parts=parts)
+        linears.append(ForeignLinear(place.name, family, form, source, place.dense))
+    _check_complete(model, linears, names)
+    packed = [linear for linear in linears if not linear.dense]
+    if not packed:
+        raise ValueError(
+            f"{type(model).__name__} has none of the quantized linears of the checkpoint (the first is "
+            f"{sources[0].name}): is this another architecture?"
+        )
+    return ForeignPlan(tuple(linears), native_config(packed, joined))
+
+
+def _collect(family: Family, headers: Mapping[str, TensorInfo], read: Callable[[TensorInfo], torch.Tensor]) -> list[Source]:
+    sources = []
+    suffix = "." + family.marker
+    for key in headers:
+        if not key.endswith(suffix):
+            continue
+        name = key.removesuffix(suffix)
+        keys = {kind: f"{name}.{kind}" for kind in (*family.kinds, "bias")} | family.siblings(name)
+        keys = {kind: key for kind, key in keys.items() if key in headers}
+        tensors = {kind: headers[key] for kind, key in keys.items()}
+        sources.append(Source(name, tensors, keys, lambda kind, tensors=tensors: read(tensors[kind])))
+    return sources
+
+
+def _is_outside(model: nn.Module, name: str) -> bool:
+    """Whether this belongs to something that this model has nothing of: the head of a base model, another modality, …"""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if any(re.search(pattern, name) for pattern in ignored):
+        return True
+    first = name.partition(".")[0]
+    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    known = {key for module in (model, base) if isinstance(module, nn.Module) for key, _ in module.named_children()}
+    return first not in known and first != getattr(model, "base_model_prefix", "")
+
+
+@dataclass(frozen=True)
+class _Place:
+    name: str
+    rows: int
+    columns: int
+    fuses: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    parts: Mapping[str, int] | None = None
+    dense: bool = False
+    bias: bool = False
+
+
+def _find_place(model: nn.Module, family: Family, name: str) -> _Place:
+    """Where a linear of a checkpoint belongs. Raises `ValueError` if the model has no such place."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    for here in dict.fromkeys((name, prefix + name, name.removeprefix(prefix))):
+        parent_name, _, last = here.rpartition(".")
+        module, parent = _module(model, here), _module(model, parent_name)
+        if module is not None and is_dense_linear(module):
+            return _Place(here, *linear_shape(module), bias=module.bias is not None)
+        if parent is None:
+            expert = re.fullmatch(r"(.+)\.\d+\.([^.]+)", here)
+            stacked = _module(model, expert[1]) if expert else None
+            shape = expert_shape(stacked, expert[2]) if stacked is not None and is_stacked(stacked) else None
+            if shape is not None:
+                return _Place(here, *shape)
+            continue
+        if module is None and last in family.fused:
+            fuses = family.fused[last]
+            rows, columns = fused_shape(parent, fuses, here)
+            return _Place(here, sum(rows), columns, fuses, tuple(rows))
+        whole, names = _PARTS.get(last, ("", ()))
+        linear = _module(parent, whole) if whole else None
+        if module is None and linear is not None and is_dense_linear(linear):
+            rows, columns = linear_shape(linear)
+            parts = dict(zip(names, _split(model, rows, len(names)), strict=True))
+            bias = linear.bias is not None
+            return _Place(f"{parent_name}.{whole}.{last}", parts[last], columns, parts=parts, bias=bias)
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            return _Place(here, *weight.shape, dense=True)
+    raise ValueError(
+        f"The checkpoint has a quantized linear {name}, but {type(model).__name__} has none of that name: the files belong "
+        "to another architecture than config.json says, or Transformers has changed it"
+    )
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _split(model: nn.Module, rows: int, count: int) -> list[int]:
+    """Outputs of the parts of a linear: of gate and up the half each; of q, k and v as the heads say."""
+    if count == 2:
+        return [rows // 2] * 2
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    size = rows // (heads + 2 * groups)
+    return [heads * size, groups * size, groups * size]
+
+
+def _check_bias(source: Source, place: _Place, form: Form) -> None:
+    """A bias where the model has one, of its size (or the padded one), and nowhere else."""
+    if place.bias and "bias" not in source.tensors:
+        raise ValueError(f"{source.name}.bias is missing: {DAMAGED}")
+    if not place.bias and "bias" in source.tensors:
+        raise ValueError(f"{source.name}.bias exists, but that linear of the model has none: {DAMAGED}")
+    if place.bias and source.shape("bias") not in ((place.rows,), (form.padded[0],)):
+        raise ValueError(f"{source.name}.bias has shape {list(source.shape('bias'))} instead of [{place.rows}]: {DAMAGED}")
+
+
+def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: Mapping[str, TensorInfo]) -> None:
+    """Every linear of the model must be in the checkpoint: Transformers gives one that is missing random weights."""
+    linears = list(linears)
+    there = {linear.name for linear in linears}
+    for linear in linears:
+        parent = linear.name.rpartition(".")[0]
+        there.update(f"{parent}.{name}" for name in linear.form.layout.fuses)
+        there.update((parent, parent.rpartition(".")[0]))  # the linear that it is a part of, or the experts
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, module in model.named_modules():
+        weight = f"{name}.gate_up_proj" if is_stacked(module) else f"{name}.weight"
+        if not (is_dense_linear(module) or is_stacked(module)) or name in there or weight in tied:
+            continue
+        if weight not in names or names[weight].shape == ():  # a number stands beside codes for their type
+            raise ValueError(f"The checkpoint has neither codes nor a weight for {name}: {DAMAGED}")
+
+
+def native_config(linears: Iterable[ForeignLinear], layouts: Mapping[str, Layout] | None = None) -> QuipConfig:
+    """The native config of these linears: the most frequent options for all, and what differs by patterns of names.
+
+    Args:
+        linears: at least one.
+        layouts: of further modules.
+    """
+    linears = list(linears)
+    names = [linear.name for linear in linears]
+    options = {}
+    for linear in linears:
+        form = linear.form
+        sides = form.incoherence
+        values = {"codebook": form.codebook, "residual_scale": form.residual_scale}
+        options[linear.name] = {**values, "incoherence": sides[0] if sides[0] == sides[1] else list(sides)}
+    # a scale belongs to its codebook
+    shared = _most_frequent(options, ("codebook", "residual_scale")) | _most_frequent(options, ("incoherence",))
+    different = {}
+    for name, values in options.items():
+        different[name] = {key: value for key, value in values.items() if value != shared[key]}
+        if different[name].keys() & {"codebook", "residual_scale"}:
+            different[name] |= {key: values[key] for key in ("codebook", "residual_scale")}
+    forms = {linear.name: linear.form.layout for linear in linears}
+    records = {name: layout.to_dict() for name, layout in (forms | dict(layouts or {})).items()}
+    config = QuipConfig(**_without_none(shared), modules=by_pattern(different) or None, dataset=None)
+    config.quantized_modules = native.compress_names(names)
+    config.layout = _with_common(records)
+    return config
+
+
+def _most_frequent(options: Mapping[str, dict], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values that most modules have for these options together."""
+    (text, _), *_ = Counter(repr([values[key] for key in keys]) for values in options.values()).most_common(1)
+    return next(
+        {key: values[key] for key in keys} for values in options.values() if repr([values[key] for key in keys]) == text
+    )
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _with_common(records: Mapping[str, dict]) -> dict[str, dict] | None:
+    """Layouts by patterns; what all have in common under "*"."""
+    every = list(records.values())
+    common = {key: value for key, value in every[0].items() if all(other.get(key) == value for other in every)}
+    rest = {name: {key: v for key, v in values.items() if key not in common} for name, values in records.items()}
+    result = {"*": common} if common else {}
+    result.update(by_pattern(rest))
+    return result or None
+
+
+def by_pattern(values: Mapping[str, dict]) -> dict[str, dict]:
+    """Options of single modules, those that are alike for all numbers in a name under one shell pattern.
+
+    Args:
+        values: name → options; modules without any are given too, so that no pattern means them.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in values:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    result: dict[str, dict] = {}
+    for pattern, names in groups.items():
+        first = values[names[0]]
+        # a star also means several parts of a name, so that a pattern may match names of another kind
+        if len(names) > 1 and all(values[name] == first for name in values if matches(name, pattern)):
+            names = [pattern]
+        result.update((name, first if name == pattern else values[name]) for name in names)
+    return {name: options for name, options in result.items() if options}

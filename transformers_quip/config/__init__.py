@@ -1,0 +1,324 @@
+"""QuipConfig: how a model is quantized, which options fit together, and its place in config.json.
+
+The single options stand in `options`, their checks in `option_checks`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import codebooks, rounding
+from ..version import __version__
+from . import storage
+from .checks import MIXED_BITS, is_read_only, known_bits, short
+from .options import OPTIONS
+from .storage import Layout
+
+QUANT_METHOD = "quip"
+FORMAT_VERSION = 1
+
+# Written beside the options by the quantizer, not by the caller.
+_RECORDS = ("calibration", "quantized_modules", "layout", "origin")
+
+
+class QuipConfig(QuantizationConfigMixin):
+    """How to quantize a model with QuIP# (arXiv 2402.04396), and how a saved model was quantized.
+
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuipConfig(bits=2))
+
+    All options are keywords and can be read as attributes. An unknown option, a value of the wrong type and a
+    combination that cannot work raise `ValueError` with the option, the value and what is allowed.
+
+    Attributes:
+        calibration: after a calibrated run, which data was used (a JSON-serialisable dict); else None.
+        quantized_modules: after any run, the names of the quantized modules, in the short form of
+            `checkpoints.native.compress_names`; else None.
+        origin: after any run, which model was quantized, and by which versions (`hub.origin.describe`); else None.
+        layout: for a model that was re-packed from a checkpoint of another package, how its tensors are laid out:
+            {pattern: {…}} with the attributes of [`Layout`]; else None.
+        foreign: of such a checkpoint while it is loaded, its own description of how it was quantized; not saved.
+
+    Options:
+    """
+
+    def __init__(self, **options: Any):
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            raise ValueError(_unknown_option(unknown[0], options[unknown[0]]))
+        self.quant_method = QUANT_METHOD
+        for name, option in OPTIONS.items():
+            setattr(self, name, options.get(name, option.default))
+        if "bits" not in options and (self.codebook in codebooks.names() or is_read_only(self.codebook)):
+            self.bits = codebooks.get(self.codebook).bits
+        self.calibration: dict[str, Any] | None = None
+        self.quantized_modules: list[str] | None = None
+        self.origin: dict[str, Any] | None = None
+        self.layout: dict[str, dict] | None = None
+        self.foreign: dict[str, Any] | None = None
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every option and their combination, and settle `codebook`. Raises `ValueError`."""
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            if name == "bits" and is_read_only(self.codebook):
+                continue  # such a codebook may have bits that no other has; compared with its own below
+            try:
+                setattr(self, name, option.check(value))
+            except ValueError as error:
+                raise ValueError(f"QuipConfig: {name}={short(value)} {error}") from None
+        if self.is_mixed:
+            self._validate_mixed()
+        else:
+            self._validate_codebook()
+        for pattern, options in (self.modules or {}).items():
+            try:
+                self._with(options)
+            except ValueError as error:
+                raise ValueError(
+                    f"QuipConfig: modules has {pattern!r}: {options!r}, which cannot be used: {error}"
+                ) from None
+
+    def _validate_mixed(self) -> None:
+        if self.residual_scale is not None:
+            raise ValueError(
+                f"QuipConfig: bits={self.bits} is an average over modules, so residual_scale={self.residual_scale} cannot "
+                "hold for all of them: leave it out, or choose bits that a codebook has"
+            )
+        if self.dataset is None:
+            raise ValueError(
+                f"QuipConfig: bits={self.bits} is an average over modules, which are measured on data, and dataset=None "
+                "gives none. Choose a data set or 'self', or set bits for patterns of names in `modules`"
+            )
+        for bits in MIXED_BITS:
+            self._with({"bits": bits})
+
+    def _validate_codebook(self) -> None:
+        if self.codebook is None:
+            self.codebook = codebooks.default_for_bits(self.bits)
+        actual = codebooks.get(self.codebook).bits
+        if actual != self.bits:
+            fitting = [name for name in codebooks.names() if codebooks.get(name).bits == self.bits]
+            raise ValueError(
+                f"QuipConfig: bits={self.bits} and codebook={self.codebook!r}, which has {actual:g} bits, contradict "
+                f"each other; codebooks of {self.bits} bits: {', '.join(map(repr, fitting))}"
+            )
+        if self.residual_scale is not None and not codebooks.get(self.codebook).has_residual:
+            staged = [name for name in codebooks.names() if codebooks.get(name).has_residual]
+            raise ValueError(
+                f"QuipConfig: residual_scale={self.residual_scale} needs a codebook of two stages, which codebook="
+                f"{self.codebook!r} is not; there are {', '.join(map(repr, staged))}"
+            )
+        method = rounding.get(self.rounding)
+        if not method.works_with(codebooks.get(self.codebook)):
+            books = ", ".join(repr(name) for name in codebooks.names() if method.works_with(codebooks.get(name)))
+            methods = f"methods for {self.codebook!r}: {', '.join(map(repr, _methods(self.codebook)))}"
+            if is_read_only(self.codebook):
+                methods = f"{self.codebook!r} is for checkpoints that were made elsewhere, and no method rounds to it"
+            raise ValueError(
+                f"QuipConfig: rounding={self.rounding!r} does not work with codebook={self.codebook!r}, only with "
+                f"{books or 'none that is registered'}; {methods}"
+            )
+
+    def _with(self, options: dict[str, Any]) -> QuipConfig:
+        """A copy with other options for one module."""
+        result = copy.copy(self)
+        result.modules = None
+        if "bits" in options:
+            result.codebook = None
+        elif "codebook" in options:
+            result.bits = codebooks.get(options["codebook"]).bits
+        if "bits" in options or "codebook" in options:
+            result.residual_scale = None  # it belongs to the codebook that it was given with
+        result.__dict__.update(options)
+        result.validate()
+        return result
+
+    def for_module(self, name: str) -> QuipConfig:
+        """The config that holds for the module of this name: this one, or a copy with what `modules` sets for it."""
+        options = self._options_of(name)
+        return self._with(options) if options else self
+
+    def _options_of(self, name: str) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        for pattern, values in (self.modules or {}).items():
+            if matches(name, pattern):
+                options = _overridden(options, values)
+        return options
+
+    def settle_modules(self, names: Iterable[str]) -> None:
+        """Make `modules` say the same whatever its order, for these modules: Transformers sorts the keys of config.json.
+
+        It stays as it is where no two patterns that match one module set the same option; else it names each module.
+        """
+        names = list(names)
+        for name in names:
+            found = [values for pattern, values in (self.modules or {}).items() if matches(name, pattern)]
+            keys = [key for values in found for key in ({"bits"} if "codebook" in values else set()) | values.keys()]
+            if len(keys) != len(set(keys)):
+                self.modules = {name: options for name in names if (options := self._options_of(name))}
+                return
+
+    def layout_of(self, name: str) -> Layout:
+        """How the tensors of the quantized linear of this name are laid out."""
+        values: dict[str, Any] = {}
+        for pattern, more in (self.layout or {}).items():
+            if matches(name, pattern):
+                values.update(more)
+        return Layout.from_dict(values) if values else storage.PLAIN
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether `bits` is an average, so that each module is to get bits of its own (see `quantize.allocate`)."""
+        return self.codebook is None and self.bits not in known_bits()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the model is to be run on data before it is quantized."""
+        return self.dataset is not None
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Options that may change when a quantized model is loaded; Transformers asks for them. There are none."""
+        return {}
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set the options among `kwargs`, checked, and return the rest. Nothing changes if one is not valid."""
+        trial = copy.copy(self)
+        for name in OPTIONS.keys() & kwargs.keys():
+            setattr(trial, name, kwargs[name])
+        trial.validate()
+        self.__dict__.update(trial.__dict__)
+        return {name: value for name, value in kwargs.items() if name not in OPTIONS}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dict that [`to_dict`] returns: Transformers reads the config of a loaded model's config so."""
+        return self.to_dict().get(key, default)
+
+    def without_data(self) -> QuipConfig:
+        """A copy that holds what config.json will hold, not the data set or the tokenizer itself."""
+        result = copy.copy(self)
+        for name, option in OPTIONS.items():
+            setattr(result, name, option.stored(getattr(self, name)))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json stores: JSON-serialisable, and equal after [`from_dict`]."""
+        result: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        result.update((name, option.stored(getattr(self, name))) for name, option in OPTIONS.items())
+        result.update((name, copy.deepcopy(getattr(self, name))) for name in _RECORDS)
+        if self.layout is None:
+            del result["layout"]  # as in most models
+        return result
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config of a saved model, or of a dict of options.
+
+        Args:
+            config_dict: as [`to_dict`] returns it. Without "format_version" it is read as options.
+            return_unused_kwargs: return (config, the kwargs that are no options).
+            kwargs: options to change.
+
+        Raises:
+            ValueError: another quant_method, an unknown format_version, an unknown key, codebook or transform.
+        """
+        values = dict(config_dict)
+        method = values.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")
+        if "format_version" in values:
+            config = cls._from_saved(values)
+        elif values.keys() & set(_RECORDS):
+            raise ValueError(f"The saved quantization_config has no format_version: {values!r}")
+        else:
+            config = cls(**values)
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def _from_saved(cls, values: dict[str, Any]) -> QuipConfig:
+        version = values.pop("format_version")
+        records = {name: values.pop(name, None) for name in _RECORDS}
+        newer = f"it may need a newer transformers-quip than {__version__}: pip install -U transformers-quip"
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"The model was saved with format_version={version!r}; this transformers-quip reads version "
+                f"{FORMAT_VERSION}: {newer}"
+            )
+        unknown = sorted(name for name in values if name not in OPTIONS)
+        if unknown:
+            raise ValueError(
+                f"The saved quantization_config has {', '.join(map(repr, unknown))}, which format version "
+                f"{FORMAT_VERSION} does not have (it has {', '.join(OPTIONS)}): {newer}"
+            )
+        calibration, quantized = records["calibration"], records["quantized_modules"]
+        for name in ("calibration", "origin"):
+            if not (records[name] is None or isinstance(records[name], dict)):
+                raise ValueError(f"The saved quantization_config has {name}={short(records[name])}, which is no dict")
+        if not (quantized is None or (isinstance(quantized, list) and all(isinstance(n, str) for n in quantized))):
+            raise ValueError(
+                f"The saved quantization_config has quantized_modules={short(quantized)}, which is no list of names"
+            )
+        try:
+            config = cls(**values)
+            config.layout = storage.check(records["layout"])
+        except ValueError as error:
+            raise ValueError(f"The saved quantization_config cannot be used: {error}; {newer}") from None
+        config.calibration, config.quantized_modules, config.origin = calibration, quantized, records["origin"]
+        return config
+
+    def __deepcopy__(self, memo: dict) -> QuipConfig:
+        """Transformers copies configs freely; the data set and the tokenizer are shared, not copied."""
+        result = copy.copy(self)
+        for name in _RECORDS:
+            setattr(result, name, copy.deepcopy(getattr(self, name), memo))
+        memo[id(self)] = result
+        return result
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.to_dict().items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuipConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None
+
+
+QuipConfig.__signature__ = inspect.Signature(
+    [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()]
+)
+QuipConfig.__doc__ = (
+    QuipConfig.__doc__.rstrip()
+    + "\n"
+    + "".join(f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items())
+)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern (`*`, `?`, `[…]`) means this module: its whole name, or what follows some dot of it."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _methods(codebook: str) -> list[str]:
+    """The rounding methods that work with this codebook."""
+    return [name for name in rounding.names() if rounding.get(name).works_with(codebooks.get(codebook))]
+
+
+def _overridden(options: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The options of an earlier pattern with those of a later one: one that sets bits or codebook sets both."""
+    if values.keys() & {"bits", "codebook"}:
+        options = {name: value for name, value in options.items() if name not in ("bits", "codebook")}
+    return options | values
+
+
+def _unknown_option(name: str, value: Any) -> str:
+    close = difflib.get_close_matches(name, OPTIONS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"QuipConfig has no option {name!r} (given {short(value)}), only {', '.join(OPTIONS)}{hint}"

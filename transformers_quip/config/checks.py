@@ -1,0 +1,185 @@
+"""The checks of QuipConfig's single options: each returns the value as it is kept, or raises what is allowed.
+
+The `ValueError` of a check goes on where its caller has named the option and the value: "must be True or False".
+Beside them stands what else is asked of a value: whether a codebook is read only, how a data set is described.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import codebooks
+from .. import incoherence as transforms
+
+# What single modules may get where `bits` is an average that no codebook has.
+MIXED_BITS = (2, 3, 4)
+
+
+def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            upper = "" if maximum == 2**63 - 1 else f" and at most {maximum}"
+            raise ValueError(f"must be an integer of at least {minimum}{upper}")
+        return value
+
+    return check
+
+
+def boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be True or False")
+    return value
+
+
+def positive(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError("must be a finite number above 0")
+    return value
+
+
+def bits(value: Any) -> int | float:
+    known = known_bits()
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (value in known or known[0] < value < MIXED_BITS[-1]):
+        raise ValueError(
+            f"must be one of {', '.join(f'{bits:g}' for bits in known)}, the bits that a codebook has, or any number "
+            f"between {MIXED_BITS[0]} and {MIXED_BITS[-1]}: an average, for which each module gets bits of its own"
+        )
+    return int(value) if value == int(value) else value
+
+
+def known_bits() -> list[float]:
+    """The bits that some codebook has, ascending."""
+    return sorted({codebooks.get(name).bits for name in codebooks.names()})
+
+
+def residual_scale(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value == 0:
+        raise ValueError("must be None or a finite number other than 0")
+    return float(value)
+
+
+def name(names: Callable[[], tuple[str, ...]], optional: bool = False) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if (value is None and optional) or (isinstance(value, str) and value in names()):
+            return value
+        close = difflib.get_close_matches(value, names(), n=1) if isinstance(value, str) else []
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"must be one of {', '.join(map(repr, names()))}{' or None' if optional else ''}{hint}")
+
+    return check
+
+
+def codebook(value: Any) -> str | None:
+    return value if is_read_only(value) else name(codebooks.names, optional=True)(value)
+
+
+def is_read_only(codebook: Any) -> bool:
+    """Whether this names a codebook that is only for checkpoints made elsewhere; the list of names has none of them."""
+    if not isinstance(codebook, str):
+        return False
+    try:
+        return codebooks.get(codebook).is_read_only
+    except ValueError:
+        return False
+
+
+def choice(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"must be one of {', '.join(map(repr, allowed))}")
+        return value
+
+    return check
+
+
+def scale(value: Any) -> str | float:
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError("must be 'auto' or a finite number above 0")
+        return value
+    try:
+        return positive(value)
+    except ValueError:
+        raise ValueError("must be 'auto' or a finite number above 0") from None
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a non-empty string")
+    return value
+
+
+def patterns(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError("must be None or a list of module names or patterns, such as ['lm_head']")
+    return list(value)
+
+
+def incoherence(value: Any) -> str | list[str]:
+    check = name(transforms.names_in_files)
+    if not isinstance(value, (list, tuple)):
+        return check(value)
+    if len(value) != 2:
+        raise ValueError("must be the name of a transform, or a pair of them: (input side, output side)")
+    return [check(name) for name in value]
+
+
+def dataset(value: Any) -> Any:
+    empty = "is empty: give at least one text or token sequence, 'self', or None for no calibration"
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        if math.prod(value.shape) == 0:
+            raise ValueError(empty)
+        return value
+    if isinstance(value, (list, tuple)) or _is_table(value):
+        if len(value) == 0:
+            raise ValueError(empty)
+        return value
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise ValueError(
+        "must be 'self', the name of a data set, a list of strings, a list or tensor of token ids, a "
+        "datasets.Dataset, or None for no calibration"
+    )
+
+
+def _is_table(value: Any) -> bool:
+    """Whether this is a `datasets.Dataset`, without importing that package."""
+    return all(hasattr(value, name) for name in ("column_names", "__getitem__", "__len__"))
+
+
+def describe_dataset(value: Any) -> str | None:
+    """What config.json says of the data: the data itself is not needed to load a quantized model."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        kind, count = "token sequence", len(value) if value.ndim > 1 else 1
+    elif isinstance(value, (list, tuple)):
+        kind = "text" if isinstance(value[0], str) else "token sequence"
+        count = 1 if isinstance(value[0], int) else len(value)
+    else:
+        kind, count = "data set row", len(value)
+    return f"{count} {kind}{'s' if count != 1 else ''} given by the caller"
+
+
+def tokenizer(value: Any) -> Any:
+    if value is None or callable(value) or (isinstance(value, str) and value):
+        return value
+    raise ValueError("must be None, a tokenizer, or the name or folder of one")
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: at most 80 characters, an array by its shape."""
+    array = isinstance(value, (torch.Tensor, np.ndarray))
+    text = f"<{type(value).__name__} of shape {tuple(value.shape)}>" if array else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,139 @@
+"""The table of QuipConfig's options: for each its default, its check, its sentence, and what config.json gets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import rounding
+from . import checks as check
+
+# The options that `modules` may set for single modules, as format version 1 knows them.
+MODULE_OPTIONS = (
+    "bits",
+    "codebook",
+    "residual_scale",
+    "incoherence",
+    "rescale",
+    "rounding",
+    "damping",
+    "refinement_sweeps",
+    "scale",
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of [`QuipConfig`].
+
+    Args:
+        default: its value where the caller gives none.
+        check: returns the value as it is kept, or raises `ValueError` saying what is allowed.
+        doc: one sentence for the user.
+        stored: what config.json gets for a value, where the value itself only lives at run time.
+    """
+
+    default: Any
+    check: Callable[[Any], Any]
+    doc: str
+    stored: Callable[[Any], Any] = copy.deepcopy
+
+
+def _modules(value: Any) -> dict[str, dict] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(pattern, str) and pattern for pattern in value):
+        raise ValueError("must be None or a dict of {module name or pattern: {option: value}}")
+    checked = {}
+    for pattern, options in value.items():
+        if not isinstance(options, dict) or not options:
+            raise ValueError(f"has {pattern!r}: {check.short(options)}, but each pattern needs a dict of {{option: value}}")
+        unknown = [name for name in options if name not in MODULE_OPTIONS]
+        if unknown:
+            raise ValueError(
+                f"has {pattern!r}: {unknown[0]!r}, but the options that can be set for single modules are "
+                f"{', '.join(map(repr, MODULE_OPTIONS))}"
+            )
+        checked[pattern] = {}
+        for name, item in options.items():
+            try:
+                checked[pattern][name] = OPTIONS[name].check(item)
+            except ValueError as error:
+                raise ValueError(f"has {pattern!r}: {name}={check.short(item)}, which {error}") from None
+    return checked
+
+
+# Every option once: this table makes the signature, the checks, the documentation and the JSON form.
+OPTIONS: dict[str, Option] = {
+    "bits": Option(
+        2,
+        check.bits,
+        "Code bits per weight; not needed where `codebook` is given. A number that no codebook has, such as 2.5, is an "
+        "average: modules get 2, 3 or 4 bits by how much their errors are measured to matter.",
+    ),
+    "codebook": Option(
+        None,
+        check.codebook,
+        "Which values a block of weights may take; None: the default for `bits`.",
+    ),
+    "residual_scale": Option(
+        None, check.residual_scale, "What multiplies the second stage of a codebook that has one; None: the codebook's own."
+    ),
+    "incoherence": Option(
+        "hadamard",
+        check.incoherence,
+        "The orthogonal transform on both sides of a weight, or a pair of them: (input side, output side).",
+    ),
+    "rescale": Option(
+        True,
+        check.boolean,
+        "QuIP's diagonal rescaling: input columns that matter more get finer steps. Only where there is calibration.",
+    ),
+    "rounding": Option("ldlq", check.name(rounding.names), "How the codes are chosen."),
+    "dataset": Option(
+        "self",
+        check.dataset,
+        "What to calibrate on: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
+        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of strings, a list or tensor of token "
+        "ids, a `datasets.Dataset`, or None: no calibration, each weight is quantized while it is loaded.",
+        check.describe_dataset,
+    ),
+    "tokenizer": Option(
+        None,
+        check.tokenizer,
+        "For a data set of text: a tokenizer, or where to load one; None: the model's own.",
+        lambda value: value if isinstance(value, str) else None,
+    ),
+    "text_column": Option("text", check.text, "The column of a `datasets.Dataset` that holds the text."),
+    "calibrate_on": Option(
+        "mixed",
+        check.choice("mixed", "quantized", "dense"),
+        "Whose activations a block is calibrated on: 'quantized', those of the model with all blocks before it quantized; "
+        "'dense', the original model's, as in the paper; 'mixed', every second batch the one or the other.",
+    ),
+    "num_samples": Option(256, check.integer(1), "How many token sequences to calibrate on."),
+    "sequence_length": Option(512, check.integer(1), "Tokens in each of them."),
+    "batch_size": Option(8, check.integer(1), "Sequences in one forward pass."),
+    "damping": Option(
+        0.01, check.positive, "Added to the Hessian's diagonal, as a share of its mean; grows until Cholesky works."
+    ),
+    "refinement_sweeps": Option(10, check.integer(0), "Passes over the codes after the first rounding."),
+    "scale": Option(
+        "auto", check.scale, "'auto': measured for each weight; a number multiplies the scale published for the codebook."
+    ),
+    "modules_to_not_convert": Option(
+        None,
+        check.patterns,
+        "Names, suffixes or regular expressions of modules to leave dense, besides the output embeddings.",
+    ),
+    "modules": Option(
+        None,
+        _modules,
+        "Options for single modules: {pattern: {option: value}}. A shell pattern such as '*.down_proj' or 'down_proj' "
+        "means a module's whole name or its end after a dot; where several match, later ones win. Output embeddings and "
+        "embeddings that are not tied are quantized if a pattern calls them by name: {'lm_head': …, 'embed_tokens': …}.",
+    ),
+    "seed": Option(0, check.integer(0), "Of everything random."),
+}

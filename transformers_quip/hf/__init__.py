@@ -1,0 +1,1 @@
+"""All that hooks into Transformers, and nothing else."""

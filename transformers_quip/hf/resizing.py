@@ -1,0 +1,51 @@
+"""Another number of tokens is refused, before anything is changed, for a model whose head or table is codes.
+
+Transformers' `resize_token_embeddings` replaces the table of the inputs first and the head afterwards, so that an error of
+a quantized head alone would leave a model whose parts do not fit. It has no hook, so the method is wrapped once.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ..nn.stand_in import PackedWeight
+
+_WRAPPED = "_transformers_quip_wrapped"
+
+
+def install() -> None:
+    """Wrap the method, once for the life of the process."""
+    from transformers import PreTrainedModel
+
+    original = getattr(PreTrainedModel.resize_token_embeddings, _WRAPPED, PreTrainedModel.resize_token_embeddings)
+
+    @functools.wraps(original)
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        _check(self, new_num_tokens, pad_to_multiple_of)
+        return original(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    setattr(resize_token_embeddings, _WRAPPED, original)
+    PreTrainedModel.resize_token_embeddings = resize_token_embeddings
+
+
+def _check(model: Any, tokens: int | None, multiple: int | None) -> None:
+    """Raise `ValueError` if a quantized head or table would have to get another number of rows."""
+    if tokens is None and multiple is None:
+        return  # it only asks for the table
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if tokens is None:
+        tokens = table.weight.shape[0]
+    if multiple:
+        tokens = -(-tokens // multiple) * multiple
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in (table, head):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, PackedWeight) and weight.shape[0] != tokens:
+            raise ValueError(
+                f"{names[id(module)]} is quantized: it is stored as codes for {weight.shape[0]} tokens, and cannot get "
+                f"{tokens}. Another number of tokens (resize_token_embeddings) needs dense weights: change the model "
+                "before it is quantized, or call model.dequantize()"
+            )

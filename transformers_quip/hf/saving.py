@@ -1,0 +1,58 @@
+"""Makes Transformers write a model card where it saves or pushes a quantized model.
+
+Transformers has no hook that knows the folder, so two methods of `PreTrainedModel` are wrapped once. For a model that is
+not quantized by this package they do what they did before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import QUANT_METHOD
+from ..hub.model_card import CARD, try_to_write_card
+
+_WRAPPED = "_transformers_quip_wrapped"
+
+
+def install() -> None:
+    """Wrap the methods, once for the life of the process."""
+    from transformers import PreTrainedModel
+
+    for name, wrap in (("save_pretrained", _save_pretrained), ("_upload_modified_files", _upload_modified_files)):
+        method = getattr(PreTrainedModel, name)
+        wrapper = functools.wraps(method)(wrap(getattr(method, _WRAPPED, method)))
+        setattr(wrapper, _WRAPPED, getattr(method, _WRAPPED, method))
+        setattr(PreTrainedModel, name, wrapper)
+
+
+def _save_pretrained(original: Callable) -> Callable:
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and _is_quantized(self) and (Path(save_directory) / "config.json").is_file():
+            try_to_write_card(save_directory)
+        return result
+
+    return save_pretrained
+
+
+def _upload_modified_files(original: Callable) -> Callable:
+    def _upload_modified_files(
+        self, working_dir: Any, repo_id: str, files_timestamps: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        whole = _is_quantized(self) and (Path(working_dir) / "config.json").is_file()
+        # Here Transformers has put the card that the Hub has, or its own form, into the folder.
+        if whole and try_to_write_card(working_dir, repo_id=repo_id):
+            files_timestamps = {name: time for name, time in files_timestamps.items() if name != CARD}
+        return original(self, working_dir, repo_id, files_timestamps, *args, **kwargs)
+
+    return _upload_modified_files
+
+
+def _is_quantized(model: Any) -> bool:
+    """Whether the whole model is going to be saved, and it is quantized by this package."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    adapters_only = getattr(model, "_hf_peft_config_loaded", False)
+    return getattr(config, "quant_method", None) == QUANT_METHOD and not adapters_only

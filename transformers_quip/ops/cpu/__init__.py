@@ -1,0 +1,1 @@
+"""The ops on the CPU, computed by the compiled library."""
