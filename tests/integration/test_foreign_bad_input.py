@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import foreign
 from transformers_quip import QuipConfig, QuipLinear
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 
 
 @pytest.fixture
@@ -369,4 +369,4 @@ def test_what_the_model_has_nothing_of_is_left_out(damaged, caplog):
     model = AutoModel.from_pretrained(folder)
     assert isinstance(model.layers[1].mlp.down_proj, QuipLinear)
     for name in ("lm_head", "mtp.down_proj"):
-        assert f"{name} of the checkpoint is no part of LlamaModel" in caplog.text
+        assert f"{name} of the checkpoint is not a part of LlamaModel" in caplog.text

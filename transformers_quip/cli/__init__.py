@@ -10,7 +10,6 @@ Exit codes: 0 done; 2 the command line is wrong; 3 a value, a model or a file ca
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import signal
 import sys
 import threading
@@ -22,18 +21,16 @@ from ..version import __version__
 
 USAGE, UNUSABLE, UNREACHABLE, STOPPED, TERMINATED = 2, 3, 4, 130, 143
 COMMANDS = ("quantize", "evaluate", "inspect", "compare", "convert", "push", "chat")
-# A command is there if what it calls is.
-_NEEDS = {"convert": "transformers_quip.checkpoints.convert"}
 
 
 class _Commands(click.Group):
     """Imports the module of a command when it is asked for."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [name for name in COMMANDS if name not in _NEEDS or importlib.util.find_spec(_NEEDS[name])]
+        return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in self.list_commands(context):
+        if name not in COMMANDS:
             return None
         return importlib.import_module(f"{__name__}.{name}").command
 

@@ -16,7 +16,7 @@ from .residual import ResidualE8P
 from .scalar import Scalar
 from .trellis import Trellis
 
-__all__ = ["Codebook", "Grid", "default_for_bits", "get", "names"]
+__all__ = ["Codebook", "Grid", "default_for_bits", "get", "is_read_only", "names"]
 
 _CODEBOOKS: Registry[Codebook] = Registry("codebook")
 for _codebook in (
@@ -57,6 +57,16 @@ _trellis = functools.lru_cache(maxsize=256)(Trellis.parse)
 @functools.lru_cache(maxsize=64)
 def _with_residual_scale(book: Codebook, scale: float) -> Codebook:
     return book.with_residual_scale(scale)
+
+
+def is_read_only(name: object) -> bool:
+    """Whether this names a codebook that is only for checkpoints made elsewhere; [`names`] lists none of them."""
+    if not isinstance(name, str):
+        return False
+    try:
+        return get(name).is_read_only
+    except ValueError:
+        return False
 
 
 def default_for_bits(bits: float) -> str:

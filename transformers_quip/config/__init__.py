@@ -1,34 +1,37 @@
 """QuipConfig: how a model is quantized, which options fit together, and its place in config.json.
 
-The single options stand in `options`, their checks in `option_checks`.
+The table of options is in `options`, their checks are in `checks`, and the types that editors see in `typed`.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-import fnmatch
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import codebooks, rounding
+from ..registry import suggest
 from ..version import __version__
 from . import storage
-from .checks import MIXED_BITS, is_read_only, known_bits, short
+from .bits import MIXED_BITS, known_bits
+from .checks import short
 from .options import OPTIONS
-from .storage import Layout
+from .patterns import matches
+from .storage import Storage
+from .typed import TypedOptions
 
 QUANT_METHOD = "quip"
 FORMAT_VERSION = 1
 
 # Written beside the options by the quantizer, not by the caller.
-_RECORDS = ("calibration", "quantized_modules", "layout", "origin")
+# Attribute → its key in config.json.
+_RECORDS = {"calibration": "calibration", "quantized_modules": "quantized_modules", "storage": "layout", "origin": "origin"}
 
 
-class QuipConfig(QuantizationConfigMixin):
+class QuipConfig(TypedOptions, QuantizationConfigMixin):
     """How to quantize a model with QuIP# (arXiv 2402.04396), and how a saved model was quantized.
 
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuipConfig(bits=2))
@@ -39,36 +42,38 @@ class QuipConfig(QuantizationConfigMixin):
     Attributes:
         calibration: after a calibrated run, which data was used (a JSON-serialisable dict); else None.
         quantized_modules: after any run, the names of the quantized modules, in the short form of
-            `checkpoints.native.compress_names`; else None.
+            `checkpoints.names.compress_names`; else None.
         origin: after any run, which model was quantized, and by which versions (`hub.origin.describe`); else None.
-        layout: for a model that was re-packed from a checkpoint of another package, how its tensors are laid out:
-            {pattern: {…}} with the attributes of [`Layout`]; else None.
+        storage: for a model that was re-packed from a checkpoint of another package, how its tensors are stored:
+            {pattern: {…}} with the attributes of [`Storage`]; else None. In config.json it is called "layout".
         foreign: of such a checkpoint while it is loaded, its own description of how it was quantized; not saved.
 
     Options:
     """
 
-    def __init__(self, **options: Any):
-        unknown = [name for name in options if name not in OPTIONS]
-        if unknown:
-            raise ValueError(_unknown_option(unknown[0], options[unknown[0]]))
-        self.quant_method = QUANT_METHOD
-        for name, option in OPTIONS.items():
-            setattr(self, name, options.get(name, option.default))
-        if "bits" not in options and (self.codebook in codebooks.names() or is_read_only(self.codebook)):
-            self.bits = codebooks.get(self.codebook).bits
-        self.calibration: dict[str, Any] | None = None
-        self.quantized_modules: list[str] | None = None
-        self.origin: dict[str, Any] | None = None
-        self.layout: dict[str, dict] | None = None
-        self.foreign: dict[str, Any] | None = None
-        self.validate()
+    if not TYPE_CHECKING:  # type checkers see the keywords of `TypedOptions`
+
+        def __init__(self, **options: Any):
+            unknown = [name for name in options if name not in OPTIONS]
+            if unknown:
+                raise ValueError(_unknown_option(unknown[0], options[unknown[0]]))
+            self.quant_method = QUANT_METHOD
+            for name, option in OPTIONS.items():
+                setattr(self, name, options.get(name, option.default))
+            if "bits" not in options and (self.codebook in codebooks.names() or codebooks.is_read_only(self.codebook)):
+                self.bits = codebooks.get(self.codebook).bits
+            self.calibration: dict[str, Any] | None = None
+            self.quantized_modules: list[str] | None = None
+            self.origin: dict[str, Any] | None = None
+            self.storage: dict[str, dict] | None = None
+            self.foreign: dict[str, Any] | None = None
+            self.validate()
 
     def validate(self) -> None:
         """Check every option and their combination, and settle `codebook`. Raises `ValueError`."""
         for name, option in OPTIONS.items():
             value = getattr(self, name)
-            if name == "bits" and is_read_only(self.codebook):
+            if name == "bits" and codebooks.is_read_only(self.codebook):
                 continue  # such a codebook may have bits that no other has; compared with its own below
             try:
                 setattr(self, name, option.check(value))
@@ -120,7 +125,7 @@ class QuipConfig(QuantizationConfigMixin):
         if not method.works_with(codebooks.get(self.codebook)):
             books = ", ".join(repr(name) for name in codebooks.names() if method.works_with(codebooks.get(name)))
             methods = f"methods for {self.codebook!r}: {', '.join(map(repr, _methods(self.codebook)))}"
-            if is_read_only(self.codebook):
+            if codebooks.is_read_only(self.codebook):
                 methods = f"{self.codebook!r} is for checkpoints that were made elsewhere, and no method rounds to it"
             raise ValueError(
                 f"QuipConfig: rounding={self.rounding!r} does not work with codebook={self.codebook!r}, only with "
@@ -166,13 +171,13 @@ class QuipConfig(QuantizationConfigMixin):
                 self.modules = {name: options for name in names if (options := self._options_of(name))}
                 return
 
-    def layout_of(self, name: str) -> Layout:
-        """How the tensors of the quantized linear of this name are laid out."""
+    def storage_of(self, name: str) -> Storage:
+        """How the tensors of the quantized linear of this name are stored."""
         values: dict[str, Any] = {}
-        for pattern, more in (self.layout or {}).items():
+        for pattern, more in (self.storage or {}).items():
             if matches(name, pattern):
                 values.update(more)
-        return Layout.from_dict(values) if values else storage.PLAIN
+        return Storage.from_dict(values) if values else storage.PLAIN
 
     @property
     def is_mixed(self) -> bool:
@@ -212,8 +217,8 @@ class QuipConfig(QuantizationConfigMixin):
         """What config.json stores: JSON-serialisable, and equal after [`from_dict`]."""
         result: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         result.update((name, option.stored(getattr(self, name))) for name, option in OPTIONS.items())
-        result.update((name, copy.deepcopy(getattr(self, name))) for name in _RECORDS)
-        if self.layout is None:
+        result.update((key, copy.deepcopy(getattr(self, name))) for name, key in _RECORDS.items())
+        if self.storage is None:
             del result["layout"]  # as in most models
         return result
 
@@ -223,7 +228,7 @@ class QuipConfig(QuantizationConfigMixin):
 
         Args:
             config_dict: as [`to_dict`] returns it. Without "format_version" it is read as options.
-            return_unused_kwargs: return (config, the kwargs that are no options).
+            return_unused_kwargs: return (config, the kwargs that are not options).
             kwargs: options to change.
 
         Raises:
@@ -235,7 +240,7 @@ class QuipConfig(QuantizationConfigMixin):
             raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")
         if "format_version" in values:
             config = cls._from_saved(values)
-        elif values.keys() & set(_RECORDS):
+        elif values.keys() & set(_RECORDS.values()):
             raise ValueError(f"The saved quantization_config has no format_version: {values!r}")
         else:
             config = cls(**values)
@@ -245,7 +250,7 @@ class QuipConfig(QuantizationConfigMixin):
     @classmethod
     def _from_saved(cls, values: dict[str, Any]) -> QuipConfig:
         version = values.pop("format_version")
-        records = {name: values.pop(name, None) for name in _RECORDS}
+        records = {name: values.pop(key, None) for name, key in _RECORDS.items()}
         newer = f"it may need a newer transformers-quip than {__version__}: pip install -U transformers-quip"
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise ValueError(
@@ -261,14 +266,14 @@ class QuipConfig(QuantizationConfigMixin):
         calibration, quantized = records["calibration"], records["quantized_modules"]
         for name in ("calibration", "origin"):
             if not (records[name] is None or isinstance(records[name], dict)):
-                raise ValueError(f"The saved quantization_config has {name}={short(records[name])}, which is no dict")
+                raise ValueError(f"The saved quantization_config has {name}={short(records[name])}, which is not a dict")
         if not (quantized is None or (isinstance(quantized, list) and all(isinstance(n, str) for n in quantized))):
             raise ValueError(
-                f"The saved quantization_config has quantized_modules={short(quantized)}, which is no list of names"
+                f"The saved quantization_config has quantized_modules={short(quantized)}, which is not a list of names"
             )
         try:
             config = cls(**values)
-            config.layout = storage.check(records["layout"])
+            config.storage = storage.check(records["storage"])
         except ValueError as error:
             raise ValueError(f"The saved quantization_config cannot be used: {error}; {newer}") from None
         config.calibration, config.quantized_modules, config.origin = calibration, quantized, records["origin"]
@@ -291,19 +296,12 @@ class QuipConfig(QuantizationConfigMixin):
     __hash__ = None
 
 
-QuipConfig.__signature__ = inspect.Signature(
-    [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()]
-)
+QuipConfig.__signature__ = inspect.signature(TypedOptions)
 QuipConfig.__doc__ = (
     QuipConfig.__doc__.rstrip()
     + "\n"
     + "".join(f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items())
 )
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a shell pattern (`*`, `?`, `[…]`) means this module: its whole name, or what follows some dot of it."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
 def _methods(codebook: str) -> list[str]:
@@ -319,6 +317,4 @@ def _overridden(options: dict[str, Any], values: dict[str, Any]) -> dict[str, An
 
 
 def _unknown_option(name: str, value: Any) -> str:
-    close = difflib.get_close_matches(name, OPTIONS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"QuipConfig has no option {name!r} (given {short(value)}), only {', '.join(OPTIONS)}{hint}"
+    return f"QuipConfig has no option {name!r} (given {short(value)}), only {', '.join(OPTIONS)}{suggest(name, OPTIONS)}"

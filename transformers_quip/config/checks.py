@@ -1,12 +1,10 @@
 """The checks of QuipConfig's single options: each returns the value as it is kept, or raises what is allowed.
 
 The `ValueError` of a check goes on where its caller has named the option and the value: "must be True or False".
-Beside them stands what else is asked of a value: whether a codebook is read only, how a data set is described.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +14,8 @@ import torch
 
 from .. import codebooks
 from .. import incoherence as transforms
-
-# What single modules may get where `bits` is an average that no codebook has.
-MIXED_BITS = (2, 3, 4)
+from ..registry import suggest
+from .bits import MIXED_BITS, known_bits
 
 
 def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[Any], int]:
@@ -54,11 +51,6 @@ def bits(value: Any) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def known_bits() -> list[float]:
-    """The bits that some codebook has, ascending."""
-    return sorted({codebooks.get(name).bits for name in codebooks.names()})
-
-
 def residual_scale(value: Any) -> float | None:
     if value is None:
         return None
@@ -71,25 +63,15 @@ def name(names: Callable[[], tuple[str, ...]], optional: bool = False) -> Callab
     def check(value: Any) -> str | None:
         if (value is None and optional) or (isinstance(value, str) and value in names()):
             return value
-        close = difflib.get_close_matches(value, names(), n=1) if isinstance(value, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"must be one of {', '.join(map(repr, names()))}{' or None' if optional else ''}{hint}")
+        raise ValueError(
+            f"must be one of {', '.join(map(repr, names()))}{' or None' if optional else ''}{suggest(value, names())}"
+        )
 
     return check
 
 
 def codebook(value: Any) -> str | None:
-    return value if is_read_only(value) else name(codebooks.names, optional=True)(value)
-
-
-def is_read_only(codebook: Any) -> bool:
-    """Whether this names a codebook that is only for checkpoints made elsewhere; the list of names has none of them."""
-    if not isinstance(codebook, str):
-        return False
-    try:
-        return codebooks.get(codebook).is_read_only
-    except ValueError:
-        return False
+    return value if codebooks.is_read_only(value) else name(codebooks.names, optional=True)(value)
 
 
 def choice(*allowed: str) -> Callable[[Any], str]:
@@ -156,20 +138,6 @@ def dataset(value: Any) -> Any:
 def _is_table(value: Any) -> bool:
     """Whether this is a `datasets.Dataset`, without importing that package."""
     return all(hasattr(value, name) for name in ("column_names", "__getitem__", "__len__"))
-
-
-def describe_dataset(value: Any) -> str | None:
-    """What config.json says of the data: the data itself is not needed to load a quantized model."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        kind, count = "token sequence", len(value) if value.ndim > 1 else 1
-    elif isinstance(value, (list, tuple)):
-        kind = "text" if isinstance(value[0], str) else "token sequence"
-        count = 1 if isinstance(value[0], int) else len(value)
-    else:
-        kind, count = "data set row", len(value)
-    return f"{count} {kind}{'s' if count != 1 else ''} given by the caller"
 
 
 def tokenizer(value: Any) -> Any:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from .. import rounding
 from . import checks as check
 
@@ -39,6 +42,20 @@ class Option:
     check: Callable[[Any], Any]
     doc: str
     stored: Callable[[Any], Any] = copy.deepcopy
+
+
+def _describe_dataset(value: Any) -> str | None:
+    """The words for the data in config.json: the data itself is not needed to load a quantized model."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        kind, count = "token sequence", len(value) if value.ndim > 1 else 1
+    elif isinstance(value, (list, tuple)):
+        kind = "text" if isinstance(value[0], str) else "token sequence"
+        count = 1 if isinstance(value[0], int) else len(value)
+    else:
+        kind, count = "data set row", len(value)
+    return f"{count} {kind}{'s' if count != 1 else ''} given by the caller"
 
 
 def _modules(value: Any) -> dict[str, dict] | None:
@@ -98,7 +115,7 @@ OPTIONS: dict[str, Option] = {
         "What to calibrate on: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
         "name of a data set that Optimum knows (wikitext2, c4, ...), a list of strings, a list or tensor of token "
         "ids, a `datasets.Dataset`, or None: no calibration, each weight is quantized while it is loaded.",
-        check.describe_dataset,
+        _describe_dataset,
     ),
     "tokenizer": Option(
         None,
@@ -135,5 +152,5 @@ OPTIONS: dict[str, Option] = {
         "means a module's whole name or its end after a dot; where several match, later ones win. Output embeddings and "
         "embeddings that are not tied are quantized if a pattern calls them by name: {'lm_head': …, 'embed_tokens': …}.",
     ),
-    "seed": Option(0, check.integer(0), "Of everything random."),
+    "seed": Option(0, check.integer(0), "The seed of everything random."),
 }

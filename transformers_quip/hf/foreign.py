@@ -18,7 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints import memory
 from ..checkpoints.files import UNREADABLE, Files, expand_weights, find_weights, unreadable
-from ..checkpoints.foreign.plan import METHODS, ForeignLinear, ForeignPlan, make_plan
+from ..checkpoints.foreign.plan import METHODS, ForeignPlan, make_plan
+from ..checkpoints.foreign.repack import repack
 from ..checkpoints.headers import DAMAGED, read_json
 from ..config import QuipConfig
 
@@ -126,24 +127,6 @@ class Repack(ConversionOps):
             return RaisedLater(error)
         self.releaser.handled(sum(tensor.nbytes for tensor in tensors.values()))
         return native
-
-
-def repack(linear: ForeignLinear, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The native tensors of a linear, in the types of the parameters of the model.
-
-    Raises:
-        ValueError: they do not fit: the files and the model contradict each other.
-    """
-    result = {}
-    for name, value in linear.repack(tensors).items():
-        parameter = model.get_parameter(name)
-        if parameter.shape != value.shape or parameter.is_floating_point() != value.is_floating_point():
-            raise ValueError(
-                f"{name} is re-packed to {value.dtype} {list(value.shape)}, but the model has {parameter.dtype} "
-                f"{list(parameter.shape)} there"
-            )
-        result[name] = value.to(parameter.dtype)
-    return result
 
 
 class RepackingConverter(WeightConverter):

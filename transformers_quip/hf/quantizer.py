@@ -21,6 +21,7 @@ from ..checkpoints import memory, native
 from ..checkpoints.files import Files, check_inside
 from ..checkpoints.foreign.plan import METHODS, ForeignPlan
 from ..checkpoints.headers import read_headers
+from ..checkpoints.names import compress_names, expand_names
 from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
 from ..nn import replace
@@ -122,7 +123,7 @@ class QuipQuantizer(HfQuantizer):
         self._report(model, plan)
 
     def _put_empty_linears(self, model: PreTrainedModel) -> None:
-        recorded = native.expand_names(self.quantization_config.quantized_modules)
+        recorded = expand_names(self.quantization_config.quantized_modules)
         place_all(model, recorded, self.quantization_config)
         if not replace.quantized_modules(model):
             raise ValueError(
@@ -193,7 +194,7 @@ class QuipQuantizer(HfQuantizer):
                 self._check_all_quantized(model)
             else:
                 self._calibrate(model)
-            names = native.compress_names(replace.quantized_modules(model))
+            names = compress_names(replace.quantized_modules(model))
             config = self.quantization_config.without_data()
             config.quantized_modules = names
             config.settle_modules(replace.quantized_modules(model))

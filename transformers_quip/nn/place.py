@@ -20,26 +20,26 @@ from .replace import is_dense_embedding, is_dense_linear, linear_shape
 
 
 def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
-    """Put empty quantized modules, on the meta device, where the dense ones are; what the model has not is left out.
+    """Put empty quantized modules, on the meta device, where the dense ones are.
+
+    Names that the model does not have are skipped.
 
     Args:
         model: on the meta device or not.
-        recorded: names of the quantized linears and embeddings as config.json has them. A head may be loaded on a base
-            model that was saved alone, or the other way round: the base model's prefix may be missing or too many.
-        config: has `for_module` and `layout_of` (`QuipConfig`).
+        recorded: names of the quantized linears and embeddings as config.json has them; see [`possible_names`].
+        config: has `for_module` and `storage_of` (`QuipConfig`).
 
     Raises:
-        ValueError: a layout does not fit the model.
+        ValueError: a record of config.json does not fit the model.
     """
-    prefix = getattr(model, "base_model_prefix", "") + "."
     modules = dict(model.named_modules())
     joined: dict[str, dict[str, str]] = defaultdict(dict)
     experts: dict[str, dict[str, str]] = defaultdict(dict)
     for name in recorded:
-        for here in dict.fromkeys((name, prefix + name, name.removeprefix(prefix))):
+        for here in possible_names(model, name):
             parent, _, last = here.rpartition(".")
             grandparent = parent.rpartition(".")[0]
-            if config.layout_of(name).fuses and parent in modules:
+            if config.storage_of(name).fuses and parent in modules:
                 _fuse(model, here, config, name)
             elif here in modules and is_dense_linear(modules[here]):
                 _replace(model, here, config, name)
@@ -98,11 +98,21 @@ def _untie(model: nn.Module) -> None:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
+def possible_names(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The names that a module of a checkpoint may have in this model, the likeliest first.
+
+    A model with a head may be loaded from a checkpoint of its base model alone, or the other way round: the base model's
+    prefix may be missing or too many.
+    """
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    return tuple(dict.fromkeys((name, prefix + name, name.removeprefix(prefix))))
+
+
 def empty_linear(
     rows: int, columns: int, config: Any, name: str, *, bias: bool, dtype: torch.dtype, conv1d: bool = False
 ) -> QuipLinear:
     """A quantized linear of [rows, columns] on the meta device, as the config wants the one of this name."""
-    options, layout = config.for_module(name), config.layout_of(name)
+    options, storage = config.for_module(name), config.storage_of(name)
     arguments: dict[str, Any] = {
         "codebook": options.codebook,
         "residual_scale": options.residual_scale,
@@ -111,11 +121,11 @@ def empty_linear(
         "conv1d": conv1d,
         "device": "meta",
         "dtype": dtype,
-        "scales_dtype": None if layout.scales_dtype is None else getattr(torch, layout.scales_dtype),
+        "scales_dtype": None if storage.scales_dtype is None else getattr(torch, storage.scales_dtype),
     }
-    if layout.padded or layout.row_scales or STORED in sides(options.incoherence):
+    if storage.padded or storage.row_scales or STORED in sides(options.incoherence):
         try:
-            return GeneralLinear(columns, rows, bias, padded=layout.padded, row_scales=layout.row_scales, **arguments)
+            return GeneralLinear(columns, rows, bias, padded=storage.padded, row_scales=storage.row_scales, **arguments)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return QuipLinear(columns, rows, bias, **arguments)
@@ -156,7 +166,7 @@ def fused_shape(parent: nn.Module, names: Iterable[str], fused: str) -> tuple[li
 
 def _fuse(model: nn.Module, here: str, config: Any, name: str) -> None:
     path, _, last = here.rpartition(".")
-    parent, names = model.get_submodule(path), config.layout_of(name).fuses
+    parent, names = model.get_submodule(path), config.storage_of(name).fuses
     rows, columns = fused_shape(parent, names, here)
     first = getattr(parent, names[0])
     parent.add_module(last, _like(first, sum(rows), columns, config, name, bias=False))
@@ -169,7 +179,7 @@ def _fuse(model: nn.Module, here: str, config: Any, name: str) -> None:
 def _join(model: nn.Module, here: str, names: Mapping[str, str], config: Any) -> None:
     linear = model.get_submodule(here)
     prefix = next(iter(names.values())).rpartition(".")[0]
-    parts = dict(config.layout_of(prefix).parts)
+    parts = dict(config.storage_of(prefix).parts)
     rows, columns = linear_shape(linear)
     if set(parts) != set(names) or sum(parts.values()) != rows:
         raise ValueError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,15 +23,6 @@ def is_dense_linear(module: nn.Module) -> bool:
 def is_dense_embedding(module: nn.Module) -> bool:
     """Whether this is exactly an `nn.Embedding` that only looks rows up: a subclass may do more (Gemma's scale them)."""
     return type(module) is nn.Embedding and module.max_norm is None
-
-
-def is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns means this module.
-
-    A pattern is a prefix up to a dot, a suffix, or a regular expression that matches from the start up to a dot: as in
-    Transformers, of which earlier versions let a prefix end anywhere, so that "layers.1" meant layers.10 too.
-    """
-    return any(name.endswith(pattern) or re.match(rf"(?:{pattern})(?:\.|$|(?<=\.))", name) for pattern in patterns)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

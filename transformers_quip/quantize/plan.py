@@ -14,9 +14,9 @@ from torch import nn
 
 from .. import codebooks, incoherence
 from ..calibration.capture import find_blocks
-from ..config import matches
+from ..config.patterns import is_called, is_named, matches
 from ..nn.linear import QuipLinear
-from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, is_named, linear_shape
+from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, linear_shape
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -156,12 +156,6 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     return QuantizationPlan(tuple(entries), tuple(used))
 
 
-def is_called(name: str, config: QuipConfig) -> bool:
-    """Whether `config.modules` means this module by name: a pattern matches, and its last part has no wildcard."""
-    last = name.rpartition(".")[2]
-    return any(matches(name, pattern) and pattern.rpartition(".")[2] == last for pattern in config.modules or {})
-
-
 def unmatched_patterns(model: nn.Module, config: QuipConfig) -> list[str]:
     """The patterns of `modules_to_not_convert` and `modules` that mean no module of the model (a misspelling?)."""
     names = [name for name, _ in model.named_modules()]
@@ -188,7 +182,7 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
     blocks = find_blocks(model)[0] + "." if config.is_calibrated else ""
     reasons = {}
     for name, module in linears.items():
-        if module is output and is_called(name, config):
+        if module is output and is_called(name, config.modules or {}):
             if name in tied:
                 raise _tied_error(name)
         elif module is output:
@@ -217,7 +211,7 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
     """The embeddings that `config.modules` asks to quantize."""
     entries, tied = [], None
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or not is_called(name, config):
+        if not isinstance(module, nn.Embedding) or not is_called(name, config.modules or {}):
             continue
         if not is_dense_embedding(module):
             what = "limits the norm of its rows" if type(module) is nn.Embedding else f"is a {type(module).__name__}"

@@ -20,7 +20,7 @@ from ..calibration import BlockInputs, HessianAccumulator, capture_inputs, find_
 from ..calibration.dataset import load_token_ids
 from ..calibration.device import autocast_dtype, calibration_autocast, cpu_matmul_precision, evaluating
 from ..calibration.observe import observe_until
-from ..config import MIXED_BITS
+from ..config.bits import MIXED_BITS
 from ..nn import replace
 from .allocate import allocate, gaussian_error, measure_sensitivities
 from .bars import advance

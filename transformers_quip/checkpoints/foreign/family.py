@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...config.storage import PLAIN, Layout
+from ...config.storage import PLAIN, Storage
 from ..headers import DAMAGED, TensorInfo
 
 
@@ -22,8 +22,8 @@ class Form:
     Attributes:
         rows, columns: m and n of the linear, without padding.
         codebook, incoherence, residual_scale: as in `QuipConfig`; incoherence a pair.
-        layout: see there.
-        details: what the family's `repack` wants to know besides.
+        storage: what the record of the config says of it.
+        details: further facts that the family's `repack` needs.
     """
 
     rows: int
@@ -31,13 +31,13 @@ class Form:
     codebook: str
     incoherence: tuple[str, str]
     residual_scale: float | None = None
-    layout: Layout = PLAIN
+    storage: Storage = PLAIN
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def padded(self) -> tuple[int, int]:
         """(m', n') of the codes."""
-        return self.layout.padded or (self.rows, self.columns)
+        return self.storage.padded or (self.rows, self.columns)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...config.storage import Layout
+from ...config.storage import Storage
 from ..headers import DAMAGED
 from . import trellis_bits
 from .family import FLOATING, Family, Form, Source, is_true
@@ -99,7 +99,7 @@ class Qtip(Family):
             columns,
             f"trellis:{code}:k{k}:{'qtip' if kernel else 'rows'}",
             _transforms(source, parameters),
-            layout=Layout(scales_dtype="float32"),
+            storage=Storage(scales_dtype="float32"),
             details={"kernel": kernel},
         )
 

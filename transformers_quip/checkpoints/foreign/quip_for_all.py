@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...codebooks.residual import PUBLISHED_RESIDUAL_SCALES
-from ...config.storage import Layout
+from ...config.storage import Storage
 from ...incoherence import STORED
 from ...incoherence.quip_for_all import ORDERS
 from ..headers import DAMAGED
@@ -104,7 +104,7 @@ class QuipForAll(Family):
             codebook,
             (name_in, name_out),
             _residual_scale(parameters),
-            Layout(None if padded == (rows, columns) else padded, row_scales, "float32"),
+            Storage(None if padded == (rows, columns) else padded, row_scales, "float32"),
         )
 
     def repack(self, tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ class QuipForAll(Family):
             for kind, size in (("SU", form.columns), ("SV", form.rows))
         )
         result["su"], result["sv"] = zeros_beyond(su, columns), zeros_beyond(sv, rows)
-        if form.layout.row_scales:
+        if form.storage.row_scales:
             result["row_scales"] = scale
         else:
             result["sv"] = result["sv"] * scale.reshape(())

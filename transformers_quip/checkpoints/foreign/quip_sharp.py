@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ...codebooks.residual import PUBLISHED_RESIDUAL_SCALES
-from ...config.storage import Layout
+from ...config.storage import Storage
 from ..headers import DAMAGED
 from . import lattice_bits
 from .family import FLOATING, Family, Form, Source, is_true
@@ -120,7 +120,7 @@ class QuipSharp(Family):
             codebook,
             ("hadamard", "hadamard"),
             _residual_scale(parameters, codebook),
-            Layout(scales_dtype="float32"),
+            Storage(scales_dtype="float32"),
             {"codebook_id": identity},
         )
 

@@ -1,0 +1,31 @@
+"""The two languages in which the options mean modules by name.
+
+`modules` has shell patterns, which also match the end of a name after a dot ([`matches`], [`is_called`]).
+`modules_to_not_convert` has Transformers' own language: prefixes, suffixes and regular expressions ([`is_named`]).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern (`*`, `?`, `[…]`) means this module: its whole name, or the part after one of its dots."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def is_called(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the shell patterns means this module by name: it matches, and its last part has no wildcard."""
+    last = name.rpartition(".")[2]
+    return any(matches(name, pattern) and pattern.rpartition(".")[2] == last for pattern in patterns)
+
+
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns means this module, in the language of Transformers' `modules_to_not_convert`.
+
+    A pattern is a prefix up to a dot, a suffix, or a regular expression that matches from the start up to a dot. Earlier
+    versions of Transformers let a prefix end anywhere, so that "layers.1" meant layers.10 too; this function does not.
+    """
+    return any(name.endswith(pattern) or re.match(rf"(?:{pattern})(?:\.|$|(?<=\.))", name) for pattern in patterns)
