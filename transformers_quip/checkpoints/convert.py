@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..nn.place import place_all
-from .files import TYPES, Files, expand_weights, find_weights, read_json
+from .files import Files, expand_weights, find_weights
 from .foreign.plan import ForeignLinear
-from .memory import Returner
+from .headers import is_supported, read_json, supported_types, torch_dtype
+from .memory import PageReleaser
 from .native import expand_names
 from .writer import Step, write
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _REPLACED = ("config.json", "quantization_config.json")
-_DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def convert(
@@ -59,7 +59,7 @@ def convert(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     paths = _weight_files(folder)
-    files, returner = Files(paths), Returner(paths)
+    files, releaser = Files(paths), PageReleaser(paths)
     plan = plan_for(model, parameters, files)
     place_all(model, expand_names(plan.config.quantized_modules), plan.config)
 
@@ -67,12 +67,16 @@ def convert(
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
     for key, info in files.headers.items():
         if key not in used:
-            if info.dtype not in _DTYPES:
-                raise ValueError(f"{key} is of type {info.dtype}, which is not supported; types are {', '.join(_DTYPES)}")
-            steps.append(Step({key: (info.shape, _DTYPES[info.dtype])}, lambda key=key, info=info: {key: files.read(info)}))
+            if not is_supported(info.dtype):
+                raise ValueError(
+                    f"{key} is of type {info.dtype}, which is not supported; types are {', '.join(supported_types())}"
+                )
+            steps.append(
+                Step({key: (info.shape, torch_dtype(info.dtype))}, lambda key=key, info=info: {key: files.read(info)})
+            )
     for linear in plan.linears:
         steps.append(Step(_expected(linear, model), lambda linear=linear: repack(linear, _read(linear, files), model)))
-    steps = [_returning(step, returner) for step in steps]
+    steps = [_returning(step, releaser) for step in steps]
     existed = target.exists()
     target.mkdir(parents=True, exist_ok=True)
     try:
@@ -89,11 +93,11 @@ def convert(
         raise
 
 
-def _returning(step: Step, returner: Returner) -> Step:
+def _returning(step: Step, releaser: PageReleaser) -> Step:
     """The same step, after which memory is given back."""
 
     def make() -> Mapping[str, torch.Tensor]:
-        returner.handled(step.size)
+        releaser.handled(step.size)
         return step.make()
 
     return Step(step.expected, make)
@@ -147,7 +151,7 @@ def _read(linear: ForeignLinear, files: Files) -> dict[str, torch.Tensor]:
 
 def _write_config(folder: Path, target: Path, quantization_config: dict[str, Any], untied: bool) -> None:
     """config.json as it was, with the native description of the quantization."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     values.pop("quip_params", None)
     values["quantization_config"] = quantization_config
     if untied:
