@@ -74,7 +74,7 @@ def test_code_that_the_model_needs(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps({"auto_map": mapped}))
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "../up.T", "A": 5}}')
     (folder / "bad.json").write_text("{" * 100_000)
-    (folder / "configuration_x.py").write_text("from .layers import Layer\nfrom . import other, helper\nfrom .missing import x\n")
+    (folder / "configuration_x.py").write_text("from .layers import Layer\nfrom . import other, helper\n")
     (folder / "tok.py").write_text("from .configuration_x import XConfig\nimport os\n")
     (tmp_path / "up.py").write_text("")
     for name in ("layers.py", "helper.py", "modeling_y.py", "evil.py"):

@@ -13,9 +13,10 @@ import torch
 from ..nn.place import place_all
 from .claimed import claimed_folder
 from .companions import companions
-from .files import TYPES, Files, expand_weights, find_weights, read_json
+from .files import Files, expand_weights, find_weights
 from .foreign.plan import ForeignLinear
-from .memory import Returner
+from .headers import is_supported, read_json, supported_types, torch_dtype
+from .memory import PageReleaser
 from .native import expand_names
 from .writer import Step, write
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _REPLACED = ("config.json", "quantization_config.json")
-_DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def convert(
@@ -65,7 +65,7 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     paths = _weight_files(folder)
-    files, returner = Files(paths), Returner(paths)
+    files, releaser = Files(paths), PageReleaser(paths)
     plan = plan_for(model, parameters, files)
     place_all(model, expand_names(plan.config.quantized_modules), plan.config)
 
@@ -73,12 +73,16 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
     for key, info in files.headers.items():
         if key not in used:
-            if info.dtype not in _DTYPES:
-                raise ValueError(f"{key} is of type {info.dtype}, which is not supported; types are {', '.join(_DTYPES)}")
-            steps.append(Step({key: (info.shape, _DTYPES[info.dtype])}, lambda key=key, info=info: {key: files.read(info)}))
+            if not is_supported(info.dtype):
+                raise ValueError(
+                    f"{key} is of type {info.dtype}, which is not supported; types are {', '.join(supported_types())}"
+                )
+            steps.append(
+                Step({key: (info.shape, torch_dtype(info.dtype))}, lambda key=key, info=info: {key: files.read(info)})
+            )
     for linear in plan.linears:
         steps.append(Step(_expected(linear, model), lambda linear=linear: repack(linear, _read(linear, files), model)))
-    steps = [_returning(step, returner) for step in steps]
+    steps = [_returning(step, releaser) for step in steps]
     write(target, steps, shard_size)
     for file in companions(folder):
         if file.name not in _REPLACED:
@@ -86,11 +90,11 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     _write_config(folder, target, plan.config.to_dict(), untied=not model.config.tie_word_embeddings)
 
 
-def _returning(step: Step, returner: Returner) -> Step:
+def _returning(step: Step, releaser: PageReleaser) -> Step:
     """The same step, after which memory is given back."""
 
     def make() -> Mapping[str, torch.Tensor]:
-        returner.handled(step.size)
+        releaser.handled(step.size)
         return step.make()
 
     return Step(step.expected, make)
@@ -144,7 +148,7 @@ def _read(linear: ForeignLinear, files: Files) -> dict[str, torch.Tensor]:
 
 def _write_config(folder: Path, target: Path, quantization_config: dict[str, Any], untied: bool) -> None:
     """config.json as it was, with the native description of the quantization."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     values.pop("quip_params", None)
     values["quantization_config"] = quantization_config
     if untied:

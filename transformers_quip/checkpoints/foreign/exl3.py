@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ...config.storage import Layout
+from ..headers import DAMAGED
 from . import exl3_folded, trellis_bits
-from .family import DAMAGED, FLOATING, Family, Form, Source
+from .family import FLOATING, Family, Form, Source
 
 _BLOCK = 128
 

@@ -15,7 +15,7 @@ import math
 import re
 from typing import Any
 
-from .family import DAMAGED
+from ..headers import DAMAGED
 
 _UP = 1 / 128
 _ROUTED_UP = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*experts\.\d+\.(?:up_proj|w3)$")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...config.storage import PLAIN, Layout
-from ..native import TensorInfo
+from ..headers import DAMAGED, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ class Source:
         return info.shape
 
 
-DAMAGED = "the files are damaged, incomplete, or do not belong to this config.json; download the checkpoint again"
 FLOATING = ("F16", "BF16", "F32")
 
 

@@ -22,9 +22,9 @@ from ...nn.experts import expert_shape, is_stacked
 from ...nn.place import empty_linear, fused_shape
 from ...nn.replace import is_dense_linear, linear_shape
 from .. import native
-from ..native import TensorInfo
+from ..headers import DAMAGED, TensorInfo
 from .exl3 import Exl3
-from .family import DAMAGED, Family, Form, Source, is_one_of
+from .family import Family, Form, Source, is_one_of
 from .qtip import Qtip
 from .quip_for_all import QuipForAll
 from .quip_sharp import QuipSharp

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ...config.storage import Layout
+from ..headers import DAMAGED
 from . import trellis_bits
-from .family import DAMAGED, FLOATING, Family, Form, Source, is_one_of, is_true
+from .family import FLOATING, Family, Form, Source, is_one_of, is_true
 from .quip_sharp import check_hadamard
 
 # decode_mode → native code, and whether it has a table

@@ -21,8 +21,9 @@ from ...codebooks.residual import PUBLISHED_RESIDUAL_SCALES
 from ...config.storage import Layout
 from ...incoherence import STORED
 from ...incoherence.quip_for_all import ORDERS
+from ..headers import DAMAGED
 from . import lattice_bits
-from .family import DAMAGED, FLOATING, Family, Form, Source, is_finite_number, is_one_of, is_true, zeros_beyond
+from .family import FLOATING, Family, Form, Source, is_finite_number, is_one_of, is_true, zeros_beyond
 
 logger = logging.getLogger(__name__)
 

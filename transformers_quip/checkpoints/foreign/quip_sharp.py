@@ -18,8 +18,9 @@ import torch
 
 from ...codebooks.residual import PUBLISHED_RESIDUAL_SCALES
 from ...config.storage import Layout
+from ..headers import DAMAGED
 from . import lattice_bits
-from .family import DAMAGED, FLOATING, Family, Form, Source, is_finite_number, is_one_of, is_true
+from .family import FLOATING, Family, Form, Source, is_finite_number, is_one_of, is_true
 
 # Odd parts of the sizes for which the package has a Hadamard matrix, of order 4 times that.
 _ODD_PARTS = (1, 3, 5, 7, 9, 13, 15, 27, 29, 31, 35, 39, 43)
