@@ -153,9 +153,9 @@ CONTENTS = {
     "a list": (lambda tensors: [*tensors.values()], "holds list instead of tensors by names"),
     "a number": (lambda tensors: {**tensors, "version": 3}, "holds 'version', which is not a tensor of a known type"),
     "no name": (lambda tensors: {**tensors, 3: torch.zeros(1)}, "holds 3, which is not a tensor of a known type"),
-    "complex": (lambda tensors: {**tensors, "z": torch.zeros(1).cfloat()}, "holds 'z', which is no tensor"),
-    "sparse": (lambda tensors: {**tensors, "z": torch.zeros(1).to_sparse()}, "holds 'z', which is no tensor"),
-    "no values": (lambda tensors: {**tensors, "z": torch.zeros(1, device="meta")}, "holds 'z', which is no tensor"),
+    "complex": (lambda tensors: {**tensors, "z": torch.zeros(1).cfloat()}, "holds 'z', which is not a tensor"),
+    "sparse": (lambda tensors: {**tensors, "z": torch.zeros(1).to_sparse()}, "holds 'z', which is not a tensor"),
+    "no values": (lambda tensors: {**tensors, "z": torch.zeros(1, device="meta")}, "holds 'z', which is not a tensor"),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .companions import companions
 from .files import Files
 from .foreign.plan import ForeignPlan
 from .foreign.repack import ForeignLinear, repack
@@ -19,7 +20,6 @@ from .headers import TensorInfo, is_supported, read_json, supported_types, torch
 from .memory import PageReleaser
 from .writer import Step, write
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _REPLACED = ("config.json", "quantization_config.json")
 
 
@@ -30,7 +30,7 @@ def write_native(
 
     Args:
         folder: of the checkpoint.
-        target: an empty folder, or one that does not exist.
+        target: an empty folder.
         model: on the meta device, with the empty quantized linears of the plan in place.
         plan: where every quantized linear of the checkpoint goes.
         files, paths: the checkpoint's files of weights.
@@ -38,24 +38,15 @@ def write_native(
 
     Raises:
         ValueError: a tensor has a type that is not supported, or the files are damaged.
-        OSError: the disk is full, for example. After any error the target is as it was.
+        OSError: the disk is full, for example.
     """
     releaser = PageReleaser(paths)
     steps = [_releasing(step, releaser) for step in _steps(model, plan, files)]
-    existed = target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        write(target, steps, shard_size)
-        for file in folder.iterdir():
-            if file.is_file() and file.name not in _REPLACED and not file.name.endswith(_WEIGHTS):
-                shutil.copyfile(file, target / file.name)
-        # at last, because a folder without it is not a model
-        _write_config(folder, target, plan.config.to_dict(), untied=not model.config.tie_word_embeddings)
-    except BaseException:
-        shutil.rmtree(target)
-        if existed:
-            target.mkdir()
-        raise
+    write(target, steps, shard_size)
+    for file in companions(folder):
+        if file.name not in _REPLACED:
+            shutil.copyfile(file, target / file.name)
+    _write_config(folder, target, plan.config.to_dict(), untied=not model.config.tie_word_embeddings)
 
 
 def _steps(model: nn.Module, plan: ForeignPlan, files: Files) -> Iterator[Step]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..checkpoints.claimed import claimed_folder
 from ..checkpoints.convert import write_native
 from ..checkpoints.files import Files, expand_weights, find_weights
 from ..checkpoints.headers import read_json
@@ -22,7 +23,7 @@ def convert(
     """Re-pack a checkpoint of QuIP#, QuIP-for-all, QTIP or EXL3 into the native format, without loss.
 
     In memory are the tensors of one linear, and a model without weights, which tells the shapes. Whatever is not quantized
-    is copied as it is, and so are the tokenizer and all other files.
+    is copied as it is, and so are the tokenizer and other files of the model (see `checkpoints.companions`).
 
     Args:
         source: a folder, or the name of a repository on the Hub.
@@ -33,11 +34,16 @@ def convert(
     Raises:
         ValueError: the checkpoint is of none of these kinds, of a kind that is not supported, or damaged; or the
             destination is not empty.
-        OSError: the disk is full, for example. After any error the destination is as it was.
+        OSError: the disk is full, for example. After any error the destination is as it was, and what somebody else wrote
+            into it meanwhile is still there.
     """
     folder, target = _folder(source), Path(destination)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not empty: give a folder that is, or that does not exist")
+    with claimed_folder(target, last="config.json") as work:  # a folder without it is not a model
+        _convert(folder, work, shard_size, trust_remote_code)
+
+
+def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: bool) -> None:
+    """Write the native checkpoint into an empty folder."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     parameters = _parameters(folder, config)
     if hasattr(config, "quantization_config"):

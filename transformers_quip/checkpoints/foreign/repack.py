@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...nn.place import empty_linear
+from ...nn.empty import empty_linear
 from ..headers import DAMAGED
 from .family import Family, Form, Source
 from .native_config import native_config
@@ -44,13 +44,15 @@ class ForeignLinear:
             tensors: by kind, as `source.tensors` lists them.
 
         Raises:
-            ValueError: a scale is infinite or no number.
+            ValueError: a scale is infinite or not a number.
         """
         for kind, value in tensors.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"{self.source.name}.{kind} has numbers that are not finite: {DAMAGED}")
         others = {kind: value for kind, value in tensors.items() if kind != "bias"}
         result = {key: value.contiguous() for key, value in self.family.repack(others, self.form).items()}
+        if "folded" in self.form.details:
+            result["sv"] = result["sv"] / self.form.details["folded"]
         if not all(result[key].isfinite().all() for key in ("su", "sv")):  # divided by a zero
             raise ValueError(f"The scales of {self.source.name} are not all finite: {DAMAGED}")
         if "bias" in tensors:
