@@ -24,7 +24,7 @@ from ..checkpoints.foreign.plan import METHODS, ForeignPlan
 from ..checkpoints.headers import read_headers
 from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
-from ..nn import replace
+from ..nn import collectives, replace
 from ..nn.place import place_all, restore_structure
 from ..nn.shared import share_inputs
 from ..quantize.bars import LoadingBar
@@ -102,6 +102,7 @@ class QuipQuantizer(HfQuantizer):
     ) -> None:
         saving.install()
         resizing.install()
+        collectives.install()
         self._loading = (model, checkpoint_files or [])
         self._memory = memory.PageReleaser(checkpoint_files or [])
         parameters = self.quantization_config.foreign
