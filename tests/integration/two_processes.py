@@ -113,7 +113,7 @@ def main(folder: str, results: Path) -> None:
     found["trainer"] = with_trainer(folder, results / "trainer")
 
     for dtype in (torch.int16, torch.uint16):
-        tensor = torch.arange(6).to(dtype) + (300 if rank == 0 else 0)
+        tensor = (torch.arange(6) + (300 if rank == 0 else 0)).to(dtype)
         dist.broadcast(tensor, 0)
         found[str(dtype)] = tensor.tolist()
     (results / f"{rank}.json").write_text(json.dumps(found))
