@@ -56,8 +56,8 @@ def find_tokenizer(given: Any, source: Source) -> Any:
             raise ValueError("the model does not know the folder it came from")
         return AutoTokenizer.from_pretrained(place, **arguments)
     except Exception as error:  # of many kinds, from several libraries; all mean that there is none
-        told = {name: value for name, value in arguments.items() if isinstance(value, (str, bool)) and value}
-        shown = "".join(f", {name}={'…' if name == 'token' else repr(value)}" for name, value in told.items())
+        told = {name: str(value) for name, value in arguments.items() if isinstance(value, (str, bool)) and value}
+        shown = "".join(f", {name}={'…' if name == 'token' else value}" for name, value in told.items())
         way = "load the model with trust_remote_code=True" if is_own else "load the tokenizer yourself"
         code = f" It brings code of its own: {way} if you trust it." if "trust_remote_code" in str(error) else ""
         raise ValueError(
