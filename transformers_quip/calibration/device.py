@@ -64,7 +64,7 @@ def cpu_matmul_precision(precision: str) -> Iterator[None]:
 
     The setting is a global of PyTorch; it is put back afterwards.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # PyTorch adds it while it is imported
     before = setting.fp32_precision
     try:
         setting.fp32_precision = precision
@@ -95,7 +95,7 @@ def fast_cpu_linears(model: nn.Module) -> Iterator[None]:
 
     Only the linears: with the same setting, SDPA's many small products would each go through oneDNN, 30 times slower.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # PyTorch adds it while it is imported
     before = setting.fp32_precision
 
     def fast(*_: Any) -> None:

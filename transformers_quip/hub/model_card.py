@@ -57,7 +57,7 @@ def make_card(folder: str | Path, *, repo_id: str | None = None, base_model: str
     options = inventory.quantization
     if options.get("quant_method") != QUANT_METHOD or not inventory.linears:
         raise ValueError(f"{folder} holds no model that was quantized by transformers-quip, so there is no card to write")
-    QuipConfig.from_dict(options)  # raises where somebody has edited it
+    QuipConfig.from_dict(dict(options))  # raises where somebody has edited it
     origin = options.get("origin") or {}
     base_model = base_model or origin.get("base_model")
     results = read_results(folder)
@@ -253,7 +253,7 @@ def _body(title: str, inventory: Inventory, base_model: str | None, place: str, 
         _table(_facts(inventory)),
     ]
     if results:
-        rows = [("data", "perplexity", "dense model", "protocol")]
+        rows: list[tuple[str, ...]] = [("data", "perplexity", "dense model", "protocol")]
         for result in results:
             dense = result.get("dense_perplexity")
             shown = "" if dense is None else f"{dense:.4g}"
@@ -263,12 +263,12 @@ def _body(title: str, inventory: Inventory, base_model: str | None, place: str, 
     return "\n\n".join(parts)
 
 
-def _facts(inventory: Inventory) -> list[tuple[str, str]]:
+def _facts(inventory: Inventory) -> list[tuple[str, ...]]:
     options = inventory.quantization
     calibration, made_here = options.get("calibration"), bool(options.get("origin"))
     book = options["codebook"] or "by module"
     share = inventory.quantized_weights / inventory.parameters
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("", ""),
         ("method", f"codebook {book}, incoherence {options['incoherence']}, rounding {options['rounding']}"),
         ("bits per weight", f"{options['bits']:g} in the codes, {inventory.true_bits:.3f} with everything that is stored"),

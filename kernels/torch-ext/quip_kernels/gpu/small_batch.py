@@ -157,8 +157,12 @@ def small_batch(
     for stage, out in zip(stages, result.split(parts), strict=True):
         candidates = [tile for tile in tiles(batch, family(planes.device)) if gather in (None, tile.gather)]
         name = f"small batch {'e8p' if stage.signed else 'e8'} {block_batch(batch)}x{len(x.values)}"
-        tile = tune.choose(name, (rows, words), candidates, planes.device, lambda t, s=stage, o=out: _launch(x, s, t, o))
-        _launch(x, stage, tile, out)
+
+        def launch(tile: Tile, stage: layout.Stage = stage, out: torch.Tensor = out) -> None:
+            _launch(x, stage, tile, out)
+
+        tile = tune.choose(name, (rows, words), candidates, planes.device, launch)
+        launch(tile)
     return result
 
 
