@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
+from .arguments import without_cache
 from .device import evaluating, execution_device, is_linear, move
 
 if TYPE_CHECKING:
@@ -321,16 +322,13 @@ def capture_inputs(
         raise ValueError(f"token_ids must be a non-empty [N, T] tensor, got shape {list(token_ids.shape)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    parameters = inspect.signature(model.forward).parameters
-    takes_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    options = {"use_cache": False} if takes_cache else {}
     storage_device = torch.device(storage_device)
     device = execution_device(model.get_input_embeddings())
     recorder = _Recorder(blocks, storage_device)
     batches = token_ids.split(batch_size)
     with evaluating(model), recorder.installed():
         for batch in tqdm(batches, desc="Capturing block inputs", unit="batch", disable=not progress):
-            recorder.run(model, input_ids=batch.to(device), **options)
+            recorder.run(model, input_ids=batch.to(device), **without_cache(model))
     return BlockInputs(recorder.hidden, recorder.calls, storage_device)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .arguments import without_cache
 from .device import execution_device
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def observe_until(
     try:
         for ids in batches:
             try:
-                model(input_ids=ids.to(device), use_cache=False)
+                model(input_ids=ids.to(device), **without_cache(model))
             except _Reached:
                 continue
             raise ValueError(f"{type(model).__name__} did not run a linear that was to be calibrated ({linear})")

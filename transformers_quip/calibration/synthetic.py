@@ -6,7 +6,6 @@ Sampling from the model's own distribution to calibrate its quantization is data
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from .arguments import cache_argument
 from .device import evaluating, execution_device, fast_cpu_linears
 from .growing_cache import cache_bytes, growing_cache
 
@@ -28,7 +28,6 @@ STARTS = ("random", "bos")
 _MOST_AT_ONCE = 256
 _MEMORY = 1 << 30
 # What a forward's key/value cache is called, from the newest name to the oldest.
-_CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 @torch.no_grad()
@@ -119,15 +118,6 @@ def _check(model, num_samples, length, temperatures, start, greedy_tokens, batch
         raise ValueError(f"temperature must be finite and above 0, got {temperatures}.")
     if start not in STARTS:
         raise ValueError(f"start must be one of {', '.join(map(repr, STARTS))}, got {start!r}.")
-
-
-def cache_argument(model: PreTrainedModel) -> str | None:
-    """The name under which the model's forward takes its key/value cache; None for a forward without one.
-
-    Transformers renamed it from `past_key_values` to `cache` in 5.24. Models with code of their own may use either name.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in _CACHE_ARGUMENTS if name in parameters), None)
 
 
 def _next_logits(model: PreTrainedModel, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
