@@ -6,7 +6,8 @@ The `ValueError` of a check goes on where its caller has named the option and th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -119,28 +120,33 @@ def incoherence(value: Any) -> str | list[str]:
 
 def dataset(value: Any) -> Any:
     empty = "is empty: give at least one text or token sequence, 'self', or None for no calibration"
+    if value is None or (isinstance(value, str) and value):
+        return value
     if isinstance(value, (torch.Tensor, np.ndarray)):
         if math.prod(value.shape) == 0:
             raise ValueError(empty)
         return value
-    if isinstance(value, (list, tuple)) or _is_table(value):
-        if len(value) == 0:
-            raise ValueError(empty)
-        return value
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise ValueError(
-        "must be 'self', the name of a data set, a list of strings, a list or tensor of token ids, a "
-        "datasets.Dataset, or None for no calibration"
-    )
-
-
-def _is_table(value: Any) -> bool:
-    """Whether this is a `datasets.Dataset`, without importing that package."""
-    return all(hasattr(value, name) for name in ("column_names", "__getitem__", "__len__"))
+    splits = getattr(value, "column_names", None)
+    if isinstance(splits, dict):
+        raise ValueError(
+            f"has the splits {', '.join(splits)}: choose one, such as dataset[{next(iter(splits), 'train')!r}]"
+        )
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    is_readable = any(hasattr(value, name) for name in ("__iter__", "__getitem__")) and not isinstance(value, (str, bytes))
+    if not is_readable or any(isinstance(column, str) or not hasattr(column, "__len__") for column in columns):
+        raise ValueError(
+            "must be 'self', the name of a data set, a list of strings, of chats, of token ids or of dictionaries, a "
+            "tensor of token ids, a tokenizer's output, a datasets.Dataset, an iterable of such rows, or None for no "
+            "calibration"
+        )
+    if (hasattr(value, "__len__") and len(value) == 0) or (columns and max(map(len, columns)) == 0):
+        raise ValueError(empty)
+    return value
 
 
 def tokenizer(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if value is None or callable(value) or (isinstance(value, str) and value):
         return value
     raise ValueError("must be None, a tokenizer, or the name or folder of one")

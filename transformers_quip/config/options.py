@@ -7,11 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
 from .. import rounding
 from . import checks as check
+from .data import describe_dataset
 
 # The options that `modules` may set for single modules, as format version 1 knows them.
 MODULE_OPTIONS = (
@@ -42,20 +40,6 @@ class Option:
     check: Callable[[Any], Any]
     doc: str
     stored: Callable[[Any], Any] = copy.deepcopy
-
-
-def _describe_dataset(value: Any) -> str | None:
-    """The words for the data in config.json: the data itself is not needed to load a quantized model."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        kind, count = "token sequence", len(value) if value.ndim > 1 else 1
-    elif isinstance(value, (list, tuple)):
-        kind = "text" if isinstance(value[0], str) else "token sequence"
-        count = 1 if isinstance(value[0], int) else len(value)
-    else:
-        kind, count = "data set row", len(value)
-    return f"{count} {kind}{'s' if count != 1 else ''} given by the caller"
 
 
 def _modules(value: Any) -> dict[str, dict] | None:
@@ -113,17 +97,26 @@ OPTIONS: dict[str, Option] = {
         "self",
         check.dataset,
         "What to calibrate on: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
-        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of strings, a list or tensor of token "
-        "ids, a `datasets.Dataset`, or None: no calibration, each weight is quantized while it is loaded.",
-        _describe_dataset,
+        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of texts, of chats (lists of messages), of "
+        "token ids or of dictionaries, a tensor of token ids, a tokenizer's output, a `datasets.Dataset`, a stream (an "
+        "`IterableDataset`, a generator) of such rows, which is read as far as needed, or None: no calibration, each "
+        "weight is quantized while it is loaded. Padding is left out, by the attention_mask or by what it looks like.",
+        describe_dataset,
     ),
     "tokenizer": Option(
         None,
         check.tokenizer,
-        "For a data set of text: a tokenizer, or where to load one; None: the model's own.",
+        "For a data set of texts or chats: a tokenizer, or where to load one; None: the model's own, read with the "
+        "arguments with which the model was loaded (revision, token, subfolder, ...).",
         lambda value: value if isinstance(value, str) else None,
     ),
-    "text_column": Option("text", check.text, "The column of a `datasets.Dataset` that holds the text."),
+    "text_column": Option(
+        "text",
+        check.text,
+        "The column of a `datasets.Dataset`, or the key of dictionaries, to calibrate on: texts, chats or token ids. With "
+        "'text', the default, 'input_ids' (and 'attention_mask') goes before it, and 'messages' or 'conversations' are "
+        "taken where there is no 'text'.",
+    ),
     "calibrate_on": Option(
         "mixed",
         check.choice("mixed", "quantized", "dense"),
