@@ -1,6 +1,6 @@
 """Quantize a model to 2 bits while loading it, see what it lost, save it, and load it again in a fresh process.
 
-    python 01_quantize_on_load.py FOLDER [--dataset self|none|FILE] [--num-samples N] [--text FILE] ...
+    python examples/01_quantize_on_load.py FOLDER [--dataset self|none|FILE] [--num-samples N] [--text FILE] ...
 
 FOLDER is any causal language model in Transformers' format. The perplexity is that of a text file, or of the news that
 are part of the package gensim, so nothing here needs the network. `make demo` runs this file on SmolLM2-135M-Instruct,
