@@ -6,11 +6,10 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from . import tokenizer as tokenizers
 from .forms import ALLOWED, Row, Rows, read_rows
@@ -18,6 +17,9 @@ from .packing import pack
 from .padding import Unpadding
 from .synthetic import write_text
 from .tokenizer import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
