@@ -14,7 +14,8 @@ from ..checkpoints.files import Files, expand_weights, find_weights
 from ..checkpoints.headers import read_json
 from ..checkpoints.names import expand_names
 from ..nn.place import place_all
-from .foreign import BESIDE, plan_for
+from .foreign import plan_for
+from .recognise import BESIDE
 
 
 def convert(

@@ -3,66 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
-import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import cached_file
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoints import memory
-from ..checkpoints.files import Files, expand_weights, find_weights, unreadable
-from ..checkpoints.foreign.plan import METHODS, ForeignPlan, make_plan
+from ..checkpoints.files import Files
+from ..checkpoints.foreign.plan import ForeignPlan, make_plan
 from ..checkpoints.foreign.repack import repack
-from ..checkpoints.headers import DAMAGED, read_json
-from ..config import QuipConfig
+from ..checkpoints.memory import PageReleaser
+from .loader import RaisedLater, names_in_model
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-logger = logging.getLogger(__name__)
-
-# Where some packages keep the quantization_config, or a copy of it.
-BESIDE = "quantization_config.json"
-_ORIGINAL = "_transformers_quip_original"
-# Whether what `from_pretrained` loads is a foreign checkpoint.
-_loads_foreign: ContextVar[bool] = ContextVar("loads_foreign", default=False)
-# What `from_pretrained` loads: the name of a folder or repository, and the arguments.
-_source: ContextVar[tuple[str | None, Mapping[str, Any]]] = ContextVar("source", default=(None, {}))
-# Those that say where on the Hub, and how to get there.
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-class ForeignConfig(QuantizationConfigMixin):
-    """What Transformers makes of the quantization_config of a foreign checkpoint: a `QuipConfig` that carries it along."""
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config with which the checkpoint is loaded; its native one is known when its files have been seen."""
-        config = QuipConfig(dataset=None)
-        config.foreign = dict(config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
-
-class RaisedLater(dict):
-    """In the place of tensors: lets the loader itself raise the error, as soon as it asks for them.
-
-    The loader catches what an op raises, goes on with all other weights (hours, for a large model), and at the end
-    raises an error that names none of it.
-    """
-
-    def __init__(self, error: Exception):
-        super().__init__()
-        self.error = error
-
-    def items(self) -> Iterator:
-        raise self.error
+    from transformers import PreTrainedModel
 
 
 def plan_for(model: PreTrainedModel, parameters: Mapping[str, Any], files: Files) -> ForeignPlan:
@@ -73,38 +28,12 @@ def plan_for(model: PreTrainedModel, parameters: Mapping[str, Any], files: Files
     return make_plan(model, parameters, renamed, files.read, names_in_model(model, files.headers, rules))
 
 
-def names_in_model(model: PreTrainedModel, headers: Mapping[str, Any], conversions: list) -> dict[str, Any]:
-    """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
-
-    Args:
-        model: that is going to be loaded.
-        headers: by their names in the files.
-        conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
-            makes several of appears under each name (with the shape that it has in the file).
-    """
-    conversions = copy.deepcopy(list(conversions))  # renaming a key marks the rules as used
-    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    result = {}
-    for key, info in headers.items():
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, pattern = key, None
-        result[name] = info
-        if pattern is not None:
-            converter = next(rule for rule in converters if pattern in rule.source_patterns)
-            first, *others = converter.target_patterns
-            result.update((name.replace(first, other), info) for other in others)
-    return result
-
-
 class Repack(ConversionOps):
     """Re-packs the tensors of one linear as the loader has read them."""
 
     supports_many_to_many = True
 
-    def __init__(self, plan: ForeignPlan, releaser: memory.PageReleaser):
+    def __init__(self, plan: ForeignPlan, releaser: PageReleaser):
         self.by_target = {linear.first: linear for linear in plan.linears}
         self.releaser = releaser
 
@@ -132,7 +61,7 @@ class Repack(ConversionOps):
 class RepackingConverter(WeightConverter):
     """Collects the tensors of each quantized linear, by exact names, and has them re-packed."""
 
-    def __init__(self, plan: ForeignPlan, releaser: memory.PageReleaser):
+    def __init__(self, plan: ForeignPlan, releaser: PageReleaser):
         kinds = sorted({kind for linear in plan.linears for kind in linear.source.keys})
         super().__init__(kinds, [".codes"], [Repack(plan, releaser)])
         self._places = {key: (linear.first, kind) for linear in plan.linears for kind, key in linear.source.keys.items()}
@@ -150,120 +79,3 @@ class RepackingConverter(WeightConverter):
     def was_used(self) -> bool:
         """No: what is saved afterwards is native, and nothing is to be reversed."""
         return False
-
-
-def foreign_parameters(config: PretrainedConfig) -> dict[str, Any] | None:
-    """The "quip_params" of the config of a QuIP# or QTIP checkpoint, which has no quantization_config; None for others.
-
-    Raises:
-        ValueError: it is no dict.
-    """
-    parameters = getattr(config, "quip_params", None)
-    if parameters is not None and not isinstance(parameters, dict):
-        raise ValueError(f"config.json has quip_params={parameters!r}, which must be a dict: {DAMAGED}")
-    if isinstance(parameters, dict) and getattr(config, "quantization_config", None) is None:
-        return parameters
-    return None
-
-
-def parameters_beside(name: str | None, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint that has it in a file beside config.json alone.
-
-    Args:
-        name: of its folder or repository.
-        arguments: of `from_pretrained`.
-
-    Raises:
-        ValueError: the file is no JSON object.
-    """
-    if name is None or os.path.isfile(name):
-        return None
-    # Of a repository without that file Transformers' cache remembers that it has none.
-    missing = {f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")}
-    path = cached_file(name, BESIDE, **{key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}, **missing)
-    parameters = {} if path is None else read_json(path)
-    return parameters if parameters.get("quant_method") in METHODS else None
-
-
-def check_files(name: str | None, arguments: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if the index of a folder's files is damaged, or names files that are not in the folder."""
-    if name is None or not os.path.isdir(name) or arguments.get("variant") or arguments.get("use_safetensors") is False:
-        return
-    found = find_weights(os.path.join(name, arguments.get("subfolder") or ""))
-    if found is not None:
-        expand_weights(found)
-
-
-def _original(function: Callable) -> Callable:
-    """Transformers' own function, where an earlier import of this file has replaced it."""
-    return getattr(function, _ORIGINAL, function)
-
-
-def _replaces(original: Callable) -> Callable[[Callable], Callable]:
-    def mark(function: Callable) -> Callable:
-        function = functools.wraps(original)(function)
-        setattr(function, _ORIGINAL, original)
-        return function
-
-    return mark
-
-
-def recognise_foreign() -> None:
-    """Let `from_pretrained` know checkpoints that say that they are quantized where Transformers does not look.
-
-    Without that it would build the dense model, find none of its weights in the files and return it with random ones.
-    Also, let it say which file it is that cannot be read, and never run code that is in one.
-    """
-    # Its import registers, and that imports this file: whoever imports this file first must not import it in turn.
-    from transformers import modeling_utils
-
-    original = _original(modeling_utils.get_hf_quantizer)
-
-    @_replaces(original)
-    def get_hf_quantizer(config: PretrainedConfig, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
-        parameters = foreign_parameters(config)
-        name, arguments = _source.get()
-        if parameters is None and getattr(config, "quantization_config", None) is None and not kwargs.get("gguf_file"):
-            parameters = parameters_beside(name, arguments)
-        if parameters is not None:
-            if not (quantization_config is None or isinstance(quantization_config, (QuipConfig, dict))):
-                raise ValueError(
-                    f"The checkpoint has quip_params: the model is quantized already, by {parameters.get('codebook')}, and "
-                    f"cannot be quantized by {type(quantization_config).__name__}. Load it without quantization_config, or "
-                    "with quantization_config=QuipConfig()"
-                )
-            quantization_config = ForeignConfig.from_dict(parameters)
-        found = original(config, quantization_config, *args, **kwargs)
-        is_foreign = getattr(getattr(found[0], "quantization_config", None), "foreign", None) is not None
-        _loads_foreign.set(is_foreign)
-        if is_foreign:
-            check_files(name, arguments)
-        return found
-
-    modeling_utils.get_hf_quantizer = get_hf_quantizer
-    read = _original(modeling_utils.load_state_dict)
-
-    @_replaces(read)
-    def load_state_dict(
-        checkpoint_file: Any, map_location: Any = "cpu", weights_only: bool = True, *args: Any, **kwargs: Any
-    ) -> Any:
-        try:
-            return read(checkpoint_file, map_location, weights_only or _loads_foreign.get(), *args, **kwargs)
-        except Exception as error:
-            if isinstance(error, MemoryError) or not _loads_foreign.get():
-                raise
-            raise unreadable(str(checkpoint_file), error) from None
-
-    modeling_utils.load_state_dict = load_state_dict
-    loader = _original(modeling_utils.PreTrainedModel.from_pretrained.__func__)
-
-    @_replaces(loader)
-    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        name = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
-        token = _source.set((name, kwargs))
-        try:
-            return loader(cls, pretrained_model_name_or_path, *args, **kwargs)
-        finally:
-            _source.reset(token)
-
-    modeling_utils.PreTrainedModel.from_pretrained = classmethod(from_pretrained)

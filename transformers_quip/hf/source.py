@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.tokenizer import Source
-from .foreign import _source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# What `from_pretrained` is loading: the name of a folder or repository, and the arguments.
+LOADED: ContextVar[tuple[str | None, Mapping[str, Any]]] = ContextVar("loaded", default=(None, {}))
 
 
 def source_of(model: PreTrainedModel) -> Source:
@@ -16,5 +20,5 @@ def source_of(model: PreTrainedModel) -> Source:
 
     Of a repository with an adapter alone, that is the repository of its base model.
     """
-    name, arguments = _source.get()
+    name, arguments = LOADED.get()
     return Source(model.name_or_path or name or "", dict(arguments))
