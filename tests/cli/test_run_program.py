@@ -24,7 +24,7 @@ def child(queue):
     queue.put(known())
 
 def known():
-    from transformers import AutoModelForCausalLM
+    import transformers.modeling_utils
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
     return "quip" in AUTO_QUANTIZATION_CONFIG_MAPPING
 
