@@ -17,7 +17,7 @@ from .files import Files, expand_weights, find_weights
 from .foreign.plan import ForeignLinear
 from .headers import is_supported, read_json, supported_types, torch_dtype
 from .memory import PageReleaser
-from .native import expand_names
+from .names import expand_names
 from .writer import Step, write
 
 if TYPE_CHECKING:

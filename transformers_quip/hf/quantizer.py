@@ -23,6 +23,7 @@ from ..checkpoints.files import Files, check_inside
 from ..checkpoints.finite import check_finite
 from ..checkpoints.foreign.plan import METHODS, ForeignPlan
 from ..checkpoints.headers import read_headers
+from ..checkpoints.names import compress_names, expand_names
 from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
 from ..nn import replace
@@ -128,12 +129,12 @@ class QuipQuantizer(HfQuantizer):
         self._report(model, plan)
 
     def _put_empty_linears(self, model: PreTrainedModel) -> None:
-        recorded = native.expand_names(self.quantization_config.quantized_modules)
-        place_all(model, recorded, self.quantization_config)
+        recorded = self.quantization_config.quantized_modules
+        place_all(model, expand_names(recorded), self.quantization_config)
         if not replace.quantized_modules(model):
             raise ValueError(
                 f"None of the quantized modules that config.json names exists in {type(model).__name__} "
-                f"(the first is {next(iter(sorted(recorded)), 'missing')}): is this another architecture?"
+                f"(the first is {next(iter(sorted(recorded)), 'missing')[:80]}): is this another architecture?"
             )
 
     def _report(self, model: PreTrainedModel, plan: QuantizationPlan) -> None:
@@ -208,7 +209,7 @@ class QuipQuantizer(HfQuantizer):
                 self._check_all_quantized(model)
             else:
                 self._calibrate(model)
-            names = native.compress_names(replace.quantized_modules(model))
+            names = compress_names(replace.quantized_modules(model))
             config = self.quantization_config.without_data()
             config.quantized_modules = names
             config.settle_modules(replace.quantized_modules(model))

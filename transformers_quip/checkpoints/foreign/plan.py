@@ -21,9 +21,9 @@ from ...config.storage import Layout
 from ...nn.experts import expert_shape, is_stacked
 from ...nn.place import empty_linear, fused_shape
 from ...nn.replace import is_dense_linear, linear_shape
-from .. import native
 from ..complete import is_outside
 from ..headers import DAMAGED, TensorInfo
+from ..names import compress_names
 from .exl3 import Exl3
 from .family import Family, Form, Source, is_one_of
 from .qtip import Qtip
@@ -326,7 +326,7 @@ def native_config(linears: Iterable[ForeignLinear], layouts: Mapping[str, Layout
     forms = {linear.name: linear.form.layout for linear in linears}
     records = {name: layout.to_dict() for name, layout in (forms | dict(layouts or {})).items()}
     config = QuipConfig(**_without_none(shared), modules=by_pattern(different) or None, dataset=None)
-    config.quantized_modules = native.compress_names(names)
+    config.quantized_modules = compress_names(names)
     config.layout = _with_common(records)
     return config
 
