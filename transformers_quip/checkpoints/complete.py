@@ -16,10 +16,11 @@ from torch import nn
 from ..nn.replace import quantized_modules
 from .headers import DAMAGED, TensorInfo
 
-# Last parts of the names of tensors that quantizers of this line store, natively and in other packages. Names that dense
-# modules have too ("weight", "bias", "scale", "A") are left out: such a tensor never comes alone.
+# Last parts of the names of tensors that quantizers of this line store, natively and in other packages; those of the
+# codebooks are asked of the model's modules. Names that dense modules have too ("weight", "bias", "scale", "A") are left
+# out: such a tensor never comes alone.
 MARKERS = ("codes", "trellis", "Qidxs")
-_NATIVE = ("codes", "codes_residual", "su", "sv", "table", "row_scales", "factor_in", "factor_out")
+_NATIVE = ("codes", "su", "sv", "row_scales", "factor_in", "factor_out")
 _FOREIGN = ("Qidxs", "SU", "SV", "Wscale", "codebook_id", "fuse_scales", "scaleWH", "had_left", "had_right", "tlut", "rcp")
 _EXL3 = ("trellis", "suh", "svh", "mcg", "mul1", "signs")
 KINDS = frozenset((*_NATIVE, *_FOREIGN, "tp_rank", *_EXL3))
@@ -56,11 +57,13 @@ def untaken(model: nn.Module, names: Collection[str], made: Collection[str] = ()
         model, names, made: see [`check_complete`].
     """
     state = model.state_dict().keys()
-    quantized = quantized_modules(model).keys() | {name.rpartition(".")[0] for name in made}
+    modules = quantized_modules(model)
+    quantized = modules.keys() | {name.rpartition(".")[0] for name in made}
+    kinds = KINDS | {key for module in modules.values() for key, _ in module.named_parameters()} - {"bias"}
     result = []
     for name in names:
         module, _, kind = name.rpartition(".")
-        if name in state or not (kind in KINDS or module in quantized):
+        if name in state or not (kind in kinds or module in quantized):
             continue
         whole = any(f"{module}.{marker}" in names for marker in MARKERS)
         if not (whole and is_outside(model, name)):

@@ -6,6 +6,8 @@ import copy
 import functools
 import logging
 import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -88,7 +90,7 @@ def names_in_model(model: PreTrainedModel, headers: Mapping[str, Any], conversio
     renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
     state = model.state_dict()
-    result = {}
+    result, stacked = {}, defaultdict(list)
     for key, info in headers.items():
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
@@ -98,7 +100,22 @@ def names_in_model(model: PreTrainedModel, headers: Mapping[str, Any], conversio
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
             first, *others = converter.target_patterns
             result.update((name.replace(first, other), info) for other in others)
+            if "*" in pattern:
+                stacked[name, pattern].append(key)
+    for (name, _), keys in stacked.items():
+        if name in state:
+            _check_stack(keys, len(state[name]))
     return result
+
+
+def _check_stack(keys: list[str], count: int) -> None:
+    """Raise `ValueError` unless there is a tensor of each expert, from 0 on: Transformers stacks those that it finds."""
+    numbers = {int(found[-1]): key for key in keys if (found := re.findall(r"(?<=\.)\d+(?=\.)", key))}
+    lost = [number for number in range(count) if number not in numbers]
+    if lost and numbers:
+        number, key = next(iter(numbers.items()))
+        head, _, tail = key.rpartition(f".{number}.")
+        raise ValueError(f"The checkpoint has no {head}.{lost[0]}.{tail}, one of {count} that the model stacks: {DAMAGED}")
 
 
 def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:

@@ -134,7 +134,7 @@ class QuipQuantizer(HfQuantizer):
         if not replace.quantized_modules(model):
             raise ValueError(
                 f"None of the quantized modules that config.json names exists in {type(model).__name__} "
-                f"(the first is {next(iter(sorted(recorded)), 'missing')[:80]}): is this another architecture?"
+                f"(the first is {next(expand_names(sorted(recorded)), 'missing')[:80]}): is this another architecture?"
             )
 
     def _report(self, model: PreTrainedModel, plan: QuantizationPlan) -> None:
