@@ -77,14 +77,20 @@ def plan_for(model: PreTrainedModel, parameters: Mapping[str, Any], files: Files
     return make_plan(model, parameters, renamed, files.read, names_in_model(model, files.headers, rules))
 
 
-def names_in_model(model: PreTrainedModel, headers: Mapping[str, Any], conversions: list) -> dict[str, Any]:
+def names_in_model(
+    model: PreTrainedModel, headers: Mapping[str, Any], conversions: list, whole: bool = False
+) -> dict[str, Any]:
     """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
 
     Args:
         model: that is going to be loaded.
         headers: by their names in the files.
         conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
-            makes several of appears under each name (with the shape that it has in the file).
+            splits appears under each name (with the shape that it has in the file).
+        whole: whether an expert that is missing among those that Transformers stacks is an error.
+
+    Raises:
+        ValueError: see `whole`.
     """
     conversions = copy.deepcopy(list(conversions))  # renaming a key marks the rules as used
     renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
@@ -103,7 +109,7 @@ def names_in_model(model: PreTrainedModel, headers: Mapping[str, Any], conversio
             if "*" in pattern:
                 stacked[name, pattern].append(key)
     for (name, _), keys in stacked.items():
-        if name in state:
+        if whole and name in state:
             _check_stack(keys, len(state[name]))
     return result
 
@@ -133,7 +139,7 @@ def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
     for linear in plan.linears:
         module = None if linear.dense else model.get_submodule(linear.name)
         made += [linear.first] if module is None else [f"{linear.name}.{key}" for key, _ in module.named_parameters()]
-    check_complete(model, names_in_model(model, rest, get_model_conversion_mapping(model)), made)
+    check_complete(model, names_in_model(model, rest, get_model_conversion_mapping(model), whole=True), made)
 
 
 class Repack(ConversionOps):

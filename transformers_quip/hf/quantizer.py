@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import memory, native
 from ..checkpoints.complete import check_complete
 from ..checkpoints.files import Files, check_inside
@@ -26,13 +27,14 @@ from ..checkpoints.headers import read_headers
 from ..checkpoints.names import compress_names, expand_names
 from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
-from ..nn import replace
+from ..nn import collectives, replace
 from ..nn.place import place_all, restore_structure
 from ..nn.shared import share_inputs
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from . import resizing, saving
 from .foreign import ForeignConfig, RaisedLater, RepackingConverter, check_plan, names_in_model, plan_for, recognise_foreign
+from .source import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +70,7 @@ class QuipQuantizer(HfQuantizer):
         self._loading: tuple[PreTrainedModel, list[str]] | None = None
         self._memory = memory.PageReleaser()
         self._foreign: ForeignPlan | None = None
+        self._calibration_data: tuple[torch.Tensor, str] | None = None
 
     @property
     def while_loading(self) -> bool:
@@ -102,6 +105,7 @@ class QuipQuantizer(HfQuantizer):
     ) -> None:
         saving.install()
         resizing.install()
+        collectives.install()
         self._loading = (model, checkpoint_files or [])
         self._memory = memory.PageReleaser(checkpoint_files or [])
         parameters = self.quantization_config.foreign
@@ -123,6 +127,9 @@ class QuipQuantizer(HfQuantizer):
         if config.is_calibrated:
             _check_causal(model)
         plan = make_plan(model, config)
+        if config.is_calibrated and not is_written_by_the_model(config):
+            with torch.device("cpu"):  # the model is made on the meta device, and this is no part of it
+                self._calibration_data = load_token_ids(config, model, source=source_of(model))
         self._true_bits = plan.true_bits
         self._to_quantize = set(plan.names)
         self._bar = LoadingBar(plan.names)
@@ -165,7 +172,7 @@ class QuipQuantizer(HfQuantizer):
     def _check_native(self, model: PreTrainedModel, paths: list[str], conversions: list) -> None:
         native.check_kind(paths)
         files = Files(paths)
-        names = names_in_model(model, files.headers, conversions)
+        names = names_in_model(model, files.headers, conversions, whole=True)
         modules = replace.quantized_modules(model)
         kinds = (replace.is_dense_linear, replace.is_dense_embedding)
         dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
@@ -226,7 +233,8 @@ class QuipQuantizer(HfQuantizer):
     def _calibrate(self, model: PreTrainedModel) -> None:
         from ..quantize.recipe import quantize_model
 
-        self.report = quantize_model(model, self.quantization_config)
+        self.report = quantize_model(model, self.quantization_config, data=self._calibration_data)
+        self._calibration_data = None
         if not replace.quantized_modules(model):
             raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")
 
