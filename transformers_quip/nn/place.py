@@ -37,7 +37,8 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
         for here in dict.fromkeys((name, prefix + name, name.removeprefix(prefix))):
             parent, _, last = here.rpartition(".")
             grandparent = parent.rpartition(".")[0]
-            if config.layout_of(name).fuses and parent in modules:
+            # a number is not the name of a fused linear: of a name that is in no model nothing else is asked
+            if parent in modules and not last.isdecimal() and config.layout_of(name).fuses:
                 _fuse(model, here, config, name)
             elif here in modules and is_dense_linear(modules[here]):
                 model.set_submodule(here, empty_like(modules[here], config, name))
