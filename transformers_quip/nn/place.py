@@ -137,8 +137,10 @@ def _join(model: nn.Module, here: str, names: Mapping[str, str], config: Any) ->
         raise ValueError(
             f"{here} has {rows} outputs; config.json has {parts} as its parts and lists {sorted(names)} as quantized"
         )
-    alike: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
-    linears = {key: empty_linear(count, columns, config, names[key], **alike) for key, count in parts.items()}
+    biased, dtype = linear.bias is not None, linear.weight.dtype
+    linears = {
+        key: empty_linear(count, columns, config, names[key], bias=biased, dtype=dtype) for key, count in parts.items()
+    }
     model.set_submodule(here, JoinedLinear(linears).train(linear.training))
 
 
