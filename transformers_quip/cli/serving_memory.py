@@ -33,7 +33,7 @@ class Memory:
     @classmethod
     def of(cls, device_map: str | None) -> Memory:
         """That of the device on which the server will run."""
-        import psutil
+        import psutil  # type: ignore[import-untyped]
         import torch
 
         if device_map != "cpu" and torch.cuda.is_available():
