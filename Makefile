@@ -75,9 +75,10 @@ test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/.installed ## ruff, clang-format, typos
+lint: $(VENV)/.installed ## ruff, mypy, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch]
 	$(BIN)/typos
 

@@ -16,6 +16,13 @@ from .headers import DAMAGED, TensorInfo, type_name
 _FLOATING = ("F16", "BF16", "F32", "F64")
 
 
+def check_kind(files: Iterable[str]) -> None:
+    """Raise `ValueError` for a file that is not of the one kind that native checkpoints have."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is not a safetensors file, and transformers-quip reads no other format")
+
+
 def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], headers: Mapping[str, TensorInfo]) -> None:
     """Check that a checkpoint holds every tensor of every quantized linear, in the right shape and type.
 

@@ -20,7 +20,9 @@ import click
 from ..version import __version__
 
 USAGE, UNUSABLE, UNREACHABLE, STOPPED, TERMINATED = 2, 3, 4, 130, 143
-COMMANDS = ("quantize", "evaluate", "inspect", "compare", "convert", "push", "chat")
+COMMANDS = ("quantize", "evaluate", "inspect", "compare", "convert", "push", "chat", "serve", "run")
+# `run` is a name of this module already.
+_MODULES = {"run": "run_program"}
 
 
 class _Commands(click.Group):
@@ -32,7 +34,7 @@ class _Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"{__name__}.{name}").command
+        return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}").command
 
 
 @click.group(

@@ -14,7 +14,7 @@ from ..checkpoints.files import Files, expand_weights, find_weights
 from ..checkpoints.headers import read_json
 from ..checkpoints.names import expand_names
 from ..nn.place import place_all
-from .foreign import plan_for
+from .foreign import check_plan, plan_for
 from .recognise import BESIDE
 
 
@@ -55,6 +55,7 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     files = Files(paths)
     plan = plan_for(model, parameters, files)
     place_all(model, expand_names(plan.config.quantized_modules), plan.config)
+    check_plan(model, plan, files)
     write_native(folder, target, model, plan, files, paths, shard_size)
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
+from ..checkpoints.complete import check_complete
 from ..checkpoints.files import Files
 from ..checkpoints.foreign.plan import ForeignPlan, make_plan
 from ..checkpoints.foreign.repack import repack
@@ -26,6 +27,24 @@ def plan_for(model: PreTrainedModel, parameters: Mapping[str, Any], files: Files
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     renamed = {rename_source_key(key, renamings, [])[0]: info for key, info in files.headers.items()}
     return make_plan(model, parameters, renamed, files.read, names_in_model(model, files.headers, rules))
+
+
+def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
+    """Check that the files of a foreign checkpoint and the model belong together as a whole.
+
+    Args:
+        model: with the empty quantized modules of the plan in their places.
+
+    Raises:
+        ValueError: a tensor of a quantizer has no place, or a weight is missing; see `checkpoints.complete`.
+    """
+    used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
+    rest = {key: info for key, info in files.headers.items() if key not in used}
+    made = []
+    for linear in plan.linears:
+        module = None if linear.dense else model.get_submodule(linear.name)
+        made += [linear.first] if module is None else [f"{linear.name}.{key}" for key, _ in module.named_parameters()]
+    check_complete(model, names_in_model(model, rest, get_model_conversion_mapping(model), whole=True), made)
 
 
 class Repack(ConversionOps):

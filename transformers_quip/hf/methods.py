@@ -60,7 +60,8 @@ def register() -> None:
             elif others:
                 logger.warning(
                     f"Checkpoints of quantization method {method!r} are loaded by {known.__module__}.{known.__qualname__}, "
-                    "which was registered first, and not by transformers-quip"
+                    "which was registered first, and not by transformers-quip; from_pretrained(…, "
+                    "quantization_config=QuipConfig()) loads them by transformers-quip"
                 )
                 break
             else:

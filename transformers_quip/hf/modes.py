@@ -17,7 +17,9 @@ from transformers.core_model_loading import ConversionOps
 
 from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import native
+from ..checkpoints.complete import check_complete
 from ..checkpoints.files import Files, check_inside
+from ..checkpoints.finite import check_finite
 from ..checkpoints.headers import read_headers
 from ..checkpoints.memory import PageReleaser
 from ..checkpoints.names import compress_names, expand_names
@@ -28,7 +30,7 @@ from ..nn.place import place_all
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from ..quantize.recipe import quantize_model
-from .foreign import RepackingConverter, plan_for
+from .foreign import RepackingConverter, check_plan, plan_for
 from .loader import names_in_model
 from .quantize_weight import QuantizeWeight
 from .source import source_of
@@ -56,6 +58,8 @@ def begin(model: PreTrainedModel, config: QuipConfig, pre_quantized: bool, files
     parameters = config.foreign
     if parameters is None and config.quantized_modules is None:
         parameters = getattr(model.config, "quip_params", None)
+    if os.path.isdir(model.config.name_or_path):
+        check_inside(model.config.name_or_path, files)
     if parameters is not None:
         return Repacked(model, parameters, files)
     if pre_quantized:
@@ -94,10 +98,6 @@ class Mode:
         """All weights are read: do the rest, and report what was quantized where that took a calibrated run."""
         return None
 
-    def _headers(self, rules: list) -> dict[str, Any]:
-        """The tensors of the files by their names in the model; empty where there are no files."""
-        return names_in_model(self._model(), read_headers(self._files), rules) if self._files else {}
-
 
 class Prequantized(Mode):
     """A quantized checkpoint: empty quantized linears are put in place before their tensors are read."""
@@ -106,22 +106,27 @@ class Prequantized(Mode):
 
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
         super().__init__(model, config, files)
-        recorded = expand_names(config.quantized_modules or [])
-        place_all(model, recorded, config)
+        recorded = config.quantized_modules or []
+        place_all(model, expand_names(recorded), config)
         if not replace.quantized_modules(model):
             raise ValueError(
                 f"None of the quantized modules that config.json names exists in {type(model).__name__} "
-                f"(the first is {min(recorded, default='missing')}): is this another architecture?"
+                f"(the first is {next(expand_names(sorted(recorded)), 'missing')[:80]}): is this another architecture?"
             )
 
     def conversions(self, rules: list) -> list:
-        """See [`Mode.conversions`]: every tensor of a quantized module must be in the files, and fit."""
-        headers = self._headers(rules)
-        if headers:
-            model = self._model()
-            kinds = (replace.is_dense_linear, replace.is_dense_embedding)
-            dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
-            native.check_tensors(replace.quantized_modules(model), dense, headers)
+        """See [`Mode.conversions`]: the files must hold every tensor of the model, each in its shape and finite."""
+        if not self._files:
+            return rules
+        native.check_kind(self._files)
+        model, files = self._model(), Files(self._files)
+        names = names_in_model(model, files.headers, rules, whole=True)
+        modules = replace.quantized_modules(model)
+        kinds = (replace.is_dense_linear, replace.is_dense_embedding)
+        dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
+        native.check_tensors(modules, dense, names)
+        check_complete(model, names)
+        check_finite(modules, names, files.read)
         return rules
 
 
@@ -129,11 +134,10 @@ class Repacked(Prequantized):
     """A checkpoint of another package: each linear is re-packed as it is read, and the config becomes the native one."""
 
     def __init__(self, model: PreTrainedModel, parameters: dict[str, Any], files: Sequence[str]):
-        if os.path.isdir(model.config.name_or_path):
-            check_inside(model.config.name_or_path, files)
         self._source = Files(files)
         self._plan = plan_for(model, parameters, self._source)
         super().__init__(model, self._plan.config, files)
+        check_plan(model, self._plan, self._source)
 
     def conversions(self, rules: list) -> list:
         """See [`Mode.conversions`]: the linears' tensors go to the converter that re-packs them."""
@@ -156,10 +160,9 @@ class _Planned(Mode):
 
     def conversions(self, rules: list) -> list:
         """See [`Mode.conversions`]: every weight that is going to be quantized must be in the files."""
-        if all(str(file).endswith(".safetensors") for file in self._files):
-            headers = self._headers(rules)
-            if headers:
-                native.check_sources(sorted(self._names), headers)
+        if self._files and all(str(file).endswith(".safetensors") for file in self._files):
+            headers = names_in_model(self._model(), read_headers(self._files), rules)
+            native.check_sources(sorted(self._names), headers)
         return rules
 
     def _tell(self, model: PreTrainedModel) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from ..checkpoints.files import expand_weights, find_weights, unreadable
+from ..checkpoints.foreign.family import is_one_of
 from ..checkpoints.foreign.plan import METHODS
 from ..checkpoints.headers import DAMAGED, read_json
-from ..config import QuipConfig
+from ..config import QUANT_METHOD, QuipConfig
 from .methods import ForeignConfig
 from .source import LOADED
 
@@ -60,7 +62,26 @@ def parameters_beside(name: str | None, arguments: Mapping[str, Any]) -> dict[st
     missing = {f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")}
     path = cached_file(name, BESIDE, **{key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}, **missing)
     parameters = {} if path is None else read_json(path)
-    return parameters if parameters.get("quant_method") in METHODS else None
+    return parameters if is_one_of(parameters.get("quant_method"), METHODS) else None
+
+
+def taken_from_another(config: PretrainedConfig, wanted: Any) -> dict[str, Any] | None:
+    """The quantization_config of a foreign checkpoint that another package has registered, and that is asked of this one.
+
+    It is removed from the model's config, whose method Transformers would give to the other package.
+
+    Args:
+        config: of the model.
+        wanted: the quantization_config that the caller gave: a `QuipConfig` asks for this package.
+    """
+    parameters = getattr(config, "quantization_config", None)
+    ours = isinstance(wanted, QuipConfig) or (isinstance(wanted, dict) and wanted.get("quant_method") == QUANT_METHOD)
+    if not ours or not isinstance(parameters, dict) or not is_one_of(parameters.get("quant_method"), METHODS):
+        return None
+    if AUTO_QUANTIZATION_CONFIG_MAPPING.get(parameters["quant_method"]) is ForeignConfig:
+        return None
+    del config.quantization_config
+    return parameters
 
 
 def check_files(name: str | None, arguments: Mapping[str, Any]) -> None:
@@ -80,6 +101,8 @@ def get_hf_quantizer(original: Callable) -> Callable:
         name, arguments = LOADED.get()
         if parameters is None and getattr(config, "quantization_config", None) is None and not kwargs.get("gguf_file"):
             parameters = parameters_beside(name, arguments)
+        if parameters is None:
+            parameters = taken_from_another(config, quantization_config)
         if parameters is not None:
             if not (quantization_config is None or isinstance(quantization_config, (QuipConfig, dict))):
                 raise ValueError(
@@ -89,9 +112,9 @@ def get_hf_quantizer(original: Callable) -> Callable:
                 )
             quantization_config = ForeignConfig.from_dict(parameters)
         found = original(config, quantization_config, *args, **kwargs)
-        is_foreign = getattr(getattr(found[0], "quantization_config", None), "foreign", None) is not None
-        _loads_foreign.set(is_foreign)
-        if is_foreign:
+        settings = getattr(found[0], "quantization_config", None)
+        _loads_foreign.set(getattr(settings, "foreign", None) is not None)
+        if isinstance(settings, QuipConfig):
             check_files(name, arguments)
         return found
 
