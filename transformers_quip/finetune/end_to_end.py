@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ from .guard import Verdict, restored_unless_kept, window_divergences
 from .head import Head, divergence_sum, hidden_states, logit_map
 from .options import TuneOptions
 from .product import FrozenProduct, product_dtype
+from .state import Run, fingerprint, load, save
 from .student import Student, tuned
 from .teacher import Teacher
 
@@ -67,7 +70,13 @@ class TuneReport:
         }
 
 
-def tune_vectors(model: PreTrainedModel, teacher: Teacher, options: TuneOptions, progress: bool = True) -> TuneReport:
+def tune_vectors(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    options: TuneOptions,
+    state: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> TuneReport:
     """Tune the vectors of a quantized model, in place.
 
     The last `options.held_out` windows of the teacher are never trained on. The tuned model, merged and in its stored
@@ -77,6 +86,8 @@ def tune_vectors(model: PreTrainedModel, teacher: Teacher, options: TuneOptions,
         model: quantized by this package.
         teacher: the dense model's states over windows of text.
         options: how.
+        state: a folder in which the run is kept while it goes on. A run that was stopped there goes on, if model, text and
+            options are the same, with the same result.
         progress: show a tqdm bar.
 
     Raises:
@@ -94,10 +105,12 @@ def tune_vectors(model: PreTrainedModel, teacher: Teacher, options: TuneOptions,
     head = student_head(model, teacher, probe)
     before = window_divergences(model, teacher, head, held_out)
     report = TuneReport(Verdict.of(before, before), 0, count, count * teacher.ids.shape[1], options.steps(count))
+    folder = None if state is None else Path(state)
+    mark = "" if folder is None else fingerprint(model, teacher, options)
     with restored_unless_kept(model) as result:
         with tuned(model, probe, options.norms) as student:
             report.trained = sum(value.numel() for value in student.trained().values())
-            _train(model, student, teacher, head, options, report, progress)
+            _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
         share_inputs(model)  # su has changed
         report.verdict = Verdict.of(before, window_divergences(model, teacher, head, held_out))
         if report.verdict.accepted:
@@ -136,54 +149,88 @@ def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) 
     return Head(output, logit_map(model, probe))
 
 
-def _train(
-    model: PreTrainedModel,
-    student: Student,
-    teacher: Teacher,
-    head: Head,
-    options: TuneOptions,
-    report: TuneReport,
-    progress: bool,
-) -> None:
-    """All steps; the student is left in the state that was best on the held-out windows."""
-    count, steps, length = report.windows, report.steps, teacher.ids.shape[1]
-    held_out = range(count, len(teacher.ids))
-    groups = student.groups(options.learning_rate)
-    highest = [group["lr"] for group in groups]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    parameters = list(student.trained().values())
-    order = _order(count, steps * options.batch_size, options.seed)
-    looks = {round(steps * (look + 1) / options.looks) for look in range(options.looks)}
-    best, best_loss, recent = student.snapshot(), math.inf, []
-    started = time.perf_counter()
-    with evaluating(model), tqdm(total=steps, desc="Tuning", unit="step", disable=not progress) as bar:
-        for step in range(steps):
-            chosen = order[step * options.batch_size : (step + 1) * options.batch_size]
-            for group, rate in zip(optimizer.param_groups, highest, strict=True):
-                group["lr"] = rate * options.factor(step, steps)
-            loss = divergence_of(model, teacher, head, chosen) / (len(chosen) * length)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, options.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            recent.append(loss.item())
-            if step + 1 in looks:
-                held = window_divergences(model, teacher, head, held_out).mean().item()
-                if held < best_loss:
-                    best, best_loss = student.snapshot(), held
-                report.history.append(
-                    {
-                        "step": step + 1,
-                        "windows": (step + 1) * options.batch_size,
-                        "seconds": time.perf_counter() - started,
-                        "train": sum(recent) / len(recent),
-                        "held_out": held,
-                    }
-                )
-                recent = []
-                bar.set_postfix_str(f"KL divergence {report.history[-1]['train']:.3f}, held out {held:.3f}")
-            bar.update()
-    student.load(best)
+class _Trainer:
+    """All steps of one run; see [`tune_vectors`]."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        student: Student,
+        teacher: Teacher,
+        head: Head,
+        options: TuneOptions,
+        report: TuneReport,
+        folder: Path | None,
+        mark: str,
+    ):
+        self.model, self.student, self.teacher, self.head = model, student, teacher, head
+        self.options, self.report, self.folder, self.mark = options, report, folder, mark
+        self.groups = student.groups(options.learning_rate)
+        self.highest = [group["lr"] for group in self.groups]
+        self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.95))
+        self.best, self.best_loss = student.snapshot(), math.inf
+        self.recent: list[float] = []
+
+    def run(self, progress: bool) -> None:
+        """Train; the student is left in the state that was best on the held-out windows."""
+        steps, size = self.report.steps, self.options.batch_size
+        order = _order(self.report.windows, steps * size, self.options.seed)
+        looks = {round(steps * (look + 1) / self.options.looks) for look in range(self.options.looks)}
+        first = self._resume()
+        with (
+            evaluating(self.model),
+            tqdm(total=steps, initial=first, desc="Tuning", unit="step", disable=not progress) as bar,
+        ):
+            started = time.perf_counter()
+            for step in range(first, steps):
+                self._step(step, order[step * size : (step + 1) * size])
+                if step + 1 in looks:
+                    self._look(step + 1, time.perf_counter() - started, bar)
+                bar.update()
+        self.student.load(self.best)
+
+    def _step(self, step: int, chosen: list[int]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = rate * self.options.factor(step, self.report.steps)
+        tokens = len(chosen) * self.teacher.ids.shape[1]
+        loss = divergence_of(self.model, self.teacher, self.head, chosen) / tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.student.trained().values()), self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.recent.append(loss.item())
+
+    def _look(self, step: int, seconds: float, bar: tqdm) -> None:
+        """Read the held-out windows, keep the best state, and write the run down."""
+        held_out = range(self.report.windows, len(self.teacher.ids))
+        held = window_divergences(self.model, self.teacher, self.head, held_out).mean().item()
+        if held < self.best_loss:
+            self.best, self.best_loss = self.student.snapshot(), held
+        train = sum(self.recent) / len(self.recent)
+        windows = step * self.options.batch_size
+        self.report.history.append({"step": step, "windows": windows, "seconds": seconds, "train": train, "held_out": held})
+        self.recent = []
+        bar.set_postfix_str(f"KL divergence {train:.3f}, held out {held:.3f}")
+        if self.folder is not None:
+            states = {name: self.optimizer.state[value] for name, value in self.student.trained().items()}
+            moments = {name: (state["exp_avg"], state["exp_avg_sq"]) for name, state in states.items()}
+            values = self.student.snapshot()
+            save(self.folder, Run(step, values, self.best, moments, self.best_loss, self.report.history), self.mark)
+
+    def _resume(self) -> int:
+        """The first step to make: after those of the run in the folder, whose state is taken over."""
+        run = None if self.folder is None else load(self.folder, self.mark)
+        if run is None:
+            return 0
+        self.student.load(run.values)
+        for name, value in self.student.trained().items():
+            first, second = (moment.to(value.device) for moment in run.moments[name])
+            step = torch.tensor(float(run.step))
+            self.optimizer.state[value] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        self.best, self.best_loss = run.best, run.best_loss
+        self.report.history = run.history
+        logger.info("Tuning goes on after step %d of %d.", run.step, self.report.steps)
+        return run.step
 
 
 def divergence_of(model: PreTrainedModel, teacher: Teacher, head: Head, chosen: list[int]) -> torch.Tensor:

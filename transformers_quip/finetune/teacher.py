@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from ..calibration.device import evaluating
+from ..calibration.device import evaluating, fast_cpu_linears
 from .head import Head, LogitMap, last_hidden_states, logit_map
 from .product import FrozenProduct, product_dtype
 
@@ -83,7 +84,9 @@ def record(
     device = model.device
     with evaluating(model):
         found = logit_map(model, ids[:1, : min(ids.shape[1], 16)].to(device))
-        states = _states(model, ids, None if path is None else Path(path), batch_size, progress)
+        fast = fast_cpu_linears(model) if product_dtype(device) == torch.bfloat16 else nullcontext()
+        with fast:
+            states = _states(model, ids, None if path is None else Path(path), batch_size, progress)
     dense = head.dequantize() if hasattr(head, "dequantize") else head.weight
     bias = getattr(head, "bias", None)
     weight = dense.detach().to(product_dtype(device)).clone()
