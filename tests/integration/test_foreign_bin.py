@@ -130,7 +130,7 @@ def test_a_file_elsewhere(absolute, shards, tmp_path):
 
 INDICES = {
     "no JSON": ("{", f"{INDEX} is not JSON"),
-    "no object": ("[]", f"{INDEX} is not JSON object"),
+    "no object": ("[]", f"{INDEX} is not a JSON object"),
     "empty": ("{}", f"{INDEX} has no weight_map"),
     "a list": ('{"metadata": {}, "weight_map": ["a"]}', f"{INDEX} has no weight_map"),
     "a number": ('{"metadata": {}, "weight_map": {"a": 1}}', f"{INDEX} has no weight_map"),
@@ -151,11 +151,11 @@ def test_an_index_without_one_of_the_files(shards):
 
 CONTENTS = {
     "a list": (lambda tensors: [*tensors.values()], "holds list instead of tensors by names"),
-    "a number": (lambda tensors: {**tensors, "version": 3}, "holds 'version', which is no tensor of a known type"),
-    "no name": (lambda tensors: {**tensors, 3: torch.zeros(1)}, "holds 3, which is no tensor of a known type"),
-    "complex": (lambda tensors: {**tensors, "z": torch.zeros(1).cfloat()}, "holds 'z', which is no tensor"),
-    "sparse": (lambda tensors: {**tensors, "z": torch.zeros(1).to_sparse()}, "holds 'z', which is no tensor"),
-    "no values": (lambda tensors: {**tensors, "z": torch.zeros(1, device="meta")}, "holds 'z', which is no tensor"),
+    "a number": (lambda tensors: {**tensors, "version": 3}, "holds 'version', which is not a tensor of a known type"),
+    "no name": (lambda tensors: {**tensors, 3: torch.zeros(1)}, "holds 3, which is not a tensor of a known type"),
+    "complex": (lambda tensors: {**tensors, "z": torch.zeros(1).cfloat()}, "holds 'z', which is not a tensor"),
+    "sparse": (lambda tensors: {**tensors, "z": torch.zeros(1).to_sparse()}, "holds 'z', which is not a tensor"),
+    "no values": (lambda tensors: {**tensors, "z": torch.zeros(1, device="meta")}, "holds 'z', which is not a tensor"),
 }
 
 

@@ -63,18 +63,20 @@ class Files:
             raise ValueError(f"{info.key} cannot be read from {info.file} ({error}): {DAMAGED}") from None
 
 
-# What `torch.load` raises for a file that it cannot read, or will not.
-UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
-
-
 def unreadable(file: str, error: Exception) -> ValueError:
-    """The error to raise for one of `UNREADABLE`."""
+    """The error to raise for a file that `torch.load` cannot read, or will not: it may raise any exception.
+
+    Args:
+        file: its path.
+        error: what was raised; anything but a `MemoryError`, which says nothing of the file.
+    """
     if isinstance(error, pickle.UnpicklingError):  # its message is long, and says how to run the code
         return ValueError(
             f"{file} cannot be read as a file of tensors alone: it holds something else, which may be code that would be "
             "run, or is damaged. Download it again, and if that does not help, get the checkpoint as safetensors"
         )
-    return ValueError(f"{file} cannot be read as a file of tensors alone ({error}): {DAMAGED}")
+    said = f"{type(error).__name__}: {error}"[:300]
+    return ValueError(f"{file} cannot be read as a file of tensors alone ({said}): {DAMAGED}")
 
 
 def find_weights(folder: str | Path) -> Path | None:
@@ -114,7 +116,9 @@ def check_inside(folder: str | Path, files: Iterable[str]) -> None:
 def _load(file: str) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise unreadable(file, error) from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} holds {type(tensors).__name__} instead of tensors by names: {DAMAGED}")

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints import memory
-from ..checkpoints.files import UNREADABLE, Files, expand_weights, find_weights, unreadable
+from ..checkpoints.files import Files, expand_weights, find_weights, unreadable
 from ..checkpoints.foreign.plan import METHODS, ForeignLinear, ForeignPlan, make_plan
 from ..checkpoints.headers import DAMAGED, read_json
 from ..config import QuipConfig
@@ -266,8 +266,8 @@ def recognise_foreign() -> None:
     ) -> Any:
         try:
             return read(checkpoint_file, map_location, weights_only or _loads_foreign.get(), *args, **kwargs)
-        except UNREADABLE as error:
-            if not _loads_foreign.get():
+        except Exception as error:
+            if isinstance(error, MemoryError) or not _loads_foreign.get():
                 raise
             raise unreadable(str(checkpoint_file), error) from None
 
