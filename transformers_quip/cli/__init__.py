@@ -21,7 +21,7 @@ import click
 from ..version import __version__
 
 USAGE, UNUSABLE, UNREACHABLE, STOPPED, TERMINATED = 2, 3, 4, 130, 143
-COMMANDS = ("quantize", "evaluate", "inspect", "compare", "convert", "push", "chat")
+COMMANDS = ("quantize", "tune", "evaluate", "inspect", "compare", "convert", "push", "chat")
 # A command is there if what it calls is.
 _NEEDS = {"convert": "transformers_quip.checkpoints.convert"}
 
