@@ -2,11 +2,11 @@
 
     python benchmarks/finetune.py [FOLDER] [--settings text self] [--bits 2] [--epochs 0 1 2 4] [--seed N]
 
-Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that the
-dense model writes. `epochs 0` is the quantized model without tuning. 16 further windows of the same source decide about every
-state; neither the Hessians nor the tuning see them, and the evaluation text is other text again. Everything is kept in
-.cache/finetune, so that a series can be made in parts; rows that results/finetune.json has already are made again only with
---again.
+Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
+the dense model writes. `epochs 0` is the quantized model without tuning. 16 further windows of the same source decide about
+every state; neither the Hessians nor the tuning see them, and the evaluation text is other text again. Everything is kept
+in .cache/finetune, so that a series can be made in parts. Rows that results/finetune.json has already are made again with
+--again alone.
 """
 
 from __future__ import annotations
