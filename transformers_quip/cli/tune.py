@@ -62,8 +62,8 @@ def command(
 ) -> None:
     """Train su, sv and the norms of MODEL, a quantized model, to predict what the dense model predicts; save it in OUT.
 
-    The codes stay as they are, so OUT has the size and the speed of MODEL. If the result is not better on held-out text, OUT
-    is MODEL as it was, and a message says so.
+    The codes stay as they are, so OUT has the size and the speed of MODEL. If the result is not better on held-out text,
+    OUT is MODEL as it was, and a message says so.
     """
     from ..config import QuipConfig
     from ..finetune import TuneOptions

@@ -19,10 +19,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.device import evaluating
+from ..config.tune import TuneOptions
 from ..nn.shared import share_inputs
 from .guard import Verdict, restored_unless_kept, window_divergences
 from .head import Head, divergence_sum, hidden_states, logit_map
-from .options import TuneOptions
 from .product import FrozenProduct, product_dtype
 from .state import Run, fingerprint, load, save
 from .student import Student, tuned

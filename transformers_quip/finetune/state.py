@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .options import TuneOptions
+from ..config.tune import TuneOptions
 from .teacher import Teacher
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from transformers_quip.finetune import TuneOptions
+from transformers_quip.config.tune import TuneOptions
 
 
 def test_forms():
