@@ -56,12 +56,14 @@ def generation_quality(
     check_windows(prompts, 1)
     if length < 2 * _PIECE:
         raise ValueError(f"length={length} must be at least {2 * _PIECE}")
-    sampled = [_write(m, prompts, length, seed, sample=True) for m in (model, reference)]
-    greedy = [_write(m, prompts, length, seed, sample=False) for m in (model, reference)]
+    sampled, own_sampled = (_write(m, prompts, length, seed, sample=True) for m in (model, reference))
+    greedy, own_greedy = (_write(m, prompts, length, seed, sample=False) for m in (model, reference))
     return Generation(
-        *(_perplexity(reference, prompts, text) for text in sampled),
-        *(repeated_share(text) for text in greedy),
-        greedy[0],
+        perplexity=_perplexity(reference, prompts, sampled),
+        own_perplexity=_perplexity(reference, prompts, own_sampled),
+        repetition=repeated_share(greedy),
+        own_repetition=repeated_share(own_greedy),
+        greedy=greedy,
     )
 
 

@@ -237,13 +237,14 @@ def _train(name: str, parameter: nn.Parameter, offset: float, student: Student) 
 @torch.no_grad()
 def _adds_one(module: nn.Module) -> bool:
     """Whether a norm multiplies by 1 + weight (Gemma's), so that a weight of zeros does not silence it."""
-    weight = module.weight
+    weight = module.get_parameter("weight")
     before = weight.data
     weight.data = torch.zeros_like(before)
     try:
         x = torch.linspace(-1, 1, before.numel(), dtype=before.dtype, device=before.device)
+        y = module(x[None])
         bias = getattr(module, "bias", None)
-        return bool((module(x[None]) - (0 if bias is None else bias)).abs().sum() > 0)
+        return bool((y if bias is None else y - bias).abs().sum() > 0)
     finally:
         weight.data = before
 
