@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..incoherence import STORED, sides
 from .general import GeneralLinear
@@ -45,19 +43,3 @@ def empty_linear(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return QuipLinear(columns, rows, bias, **arguments)
-
-
-def empty_like(linear: nn.Module, config: Any, name: str) -> QuipLinear:
-    """An empty quantized linear in the place of a dense one. The bias is the dense one's parameter, loaded or not.
-
-    Args:
-        linear: `nn.Linear` or `Conv1D`; its sizes, its bias and its weight's dtype are used.
-        config, name: see [`empty_linear`].
-    """
-    conv1d = isinstance(linear, Conv1D)
-    rows, columns = reversed(linear.weight.shape) if conv1d else linear.weight.shape
-    biased = linear.bias is not None
-    module = empty_linear(rows, columns, config, name, bias=biased, dtype=linear.weight.dtype, conv1d=conv1d)
-    if biased:
-        module.bias = linear.bias
-    return module.train(linear.training)

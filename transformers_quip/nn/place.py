@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from .embedding import QuipEmbedding
-from .empty import empty_like, empty_linear
+from .empty import empty_linear
 from .experts import QuipExperts, expert_shape, is_stacked
 from .fused import FusedRows, Fusion, JoinedLinear
 from .linear import QuipLinear
-from .replace import is_dense_embedding, is_dense_linear, linear_shape
+from .replace import empty_like, is_dense_embedding, is_dense_linear, linear_shape
 
 
 def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .embedding import QuipEmbedding
-from .empty import empty_like
+from .empty import empty_linear
 from .linear import QuipLinear
 
 LINEARS = (nn.Linear, Conv1D)
@@ -24,6 +24,21 @@ def is_dense_linear(module: nn.Module) -> bool:
 def is_dense_embedding(module: nn.Module) -> bool:
     """Whether this is exactly an `nn.Embedding` that only looks rows up: a subclass may do more (Gemma's scale them)."""
     return type(module) is nn.Embedding and module.max_norm is None
+
+
+def empty_like(linear: nn.Module, config: Any, name: str) -> QuipLinear:
+    """An empty quantized linear in the place of a dense one. The bias is the dense one's parameter, loaded or not.
+
+    Args:
+        linear: `nn.Linear` or `Conv1D`; its sizes, its bias and its weight's dtype are used.
+        config, name: see [`empty_linear`].
+    """
+    rows, columns = linear_shape(linear)
+    biased, conv1d = linear.bias is not None, isinstance(linear, Conv1D)
+    module = empty_linear(rows, columns, config, name, bias=biased, dtype=linear.weight.dtype, conv1d=conv1d)
+    if biased:
+        module.bias = linear.bias
+    return module.train(linear.training)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

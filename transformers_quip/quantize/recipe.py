@@ -29,8 +29,6 @@ from .layer import QuantizedWeight, loss_of_rounding, quantize_weight, quantize_
 from .plan import make_plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ class QuantizationReport:
 
 @torch.no_grad()
 def quantize_model(
-    model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None, data: tuple[torch.Tensor, str] | None = None
+    model: nn.Module, config: QuipConfig, tokenizer: Any = None, data: tuple[torch.Tensor, str] | None = None
 ) -> QuantizationReport:
     """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, where the config names them.
 
@@ -93,7 +91,7 @@ def quantize_model(
 class _Recipe:
     """One run over one model; see [`quantize_model`]."""
 
-    def __init__(self, model: PreTrainedModel, config: QuipConfig, tokenizer: Any, data: tuple[torch.Tensor, str] | None):
+    def __init__(self, model: nn.Module, config: QuipConfig, tokenizer: Any, data: tuple[torch.Tensor, str] | None):
         self.model = model
         self.config = config
         self.plan = make_plan(model, config)
