@@ -24,7 +24,7 @@ _REPLACED = ("config.json", "quantization_config.json")
 
 
 def write_native(
-    folder: Path, target: Path, model: nn.Module, plan: ForeignPlan, files: Files, paths: Sequence[str], shard_size: int
+    folder: Path, target: Path, model: Any, plan: ForeignPlan, files: Files, paths: Sequence[str], shard_size: int
 ) -> None:
     """Write the native form of a foreign checkpoint; see `hf.convert.convert`.
 

@@ -148,7 +148,13 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
 
     @property
     def codebook_spec(self) -> str:
-        """The codebook with its residual scale in one name, as modules and ops take it (`codebooks.spec`)."""
+        """The codebook with its residual scale in one name, as modules and ops take it (`codebooks.spec`).
+
+        Raises:
+            ValueError: `bits` is an average, for which only single modules have a codebook.
+        """
+        if self.codebook is None:
+            raise ValueError(f"bits={self.bits} is an average over modules: ask `for_module` for the codebook of one")
         return codebooks.spec(self.codebook, self.residual_scale)
 
     def for_module(self, name: str) -> QuipConfig:
@@ -298,12 +304,12 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QuipConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment] # as Python itself does for a class with __eq__ alone
 
 
 QuipConfig.__signature__ = inspect.signature(TypedOptions)
 QuipConfig.__doc__ = (
-    QuipConfig.__doc__.rstrip()
+    (QuipConfig.__doc__ or "").rstrip()
     + "\n"
     + "".join(f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items())
 )

@@ -110,7 +110,7 @@ def patterns(value: Any) -> list[str] | None:
 
 
 def incoherence(value: Any) -> str | list[str]:
-    check = name(transforms.names_in_files)
+    check: Callable[[Any], Any] = name(transforms.names_in_files)
     if not isinstance(value, (list, tuple)):
         return check(value)
     if len(value) != 2:

@@ -49,7 +49,7 @@ def _modules(value: Any) -> dict[str, dict] | None:
     if not isinstance(value, dict) or not all(isinstance(pattern, str) and pattern for pattern in value):
         raise ValueError("must be None or a dict of {module name or pattern: {option: value}}")
     check_patterns(value)
-    checked = {}
+    checked: dict[str, dict] = {}
     for pattern, options in value.items():
         if not isinstance(options, dict) or not options:
             raise ValueError(f"has {pattern!r}: {check.short(options)}, but each pattern needs a dict of {{option: value}}")

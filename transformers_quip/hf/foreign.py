@@ -62,8 +62,8 @@ class Repack(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        full_layer_name: str | None = None,
-        model: PreTrainedModel | None = None,
+        full_layer_name: str,
+        model: PreTrainedModel,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """Turn {kind: [tensor]} into the native tensors by their full names."""

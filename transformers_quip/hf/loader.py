@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -27,7 +27,7 @@ class RaisedLater(dict):
         super().__init__()
         self.error = error
 
-    def items(self) -> Iterator:
+    def items(self) -> NoReturn:  # it raises
         raise self.error
 
 

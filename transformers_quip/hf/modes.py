@@ -80,7 +80,14 @@ class Mode:
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
         self.config = config
         self._files = list(files)
-        self._model = weakref.ref(model)
+        self._reference = weakref.ref(model)
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        model = self._reference()
+        if model is None:
+            raise RuntimeError("the model that was being loaded is gone")
+        return model
 
     def conversions(self, rules: list) -> list:
         """Transformers' renamings for this model, and what this mode adds to them; with them the files are checked."""
@@ -119,7 +126,7 @@ class Prequantized(Mode):
         if not self._files:
             return rules
         native.check_kind(self._files)
-        model, files = self._model(), Files(self._files)
+        model, files = self._model, Files(self._files)
         names = names_in_model(model, files.headers, rules, whole=True)
         modules = replace.quantized_modules(model)
         kinds = (replace.is_dense_linear, replace.is_dense_embedding)
@@ -161,7 +168,7 @@ class _Planned(Mode):
     def conversions(self, rules: list) -> list:
         """See [`Mode.conversions`]: every weight that is going to be quantized must be in the files."""
         if self._files and all(str(file).endswith(".safetensors") for file in self._files):
-            headers = names_in_model(self._model(), read_headers(self._files), rules)
+            headers = names_in_model(self._model, read_headers(self._files), rules)
             native.check_sources(sorted(self._names), headers)
         return rules
 

@@ -30,9 +30,9 @@ class QuantizeWeight(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        full_layer_name: str | None = None,
-        model: PreTrainedModel | None = None,
-        missing_keys: set[str] | None = None,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        missing_keys: set[str],
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         """Turn {…: weight} into the tensors of the quantized module by their full names."""

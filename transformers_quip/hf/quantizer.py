@@ -37,6 +37,7 @@ class QuipQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: QuipConfig
+    pre_quantized: bool
 
     def __init__(self, quantization_config: QuipConfig, **kwargs: Any):
         # A copy: what is recorded about this model does not belong into the caller's config.
@@ -132,7 +133,7 @@ class QuipQuantizer(HfQuantizer):
         share_inputs(model)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         if isinstance(dtype, str):  # config.dtype, after save_pretrained
             dtype = getattr(torch, dtype)
         from ..nn import replace

@@ -193,7 +193,7 @@ def loss_of_rounding(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor,
     lost = rotated.diagonal().sum()
     cholesky, failed = torch.linalg.cholesky_ex(rotated.double())
     if method.needs_hessian and not failed:
-        size = codebooks.get(config.codebook).block_size
+        size = codebooks.get(config.codebook_spec).block_size
         whole = len(rotated) // size * size
         lost = diagonal_blocks(cholesky[:whole, :whole], size).square().sum() + cholesky[whole:, whole:].square().sum()
     energies = {name: _rotate(name, weight.float(), su, q_in, config).rms.square() for name, weight in weights.items()}

@@ -58,8 +58,9 @@ class Source:
 
     def number(self, kind: str, dtypes: tuple[str, ...] = ("I64", "I32")) -> int:
         """A tensor that must be there and is one integer. Raises `ValueError` if it is not."""
-        if math.prod(self.require(kind, dtypes)) != 1:
-            raise ValueError(f"{self.name}.{kind} has shape {list(self.shape(kind))} instead of one number: {DAMAGED}")
+        shape = self.require(kind, dtypes)
+        if math.prod(shape) != 1:
+            raise ValueError(f"{self.name}.{kind} has shape {list(shape)} instead of one number: {DAMAGED}")
         return int(self.read(kind))
 
     def shape(self, kind: str) -> tuple[int, ...] | None:

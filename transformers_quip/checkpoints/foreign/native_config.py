@@ -33,11 +33,11 @@ def native_config(linears: Iterable[HasForm], others: Mapping[str, Storage] | No
     """
     linears = list(linears)
     names = [linear.name for linear in linears]
-    options = {}
+    options: dict[str, dict[str, Any]] = {}
     for linear in linears:
         form = linear.form
         sides = form.incoherence
-        values = {"codebook": form.codebook, "residual_scale": form.residual_scale}
+        values: dict[str, Any] = {"codebook": form.codebook, "residual_scale": form.residual_scale}
         options[linear.name] = {**values, "incoherence": sides[0] if sides[0] == sides[1] else list(sides)}
     # a scale belongs to its codebook
     shared = _most_frequent(options, ("codebook", "residual_scale")) | _most_frequent(options, ("incoherence",))

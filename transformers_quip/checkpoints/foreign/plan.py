@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,8 +140,12 @@ def _collect(family: Family, headers: Mapping[str, TensorInfo], read: Callable[[
         keys = {kind: f"{name}.{kind}" for kind in (*family.kinds, "bias")} | family.siblings(name)
         keys = {kind: key for kind, key in keys.items() if key in headers}
         tensors = {kind: headers[key] for kind, key in keys.items()}
-        sources.append(Source(name, tensors, keys, lambda kind, tensors=tensors: read(tensors[kind])))
+        sources.append(Source(name, tensors, keys, partial(_read, read, tensors)))
     return sources
+
+
+def _read(read: Callable[[TensorInfo], torch.Tensor], tensors: Mapping[str, TensorInfo], kind: str) -> torch.Tensor:
+    return read(tensors[kind])
 
 
 @dataclass(frozen=True)
@@ -165,14 +170,15 @@ def _find_place(model: nn.Module, family: Family, name: str) -> _Place:
         if parent is None:
             expert = re.fullmatch(r"(.+)\.\d+\.([^.]+)", here)
             stacked = _module(model, expert[1]) if expert else None
-            shape = expert_shape(stacked, expert[2]) if stacked is not None and is_stacked(stacked) else None
-            if shape is not None:
-                return _Place(here, *shape)
+            if expert and stacked is not None and is_stacked(stacked):
+                shape = expert_shape(stacked, expert[2])
+                if shape is not None:
+                    return _Place(here, *shape)
             continue
         if module is None and last in family.fused:
             fuses = family.fused[last]
-            rows, columns = fused_shape(parent, fuses, here)
-            return _Place(here, sum(rows), columns, fuses, tuple(rows))
+            counts, columns = fused_shape(parent, fuses, here)
+            return _Place(here, sum(counts), columns, fuses, tuple(counts))
         whole, names = _PARTS.get(last, ("", ()))
         linear = _module(parent, whole) if whole else None
         if module is None and linear is not None and is_dense_linear(linear):
@@ -182,7 +188,8 @@ def _find_place(model: nn.Module, family: Family, name: str) -> _Place:
             return _Place(f"{parent_name}.{whole}.{last}", parts[last], columns, parts=parts, bias=bias)
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            return _Place(here, *weight.shape, dense=True)
+            rows, columns = weight.shape
+            return _Place(here, rows, columns, dense=True)
     raise ValueError(
         f"The checkpoint has a quantized linear {name}, but {type(model).__name__} has none of that name: the files belong "
         "to another architecture than config.json says, or Transformers has changed it"
@@ -196,7 +203,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _split(model: nn.Module, rows: int, count: int) -> list[int]:
+def _split(model: Any, rows: int, count: int) -> list[int]:
     """Outputs of the parts of a linear: of gate and up the half each; of q, k and v as the heads say."""
     if count == 2:
         return [rows // 2] * 2
@@ -224,8 +231,9 @@ def _check_bias(source: Source, place: _Place, form: Form) -> None:
         raise ValueError(f"{source.name}.bias is missing: {DAMAGED}")
     if not place.bias and "bias" in source.tensors:
         raise ValueError(f"{source.name}.bias exists, but that linear of the model has none: {DAMAGED}")
-    if place.bias and source.shape("bias") not in ((place.rows,), (form.padded[0],)):
-        raise ValueError(f"{source.name}.bias has shape {list(source.shape('bias'))} instead of [{place.rows}]: {DAMAGED}")
+    shape = source.shape("bias")
+    if shape is not None and shape not in ((place.rows,), (form.padded[0],)):
+        raise ValueError(f"{source.name}.bias has shape {list(shape)} instead of [{place.rows}]: {DAMAGED}")
 
 
 def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: Mapping[str, TensorInfo]) -> None:

@@ -79,8 +79,8 @@ class QuipForAll(Family):
         for kind, size in (("SU", columns), ("SV", rows)):
             if kind in source.tensors or not merged:
                 source.require(kind, FLOATING, (size,))
-        if source.shape("weight") not in (None, ()):
-            raise ValueError(f"{source.name} has both Qidxs and a weight of shape {list(source.shape('weight'))}")
+        if dense := source.shape("weight"):
+            raise ValueError(f"{source.name} has both Qidxs and a weight of shape {list(dense)}")
         (name_in, padded_columns), (name_out, padded_rows) = (
             _transform(source, kind, size, parameters) for kind, size in (("had_left", columns), ("had_right", rows))
         )
@@ -89,12 +89,13 @@ class QuipForAll(Family):
                 f"{source.name} has {padded_columns} columns, which codebook {parameters['codebook']} cannot pack in words"
             )
         source.require("Qidxs", (dtype,), (padded_rows, padded_columns * words // 32))
-        row_scales = len(source.require("Wscale", FLOATING)) > 0 and math.prod(source.shape("Wscale")) > 1
+        scales = source.require("Wscale", FLOATING)
+        row_scales = len(scales) > 0 and math.prod(scales) > 1
         if row_scales:
             source.require("Wscale", FLOATING, (padded_rows,))
         if padded_rows > 1 and row_scales != is_true(parameters, "per_channel", default=row_scales):
             raise ValueError(
-                f"{source.name}.Wscale has shape {list(source.shape('Wscale'))}, but the quantization_config says "
+                f"{source.name}.Wscale has shape {list(scales)}, but the quantization_config says "
                 f"per_channel={parameters['per_channel']}: {DAMAGED}"
             )
         padded = (padded_rows, padded_columns)

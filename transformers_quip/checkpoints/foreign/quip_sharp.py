@@ -53,7 +53,8 @@ class QuipSharp(Family):
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """See [`Family.check`]."""
-        codebook, version = parameters.get("codebook"), parameters.get("codebook_version", 0)
+        codebook: Any = parameters.get("codebook")
+        version = parameters.get("codebook_version", 0)
         if not is_one_of(codebook, _NAMES):
             raise ValueError(
                 f"quip_params names codebook={codebook!r}; of QuIP#, {', '.join(map(repr, _NAMES))} are supported"
@@ -99,8 +100,9 @@ class QuipSharp(Family):
         source.require("SV", FLOATING, (rows,))
         unfused = not is_true(parameters, "fused", default=True)
         for kind in ("Wscale", "scale") if unfused else ("Wscale",):
-            if math.prod(source.require(kind, FLOATING)) != 1:
-                raise ValueError(f"{source.name}.{kind} has shape {list(source.shape(kind))} instead of one number")
+            shape = source.require(kind, FLOATING)
+            if math.prod(shape) != 1:
+                raise ValueError(f"{source.name}.{kind} has shape {list(shape)} instead of one number")
         parts = self.fused.get(source.name.rpartition(".")[2])
         if parts:
             source.require("fuse_scales", FLOATING, (len(parts),))
