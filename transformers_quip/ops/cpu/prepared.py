@@ -14,13 +14,16 @@ import torch
 
 from ..backend import get_activations, get_backend
 from . import run as cpu
+from . import torch_private
 
 
 def linear(x: torch.Tensor, codes: torch.Tensor, *arguments) -> torch.Tensor:
     """What torch.ops.quip.linear returns, without a graph for derivatives."""
-    if type(x) is torch.Tensor and x.is_cpu and codes.is_cpu and not _is_watched():
-        return cpu.eager_linear(x, codes, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
+    if torch_private.is_recorded():
+        return torch.ops.quip.linear(x, codes, *arguments)
+    if type(x) is torch.Tensor and x.is_cpu and codes.is_cpu and not torch_private.is_watched():
+        return cpu.linear(x, codes, *arguments)
+    with torch_private.below_autograd():
         return torch.ops.quip.linear(x, codes, *arguments)
 
 
@@ -66,7 +69,7 @@ class Prepared:
             or not x.is_contiguous()
             or (get_backend(), get_activations()) != self._settings
             or torch.is_grad_enabled()
-            or _is_watched()
+            or torch_private.is_watched()
         ):
             return None
         for name, known, address, dtype in self._present:
@@ -78,7 +81,7 @@ class Prepared:
                 return None
         address, rest = self._arguments
         if count > self._most:
-            return cpu.eager_bundled(x, tensors["su"], address, m, *self._bundles)
+            return cpu.bundled(x, x, tensors["su"], address, m, *self._bundles)
         y = x.new_empty((*shape[:-1], m))
         if self._call(address, x.data_ptr(), y.data_ptr(), count, *rest, torch.get_num_threads()):
             raise MemoryError(f"no memory for {count} vectors of {n} inputs and {m} outputs")
@@ -109,12 +112,3 @@ def prepare(
     *parts, table = tensors.values()
     found = cpu.one_call(x, *parts, codebook, incoherence_in, incoherence_out, seed, residual_scale, table)
     return None if found is None else Prepared(x, tensors, found)
-
-
-def _is_watched() -> bool:
-    """Whether a dispatch mode, a function transform (vmap, grad) or the profiler has to see each op."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-    )

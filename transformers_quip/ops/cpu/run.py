@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from ...codebooks.trellis import TILE, Trellis
 from .. import reference
 from ..backend import get_activations, get_backend
 from ..packing import logical
+from ..same_input import SameInput
 from . import scratch
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ MOST_BESIDE_BUNDLES = {2: 20, 1: 24}
 MOST_TRELLIS_VECTORS = 16
 # Weights that are decoded at a time for that: the dense weight never exists as a whole beside its codes.
 DECODED_WEIGHTS = 1 << 22
+
+_threads = threading.local()
 
 
 @functools.lru_cache(maxsize=512)
@@ -315,10 +319,11 @@ def _many_vectors(
     n, m = su.shape[0], sv.shape[0]
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     vectors = x.reshape(-1, n)
-    t = scratch.rotated(x, su, transform_in, vectors.shape, dtype)
+    shared, key = _rotated(), (transform_in, vectors.shape, dtype)
+    t = shared.take(su, (x, su), key)
     if t is None:
         t = _transform_in(vectors, su, *transform_in, scratch.scratch("rotated inputs", vectors.shape, dtype))
-        scratch.keep_rotated(x, su, transform_in, t)
+        shared.keep(su, (x, su), key, t)
     z = scratch.scratch("rotated outputs", (len(t), m), dtype)
     rows = min(m, max(1, DECODED_WEIGHTS // n // TILE) * TILE)
     for begin in range(0, m, rows):
@@ -363,34 +368,28 @@ def bundled(
     vectors = x.numel() // n
     plan = many_kernels.plan(vectors, m, n, int8, threads)
     memory = scratch.scratch("workspace", (plan.workspace,), torch.float32)
-    t = scratch.rotated(x, su, q_in, plan.rotated_shape, torch.int32)
+    shared, key = _rotated(), (q_in, plan.rotated_shape, torch.int32)
+    t = shared.take(su, (x, su), key)
     is_rotated = t is not None
-    if not is_rotated:
+    if t is None:
         t = scratch.scratch("rotated inputs", plan.rotated_shape, torch.int32)
     y = x.new_empty((*x.shape[:-1], m))
     stride = n if rows is x else rows.stride(0)
     many_kernels.run(address, rows, y, vectors, stride, t, is_rotated, int8, memory, plan, threads)
     if not is_rotated:
-        scratch.keep_rotated(x, su, q_in, t)
+        shared.keep(su, (x, su), key, t)
     return y
 
 
-def eager_bundled(x: torch.Tensor, *arguments) -> torch.Tensor:
-    """[`bundled`] for contiguous x and a call that is not made by compiled code."""
-    scratch.set_eager(True)
-    try:
-        return bundled(x, x, *arguments)
-    finally:
-        scratch.set_eager(False)
+def _rotated() -> SameInput[torch.Tensor]:
+    """What this thread rotated last, Q_inᵀ( su ⊙ x ), for linears that read the same x and have equal su (q, k and v).
 
-
-def eager_linear(x: torch.Tensor, *arguments) -> torch.Tensor:
-    """[`linear`] for a call that is not made by compiled code: its input may be that of the call before."""
-    scratch.set_eager(True)
-    try:
-        return linear(x, *arguments)
-    finally:
-        scratch.set_eager(False)
+    For few vectors, where the rotation is a part of the library's call, sharing would save less than it costs.
+    """
+    shared = getattr(_threads, "rotated", None)
+    if shared is None:
+        shared = _threads.rotated = SameInput(scratch.scratch)
+    return shared
 
 
 def _transform_in(
