@@ -79,10 +79,10 @@ def test_a_wrong_environment_variable_is_an_error_at_import_that_names_it(variab
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
-    before = dict(backend._chosen)
+    before = backend.settings()
     with pytest.raises((ValueError, RuntimeError), match=f"environment variable {variable}={value}: {said}"):
         backend.read_environment()
-    assert backend._chosen == before
+    assert backend.settings() is before
     if value == "fast":
         run = imported()
         assert run.returncode != 0

@@ -24,7 +24,6 @@ from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
 from ..nn import replace
 from ..nn.place import place_all, restore_structure
-from ..nn.shared import share_inputs
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from . import resizing, saving
@@ -203,7 +202,6 @@ class QuipQuantizer(HfQuantizer):
         self._foreign = None
         replace.freeze(model)
         replace.pack(model)
-        share_inputs(model)
         return model
 
     def _calibrate(self, model: PreTrainedModel) -> None:
@@ -280,11 +278,11 @@ class QuantizeWeight(ConversionOps):
         module = replace.replace_by_empty(model, name, self.config)
         missing_keys.discard(full_layer_name)
         self.returner.handled(weight.nbytes)
-        values = {key: getattr(quantized, key, None) for key in ("codes", "codes_residual", "su", "sv")}
+        values = {**quantized.tensors, "su": quantized.su, "sv": quantized.sv}
+        module.resize_stored({key: value.shape for key, value in values.items()})
         return {
             f"{name}.{key}": value.to(device=weight.device, dtype=getattr(module, key).dtype).contiguous()
             for key, value in values.items()
-            if value is not None
         }
 
 

@@ -1,7 +1,7 @@
 """`torch.ops.quip.*`: what a quantized linear computes. Importing this registers the ops.
 
 `schemas` says what the ops take and return, `reference` computes them with plain PyTorch on any device, `autograd`
-differentiates them. A faster version for a device (`cpu`, `triton`) is registered beside the reference and tested
+differentiates them, `batching` maps them over a dimension. A faster version for a device (`cpu`, `triton`) is registered beside the reference and tested
 against it; `backend` lets the user choose; `cpu.prepared` calls the CPU's version without the dispatcher.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from . import autograd, backend, reference, schemas
+from . import autograd, backend, batching, reference, schemas
 from .cpu import prepared
 from .cpu import run as cpu_run
+from .layer import Layer
 from .triton import run as triton_run
 
-__all__ = ["autograd", "backend", "prepared", "reference", "schemas"]
+__all__ = ["Layer", "autograd", "backend", "prepared", "reference", "schemas"]
 
 backend.read_environment()
 
@@ -24,4 +25,5 @@ if not hasattr(torch.ops.quip, "linear"):
     reference.register()
     cpu_run.register()
     autograd.register()
+    batching.register()
     triton_run.register()

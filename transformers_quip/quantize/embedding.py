@@ -24,7 +24,7 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
 
     Args:
         table: float [m, n].
-        config: `codebook`, `residual_scale`, `incoherence` (of a pair, the input side), `rounding` ("stochastic" or else
+        config: `codebook_spec`, `incoherence` (of a pair, the input side), `rounding` ("stochastic" or else
             the nearest points), `scale` ("auto": the best of some multiples for each row) and `seed` are read.
         name: of the module, for errors.
 
@@ -36,7 +36,7 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
     """
     check_weight(name, table)
     rows, columns = table.shape
-    book = codebooks.get(config.codebook, config.residual_scale)
+    book = codebooks.get(config.codebook_spec)
     method = rounding.get(config.rounding)
     if method.needs_hessian:
         method = rounding.get("nearest")
@@ -66,4 +66,4 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
             codes[chunk] = torch.where(better.reshape(-1, *[1] * (codes.ndim - 1)), found, codes[chunk])
         lost += least.sum(dtype=torch.float64).item()
         total += energy.sum(dtype=torch.float64).item()
-    return QuantizedWeight(*stored(book, codes), su, sv, {"relative_error": lost / total if total else 0.0})
+    return QuantizedWeight(stored(book, codes), su, sv, {"relative_error": lost / total if total else 0.0})

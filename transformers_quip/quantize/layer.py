@@ -33,11 +33,10 @@ CHUNK = 1 << 22
 
 @dataclass
 class QuantizedWeight:
-    """What replaces a weight W [m, n]:  W ≈ diag(sv) Q_out Ŵ Q_inᵀ diag(su), Ŵ decoded from the codes.
+    """What replaces a weight W [m, n]:  W ≈ diag(sv) Q_out Ŵ Q_inᵀ diag(su), Ŵ decoded from the stored tensors.
 
     Attributes:
-        codes: the stored codes, as the codebook's `layout` describes them.
-        codes_residual: those of its second stage; None for a codebook of one stage.
+        tensors: by name, as `Codebook.tensors` describes them.
         su: float32 [n].
         sv: float32 [m].
         statistics: "relative_error", tr(E H Eᵀ) / tr(W H Wᵀ) with the Hessian as it was measured (the share of the
@@ -46,8 +45,7 @@ class QuantizedWeight:
             damped and rotated Hessian; "weights_before" and "weights_after" the transforms, see `diagnostics.histogram`.
     """
 
-    codes: torch.Tensor
-    codes_residual: torch.Tensor | None
+    tensors: dict[str, torch.Tensor]
     su: torch.Tensor
     sv: torch.Tensor
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +74,7 @@ def quantize_weights(
     Args:
         weights: name → float [m_i, n].
         hessian: float32 [n, n] = E[x xᵀ] over the calibration tokens.
-        config: `codebook`, `residual_scale`, `incoherence`, `rescale`, `rounding`, `damping`, `refinement_sweeps`,
+        config: `codebook_spec`, `incoherence`, `rescale`, `rounding`, `damping`, `refinement_sweeps`,
             `scale` and `seed` are read.
 
     Returns:
@@ -99,7 +97,7 @@ def quantize_weights(
     condition = condition_number(rotated_hessian)
     sizes = [weight.shape[0] for weight in weights.values()]
     parts = [_rotate(name, weight, su, q_in, config) for name, weight in zip(weights, stack.split(sizes), strict=True)]
-    book = codebooks.get(config.codebook, config.residual_scale)
+    book = codebooks.get(config.codebook_spec)
     if config.scale == "auto":
         factors = _best_scales(parts, rotated_hessian, book, method, config)
     else:
@@ -121,7 +119,7 @@ def quantize_weights(
         sv = _output_scales(part.weight, decoded, damped)
         error = part.weight - decoded * sv[:, None]
         results[part.name] = QuantizedWeight(
-            *stored(book, codes),
+            stored(book, codes),
             su,
             sv,
             {
@@ -143,7 +141,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
 
     Args:
         weight: float [m, n].
-        config: `codebook`, `residual_scale`, `incoherence`, `rounding`, `scale` and `seed` are read.
+        config: `codebook_spec`, `incoherence`, `rounding`, `scale` and `seed` are read.
         name: of the module, for errors.
 
     Raises:
@@ -151,7 +149,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
     """
     check_weight(name, weight)
     size = weight.shape[1]
-    book = codebooks.get(config.codebook, config.residual_scale)
+    book = codebooks.get(config.codebook_spec)
     su = incoherence.signs(size, config.seed, "in").to(weight.device)
     q_in = incoherence.get(incoherence.sides(config.incoherence)[0], size, config.seed)
     part = _rotate(name, weight.float(), su, q_in, config)
@@ -170,7 +168,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
     energy = decoded.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     sv = (decoded * part.weight).sum(1) / energy
     lost = (part.weight - decoded * sv[:, None]).square().sum() / part.weight.square().sum().clamp_min(1e-30)
-    return QuantizedWeight(*stored(book, codes), su, sv, {"relative_error": lost.item(), "scale": factor})
+    return QuantizedWeight(stored(book, codes), su, sv, {"relative_error": lost.item(), "scale": factor})
 
 
 @torch.no_grad()
@@ -209,10 +207,9 @@ def loss_of_rounding(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor,
     }
 
 
-def stored(book: Codebook, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stored codes and stored codes of the second stage, in memory of their own."""
-    first, *second = (part.clone() for part in book.store(codes))
-    return first, second[0] if second else None
+def stored(book: Codebook, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that are stored for these codes, in memory of their own."""
+    return {name: tensor.clone() for name, tensor in book.store(codes).items()}
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:
@@ -310,7 +307,7 @@ def _rotate(name: str, weight: torch.Tensor, su: torch.Tensor, q_in: Transform, 
     rotated = q_in.apply_transpose(weight / su)
     rotated = q_out.apply_transpose(rotated.T.contiguous() * sv).T.contiguous()
     rms = rotated.square().mean().sqrt()
-    size = codebooks.get(config.codebook, config.residual_scale).block_size
+    size = codebooks.get(config.codebook_spec).block_size
     rotated = torch.nn.functional.pad(rotated, (0, -rotated.shape[1] % size))
     return _Rotated(name, weight, sv, q_out, rotated, rms)
 

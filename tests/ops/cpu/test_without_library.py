@@ -8,7 +8,7 @@ import torch
 
 from quip_kernels import cpu_library
 from tests import truth
-from transformers_quip import QuipLinear, codebooks, incoherence
+from transformers_quip import QuipLinear, codebooks, incoherence, set_activations
 from transformers_quip.ops import backend
 from transformers_quip.ops.cpu import run as cpu
 
@@ -22,18 +22,18 @@ def found(request, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cpu_library, "PATH", path)
     for function in (cpu_library.library, cpu._tell):
         function.cache_clear()
-    monkeypatch.setitem(backend._chosen, "backend", "auto")
     for name in ("transformers_quip", "quip_kernels"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
         caplog.set_level(logging.INFO, name)
-    yield request.param
+    with backend.overridden(backend="auto"):
+        yield request.param
     cpu_library.library.cache_clear()
 
 
 @pytest.mark.parametrize("activations", ["auto", "int8"])
 @torch.no_grad()
-def test_layers_are_exact_and_one_line_says_that_they_are_slower(found, activations, monkeypatch, caplog):
-    monkeypatch.setitem(backend._chosen, "activations", activations)
+def test_layers_are_exact_and_one_line_says_that_they_are_slower(found, activations, caplog):
+    set_activations(activations)
     for codebook in ("e8p", "e8p-rvq3", "e8p-rvq4"):
         parts = truth.random_linear(24, 96, codebook=codebook)
         module = QuipLinear(96, 24, codebook=codebook)
@@ -51,8 +51,8 @@ def test_layers_are_exact_and_one_line_says_that_they_are_slower(found, activati
     codes = torch.randint(-(2**15), 2**15, book.codes_shape(32, 96)).to(torch.int16)
     x, su, sv = torch.randn(2, 96), torch.randn(96), torch.randn(32)
     q_in, q_out = (incoherence.get("hadamard", size, 0).matrix() for size in (96, 32))
-    y = torch.ops.quip.linear(x, codes, None, su, sv, None, *names)
-    inner = (x.double() * su.double()) @ q_in @ book.decode(codes, 96, torch.float64).T
+    y = torch.ops.quip.linear(x, [codes], su, sv, None, *names)
+    inner = (x.double() * su.double()) @ q_in @ book.decode({"codes": codes}, 96, torch.float64).T
     torch.testing.assert_close(y.double(), inner @ q_out.T * sv.double(), rtol=1e-5, atol=1e-4)
     lines = [record for record in caplog.records if record.name.startswith(("transformers_quip", "quip_kernels"))]
     told = [record.getMessage() for record in lines if record.levelno == logging.INFO]

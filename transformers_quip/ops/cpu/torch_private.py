@@ -112,6 +112,16 @@ def is_watched() -> bool:
     return _private is None or _private.is_recorded() or _private.profiles()
 
 
+def may_be_dual() -> bool:
+    """Whether tensors can have tangents now, because a level of forward-mode differentiation is open."""
+    return _private is None or forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether a function transform (torch.func) is at work; False where this cannot be known."""
+    return _private is not None and _private.functorch() is not None
+
+
 def below_autograd() -> AbstractContextManager[Any]:
     """Inside it, ops build no graph for derivatives; nothing where this PyTorch does not have that."""
     return nullcontext() if _private is None else _private.below_autograd()
