@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 from quip_kernels import e8p, layout
 from tests import truth

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, CompileConfig, pipeline
 
 from tests.models import LAYERS, tiny_tokenizer
 from transformers_quip import QuipConfig, set_backend
-from transformers_quip.ops import backend, packing
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])

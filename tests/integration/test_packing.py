@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from transformers_quip import QuipConfig
 from transformers_quip.nn.replace import quantized_linears
-from transformers_quip.ops import backend, packing
+from transformers_quip.ops import backend
 
 PARTS = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
 DISK = {**dict.fromkeys(PARTS, "cpu"), "model.layers.1": "disk"}

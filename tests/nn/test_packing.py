@@ -13,7 +13,7 @@ from quip_kernels import e8p
 from tests import truth
 from transformers_quip import QuipLinear
 from transformers_quip.nn import replace
-from transformers_quip.ops import backend, packing
+from transformers_quip.ops import backend
 
 
 @pytest.fixture(params=["e8p", "e8p-rvq3", "e8p-rvq4"])

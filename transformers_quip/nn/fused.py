@@ -71,7 +71,7 @@ class Fusion:
     The outputs are reused under the rule of `ops.same_input`. The weights are too large to be compared byte by byte: they
     count as unchanged if they are the same tensors, at the same addresses, of the same versions. So weights that NumPy,
     DLPack or `.data` write to between two siblings of one call are seen by the next call. Under torch.compile nothing is
-    reused, as nothing can be compared there.
+    reused, as nothing can be compared there: each of the modules computes all outputs.
 
     Args:
         parent: the module that holds them all. The linear is looked up in it at every call, so that an adapter that was

@@ -1,8 +1,9 @@
 """`torch.ops.quip.*`: what a quantized linear computes. Importing this registers the ops.
 
 `schemas` says what the ops take and return, `reference` computes them with plain PyTorch on any device, `autograd`
-differentiates them, `batching` maps them over a dimension. A faster version for a device (`cpu`, `triton`) is registered beside the reference and tested
-against it; `backend` lets the user choose; `cpu.prepared` calls the CPU's version without the dispatcher.
+differentiates them, `batching` maps them over a dimension. A faster version for a device (`cpu`, `triton`) is registered
+beside the reference and tested against it; `backend` lets the user choose; `cpu.prepared` calls the CPU's version without
+the dispatcher.
 """
 
 from __future__ import annotations

@@ -106,8 +106,8 @@ def _transform_below(*inputs: Any) -> torch.Tensor:
 def _linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """quip::linear above its kernels: with derivatives where some are wanted.
 
-    In forward mode and in function transforms (torch.func), PyTorch differentiates the formula: the op is linear in x, and in
-    each of su, sv and bias.
+    In forward mode and in function transforms (torch.func), PyTorch differentiates the formula: the op is linear in x, and
+    in each of su, sv and bias.
     """
     layer = Layer(*arguments)
     floats = (x, *layer.vectors)

@@ -107,7 +107,6 @@ def for_device(device: torch.device | str) -> str:
     return "triton" if _settings.backend == "triton" and kind in TRITON_DEVICES else "reference"
 
 
-
 def set_backend(name: str) -> None:
     """Choose what computes quantized layers.
 

@@ -1,9 +1,10 @@
 """The one rule for "the same input as before": a result is reused only where its input is proved to be unchanged.
 
-Linears that read one input (q, k and v; gate and up) repeat a part of the work. What the first of them computed may be reused
-by the others, its *siblings*, if the input still holds the values that it was computed from. Versions do not prove that:
-`Tensor._version` counts neither what NumPy, DLPack or `.data` write nor anything in inference mode. So a copy of the values is
-kept and compared, byte by byte. For 512 vectors of 576 bfloat16 numbers, copying and comparing take 7 and 10 microseconds.
+Linears that read one input (q, k and v; gate and up) repeat a part of the work. What the first of them computed may be
+reused by the others, its *siblings*, if the input still holds the values that it was computed from. Versions do not prove
+that: `Tensor._version` counts neither what NumPy, DLPack or `.data` write nor anything in inference mode. So a copy of the
+values is kept and compared, byte by byte. For 512 vectors of 576 bfloat16 numbers, copying and comparing take 7 and 10
+microseconds.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class _Held(Generic[T]):
 class SameInput(Generic[T]):
     """The last result that siblings share, reused only for the input that it was computed from.
 
-    A result is handed out if all of this holds: the call comes from the thread that computed it; the input is the same tensor
-    object; it and every other tensor that decides the result hold the bytes that they held; and the taker has not had it
-    before. So a linear that is called twice computes twice, and siblings get what they would have computed. Nothing is kept
-    for tensors whose bytes cannot be compared: those that are not contiguous, subclasses, and those on a GPU while a graph
-    of its operations is captured. Comparing on a GPU waits for it, so it pays only where much work is saved.
+    A result is handed out if all of this holds: the call comes from the thread that computed it; the input is the same
+    tensor object; it and every other tensor that decides the result hold the bytes that they held; and the taker has not
+    had it before. So a linear that is called twice computes twice, and siblings get what they would have computed. Nothing
+    is kept for tensors whose bytes cannot be compared: those that are not contiguous, subclasses, and those on a GPU while
+    a graph of its operations is captured. Comparing on a GPU waits for it, so it pays only where much work is saved.
 
     Args:
         memory: makes a tensor for a copy from a name, a shape and a dtype, and may reuse memory; None: `torch.empty`.

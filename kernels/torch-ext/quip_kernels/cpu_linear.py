@@ -149,7 +149,8 @@ def _describe(
     """See [`layer_of`]. Raises `ValueError` for a tensor that is not as [`linear`] describes it."""
     codes, codes_residual, su, sv, bias = tensors
     m = 0 if codes is None else codes.shape[0]
-    if codes is None or codes.dtype != torch.int16 or codes.dim() != 2 or codes.shape[1] != -(-n // 8) or not m or not codes.is_cpu:
+    shape = None if codes is None or not codes.is_cpu or codes.dtype != torch.int16 else tuple(codes.shape)
+    if codes is None or not m or shape != (m, -(-n // 8)):
         given = "none" if codes is None else f"{codes.dtype} {list(codes.shape)} on {codes.device}"
         raise ValueError(f"codes for {n} inputs must be int16 [m, {-(-n // 8)}] on the CPU, got {given}")
     second = _second_stage(codes, codes_residual)

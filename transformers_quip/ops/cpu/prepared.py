@@ -1,8 +1,8 @@
 """The shortest way to the CPU library: the fast path for plain eager calls, which bypasses PyTorch's dispatcher.
 
 PyTorch's dispatcher takes longer to call an op written in Python than the library takes to compute a small layer, and a
-model makes some two hundred such calls for each token. So the route, the arguments and the checks are looked up once for each
-layer; later calls only check that nothing changed.
+model makes some two hundred such calls for each token. So the route, the arguments and the checks are looked up once for
+each layer; later calls only check that nothing changed.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def prepare(
     ways = routes(case)
     if ways.few is not Route.FUSED or ways.of(x.numel() // layer.n) not in (Route.FUSED, Route.BUNDLED):
         return None
-    q_in, q_out = (run.side(layer.incoherence_in, layer.n, layer.seed), run.side(layer.incoherence_out, layer.m, layer.seed))
+    q_in, q_out = run.sides(layer)
     vectors, transforms = (layer.su, layer.sv, layer.bias), (q_in[0], q_out[0])
     present = {name: v for name, v in watched.items() if v is not None}
     return Prepared(

@@ -21,7 +21,7 @@ class Route(Enum):
     DECODED = "matrix products with decoded rows of the weight"
 
 
-# The batch size up to which multiplying by the codes is faster than the route for more vectors, by the bytes of an activation.
+# The batch size up to which multiplying by the codes is faster than the route for more, by the bytes of an activation.
 # e8p: decoding and a matrix product (1536x576 and 2048x2048 with AVX-512; the product is faster in bfloat16).
 # bundled: BUNDLED (crossover measured on 576x576, where it is higher, to 5632x2048, where it is lower; a compromise).
 MOST_VECTORS = {

@@ -63,7 +63,7 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     way = route(case, x.numel() // layer.n)
     if way is Route.REFERENCE:
         return reference.linear(x, *layer)
-    codes, q_in, q_out = codes_of(layer, case.planes), *_sides(layer)
+    codes, q_in, q_out = codes_of(layer, case.planes), *sides(layer)
     if way is Route.FUSED:
         return codes.multiply(x, (layer.su, layer.sv, layer.bias), (q_in[0], q_out[0]))
     if way is Route.PRODUCTS:
@@ -82,7 +82,7 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 def case_of(dtype: torch.dtype, layer: Layer) -> Case:
     """What decides how a layer in the stored form is computed for activations of this dtype."""
-    book, (q_in, q_out) = layer.book, _sides(layer)
+    book, (q_in, q_out) = layer.book, sides(layer)
     usable = _is_usable()
     if usable and book.kernels is None:
         _tell(f"the CPU library has no kernels for codebook {book.name!r}")
@@ -126,7 +126,8 @@ def side(incoherence: str, size: int, seed: int) -> Side:
     return kernels.Transform(q.dense_factors), None
 
 
-def _sides(layer: Layer) -> tuple[Side, Side]:
+def sides(layer: Layer) -> tuple[Side, Side]:
+    """The transforms of a layer's inputs and outputs."""
     return side(layer.incoherence_in, layer.n, layer.seed), side(layer.incoherence_out, layer.m, layer.seed)
 
 

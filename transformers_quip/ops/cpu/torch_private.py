@@ -1,9 +1,9 @@
 """The private functions of PyTorch that this package uses, all of them, and whether they are there and do what they should.
 
-The fast path on the CPU does not go through PyTorch's dispatcher, so it must know whether anybody records operations. PyTorch
-has no public function for most of these questions. Each one is asked once when this module is imported, inside a recorder and
-outside; if one is missing or answers wrongly, `is_usable()` is False and every call goes through the dispatcher, which is
-slower and needs none of them.
+The fast path on the CPU does not go through PyTorch's dispatcher, so it must know whether anybody records operations.
+PyTorch has no public function for most of these questions. Each one is asked once when this module is imported, inside a
+recorder and outside; if one is missing or answers wrongly, `is_usable()` is False and every call goes through the
+dispatcher, which is slower and needs none of them.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _load() -> _Private | None:
         private.check()
     except Exception as error:  # whatever a later PyTorch raises here, the dispatcher is there
         logger.warning(
-            "PyTorch %s is not as expected (%s: %s): quantized layers on the CPU are called through its dispatcher, which is "
-            "slower for small batches",
+            "PyTorch %s is not as expected (%s: %s): quantized layers on the CPU are called through its dispatcher, "
+            "which is slower for small batches",
             torch.__version__,
             type(error).__name__,
             error,

@@ -26,6 +26,7 @@ from .route import DTYPES, Route, digits, route
 if TYPE_CHECKING:
     from quip_kernels.gpu.transform import Plan
 
+
 def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
     """See [`reference.transform`]; computed in float32."""
     has_kernel = _is_chosen(x) and x.dtype in DTYPES and x.numel() > 0
