@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 
-_layers: dict[tuple, tuple[Any, int]] = {}
+Description = TypeVar("Description", bound=ctypes.Structure)
+
+_layers: dict[tuple, tuple] = {}
 _MOST_LAYERS = 4096
 
 
 def description(
-    names: tuple, tensors: tuple[torch.Tensor | None, ...], make: Callable[[], ctypes.Structure]
-) -> tuple[Any, int]:
+    names: tuple, tensors: tuple[torch.Tensor | None, ...], make: Callable[[], Description]
+) -> tuple[Description, int]:
     """The description of a layer, which must be kept as long as it is used, and its address.
 
     A description holds only what is in its key, so one is right for all tensors that have the same key: their addresses,

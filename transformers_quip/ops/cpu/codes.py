@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quip_kernels import cpu_linear, cpu_trellis
-from quip_kernels.cpu_library import default_level, library
+from quip_kernels.cpu_library import default_level, loaded
 
 from ... import codebooks
 from ..layer import Layer, named, stages
@@ -50,7 +50,8 @@ class E8PCodes:
 
     def describe(self, n: int, vectors: Vectors, transforms: Transforms) -> tuple[Any, int]:
         """The layer's description for the library, which must be kept, and its address."""
-        tensors = tuple(map(cpu_linear.contiguous, (self.codes, self.second, *vectors)))
+        su, sv, bias = map(cpu_linear.contiguous, vectors)
+        tensors = (cpu_linear.contiguous(self.codes), cpu_linear.contiguous(self.second), su, sv, bias)
         description, address = cpu_linear.layer_of(n, tensors, *transforms, self.scale)
         return (description, tensors), address
 
@@ -59,7 +60,7 @@ class E8PCodes:
         (keep, _), address = self.describe(n, vectors, transforms)
         kind = cpu_linear.DTYPES[dtype]
         arguments = (n, kind, kind, self.planes, default_level())
-        return Call(library().quip_linear, address, arguments, (keep, transforms))
+        return Call(loaded().quip_linear, address, arguments, (keep, transforms))
 
 
 class TrellisCodes:
@@ -84,7 +85,7 @@ class TrellisCodes:
         keep, address = cpu_trellis.layer_of(n, tensors, *transforms, self.layout)
         kind = cpu_linear.DTYPES[dtype]
         arguments = (n, kind, kind, default_level())
-        return Call(library().quip_trellis_linear, address, arguments, (keep, transforms))
+        return Call(loaded().quip_trellis_linear, address, arguments, (keep, transforms))
 
 
 def codes_of(layer: Layer, planes: int) -> E8PCodes | TrellisCodes:
