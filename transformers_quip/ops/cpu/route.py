@@ -24,10 +24,10 @@ class Route(Enum):
 # The batch size up to which multiplying by the codes is faster than the route for more, by the bytes of an activation.
 # e8p: decoding and a matrix product (1536x576 and 2048x2048 with AVX-512; the product is faster in bfloat16).
 # bundled: BUNDLED (crossover measured on 576x576, where it is higher, to 5632x2048, where it is lower; a compromise).
-MOST_VECTORS = {
+MOST_VECTORS: dict[str, dict[int, int]] = {
     "e8p": {3: 64, 2: 40, 1: 64},
     "bundled": {2: 20, 1: 24},
-    "trellis": 16,
+    "trellis": {3: 16, 2: 16, 1: 16},
 }
 
 
@@ -78,7 +78,7 @@ def routes(case: Case) -> Routes:
         return Routes(Route.REFERENCE, 0, Route.REFERENCE)
     few = Route.FUSED if case.has_transforms else Route.PRODUCTS
     if case.kernels == "trellis":
-        return Routes(few, MOST_VECTORS["trellis"], Route.DECODED)
+        return Routes(few, MOST_VECTORS["trellis"][case.planes], Route.DECODED)
     if case.n > MOST_FEATURES:
         return Routes(Route.REFERENCE, 0, Route.REFERENCE)
     most = MOST_VECTORS["e8p"][case.planes]
