@@ -65,7 +65,9 @@ class QuantizationReport:
 
 
 @torch.no_grad()
-def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None) -> QuantizationReport:
+def quantize_model(
+    model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None, data: tuple[torch.Tensor, str] | None = None
+) -> QuantizationReport:
     """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, where the config names them.
 
     For each block in turn: Hessians from one pass over the calibration tokens, all its weights quantized, and the
@@ -76,6 +78,7 @@ def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = 
         model: dense, in memory.
         config: how; `config.calibration` is set to a record of the data that was used.
         tokenizer: for a data set of text, before `config.tokenizer` and the model's own.
+        data: what [`load_token_ids`] returned, where that was called before the model was loaded.
 
     Returns:
         What was done to each module.
@@ -84,18 +87,18 @@ def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = 
         ValueError: see [`make_plan`], [`load_token_ids`] and [`quantize_weights`].
     """
     with cpu_matmul_precision("ieee"):  # a Hessian rotated in lower precision is no longer positive definite
-        return _Recipe(model, config, tokenizer).run()
+        return _Recipe(model, config, tokenizer, data).run()
 
 
 class _Recipe:
     """One run over one model; see [`quantize_model`]."""
 
-    def __init__(self, model: PreTrainedModel, config: QuipConfig, tokenizer: Any):
+    def __init__(self, model: PreTrainedModel, config: QuipConfig, tokenizer: Any, data: tuple[torch.Tensor, str] | None):
         self.model = model
         self.config = config
         self.plan = make_plan(model, config)
         started = time.perf_counter()
-        self.ids, description = load_token_ids(config, model, tokenizer)
+        self.ids, description = data or load_token_ids(config, model, tokenizer)
         logger.info("Calibrating on %s.", description)
         self.report = QuantizationReport(description, self.ids.numel())
         self.report.seconds["data"] = time.perf_counter() - started
