@@ -110,7 +110,7 @@ def _linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     in each of su, sv and bias.
     """
     layer = Layer(*arguments)
-    floats = (x, *layer.vectors)
+    floats = (x, layer.su, layer.sv) if layer.bias is None else (x, layer.su, layer.sv, layer.bias)
     if _wants_formula(floats):
         weight = torch.ops.quip.decode(layer.weight, layer.codebook, layer.m, layer.n, compute_dtype(x.dtype))
         return linear_formula(x, layer, weight)

@@ -12,7 +12,7 @@ from quip_kernels import cpu_linear, cpu_trellis
 from quip_kernels.cpu_library import default_level, loaded
 
 from ... import codebooks
-from ..layer import Layer, named, stages
+from ..layer import Layer, integer_dtypes, named, stages
 
 Vectors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # su, sv, bias
 Transforms = tuple[cpu_linear.Transform | None, cpu_linear.Transform | None]  # of inputs and outputs
@@ -102,4 +102,20 @@ def trellis_layout(codebook: str) -> cpu_trellis.Layout:
 
 def dtypes_are_known(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the library takes the types of all of these that are floating point."""
-    return all(v.dtype in cpu_linear.DTYPES for v in tensors if v.is_floating_point())
+    return all(v.dtype in cpu_linear.DTYPES or not v.is_floating_point() for v in tensors)
+
+
+def tensors_fit(layer: Layer) -> bool:
+    """Whether a layer has the number and the types of tensors that its codebook stores and the library takes.
+
+    The sizes are not looked at.
+    """
+    known, bias, wanted = cpu_linear.DTYPES, layer.bias, integer_dtypes(layer.codebook)
+    if layer.su.dtype not in known or layer.sv.dtype not in known or (bias is not None and bias.dtype not in known):
+        return False
+    if len(layer.weight) != len(wanted):
+        return False
+    for tensor, dtype in zip(layer.weight, wanted, strict=True):
+        if tensor.dtype not in known if dtype is None else tensor.dtype is not dtype:
+            return False
+    return True

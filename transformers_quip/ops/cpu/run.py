@@ -19,11 +19,11 @@ from ... import incoherence as transforms
 from ...codebooks.trellis import TILE
 from .. import reference
 from ..backend import for_device, get_activations
-from ..layer import Layer, dtypes_fit, named, stages
+from ..layer import Layer, named, stages
 from ..packing import stored
 from ..same_input import SameInput
 from . import scratch
-from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, trellis_layout
+from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, tensors_fit, trellis_layout
 from .route import Case, Route, is_int8, planes, route
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: in
 def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """See [`reference.linear`]."""
     layer = Layer(*arguments)
-    layer = layer._replace(weight=stored(layer.weight, layer.codebook, layer.n))
+    if layer.weight[0].dtype is torch.int32:  # may be packed; no codes that kernels take are stored so
+        layer = layer._replace(weight=stored(layer.weight, layer.codebook, layer.n))
     case = case_of(x.dtype, layer)
     way = route(case, x.numel() // layer.n)
     if way is Route.REFERENCE:
@@ -93,7 +94,7 @@ def case_of(dtype: torch.dtype, layer: Layer) -> Case:
         layer.m,
         layer.n,
         planes(dtype, get_activations()),
-        tensors_fit=dtypes_fit(layer.weight, layer.codebook) and dtypes_are_known((*layer.vectors, *layer.weight)),
+        tensors_fit=tensors_fit(layer),
         has_transforms=q_in[1] is None and q_out[1] is None,
         is_usable=usable,
         has_amx=usable and cpu_many.is_available(),
