@@ -140,11 +140,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="MxN")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each way")
-<<<<<<< HEAD
-    parser.add_argument("--codebooks", nargs="+", default=["e8p"], metavar="NAME", choices=("e8p", "e8p-rvq3", "e8p-rvq4"))
-=======
     parser.add_argument("--codebooks", nargs="+", default=["e8p"], metavar="NAME", choices=STAGES)
->>>>>>> main
     parser.add_argument("--trellis", nargs="+", metavar="NAME", help='codebooks such as "trellis:mul1:k2:exl3"')
     parser.add_argument("--shared", action="store_true", help="the least CPU time of one thread")
     options = parser.parse_args()
