@@ -124,13 +124,11 @@ class QuipQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from ..nn import replace
-        from ..nn.shared import share_inputs
 
         self.report = self._loading.finish(model)
         self.quantization_config = model.config.quantization_config = self._loading.config
         replace.freeze(model)
         replace.pack(model)
-        share_inputs(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
