@@ -52,7 +52,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of one tensor.
+    """One tensor as the header of its file describes it.
 
     Attributes:
         shape: its sizes.

@@ -26,7 +26,7 @@ from .typed import TypedOptions
 QUANT_METHOD = "quip"
 FORMAT_VERSION = 1
 
-# Written beside the options by the quantizer, not by the caller.
+# Written by the quantizer, not by the caller.
 # Attribute → its key in config.json.
 _RECORDS = {"calibration": "calibration", "quantized_modules": "quantized_modules", "storage": "layout", "origin": "origin"}
 
@@ -37,7 +37,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuipConfig(bits=2))
 
     All options are keywords and can be read as attributes. An unknown option, a value of the wrong type and a
-    combination that cannot work raise `ValueError` with the option, the value and what is allowed.
+    combination that cannot work raise `ValueError` with the option, the value and the allowed values.
 
     Attributes:
         calibration: after a calibrated run, which data was used (a JSON-serialisable dict); else None.
@@ -158,7 +158,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         return codebooks.spec(self.codebook, self.residual_scale)
 
     def for_module(self, name: str) -> QuipConfig:
-        """The config that holds for the module of this name: this one, or a copy with what `modules` sets for it."""
+        """The config that holds for the module of this name: this one, or a copy with its options of `modules`."""
         options = self._options_of(name)
         return self._with(options) if options else self
 
@@ -218,14 +218,14 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         return self.to_dict().get(key, default)
 
     def without_data(self) -> QuipConfig:
-        """A copy that holds what config.json will hold, not the data set or the tokenizer itself."""
+        """A copy that holds the content of config.json, not the data set or the tokenizer itself."""
         result = copy.copy(self)
         for name, option in OPTIONS.items():
             setattr(result, name, option.stored(getattr(self, name)))
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json stores: JSON-serialisable, and equal after [`from_dict`]."""
+        """The content of config.json: JSON-serialisable, and equal after [`from_dict`]."""
         result: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         result.update((name, option.stored(getattr(self, name))) for name, option in OPTIONS.items())
         result.update((key, copy.deepcopy(getattr(self, name))) for name, key in _RECORDS.items())

@@ -1,4 +1,4 @@
-"""The checks of QuipConfig's single options: each returns the value as it is kept, or raises what is allowed.
+"""The checks of QuipConfig's single options: each returns the value as it is kept, or raises an error.
 
 The `ValueError` of a check goes on where its caller has named the option and the value: "must be True or False".
 """

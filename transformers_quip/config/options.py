@@ -1,4 +1,4 @@
-"""The table of QuipConfig's options: for each its default, its check, its sentence, and what config.json gets."""
+"""The table of QuipConfig's options: for each its default, its check, its sentence, and its form in config.json."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Option:
 
     Args:
         default: its value where the caller gives none.
-        check: returns the value as it is kept, or raises `ValueError` saying what is allowed.
+        check: returns the value as it is kept, or raises `ValueError` saying which values are allowed.
         doc: one sentence for the user.
-        stored: what config.json gets for a value, where the value itself only lives at run time.
+        stored: the form of a value in config.json, where the value itself only lives at run time.
     """
 
     default: Any
@@ -82,7 +82,7 @@ OPTIONS: dict[str, Option] = {
         "Which values a block of weights may take; None: the default for `bits`.",
     ),
     "residual_scale": Option(
-        None, check.residual_scale, "What multiplies the second stage of a codebook that has one; None: the codebook's own."
+        None, check.residual_scale, "The factor of the second stage of a codebook that has one; None: the codebook's own."
     ),
     "incoherence": Option(
         "hadamard",
@@ -98,7 +98,7 @@ OPTIONS: dict[str, Option] = {
     "dataset": Option(
         "self",
         check.dataset,
-        "What to calibrate on: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
+        "The calibration data: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
         "name of a data set that Optimum knows (wikitext2, c4, ...), a list of texts, of chats (lists of messages), of "
         "token ids or of dictionaries, a tensor of token ids, a tokenizer's output, a `datasets.Dataset`, a stream (an "
         "`IterableDataset`, a generator) of such rows, which is read as far as needed, or None: no calibration, each "

@@ -10,7 +10,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
-# What makes a name a pattern.
+# The characters that make a name a pattern.
 _WILD = re.compile(r"[*?[]")
 # Each becomes two regular expressions, which take up to a millisecond: a config.json must not use up the processor.
 MOST_PATTERNS = 1_000

@@ -22,11 +22,11 @@ class Storage:
     """How one quantized linear of m outputs and n inputs is stored.
 
     Attributes:
-        padded: (m', n') where the codes are those of a larger matrix. su has n' entries then, sv m'; the input is extended
+        padded: (m', n') where the codes belong to a larger matrix. su has n' entries then, sv m'; the input is extended
             by zeros and the output cropped.
         row_scales: whether there is a vector [m'] that multiplies the rows of Ŵ before the output transform.
         scales_dtype: of su, sv and the other vectors; None: the model's.
-        fuses: the linears, beside this one in their parent, whose outputs it computes one after the other. They have no
+        fuses: the linears in the same parent module whose outputs it computes one after the other. They have no
             weights of their own.
         parts: for a linear of the model that is stored as several: the name and the number of outputs of each. (Not a
             dict: Transformers would sort it when it writes JSON.)

@@ -35,8 +35,8 @@ def convert(
     Raises:
         ValueError: the checkpoint is of none of these kinds, of a kind that is not supported, or damaged; or the
             destination is not empty.
-        OSError: the disk is full, for example. After any error the destination is as it was, and what somebody else wrote
-            into it meanwhile is still there.
+        OSError: the disk is full, for example. After any error the destination is as it was, and files that somebody else
+            wrote into it meanwhile are still there.
     """
     folder, target = _folder(source), Path(destination)
     with claimed_folder(target, last="config.json") as work:  # a folder without it is not a model

@@ -96,5 +96,5 @@ class RepackingConverter(WeightConverter):
         return result
 
     def was_used(self) -> bool:
-        """No: what is saved afterwards is native, and nothing is to be reversed."""
+        """No: the model is saved in the native format, so nothing is to be reversed."""
         return False

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class ForeignConfig(QuantizationConfigMixin):
-    """What Transformers makes of the quantization_config of a foreign checkpoint: a `QuipConfig` that carries it along."""
+    """The class for the quantization_config of a foreign checkpoint: it makes a `QuipConfig` that carries it along."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -67,5 +67,5 @@ def register() -> None:
             else:
                 raise ImportError(
                     f"the quantization method {method!r} is taken by {known.__module__}.{known.__qualname__}: "
-                    "transformers-quip cannot be used beside it"
+                    "transformers-quip cannot be used together with it"
                 )

@@ -1,7 +1,7 @@
-"""What is done to one model while Transformers loads it; there are four ways, and `begin` chooses one.
+"""The four ways to load a model, of which `begin` chooses one.
 
-Transformers calls `QuipQuantizer`, which passes each call on to the mode. A mode holds what one loading needs to know, and
-not the model itself: a model holds its quantizer, and so could not be freed as soon as nobody uses it.
+Transformers calls `QuipQuantizer`, which passes each call on to the mode. A mode holds facts about one
+loading and not the model itself: a model holds its quantizer, so it could not be freed as soon as nobody uses it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Mode:
         return model
 
     def conversions(self, rules: list) -> list:
-        """Transformers' renamings for this model, and what this mode adds to them; with them the files are checked."""
+        """Transformers' renamings for this model with the additions of this mode. The files are checked with them."""
         raise NotImplementedError
 
     def bits_of(self, name: str) -> float | None:
@@ -98,11 +98,11 @@ class Mode:
         return None
 
     def operation(self) -> ConversionOps:
-        """What the loader calls with each weight for which [`bits_of`] is not None."""
+        """The operation that the loader calls with each weight for which [`bits_of`] is not None."""
         raise NotImplementedError
 
     def finish(self, model: PreTrainedModel) -> QuantizationReport | None:
-        """All weights are read: do the rest, and report what was quantized where that took a calibrated run."""
+        """All weights are read: do the rest. A calibrated run returns its report."""
         return None
 
 
@@ -151,7 +151,7 @@ class Repacked(Prequantized):
         return [RepackingConverter(self._plan, PageReleaser(self._files)), *rules]
 
     def finish(self, model: PreTrainedModel) -> None:
-        """See [`Mode.finish`]: what is saved from now on is native."""
+        """See [`Mode.finish`]: from now on the model is saved in the native format."""
         self._source.close()
         if hasattr(model.config, "quip_params"):
             del model.config.quip_params
@@ -173,7 +173,7 @@ class _Planned(Mode):
         return rules
 
     def _tell(self, model: PreTrainedModel) -> None:
-        """Log what will be quantized, and patterns that mean no module."""
+        """Log what will be quantized, and patterns that do not match any module."""
         logger.info(f"{type(model).__name__}: {self.plan.summary()}")
         for pattern in unmatched_patterns(model, self.config):
             logger.warning(f"No module of {type(model).__name__} matches {pattern!r} of the quantization_config")

@@ -1,7 +1,7 @@
 """Everything that this package replaces inside other packages: one table, and the call that puts all of it back.
 
 Where Transformers (or PyTorch) has no hook, a function is replaced by one that calls it. For models that
-this package has not quantized, the replacements do what the originals did.
+this package has not quantized, the replacements behave as the originals.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ TABLE = (
         "get_hf_quantizer",
         recognise.get_hf_quantizer,
         _ON_IMPORT,
-        "Checkpoints of QuIP#, QTIP and QuIP-for-all may describe their quantization in `quip_params` or in a file beside "
-        "config.json, where Transformers does not look: it would return a dense model with random weights.",
+        "Checkpoints of QuIP#, QTIP and QuIP-for-all may describe their quantization in `quip_params` or in a file "
+        "next to config.json, where Transformers does not look: it would return a dense model with random weights.",
     ),
     Patch(
         _MODELS,
@@ -139,7 +139,7 @@ TABLE = (
 
 @dataclass(frozen=True)
 class _Replaced:
-    """What a replacement carries: the object that it replaces, itself, and its maker."""
+    """The mark of a replacement: the object that it replaces, itself, and the function that made it."""
 
     original: Any
     replacement: Callable

@@ -32,7 +32,7 @@ class QuipQuantizer(HfQuantizer):
         else: the model is loaded dense and then calibrated and quantized block by block.
 
     Attributes:
-        report: after a calibrated run, what was done to each module (`quantize.recipe.QuantizationReport`); else None.
+        report: after a calibrated run, the record of each module (`quantize.recipe.QuantizationReport`); else None.
     """
 
     requires_calibration = False
@@ -40,7 +40,7 @@ class QuipQuantizer(HfQuantizer):
     pre_quantized: bool
 
     def __init__(self, quantization_config: QuipConfig, **kwargs: Any):
-        # A copy: what is recorded about this model does not belong into the caller's config.
+        # A copy: records about this model do not belong into the caller's config.
         super().__init__(quantization_config.__deepcopy__({}), **kwargs)
         self.report: QuantizationReport | None = None
         self._mode: Mode | None = None
@@ -52,7 +52,10 @@ class QuipQuantizer(HfQuantizer):
     # Before loading
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what cannot work before anything is loaded. Called again with the device map that "auto" becomes."""
+        """Refuse combinations that cannot work, before anything is loaded.
+
+        Called again with the device map that "auto" becomes.
+        """
         config = self.quantization_config
         config.validate()
         if config.foreign is not None:
@@ -107,7 +110,7 @@ class QuipQuantizer(HfQuantizer):
         return param.element_size() if bits is None else bits / 8
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What Transformers' loader calls with each weight that needs quantization."""
+        """The operation that Transformers' loader calls with each weight that needs quantization."""
         return self._loading.operation()
 
     def get_weight_conversions(self) -> list:
@@ -144,7 +147,7 @@ class QuipQuantizer(HfQuantizer):
             model.config.dtype = dtype
         return model
 
-    # What Transformers asks
+    # Questions of Transformers
 
     def is_serializable(self) -> bool:
         """Yes: see `checkpoints.native`."""

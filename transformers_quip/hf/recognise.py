@@ -36,7 +36,7 @@ def foreign_parameters(config: PretrainedConfig) -> dict[str, Any] | None:
     """The "quip_params" of the config of a QuIP# or QTIP checkpoint, which has no quantization_config; None for others.
 
     Raises:
-        ValueError: it is no dict.
+        ValueError: it is not a dict.
     """
     parameters = getattr(config, "quip_params", None)
     if parameters is not None and not isinstance(parameters, dict):
@@ -47,14 +47,14 @@ def foreign_parameters(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def parameters_beside(name: str | None, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint that has it in a file beside config.json alone.
+    """The quantization_config of a checkpoint that has it only in a second file next to config.json.
 
     Args:
         name: of its folder or repository.
         arguments: of `from_pretrained`.
 
     Raises:
-        ValueError: the file is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     if name is None or os.path.isfile(name):
         return None
@@ -138,7 +138,7 @@ def load_state_dict(original: Callable) -> Callable:
 
 
 def from_pretrained(original: Callable) -> Callable:
-    """Remembers what is loaded, and with which arguments, as long as it is loaded."""
+    """Remembers the source and the arguments as long as the model is being loaded."""
 
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)

@@ -23,7 +23,7 @@ _CALLED_AFTER = {
 
 
 def register() -> None:
-    """Do now what can be done now, and the rest as soon as Transformers imports what it needs.
+    """Register now where Transformers has imported its part already, and otherwise right after it does.
 
     Raises:
         ImportError: another package has taken the name "quip" (raised by the import that is waited for, if that is later).

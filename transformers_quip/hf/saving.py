@@ -1,7 +1,7 @@
 """A model card is written where Transformers saves or pushes a quantized model.
 
 Transformers has no hook that knows the folder, so `patches` wraps two methods of `PreTrainedModel` with these functions.
-For a model that is not quantized by this package they do what they did before.
+For a model that is not quantized by this package they behave as before.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from ..calibration.tokenizer import Source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What `from_pretrained` is loading: the name of a folder or repository, and the arguments.
+# The folder or repository that `from_pretrained` is loading, and its arguments.
 LOADED: ContextVar[tuple[str | None, Mapping[str, Any]]] = ContextVar("loaded", default=(None, {}))
 
 

@@ -1,4 +1,4 @@
-"""What a family of foreign checkpoints has to say about itself, so that the rest is common to all."""
+"""The contract of a family of foreign checkpoints; everything else is common to all families."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..headers import DAMAGED, TensorInfo
 
 @dataclass(frozen=True)
 class Form:
-    """The native form of one quantized linear, and what is needed to re-pack its tensors.
+    """The native form of one quantized linear, and the facts that re-packing its tensors needs.
 
     Attributes:
         rows, columns: m and n of the linear, without padding.
         codebook, incoherence, residual_scale: as in `QuipConfig`; incoherence a pair.
-        storage: what the record of the config says of it.
+        storage: its record in the config.
         details: further facts that the family's `repack` needs.
     """
 
@@ -46,7 +46,7 @@ class Source:
 
     Attributes:
         name: of the linear in the file.
-        tensors: what the file says of each, by the last part of its name.
+        tensors: the description of each, by the last part of its name.
         keys: their names, as Transformers has renamed them.
         read: reads one of them, by the last part of its name; for small ones only, while the loading is planned.
     """
@@ -140,7 +140,7 @@ class Family(abc.ABC):
 
         Args:
             tensors: by kind, as [`Source.tensors`] lists them, all on one device; without the bias.
-            form: what [`describe`] said.
+            form: the result of [`describe`].
 
         Returns:
             By the names of the parameters of `nn.QuipLinear` (`nn.general.GeneralLinear`), contiguous.
@@ -163,7 +163,7 @@ def is_finite_number(value: Any) -> bool:
 
 
 def is_true(parameters: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """Whether a flag of a config is set, which may be missing or null. Raises `ValueError` if it is no boolean."""
+    """Whether a flag of a config is set, which may be missing or null. Raises `ValueError` if it is not a boolean."""
     value = parameters.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"The checkpoint's config has {key}={value!r}, which must be true or false")

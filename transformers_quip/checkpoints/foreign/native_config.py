@@ -1,4 +1,4 @@
-"""The native config of a foreign checkpoint: options for all of its linears, and patterns of names for what differs."""
+"""The native config of a foreign checkpoint: options for all of its linears, and patterns of names for the differences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HasForm(Protocol):
 
 
 def native_config(linears: Iterable[HasForm], others: Mapping[str, Storage] | None = None) -> QuipConfig:
-    """The native config of these linears: the most frequent options for all, and what differs by patterns of names.
+    """The native config of these linears: the most frequent options for all, and the differences by patterns of names.
 
     Args:
         linears: at least one.

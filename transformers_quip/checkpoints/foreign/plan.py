@@ -33,7 +33,7 @@ from .repack import ForeignLinear
 
 logger = logging.getLogger(__name__)
 
-# What a quantization_config names as its quant_method. A config with "quip_params" has none.
+# The quant_method of a quantization_config → its family. A config with "quip_params" has none.
 METHODS: dict[str, Family] = {"QUiP": QuipForAll(), "exl3": Exl3()}
 # Linears that checkpoints split where Transformers' module is one: name there → (name here, all that it is made of).
 _PARTS = {

@@ -79,7 +79,8 @@ class Qtip(Family):
         source.require("trellis", ("I16",), (rows * columns // 256, 16 * k))
         if not 1 <= k <= 8 or rows % 16 or columns % 16:
             raise ValueError(
-                f"{source.name}.trellis has shape {list(shape)}, which is no trellis of 1 to 8 bits for [{rows}, {columns}]"
+                f"{source.name}.trellis has shape {list(shape)}, which is not a trellis of 1 to 8 bits "
+                f"for [{rows}, {columns}]"
             )
         source.require("SU", FLOATING, (columns,))
         source.require("SV", FLOATING, (rows,))
@@ -119,15 +120,17 @@ class Qtip(Family):
 
 
 def _skipped(parameters: Mapping[str, Any]) -> list[str]:
-    """Linears that were left as they are, such as "0_v" and "1_down". Raises `ValueError` if it is no list of these."""
+    """Linears that were left as they are, such as "0_v" and "1_down". Raises `ValueError` if it is not a list of these."""
     names = parameters.get("skip_list") or []
     if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(_SHORT_NAME, name) for name in names):
-        raise ValueError(f"quip_params of QTIP has skip_list={names!r}, which is no list of names such as '0_v', '1_down'")
+        raise ValueError(
+            f"quip_params of QTIP has skip_list={names!r}, which is not a list of names such as '0_v', '1_down'"
+        )
     return names
 
 
 def _short_name(name: str) -> str:
-    """What `skip_list` calls a linear; its own name where that has no such name."""
+    """The name of a linear in `skip_list`; its own name where that has no such name."""
     match = re.search(r"layers\.(\d+)\.\w+\.(q|k|v|o|up|gate|down)_proj$", name)
     return f"{match[1]}_{match[2]}" if match else name
 

@@ -20,7 +20,7 @@ class ForeignLinear:
 
     Attributes:
         name: of the native linear in the model.
-        family, form: what [`Family.describe`] said of it.
+        family, form: see [`Family.describe`].
         source: its tensors in the files.
         dense: the model has no linear there but only the matrix of one (a router): it gets the decoded weight.
     """
