@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .device import evaluating, execution_device, fast_cpu_linears
+from .device import evaluating, execution_device
 from .growing_cache import cache_bytes, growing_cache
+from .precision import fast_cpu_linears
 
 logger = logging.getLogger(__name__)
 

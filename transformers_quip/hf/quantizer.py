@@ -48,7 +48,7 @@ class QuipQuantizer(HfQuantizer):
         else: the model is loaded dense and then calibrated and quantized block by block.
 
     Attributes:
-        report: after a calibrated run, what was done to each module (`quantize.model.QuantizationReport`); else None.
+        report: after a calibrated run, what was done to each module (`quantize.recipe.QuantizationReport`); else None.
     """
 
     requires_calibration = False
@@ -210,6 +210,7 @@ class QuipQuantizer(HfQuantizer):
         from ..quantize.recipe import quantize_model
 
         self.report = quantize_model(model, self.quantization_config)
+        self.quantization_config = self.report.config
         if not replace.quantized_modules(model):
             raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")
 

@@ -72,6 +72,10 @@ class QuantizationPlan:
         """The modules to quantize: linears in the order of the model, then embeddings."""
         return tuple(entry.name for entry in self.entries if entry.quantized)
 
+    def inside(self, prefix: str) -> tuple[str, ...]:
+        """The modules to quantize whose name begins with this prefix, without it."""
+        return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
+
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, tied ones once."""

@@ -1,12 +1,12 @@
 """Rounding methods: which point of the codebook each block of the weight becomes.
 
-A new method is a [`Rounding`] subclass in a file of its own, registered here.
+A new method is a [`Rounding`] subclass in a file of its own, registered here, or from outside by [`register`].
 """
 
 from __future__ import annotations
 
 from ..registry import Registry
-from .base import Rounded, Rounding, proxy_loss
+from .base import Problem, Rounded, Rounding, proxy_loss
 from .convex import Convex
 from .greedy import Greedy
 from .ldlq import LDLQ
@@ -15,11 +15,52 @@ from .nearest import Nearest
 from .quantease import QuantEase
 from .stochastic import Stochastic
 
-__all__ = ["Rounded", "Rounding", "get", "names", "proxy_loss"]
+__all__ = ["Problem", "Rounded", "Rounding", "get", "names", "proxy_loss", "register"]
 
 _ROUNDINGS: Registry[Rounding] = Registry("rounding")
+
+
+def register(method: Rounding) -> Rounding:
+    """Add a rounding method under its `name`, so that a config can ask for it.
+
+    The method is used while a model is quantized, and not needed to load or run the result. Registering it is all there
+    is to do:
+
+        from transformers_quip import QuipConfig, rounding
+
+        class BetterOfTwo(rounding.Rounding):
+            name = "better-of-two"
+            needs_hessian = True
+            rows_independent = False  # one choice for the whole weight
+
+            def round(self, problem):
+                found = [rounding.get(name).round(problem) for name in ("ldlq", "greedy")]
+                return min(found, key=lambda one: self.loss(problem, one))
+
+            def loss(self, problem, rounded):
+                return rounding.proxy_loss(problem.weight - rounded.points, problem.required_hessian)
+
+        rounding.register(BetterOfTwo())
+        config = QuipConfig(bits=2, rounding="better-of-two")
+
+    Args:
+        method: see [`Rounding`] for what it must offer, and [`Problem`] for what it gets. A method that needs a Hessian
+            (`needs_hessian = True`) is replaced by the nearest points where a run has no calibration data.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: the object is not a [`Rounding`].
+    """
+    if not isinstance(method, Rounding):
+        raise TypeError(f"rounding.register takes an instance of a rounding.Rounding subclass, got {method!r}")
+    return _ROUNDINGS.register(method.name, method)
+
+
 for _rounding in (LDLQ(), LDLQRG(), Greedy(), QuantEase(), Convex(), Nearest(), Stochastic()):
-    _ROUNDINGS.register(_rounding.name, _rounding)
+    register(_rounding)
 
 
 def names() -> tuple[str, ...]:
