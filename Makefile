@@ -65,7 +65,7 @@ bench: $(VENV)/.smollm2 $(MODEL)/config.json
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/quality.py $(MODEL)
-	$(BIN)/python benchmarks/readme_table.py
+	$(BIN)/python benchmarks/tables.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'

@@ -44,11 +44,11 @@ def test_it_happens_each_time_so_many_bytes_are_handled(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(memory, "return_memory", calls.append)
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    returner = memory.Returner([str(tmp_path / "link")], every=100)
+    releaser = memory.PageReleaser([str(tmp_path / "link")], every=100)
     for _ in range(7):
-        returner.handled(30)
+        releaser.handled(30)
     assert calls == [{str(tmp_path / "file")}]
-    returner.handled(30)
+    releaser.handled(30)
     assert len(calls) == 2
 
 

@@ -1,12 +1,10 @@
 """The native format: names in short form, and the check of a checkpoint's tensors."""
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from transformers_quip import QuipLinear
 from transformers_quip.checkpoints import native
+from transformers_quip.checkpoints.headers import TensorInfo
 
 
 @pytest.mark.parametrize(
@@ -30,18 +28,18 @@ def test_names_in_short_form(names, short):
 
 def headers(**changes):
     result = {
-        "fc.codes": native.TensorInfo((12, 8), "I16", "a"),
-        "fc.su": native.TensorInfo((64,), "BF16", "a"),
-        "fc.sv": native.TensorInfo((12,), "F32", "a"),
-        "fc.bias": native.TensorInfo((12,), "F16", "a"),
-        "norm.weight": native.TensorInfo((64,), "F32", "a"),
+        "fc.codes": TensorInfo((12, 8), "I16", "a"),
+        "fc.su": TensorInfo((64,), "BF16", "a"),
+        "fc.sv": TensorInfo((12,), "F32", "a"),
+        "fc.bias": TensorInfo((12,), "F16", "a"),
+        "norm.weight": TensorInfo((64,), "F32", "a"),
     }
     for name, value in changes.items():
         key = name.replace("_", ".")
         if value is None:
             del result[key]
         else:
-            result[key] = native.TensorInfo(*value, "a")
+            result[key] = TensorInfo(*value, "a")
     return result
 
 
@@ -81,29 +79,3 @@ def test_the_source_of_a_quantization_is_checked():
         native.check_sources(["norm", "fc"], headers())
     with pytest.raises(ValueError, match="nothing of that name"):
         native.check_sources(["absent"], headers())
-
-
-def test_headers_of_files(tmp_path):
-    save_file({"a": torch.zeros(2, 3, dtype=torch.int16)}, tmp_path / "1.safetensors")
-    save_file({"b": torch.zeros(4, dtype=torch.bfloat16)}, tmp_path / "2.safetensors")
-    files = [str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")]
-    assert native.read_headers(files) == {
-        "a": native.TensorInfo((2, 3), "I16", files[0]),
-        "b": native.TensorInfo((4,), "BF16", files[1]),
-    }
-
-
-@pytest.mark.parametrize("kept", [3, 40, -1])
-def test_a_truncated_file(tmp_path, kept):
-    file = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(200, 3)}, file)
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .* download or save the model again"):
-        native.read_headers([str(file)])
-
-
-def test_pickle_files_are_not_read(tmp_path):
-    file = tmp_path / "pytorch_model.bin"
-    torch.save(nn.Linear(2, 2).state_dict(), file)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is no safetensors file"):
-        native.read_headers([str(file)])

@@ -62,8 +62,16 @@ def test_a_place_that_is_taken(dense, tmp_path, capsys):
     assert code == cli.UNUSABLE
     assert "is not empty" in error
     assert (tmp_path / "keep.txt").read_text() == "mine"
+    code, _, error = run(capsys, "quantize", dense, tmp_path, "--dataset", "none", "--overwrite")
+    assert code == cli.UNUSABLE
+    assert "is not a model's folder" in error
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+    (tmp_path / "config.json").write_text("{}")
     assert run(capsys, "quantize", dense, tmp_path, "--dataset", "none", "--overwrite")[0] == 0
     assert not (tmp_path / "keep.txt").exists()
+    code, _, error = run(capsys, "quantize", tmp_path, tmp_path, "--dataset", "none", "--overwrite")
+    assert code == cli.UNUSABLE
+    assert "the model that is read" in error
 
 
 @pytest.mark.parametrize(
@@ -264,7 +272,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["new", "new/whole"]
     assert path.stat().st_mode & 0o777 == 0o777 & ~_umask()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is no folder"), new_folder(tmp_path / "file"):
+    with pytest.raises(ValueError, match="is not a folder"), new_folder(tmp_path / "file"):
         pass
 
 

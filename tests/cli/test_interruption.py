@@ -23,6 +23,7 @@ def test_quantize(dense, tmp_path, sent, code):
     """A run that would take hours is stopped while it calibrates; what was there before is still there."""
     out = tmp_path / "out"
     out.mkdir()
+    (out / "config.json").write_text("{}")
     (out / "old.txt").write_text("old")
     process = start("quantize", dense, out, "--overwrite", "--num-samples", 100000, "--sequence-length", 512)
     wait_for(process, "are quantized to")
@@ -32,7 +33,7 @@ def test_quantize(dense, tmp_path, sent, code):
     assert found == code, said
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == ["old.txt"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "old.txt"]
 
 
 def test_convert(golden, tmp_path):

@@ -106,7 +106,7 @@ def test_one_file_counts_more_than_an_index(shards, golden, tmp_path):
 @pytest.mark.parametrize("shard", SHARDS)
 def test_a_missing_file(shard, shards):
     (shards / shard).unlink()
-    refuses(shards, f"has no {shard}, which {INDEX} lists", "download the checkpoint again")
+    refuses(shards, f"has no {shard}, which {INDEX} lists", "download or save the model again")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle of before 2020"])
@@ -129,8 +129,8 @@ def test_a_file_elsewhere(absolute, shards, tmp_path):
 
 
 INDICES = {
-    "no JSON": ("{", f"{INDEX} is no JSON"),
-    "no object": ("[]", f"{INDEX} is no JSON object"),
+    "no JSON": ("{", f"{INDEX} is not JSON"),
+    "no object": ("[]", f"{INDEX} is not a JSON object"),
     "empty": ("{}", f"{INDEX} has no weight_map"),
     "a list": ('{"metadata": {}, "weight_map": ["a"]}', f"{INDEX} has no weight_map"),
     "a number": ('{"metadata": {}, "weight_map": {"a": 1}}', f"{INDEX} has no weight_map"),
@@ -141,7 +141,7 @@ INDICES = {
 def test_no_index(kind, shards):
     text, message = INDICES[kind]
     (shards / INDEX).write_text(text)
-    refuses(shards, message, "download the checkpoint again")
+    refuses(shards, message, "download or save the model again")
 
 
 def test_an_index_without_one_of_the_files(shards):
@@ -151,11 +151,11 @@ def test_an_index_without_one_of_the_files(shards):
 
 CONTENTS = {
     "a list": (lambda tensors: [*tensors.values()], "holds list instead of tensors by names"),
-    "a number": (lambda tensors: {**tensors, "version": 3}, "holds 'version', which is no tensor of a known type"),
-    "no name": (lambda tensors: {**tensors, 3: torch.zeros(1)}, "holds 3, which is no tensor of a known type"),
-    "complex": (lambda tensors: {**tensors, "z": torch.zeros(1).cfloat()}, "holds 'z', which is no tensor"),
-    "sparse": (lambda tensors: {**tensors, "z": torch.zeros(1).to_sparse()}, "holds 'z', which is no tensor"),
-    "no values": (lambda tensors: {**tensors, "z": torch.zeros(1, device="meta")}, "holds 'z', which is no tensor"),
+    "a number": (lambda tensors: {**tensors, "version": 3}, "holds 'version', which is not a tensor of a known type"),
+    "no name": (lambda tensors: {**tensors, 3: torch.zeros(1)}, "holds 3, which is not a tensor of a known type"),
+    "complex": (lambda tensors: {**tensors, "z": torch.zeros(1).cfloat()}, "holds 'z', which is not a tensor"),
+    "sparse": (lambda tensors: {**tensors, "z": torch.zeros(1).to_sparse()}, "holds 'z', which is not a tensor"),
+    "no values": (lambda tensors: {**tensors, "z": torch.zeros(1, device="meta")}, "holds 'z', which is not a tensor"),
 }
 
 

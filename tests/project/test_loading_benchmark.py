@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from transformers_quip import QuipLinear
-from transformers_quip.checkpoints.inventory import read_header
+from transformers_quip.checkpoints.headers import read_header
 from transformers_quip.hf import foreign as repacking
 
 HIDDEN, INTERMEDIATE = 256, 512

@@ -1,4 +1,4 @@
-"""README.md: it opens as promised, its code is valid, and its figures are those in benchmarks/results."""
+"""README.md opens as promised, its code is valid, and all tables are those of benchmarks/results."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import ast
 import inspect
 import json
 import re
-from pathlib import Path
 
 import pytest
-import readme_table
+import tables
 
 from transformers_quip import QuipConfig
 
-README = Path(readme_table.README).read_text(encoding="utf-8")
+README = tables.PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -47,70 +46,89 @@ def test_every_option_it_advises_on_exists():
     assert named <= set(inspect.signature(QuipConfig).parameters)
 
 
-def test_the_results_are_those_of_the_benchmarks():
-    _, _, rest = README.partition(readme_table.BEGIN + "\n")
-    shown, end, _ = rest.partition(readme_table.END)
-    assert end
-    assert shown == readme_table.region()
+def test_it_is_short():
+    assert len(README.splitlines()) <= 200
 
 
-def test_tables_from_results(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_benchmarks(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert tables.filled(text) == text
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of small results; returns the function that writes one."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     machine = {"processor": "P", "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0"}}
-    row = {"setting": "text", "bits": 2.0, "true_bits": 2.09, "wall_seconds": 100, "cpu_seconds": 200, "threads": 2}
-    row["proxy_loss"] = {"q": 0.01234}
-    quality = {
-        "machine": machine,
-        "settings": {"dense": "dense model", "text": "on text"},
-        "rows": [
-            {**row, "seed": 0, "perplexity": {"wiki": 50.0, "news": 100.0}},
-            {**row, "seed": 0, "bits": 2.5, "true_bits": 2.59, "perplexity": {"wiki": 40.0, "news": 80.0}},
-            {**row, "seed": 1, "perplexity": {"wiki": 52.0, "news": 20000.0}, "threads": 1, "wall_seconds": 999},
-            {
-                "setting": "dense",
-                "bits": 32,
-                "seed": 0,
-                "perplexity": {"wiki": 17.76, "news": 30.85},
-                "wall_seconds": 1,
-                "cpu_seconds": 1,
-                "threads": 2,
-            },
-        ],
-    }
-    (tmp_path / "quality.json").write_text(json.dumps(quality))
-    (tmp_path / "rounding.json").write_text(json.dumps({"refinement_sweeps": 10, "cpu_seconds": 3.21}))
-    method = {
-        "label": "a method",
-        "bits": 2,
-        "true_bits": 2.0917,
-        "proxy_loss": 0.03130,
-        "cpu_seconds": 99.7,
-        "windows": 40,
-    }
-    method["perplexity"] = {"wiki": 48.98, "news": 112.9}
-    methods = {"claims": ["A > B, wiki: holds (1 | 2)"], "rows": [method, {**method, "label": "quick", "windows": 10}]}
-    (tmp_path / "methods.json").write_text(json.dumps(methods))
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
-    lines = readme_table.region().splitlines()
-    assert "- A > B, wiki: holds (1 | 2)" in lines
-    assert "| a method | 0.0313 | 49.0 | 112.9 | 2.092 | 100 |" in lines
-    assert not any("quick" in line for line in lines)
-    assert "| dense model | 32 | 17.8 | 30.9 |  |  |" in lines
-    assert "| on text, 2 bits, 2 seeds | 2.090 | 51.0 (50.0 to 52.0) | 10050 (100.0 to 20000) | 100 | 200 |" in lines
-    assert "| on text, 2.5 bits | 2.590 | 40.0 | 80.0 | 100 | 200 |" in lines
-    assert "| on text, 2 bits | 0.0123 |" in lines
-    assert "- Rounding one decoder block (LDLQ and 10 sweeps): 3.2 CPU seconds." in lines
-    assert lines[-1] == "Machine: P, 2 cores; Python 3.11, torch 2.13.0."
+
+    def write(name, **content):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": machine, **content}))
+
+    return write
 
 
-def test_only_the_region_is_written(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path / "none")
-    monkeypatch.setattr(readme_table, "README", readme)
-    monkeypatch.setattr("sys.argv", ["readme_table.py", "--check"])
+def test_quality(results):
+    row = {"setting": "text", "bits": 2.0, "true_bits": 2.09, "proxy_loss": {"q": 0.01234}}
+    rows = [
+        {**row, "seed": 0, "perplexity": {"wiki": 50.0, "news": 100.0}},
+        {**row, "seed": 0, "bits": 2.5, "true_bits": 2.59, "perplexity": {"wiki": 40.0, "news": 123456.0}},
+        {**row, "seed": 1, "perplexity": {"wiki": 52.0, "news": 20000.0}},
+        {"setting": "dense", "bits": 32, "seed": 0, "perplexity": {"wiki": 17.76, "news": 30.85}},
+    ]
+    results("quality", settings={"dense": "dense model", "text": "on text"}, rows=rows)
+    peer = {"name": "peer", "true_bits": 2.625, "perplexity": {"wiki": 54.3}}
+    results("peers", rows=[{**peer, "perplexity": {"wiki": 54.3, "news": 103.4}, "in_readme": True}, peer])
+    lines = tables.quality().splitlines()
+    assert "| dense model | 1 | 32 | 17.8 | 30.9 |" in lines
+    assert "| on text, 2 bits | 2 | 2.090 | 51.0 (50.0 to 52.0) | 10050 (100.0 to 20000) |" in lines
+    assert "| on text, 2.5 bits | 1 | 2.590 | 40.0 | >10^5 |" in lines
+    assert lines[-1] == "Measured on: P, 2 cores; Python 3.11, torch 2.13.0."
+    lines = tables.summary().splitlines()
+    assert "| on text, 2 bits | 2.09 | 51.0 | 10050 |" in lines
+    assert [line for line in lines if "peer" in line] == ["| peer | 2.62 | 54.3 | 103.4 |"]
+    assert "| peer | 2.62 | 54.3 |  |" in tables.peers().splitlines()
+    assert "| on text, 2 bits | 0.0123 |" in tables.proxy_loss().splitlines()
+
+
+def test_methods(results):
+    row = {"label": "a method", "bits": 2, "true_bits": 2.0917, "proxy_loss": 0.03130, "windows": 40}
+    row["perplexity"] = {"wiki": 48.98, "news": 112.9}
+    figures = {"proxy loss": [0.1, 0.2, 0.3], "wiki": [10.0, 20.0, 3e6], "news": [11.0, 21.0, 31.0]}
+    chain = {"claim": "A > B > C", "sides": ["A", "B", "C"], "figures": figures}
+    results("methods", comparisons=[chain], rows=[row, {**row, "label": "quick", "windows": 10}])
+    assert "| a method | 0.0313 | 49.0 | 112.9 | 2.092 |" in tables.methods().splitlines()
+    assert "quick" not in tables.methods()
+    lines = tables.ablations().splitlines()
+    assert "| A > B > C | A | B | 0.1000 | 0.2000 | 10.0 | 20.0 | 11.0 | 21.0 |" in lines
+    assert "|  | B | C | 0.2000 | 0.3000 | 20.0 | >10^5 | 21.0 | 31.0 |" in lines
+
+
+def test_speed(results):
+    ways = {"dense bfloat16": (10.0, 1.0), "2-bit exact": (21.0, 2.1), "2-bit int8": (25.0, 2.5)}
+    rows = [
+        {"model": "M", "kind": "generate", "way": way, "tokens_per_second": speed, "times_dense": times}
+        for way, (speed, times) in ways.items()
+    ]
+    results("generate", rows=rows)
+    assert "| M, generate | 10.0 | 21.0 (2.10x) | 25.0 (2.50x) |" in tables.speed().splitlines()
+
+
+def test_only_the_marked_tables_are_written(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: quality -->\nold\n<!-- end of table -->\nafter\n")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "none")
+    monkeypatch.setattr(tables, "PAGES", (page,))
+    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     with pytest.raises(SystemExit, match="does not show"):
-        readme_table.main()
-    monkeypatch.setattr("sys.argv", ["readme_table.py"])
-    readme_table.main()
-    expected = f"before\n{readme_table.BEGIN}\n{readme_table.NOTHING}{readme_table.END}\nafter\n"
-    assert readme.read_text() == expected
+        tables.main()
+    monkeypatch.setattr("sys.argv", ["tables.py"])
+    tables.main()
+    expected = f"before\n<!-- table: quality -->\n{tables.NOTHING}<!-- end of table -->\nafter\n"
+    assert page.read_text() == expected
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(KeyError, match="nonsense"):
+        tables.filled("<!-- table: nonsense -->\n<!-- end of table -->")

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..nn.place import place_all
-from .files import TYPES, Files, expand_weights, find_weights, read_json
+from .claimed import claimed_folder
+from .companions import companions
+from .files import Files, expand_weights, find_weights
 from .foreign.plan import ForeignLinear
-from .memory import Returner
+from .headers import is_supported, read_json, supported_types, torch_dtype
+from .memory import PageReleaser
 from .native import expand_names
 from .writer import Step, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _REPLACED = ("config.json", "quantization_config.json")
-_DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
 
 def convert(
@@ -31,7 +32,7 @@ def convert(
     """Re-pack a checkpoint of QuIP#, QuIP-for-all, QTIP or EXL3 into the native format, without loss.
 
     In memory are the tensors of one linear, and a model without weights, which tells the shapes. What is not quantized is
-    copied as it is, and so are the tokenizer and all other files.
+    copied as it is, and so are the tokenizer and the other files that belong to the model (see `companions`).
 
     Args:
         source: a folder, or the name of a repository on the Hub.
@@ -42,16 +43,21 @@ def convert(
     Raises:
         ValueError: the checkpoint is of none of these kinds, of a kind that is not supported, or damaged; or there is
             something in the destination.
-        OSError: the disk is full, for example. After any error the destination is as it was.
+        OSError: the disk is full, for example. After any error the destination is as it was, and what somebody else wrote
+            into it meanwhile is still there.
     """
+    folder, target = _folder(source), Path(destination)
+    with claimed_folder(target, last="config.json") as work:  # a folder without it is not a model
+        _convert(folder, work, shard_size, trust_remote_code)
+
+
+def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: bool) -> None:
+    """Write the native checkpoint into an empty folder."""
     # Transformers is imported late: what is above this room is needed for whole checkpoints only
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..hf.foreign import plan_for, repack
 
-    folder, target = _folder(source), Path(destination)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not empty: give a folder that is, or that does not exist")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     parameters = _parameters(folder, config)
     if hasattr(config, "quantization_config"):
@@ -59,7 +65,7 @@ def convert(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     paths = _weight_files(folder)
-    files, returner = Files(paths), Returner(paths)
+    files, releaser = Files(paths), PageReleaser(paths)
     plan = plan_for(model, parameters, files)
     place_all(model, expand_names(plan.config.quantized_modules), plan.config)
 
@@ -67,33 +73,28 @@ def convert(
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
     for key, info in files.headers.items():
         if key not in used:
-            if info.dtype not in _DTYPES:
-                raise ValueError(f"{key} is of type {info.dtype}, which is not supported; types are {', '.join(_DTYPES)}")
-            steps.append(Step({key: (info.shape, _DTYPES[info.dtype])}, lambda key=key, info=info: {key: files.read(info)}))
+            if not is_supported(info.dtype):
+                raise ValueError(
+                    f"{key} is of type {info.dtype}, which is not supported; types are {', '.join(supported_types())}"
+                )
+            steps.append(
+                Step({key: (info.shape, torch_dtype(info.dtype))}, lambda key=key, info=info: {key: files.read(info)})
+            )
     for linear in plan.linears:
         steps.append(Step(_expected(linear, model), lambda linear=linear: repack(linear, _read(linear, files), model)))
-    steps = [_returning(step, returner) for step in steps]
-    existed = target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        write(target, steps, shard_size)
-        for file in folder.iterdir():
-            if file.is_file() and file.name not in _REPLACED and not file.name.endswith(_WEIGHTS):
-                shutil.copyfile(file, target / file.name)
-        # at last, because a folder without it is no model
-        _write_config(folder, target, plan.config.to_dict(), untied=not model.config.tie_word_embeddings)
-    except BaseException:
-        shutil.rmtree(target)
-        if existed:
-            target.mkdir()
-        raise
+    steps = [_returning(step, releaser) for step in steps]
+    write(target, steps, shard_size)
+    for file in companions(folder):
+        if file.name not in _REPLACED:
+            shutil.copyfile(file, target / file.name)
+    _write_config(folder, target, plan.config.to_dict(), untied=not model.config.tie_word_embeddings)
 
 
-def _returning(step: Step, returner: Returner) -> Step:
+def _returning(step: Step, releaser: PageReleaser) -> Step:
     """The same step, after which memory is given back."""
 
     def make() -> Mapping[str, torch.Tensor]:
-        returner.handled(step.size)
+        releaser.handled(step.size)
         return step.make()
 
     return Step(step.expected, make)
@@ -147,7 +148,7 @@ def _read(linear: ForeignLinear, files: Files) -> dict[str, torch.Tensor]:
 
 def _write_config(folder: Path, target: Path, quantization_config: dict[str, Any], untied: bool) -> None:
     """config.json as it was, with the native description of the quantization."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json")
     values.pop("quip_params", None)
     values["quantization_config"] = quantization_config
     if untied:

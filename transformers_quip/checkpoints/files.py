@@ -5,34 +5,17 @@ Safetensors, and for checkpoints of others what `torch.save` wrote, through PyTo
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .foreign.family import DAMAGED
-from .native import TensorInfo, read_headers
-
-# Names of safetensors for the types of PyTorch.
-TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from .headers import DAMAGED, TensorInfo, read_header, read_json, type_name
 
 
 class Files:
@@ -53,14 +36,15 @@ class Files:
         self._open: dict[str, safe_open] = {}
         self.headers: dict[str, TensorInfo] = {}
         for file in map(str, files):
-            found = read_headers([file]) if file.endswith(".safetensors") else self._load(file)
+            found = read_header(file) if file.endswith(".safetensors") else self._load(file)
             for key in found.keys() & self.headers.keys():
                 self._check_equal(self.headers[key], found[key])
             self.headers.update(found)
 
     def _load(self, file: str) -> dict[str, TensorInfo]:
         self._loaded[file] = tensors = _load(file)
-        return {key: TensorInfo(tuple(value.shape), TYPES[value.dtype], file, key) for key, value in tensors.items()}
+        types = {key: str(type_name(value.dtype)) for key, value in tensors.items()}
+        return {key: TensorInfo(tuple(value.shape), types[key], file, key) for key, value in tensors.items()}
 
     def _check_equal(self, first: TensorInfo, second: TensorInfo) -> None:
         """A tensor that is in two files: nothing says which of them would count."""
@@ -79,29 +63,20 @@ class Files:
             raise ValueError(f"{info.key} cannot be read from {info.file} ({error}): {DAMAGED}") from None
 
 
-# What `torch.load` raises for a file that it cannot read, or will not.
-UNREADABLE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
-
-
 def unreadable(file: str, error: Exception) -> ValueError:
-    """The error to raise for one of `UNREADABLE`."""
+    """The error to raise for a file that `torch.load` cannot read, or will not: it may raise any exception.
+
+    Args:
+        file: its path.
+        error: what was raised; anything but a `MemoryError`, which says nothing of the file.
+    """
     if isinstance(error, pickle.UnpicklingError):  # its message is long, and says how to run the code
         return ValueError(
             f"{file} cannot be read as a file of tensors alone: it holds something else, which may be code that would be "
             "run, or is damaged. Download it again, and if that does not help, get the checkpoint as safetensors"
         )
-    return ValueError(f"{file} cannot be read as a file of tensors alone ({error}): {DAMAGED}")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A file of one JSON object. Raises `ValueError` if it is none."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): {DAMAGED}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object: {DAMAGED}")
-    return content
+    said = f"{type(error).__name__}: {error}"[:300]
+    return ValueError(f"{file} cannot be read as a file of tensors alone ({said}): {DAMAGED}")
 
 
 def find_weights(folder: str | Path) -> Path | None:
@@ -141,16 +116,18 @@ def check_inside(folder: str | Path, files: Iterable[str]) -> None:
 def _load(file: str) -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise unreadable(file, error) from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} holds {type(tensors).__name__} instead of tensors by names: {DAMAGED}")
     for key, value in tensors.items():
         if not (isinstance(key, str) and isinstance(value, torch.Tensor) and _is_plain(value)):
-            raise ValueError(f"{file} holds {key!r}, which is no tensor of a known type: {DAMAGED}")
+            raise ValueError(f"{file} holds {key!r}, which is not a tensor of a known type: {DAMAGED}")
     return tensors
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is numbers of a known type one beside another, not sparse or without values."""
-    return tensor.dtype in TYPES and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    """Whether it is an ordinary tensor in memory, of a known type: not sparse, and not on the meta device."""
+    return type_name(tensor.dtype) is not None and tensor.layout == torch.strided and tensor.device.type == "cpu"

@@ -5,36 +5,18 @@ No tensor is read and PyTorch is not imported, so that a model of any size, here
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .headers import DAMAGED, TensorInfo, read_headers, read_json, type_bytes
+
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# The format's own limit on the length of a header.
-_MAX_HEADER = 100_000_000
 # What a stored linear has besides its bias.
 _MARKS = ("codes", "su", "sv")
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a checkpoint: its shape, safetensors' name of its type, and its bytes."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-
-    @property
-    def elements(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -43,10 +25,9 @@ class StoredLinear:
 
     Attributes:
         name: of the module.
-        out_features, in_features: m and n; of a padded layout (see `layout.Layout`) those of the larger matrix.
+        out_features, in_features: m and n; of a padded linear (see `config.storage.Storage`) those of the larger matrix.
         codes_bytes: of the codes of all stages.
         bytes: of everything that stands for the weight (not the bias).
-        copies: how many such matrices it has (experts that are stored together).
     """
 
     name: str
@@ -54,12 +35,11 @@ class StoredLinear:
     in_features: int
     codes_bytes: int
     bytes: int
-    copies: int = 1
 
     @property
     def weights(self) -> int:
-        """m·n, times the copies."""
-        return self.copies * self.out_features * self.in_features
+        """m·n."""
+        return self.out_features * self.in_features
 
     @property
     def true_bits(self) -> float:
@@ -85,7 +65,7 @@ class Inventory:
     """
 
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorInfo]
     linears: tuple[StoredLinear, ...]
     total_bytes: int
     names: tuple[str, ...]
@@ -124,7 +104,7 @@ class Inventory:
     @property
     def dense_bytes(self) -> int:
         """What the dense model takes in the same dtype."""
-        size = DTYPE_BYTES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), 2)
+        size = type_bytes(str(self.config.get("dtype") or self.config.get("torch_dtype"))) or 2
         return self.quantized_weights * size + sum(tensor.bytes for tensor in self._dense().values())
 
     def cache_bytes(self, tokens: int) -> int | None:
@@ -145,7 +125,7 @@ class Inventory:
         size = first("head_dim") or hidden // heads
         return 2 * layers * (first("num_key_value_heads") or heads) * size * 2 * tokens
 
-    def _dense(self) -> dict[str, Stored]:
+    def _dense(self) -> dict[str, TensorInfo]:
         """The tensors that do not stand for a quantized weight."""
         quantized = {linear.name for linear in self.linears}
         return {
@@ -162,12 +142,12 @@ def read_folder(folder: str | Path) -> Inventory:
         ValueError: a file is missing, or is not what its name says.
     """
     folder = Path(folder)
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():  # as Transformers reads it: whatever else is there
         files = [single]
     elif index.is_file():
-        content = _read_json(index)
+        content = read_json(index)
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
@@ -184,10 +164,7 @@ def read_folder(folder: str | Path) -> Inventory:
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
-    tensors: dict[str, Stored] = {}
-    for file in files:
-        tensors.update(read_header(file))
-    return make_inventory(config, tensors)
+    return make_inventory(config, read_headers(files))
 
 
 def read_repo(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Inventory:
@@ -207,26 +184,26 @@ def read_repo(repo_id: str, revision: str | None = None, token: str | bool | Non
     revision = api.model_info(
         repo_id, revision=revision
     ).sha  # raises, if this user may not see it, whatever the cache holds
-    config = _read_json(Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token)))
+    config = read_json(Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token)))
     try:
         metadata = api.get_safetensors_metadata(repo_id, revision=revision)
     except NotASafetensorsRepoError as error:
         raise ValueError(f"{repo_id} has no safetensors files, and transformers-quip reads no other format") from error
     tensors = {
-        name: Stored(tuple(info.shape), info.dtype, info.data_offsets[1] - info.data_offsets[0])
+        name: TensorInfo(tuple(info.shape), info.dtype, key=name)
         for file in metadata.files_metadata.values()
         for name, info in file.tensors.items()
     }
     return make_inventory(config, tensors)
 
 
-def make_inventory(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Inventory:
+def make_inventory(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Inventory:
     """Find the quantized linears among the tensors.
 
     Raises:
         ValueError: a quantized linear is incomplete.
     """
-    modules: dict[str, dict[str, Stored]] = {}
+    modules: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         modules.setdefault(module, {})[kind] = tensor
@@ -236,55 +213,11 @@ def make_inventory(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> 
     return Inventory(config, tensors, linears, total, tuple(tensors))
 
 
-def _linear(name: str, parts: Mapping[str, Stored]) -> StoredLinear:
+def _linear(name: str, parts: Mapping[str, TensorInfo]) -> StoredLinear:
     missing = [mark for mark in _MARKS if mark not in parts or not parts[mark].shape]
     if missing:
-        raise ValueError(
-            f"{name} has codes, but has no {missing[0]}: the checkpoint is damaged; download or save the model again"
-        )
-    (*copies, m), n = parts["sv"].shape, parts["su"].shape[-1]
+        raise ValueError(f"{name} has codes, but has no {missing[0]}: {DAMAGED}")
+    m, n = parts["sv"].shape[-1], parts["su"].shape[-1]
     codes = sum(tensor.bytes for kind, tensor in parts.items() if kind.startswith("codes"))
     everything = sum(tensor.bytes for kind, tensor in parts.items() if kind != "bias")
-    return StoredLinear(name, m, n, codes, everything, math.prod(copies))
-
-
-def read_header(file: str | Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file: eight bytes with the length of a JSON object, and that object.
-
-    Raises:
-        ValueError: it is not such a file, or it ends before its tensors do.
-    """
-    file = Path(file)
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise ValueError(f"{file} is no safetensors file, or it is cut off: download or save the model again")
-        try:
-            header = json.loads(stream.read(length))
-            tensors = dict(_entries(header.items()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} has a header that cannot be read ({error})") from None
-    if 8 + length + sum(tensor.bytes for tensor in tensors.values()) > size:
-        raise ValueError(f"{file} is cut off: it has {size} bytes, its header promises more; download the model again")
-    return tensors
-
-
-def _entries(header: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Stored]]:
-    for name, entry in header:
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            yield name, Stored(tuple(entry["shape"]), entry["dtype"], end - begin)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object")
-    return content
+    return StoredLinear(name, m, n, codes, everything)

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 _MADV_PAGEOUT = 21
 
 
-class Returner:
-    """Returns memory each time that so many bytes have been handled.
+class PageReleaser:
+    """Returns memory to the system each time that a number of bytes has been handled.
 
     Args:
         files: paths of the checkpoint's files.

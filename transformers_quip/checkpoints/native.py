@@ -10,47 +10,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-# Names of safetensors for the types that the format uses.
-_INTEGER = {torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8", torch.int8: "I8"}
+from .headers import DAMAGED, TensorInfo, type_name
+
 _FLOATING = ("F16", "BF16", "F32", "F64")
 _RANGES = re.compile(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}")
-_REMEDY = "The files are damaged, incomplete, or do not belong to this config.json: download or save the model again"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file says of one tensor: its shape, its type in safetensors' words, its place and its name there."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: str
-    key: str = field(default="", compare=False)
-
-
-def read_headers(files: Iterable[str]) -> dict[str, TensorInfo]:
-    """Shape and dtype of every tensor in these safetensors files; no tensor is read.
-
-    Raises:
-        ValueError: a file is truncated or no safetensors file.
-    """
-    headers = {}
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise ValueError(f"{file} is no safetensors file; transformers-quip reads no other format")
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                    part = handle.get_slice(key)
-                    headers[key] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), str(file), key)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read ({error}). {_REMEDY}") from None
-    return headers
 
 
 def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], headers: Mapping[str, TensorInfo]) -> None:
@@ -73,7 +39,7 @@ def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], heade
                 continue
             if info.shape != tuple(parameter.shape):
                 problems.append(f"{name}.{key} has shape {list(info.shape)} instead of {list(parameter.shape)}")
-            allowed = _FLOATING if parameter.is_floating_point() else (_INTEGER[parameter.dtype],)
+            allowed = _FLOATING if parameter.is_floating_point() else (str(type_name(parameter.dtype)),)
             if info.dtype not in allowed:
                 problems.append(f"{name}.{key} has type {info.dtype} instead of {' or '.join(allowed)}")
     problems += [
@@ -84,7 +50,7 @@ def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], heade
     if problems:
         raise ValueError(
             f"The quantized checkpoint does not fit the model: {'; '.join(problems[:4])}"
-            f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}. {_REMEDY}."
+            f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}: {DAMAGED}."
         )
 
 

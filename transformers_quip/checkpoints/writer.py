@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .files import TYPES
+from .headers import type_name
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _write_shard(path: Path, steps: Sequence[Step], bar: tqdm) -> None:
     for step in steps:
         for name, (shape, dtype) in step.expected.items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            header[name] = {"dtype": type_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns its data
     unfinished = path.with_name(f"{path.name}.partial")  # what is cut off must not look finished

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .console import json_option, show_json, size
-from .destination import check_free, new_folder
+from .destination import check_not_source, new_folder
 
 
 @click.command(short_help="Re-pack a checkpoint of another package, without loss.")
@@ -24,7 +24,7 @@ def command(source: str, out: Path, overwrite: bool, as_json: bool) -> None:
     from ..checkpoints.inventory import read_folder
     from ..hub.model_card import try_to_write_card
 
-    check_free(out, overwrite)
+    check_not_source(out, source)
     with new_folder(out, overwrite) as folder:
         convert(source, folder)
         try_to_write_card(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .console import json_option, revision_option, show_json, show_table, size, tell, token_option
+from .destination import check_file
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 
 text_option = click.option(
@@ -135,11 +136,12 @@ def facts(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _check_can_save(model: str) -> None:
     """Refuse before anything is measured."""
-    from ..hub.model_card import make_card
+    from ..hub.model_card import EVALUATION, make_card
 
     if not Path(model).is_dir():
-        raise ValueError(f"--save needs a folder to write into, and {model} is none")
+        raise ValueError(f"--save needs a folder to write into, and {model} is not a folder")
     make_card(model)
+    check_file(Path(model) / EVALUATION)
 
 
 def save_results(folder: Path, content: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,13 +26,13 @@ def load_model(source: str, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(source, **given).eval()
 
 
-def find_tokenizer(source: str, **options: Any) -> Any:
-    """The tokenizer beside a model; None, and a word about it, where there is none."""
+def find_tokenizer(source: str, say: Callable[[str], None] = tell, **options: Any) -> Any:
+    """The tokenizer of a model; None where there is none, and then `say` is called with the reason."""
     from transformers import AutoTokenizer
 
     given = {name: value for name, value in options.items() if value is not None}
     try:
         return AutoTokenizer.from_pretrained(source, **given)
     except (OSError, ValueError, ImportError) as error:
-        tell(f"no tokenizer: {str(error).splitlines()[0]}")
+        say(f"no tokenizer: {(str(error).splitlines() or [type(error).__name__])[0]}")
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .console import json_option, revision_option, show_json, size, tell, token_option
-from .destination import check_free, new_folder
+from .destination import check_file, check_not_source, new_folder
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 
 
@@ -68,7 +68,6 @@ def command(
 
     OUT appears when all of it is written; after an error or Ctrl-C it is as it was before.
     """
-    check_free(out, overwrite)
     options = config_options(**chosen)
     if report is not None and options["dataset"] is None:
         raise click.UsageError("--report needs calibration: without a --dataset nothing is measured")
@@ -78,11 +77,17 @@ def command(
 
     config = QuipConfig(**options)
     source = {"revision": revision, "token": token}
-    quantized = load_model(model, dtype=dtype, device_map=device_map, quantization_config=config, **source)
+    check_not_source(out, model)
+    if report is not None and out.absolute() not in report.absolute().parents:
+        check_file(report)
     with new_folder(out, overwrite) as folder:
-        tokenizer = find_tokenizer(model, **source)
+        reasons: list[str] = []
+        tokenizer = find_tokenizer(model, reasons.append, **source)  # before the work: it may need the network
+        quantized = load_model(model, dtype=dtype, device_map=device_map, quantization_config=config, **source)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for reason in reasons:
+            tell(reason)
         quantized.save_pretrained(folder, max_shard_size=max_shard_size)
     if report is not None:
         from ..evaluation.html_report import write_report
@@ -118,7 +123,7 @@ def config_options(
             raise ValueError(f"--option {option!r} must be NAME=VALUE")
         try:
             result[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             result[name] = value
     return result
 
@@ -142,8 +147,11 @@ def _dataset(value: str) -> Any:
 def _read_peers(path: Path | None) -> dict[str, float]:
     if path is None:
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not all(isinstance(v, (int, float)) for v in content.values()):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--peers {path} is not JSON ({error})") from None
+    if not isinstance(content, dict) or not all(type(value) in (int, float) for value in content.values()):
         raise ValueError(f"--peers {path} must hold one JSON object of names and perplexities")
     return content
 

@@ -17,9 +17,9 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints import memory
-from ..checkpoints.files import UNREADABLE, Files, expand_weights, find_weights, read_json, unreadable
-from ..checkpoints.foreign.family import DAMAGED
+from ..checkpoints.files import Files, expand_weights, find_weights, unreadable
 from ..checkpoints.foreign.plan import METHODS, ForeignLinear, ForeignPlan, make_plan
+from ..checkpoints.headers import DAMAGED, read_json
 from ..config import QuipConfig
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ class Repack(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(self, plan: ForeignPlan, returner: memory.Returner):
+    def __init__(self, plan: ForeignPlan, releaser: memory.PageReleaser):
         self.by_target = {linear.first: linear for linear in plan.linears}
-        self.returner = returner
+        self.releaser = releaser
 
     def __deepcopy__(self, memo: dict) -> Repack:
         return self  # the loader copies a converter for every linear
@@ -124,7 +124,7 @@ class Repack(ConversionOps):
             native = repack(linear, tensors, model)
         except Exception as error:
             return RaisedLater(error)
-        self.returner.handled(sum(tensor.nbytes for tensor in tensors.values()))
+        self.releaser.handled(sum(tensor.nbytes for tensor in tensors.values()))
         return native
 
 
@@ -149,9 +149,9 @@ def repack(linear: ForeignLinear, tensors: Mapping[str, torch.Tensor], model: Pr
 class RepackingConverter(WeightConverter):
     """Collects the tensors of each quantized linear, by exact names, and has them re-packed."""
 
-    def __init__(self, plan: ForeignPlan, returner: memory.Returner):
+    def __init__(self, plan: ForeignPlan, releaser: memory.PageReleaser):
         kinds = sorted({kind for linear in plan.linears for kind in linear.source.keys})
-        super().__init__(kinds, [".codes"], [Repack(plan, returner)])
+        super().__init__(kinds, [".codes"], [Repack(plan, releaser)])
         self._places = {key: (linear.first, kind) for linear in plan.linears for kind, key in linear.source.keys.items()}
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
@@ -266,8 +266,8 @@ def recognise_foreign() -> None:
     ) -> Any:
         try:
             return read(checkpoint_file, map_location, weights_only or _loads_foreign.get(), *args, **kwargs)
-        except UNREADABLE as error:
-            if not _loads_foreign.get():
+        except Exception as error:
+            if isinstance(error, MemoryError) or not _loads_foreign.get():
                 raise
             raise unreadable(str(checkpoint_file), error) from None
 

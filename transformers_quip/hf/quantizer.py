@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..checkpoints import memory, native
 from ..checkpoints.files import Files, check_inside
 from ..checkpoints.foreign.plan import METHODS, ForeignPlan
+from ..checkpoints.headers import read_headers
 from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
 from ..nn import replace
@@ -62,7 +63,7 @@ class QuipQuantizer(HfQuantizer):
         self._bar = LoadingBar(())
         self._true_bits: float | None = None
         self._loading: tuple[PreTrainedModel, list[str]] | None = None
-        self._memory = memory.Returner()
+        self._memory = memory.PageReleaser()
         self._foreign: ForeignPlan | None = None
 
     @property
@@ -99,7 +100,7 @@ class QuipQuantizer(HfQuantizer):
         saving.install()
         resizing.install()
         self._loading = (model, checkpoint_files or [])
-        self._memory = memory.Returner(checkpoint_files or [])
+        self._memory = memory.PageReleaser(checkpoint_files or [])
         parameters = self.quantization_config.foreign
         if parameters is None and self.quantization_config.quantized_modules is None:
             parameters = getattr(model.config, "quip_params", None)
@@ -147,7 +148,7 @@ class QuipQuantizer(HfQuantizer):
         if self._foreign is not None:
             return [RepackingConverter(self._foreign, self._memory), *weight_conversions]
         if files and (self.pre_quantized or all(str(file).endswith(".safetensors") for file in files)):
-            headers = names_in_model(model, native.read_headers(files), weight_conversions)
+            headers = names_in_model(model, read_headers(files), weight_conversions)
             if self.pre_quantized:
                 kinds = (replace.is_dense_linear, replace.is_dense_embedding)
                 dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
@@ -251,9 +252,9 @@ class QuipQuantizer(HfQuantizer):
 class QuantizeWeight(ConversionOps):
     """Quantizes one weight as the loader has read it, and puts the quantized module in the place of the dense one."""
 
-    def __init__(self, config: QuipConfig, returner: memory.Returner, bar: LoadingBar):
+    def __init__(self, config: QuipConfig, releaser: memory.PageReleaser, bar: LoadingBar):
         self.config = config
-        self.returner = returner
+        self.releaser = releaser
         self.bar = bar
 
     def convert(
@@ -280,7 +281,7 @@ class QuantizeWeight(ConversionOps):
         self.bar.advance(name, quantized.statistics["relative_error"])
         module = replace.replace_by_empty(model, name, self.config)
         missing_keys.discard(full_layer_name)
-        self.returner.handled(weight.nbytes)
+        self.releaser.handled(weight.nbytes)
         values = {key: getattr(quantized, key, None) for key in ("codes", "codes_residual", "su", "sv")}
         return {
             f"{name}.{key}": value.to(device=weight.device, dtype=getattr(module, key).dtype).contiguous()

@@ -7,7 +7,7 @@ import torch
 
 from transformers_quip.checkpoints.foreign.family import Source
 from transformers_quip.checkpoints.foreign.plan import by_pattern, family_of
-from transformers_quip.checkpoints.native import TensorInfo
+from transformers_quip.checkpoints.headers import TensorInfo
 
 
 def source(name: str = "model.layers.0.mlp.down_proj", values: dict | None = None, **tensors: tuple) -> Source:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ...config.storage import Layout
-from . import trellis_bits
-from .family import DAMAGED, FLOATING, Family, Form, Source
+from ..headers import DAMAGED
+from . import exl3_folded, trellis_bits
+from .family import FLOATING, Family, Form, Source
 
 _BLOCK = 128
 
@@ -30,6 +31,10 @@ class Exl3(Family):
 
     def check(self, parameters: Mapping[str, Any]) -> None:
         """See [`Family.check`]. Nothing: versions differ in the tensors only."""
+
+    def folded_factor(self, config: Any, name: str) -> float:
+        """See [`Family.folded_factor`]."""
+        return exl3_folded.folded_factor(config, name)
 
     def describe(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
         """See [`Family.describe`]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...config.storage import PLAIN, Layout
-from ..native import TensorInfo
+from ..headers import DAMAGED, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ class Source:
         return info.shape
 
 
-DAMAGED = "the files are damaged, incomplete, or do not belong to this config.json; download the checkpoint again"
 FLOATING = ("F16", "BF16", "F32")
 
 
@@ -109,6 +108,18 @@ class Family(abc.ABC):
     def check(self, parameters: Mapping[str, Any]) -> None:
         """Look at the checkpoint's description of itself. Raises `ValueError` for what is not supported, by name."""
 
+    def folded_factor(self, config: Any, name: str) -> float:
+        """The number by which the package multiplied the weight of a linear before it was quantized.
+
+        Args:
+            config: of the model (a `PretrainedConfig`).
+            name: of the linear in the file.
+
+        Raises:
+            ValueError: the package folds factors into this architecture that are not known.
+        """
+        return 1.0
+
     @abc.abstractmethod
     def describe(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
         """The native form of a linear; reads no large tensor.
@@ -133,6 +144,21 @@ class Family(abc.ABC):
         Returns:
             By the names of the parameters of `nn.QuipLinear` (`nn.general.GeneralLinear`), contiguous.
         """
+
+
+def is_one_of(value: Any, known: Collection[str]) -> bool:
+    """Whether a value out of a JSON file is one of these names; it may be of any type, also one without a hash."""
+    return isinstance(value, str) and value in known
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value out of a JSON file is a number that float64 can hold; true and false are not."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 def is_true(parameters: Mapping[str, Any], key: str, default: bool = False) -> bool:

@@ -22,9 +22,9 @@ from ...nn.experts import expert_shape, is_stacked
 from ...nn.place import empty_linear, fused_shape
 from ...nn.replace import is_dense_linear, linear_shape
 from .. import native
-from ..native import TensorInfo
+from ..headers import DAMAGED, TensorInfo
 from .exl3 import Exl3
-from .family import DAMAGED, Family, Form, Source
+from .family import Family, Form, Source, is_one_of
 from .qtip import Qtip
 from .quip_for_all import QuipForAll
 from .quip_sharp import QuipSharp
@@ -52,10 +52,10 @@ def family_of(parameters: Mapping[str, Any]) -> Family:
     method = parameters.get("quant_method")
     if method is None:
         family: Family = Qtip() if "decode_mode" in parameters or "td_x" in parameters else QuipSharp()
-    elif method in METHODS:
+    elif is_one_of(method, METHODS):
         family = METHODS[method]
     else:
-        raise ValueError(f"quant_method={method!r} is none of {', '.join(map(repr, METHODS))}")
+        raise ValueError(f"quant_method={method!r} is not one of {', '.join(map(repr, METHODS))}")
     family.check(parameters)
     return family
 
@@ -97,6 +97,8 @@ class ForeignLinear:
                 raise ValueError(f"{self.source.name}.{kind} has numbers that are not finite: {DAMAGED}")
         others = {kind: value for kind, value in tensors.items() if kind != "bias"}
         result = {key: value.contiguous() for key, value in self.family.repack(others, self.form).items()}
+        if "folded" in self.form.details:
+            result["sv"] = result["sv"] / self.form.details["folded"]
         if not all(result[key].isfinite().all() for key in ("su", "sv")):  # divided by a zero
             raise ValueError(f"The scales of {self.source.name} are not all finite: {DAMAGED}")
         if "bias" in tensors:
@@ -152,6 +154,7 @@ def make_plan(
             f"The config says that this is a checkpoint of {family.name}, but no tensor is called …{family.marker}: "
             f"{DAMAGED}"
         )
+    _check_folded(model, family, headers)
     linears, joined = [], {}
     for source in sources:
         if _is_outside(model, source.name):
@@ -160,6 +163,9 @@ def make_plan(
         place = _find_place(model, family, source.name)
         form = family.describe(source, place.rows, place.columns, parameters)
         _check_bias(source, place, form)
+        factor = family.folded_factor(model.config, source.name)
+        if factor != 1:
+            form = replace(form, details={**form.details, "folded": factor})
         if place.fuses:
             layout = replace(form.layout, fuses=place.fuses)
             form = replace(form, layout=layout, details={**form.details, "parts": place.counts})
@@ -265,6 +271,17 @@ def _split(model: nn.Module, rows: int, count: int) -> list[int]:
     groups = getattr(config, "num_key_value_heads", None) or heads
     size = rows // (heads + 2 * groups)
     return [heads * size, groups * size, groups * size]
+
+
+def _check_folded(model: nn.Module, family: Family, headers: Mapping[str, TensorInfo]) -> None:
+    """Refuse a dense weight where the package folds a factor into quantized ones: whether it is in this one is unknown."""
+    for key in headers:
+        name = key.removesuffix(".weight")
+        if name != key and family.folded_factor(model.config, name) != 1:
+            raise ValueError(
+                f"{key} is not quantized, and {family.name} files of {type(model).__name__} have a factor in the "
+                "quantized weights of that name; whether this one has it cannot be known, so it is not loaded"
+            )
 
 
 def _check_bias(source: Source, place: _Place, form: Form) -> None:

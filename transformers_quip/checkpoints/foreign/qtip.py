@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ...config.storage import Layout
+from ..headers import DAMAGED
 from . import trellis_bits
-from .family import DAMAGED, FLOATING, Family, Form, Source, is_true
+from .family import FLOATING, Family, Form, Source, is_one_of, is_true
 from .quip_sharp import check_hadamard
 
 # decode_mode → native code, and whether it has a table
@@ -49,10 +50,10 @@ class Qtip(Family):
             if parameters.get(key, value) != value:
                 raise ValueError(f"quip_params of QTIP has {key}={parameters[key]!r}; only {value!r} is supported")
         mode, step, bits = (parameters.get(key) for key in ("decode_mode", "V", "tlut_bits"))
-        if mode not in _CODES:
+        if not is_one_of(mode, _CODES):
             raise ValueError(f"quip_params of QTIP has decode_mode={mode!r}; supported are {', '.join(map(repr, _CODES))}")
         tabulated = _CODES[mode][1]
-        if step not in ((1, 2) if tabulated else (1,)):
+        if isinstance(step, bool) or not isinstance(step, int) or step not in ((1, 2) if tabulated else (1,)):
             raise ValueError(f"quip_params of QTIP has V={step!r} with decode_mode={mode!r}, which is not supported")
         if tabulated and (not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 16):
             raise ValueError(f"quip_params of QTIP has tlut_bits={bits!r}, which is not a number from 1 to 16")

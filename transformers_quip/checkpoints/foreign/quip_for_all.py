@@ -21,8 +21,9 @@ from ...codebooks.residual import PUBLISHED_RESIDUAL_SCALES
 from ...config.storage import Layout
 from ...incoherence import STORED
 from ...incoherence.quip_for_all import ORDERS
+from ..headers import DAMAGED
 from . import lattice_bits
-from .family import DAMAGED, FLOATING, Family, Form, Source, is_true, zeros_beyond
+from .family import FLOATING, Family, Form, Source, is_finite_number, is_one_of, is_true, zeros_beyond
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class QuipForAll(Family):
     def check(self, parameters: Mapping[str, Any]) -> None:
         """See [`Family.check`]."""
         codebook = parameters.get("codebook")
-        if codebook not in _CODEBOOKS:
+        if not is_one_of(codebook, _CODEBOOKS):
             raise ValueError(
                 f"The quantization_config of method 'QUiP' names codebook={codebook!r}; supported are "
                 f"{', '.join(map(repr, _CODEBOOKS))}"
@@ -168,6 +169,6 @@ def _residual_scale(parameters: Mapping[str, Any]) -> float | None:
         return None
     if scale is None:
         return PUBLISHED_RESIDUAL_SCALES[codebook]
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale) or scale == 0:
-        raise ValueError(f"The quantization_config has opt_resid_scale={scale!r}, which is no finite number other than 0")
+    if not is_finite_number(scale) or float(scale) == 0:
+        raise ValueError(f"The quantization_config has opt_resid_scale={scale!r}, which must be a finite number, not 0")
     return float(scale)

@@ -18,8 +18,9 @@ import torch
 
 from ...codebooks.residual import PUBLISHED_RESIDUAL_SCALES
 from ...config.storage import Layout
+from ..headers import DAMAGED
 from . import lattice_bits
-from .family import DAMAGED, FLOATING, Family, Form, Source, is_true
+from .family import FLOATING, Family, Form, Source, is_finite_number, is_one_of, is_true
 
 # Odd parts of the sizes for which the package has a Hadamard matrix, of order 4 times that.
 _ODD_PARTS = (1, 3, 5, 7, 9, 13, 15, 27, 29, 31, 35, 39, 43)
@@ -53,7 +54,7 @@ class QuipSharp(Family):
     def check(self, parameters: Mapping[str, Any]) -> None:
         """See [`Family.check`]."""
         codebook, version = parameters.get("codebook"), parameters.get("codebook_version", 0)
-        if codebook not in _NAMES:
+        if not is_one_of(codebook, _NAMES):
             raise ValueError(
                 f"quip_params names codebook={codebook!r}; of QuIP#, {', '.join(map(repr, _NAMES))} are supported"
             )
@@ -169,8 +170,8 @@ def _unpermute(codes: torch.Tensor) -> torch.Tensor:
 def _residual_scale(parameters: Mapping[str, Any], codebook: str) -> float | None:
     """What multiplies the second stage: QuIP# divides by a number that the config may override."""
     override = parameters.get("resid_scale_override", -1)
-    if not isinstance(override, (int, float)) or isinstance(override, bool) or not math.isfinite(override):
-        raise ValueError(f"quip_params has resid_scale_override={override!r}, which is no finite number")
+    if not is_finite_number(override):
+        raise ValueError(f"quip_params has resid_scale_override={override!r}, which is not a finite number")
     if codebook not in _TWO_STAGES:
         return None
     return 1 / override if override > 0 else PUBLISHED_RESIDUAL_SCALES[codebook]

@@ -1,0 +1,271 @@
+"""Write every table of README.md and docs/results.md from results/*.json, each between two markers of its name.
+
+    python benchmarks/tables.py [--check]
+
+Nothing outside the markers is touched. With --check nothing is written, and the exit code is 1 if a page does not show
+what the files hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from quality import groups
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = RESULTS.parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+NOTHING = "Not measured yet: `make bench` makes these figures.\n"
+# Perplexities beyond this say only that the model is destroyed.
+DESTROYED = 1e5
+
+_MARKED = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def load(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def number(value: float) -> str:
+    """A perplexity to a sensible number of digits."""
+    if value > DESTROYED:
+        return ">10^5"
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def figure(values: list[float]) -> str:
+    """One perplexity, or the mean with the range of several."""
+    mean = number(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ({number(min(values))} to {number(max(values))})"
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """Markdown; nothing where there are no rows."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) if rows else ""
+
+
+def machine_line(content: dict) -> str:
+    found = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"\nMeasured on: {found['processor']}, {found['cores']} cores; Python {found['python']}, {versions}.\n"
+
+
+def _perplexities(rows: list[dict]) -> list[str]:
+    return [figure([row["perplexity"][name] for row in rows]) for name in ("wiki", "news")]
+
+
+def summary() -> str:
+    """README's quality table: one line for each number of bits, and one peer."""
+    quality = load("quality")
+    if quality is None:
+        return ""
+    lines = []
+    for (setting, bits), rows in groups(quality["rows"]).items():
+        name = quality["settings"][setting] + ("" if setting == "dense" else f", {bits:g} bits")
+        true = f"{rows[0]['true_bits']:.2f}" if "true_bits" in rows[0] else "32"
+        lines.append([name, true, *(number(statistics.mean(r["perplexity"][t] for r in rows)) for t in ("wiki", "news"))])
+    peers = load("peers")
+    for row in (peers or {"rows": []})["rows"]:
+        if row.get("in_readme"):
+            lines.append([row["name"], f"{row['true_bits']:.2f}", *_perplexities([row])])
+    return table(["SmolLM2-135M-Instruct", "true bits", "wiki perplexity", "news perplexity"], lines)
+
+
+def quality() -> str:
+    """Every setting, with the range over seeds."""
+    content = load("quality")
+    if content is None:
+        return ""
+    lines = []
+    for (setting, bits), rows in groups(content["rows"]).items():
+        name = content["settings"][setting] + ("" if setting == "dense" else f", {bits:g} bits")
+        true = f"{rows[0]['true_bits']:.3f}" if "true_bits" in rows[0] else "32"
+        lines.append([name, str(len(rows)), true, *_perplexities(rows)])
+    titles = ["SmolLM2-135M-Instruct", "seeds", "true bits", "wiki perplexity", "news perplexity"]
+    return table(titles, lines) + machine_line(content)
+
+
+def proxy_loss() -> str:
+    """The relative proxy loss of each kind of layer."""
+    content = load("quality")
+    rows = {key: rows[0]["proxy_loss"] for key, rows in groups((content or {"rows": []})["rows"]).items()
+            if rows[0].get("proxy_loss")}  # fmt: skip
+    kinds = list(dict.fromkeys(kind for losses in rows.values() for kind in losses))
+    lines = [
+        [f"{content['settings'][setting]}, {bits:g} bits", *(f"{losses[k]:.4f}" if k in losses else "" for k in kinds)]
+        for (setting, bits), losses in rows.items()
+    ]
+    return table(["relative proxy loss, mean of all blocks", *kinds], lines)
+
+
+def ablations() -> str:
+    """The papers' claims: one line for each two sides that are compared, a column for each side of each measure."""
+    content = load("methods")
+    lines = []
+    for found in (content or {"comparisons": []})["comparisons"]:
+        count = len(found["sides"])
+        for first in range(count - 1):  # a chain A ≥ B ≥ C is two comparisons
+            sides = found["sides"][first : first + 2]
+            cells = []
+            for measure, show in (("proxy loss", "{:.4f}".format), ("wiki", number), ("news", number)):
+                cells += [show(value) for value in found["figures"][measure][first : first + 2]]
+            lines.append([found["claim"] if first == 0 else "", *sides, *cells])
+    titles = ["claim", "with", "without", "proxy loss with", "without", "wiki with", "without", "news with", "without"]
+    return table(titles, lines) + (machine_line(content) if content else "")
+
+
+def methods() -> str:
+    """Every method of the full protocol, best first within the same bits."""
+    content = load("methods")
+    if content is None:
+        return ""
+    most = max(row["windows"] for row in content["rows"])
+    lines = []
+    for row in sorted(content["rows"], key=lambda row: (row["bits"], row["perplexity"]["wiki"])):
+        if row["windows"] < most:
+            continue
+        loss, true = row.get("proxy_loss"), row.get("true_bits")
+        loss, true = "" if loss is None else f"{loss:.4f}", f"{true:.3f}" if true else f"{row['bits']}"
+        lines.append([row["label"], loss, *_perplexities([row]), true])
+    return table(["method", "mean proxy loss", "wiki perplexity", "news perplexity", "true bits"], lines)
+
+
+def codebooks() -> str:
+    """Every codebook on a Gaussian."""
+    content = load("codebooks")
+    if content is None:
+        return ""
+    lines = [
+        [row["codebook"], f"{row['bits']:g}", f"{row['error']:.3g}", f"{row['bound']:.3g}", f"{row['speed_to_e8p']:.2g}"]
+        for row in content["rows"]
+    ]
+    titles = ["codebook", "bits", "mean squared error on a Gaussian", "least possible", "encodes, times E8P"]
+    return table(titles, lines) + machine_line(content)
+
+
+def speed() -> str:
+    """README's speed table: tokens per second of the dense model and of the quantized one."""
+    content = load("generate")
+    if content is None:
+        return ""
+    found = {(row["model"], row["kind"], row["way"]): row for row in content["rows"]}
+    lines = []
+    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in content["rows"]):
+        dense = found[model, kind, "dense bfloat16"]["tokens_per_second"]
+        cells = [f"{model}, {kind}", f"{dense:.1f}"]
+        for way in ("2-bit exact", "2-bit int8"):
+            row = found[model, kind, way]
+            cells.append(f"{row['tokens_per_second']:.1f} ({row['times_dense']:.2f}x)")
+        lines.append(cells)
+    titles = ["tokens per second", "dense bfloat16", "2 bits, exact activations", "2 bits, int8 activations (default)"]
+    return table(titles, lines) + machine_line(content)
+
+
+def peers() -> str:
+    """Perplexities of other packages with this project's protocol."""
+    content = load("peers")
+    rows = (content or {"rows": []})["rows"]
+    lines = [[row["name"], f"{row['true_bits']:.2f}", *_perplexity_cells(row)] for row in rows]
+    return table(["", "true bits", "wiki perplexity", "news perplexity"], lines)
+
+
+def _perplexity_cells(row: dict) -> list[str]:
+    return [number(row["perplexity"][name]) if name in row["perplexity"] else "" for name in ("wiki", "news")]
+
+
+def memory() -> str:
+    """Peak memory of quantizing."""
+    content = load("memory")
+    if content is None:
+        return ""
+    lines = [[name, f"{value / 1e6:.0f} MB"] for name, value in content["summary"].items()]
+    return table(["peak memory of quantizing SmolLM2", ""], lines) + machine_line(content)
+
+
+def activations() -> str:
+    """The cost of 8-bit activations."""
+    content = load("activations")
+    if content is None:
+        return ""
+    lines = [[row["kernels"], *(f"{row['cost'][name]:+.2%}" for name in ("wiki", "news"))] for row in content["rows"]]
+    return table(["perplexity of int8 against exact activations, kernels", "wiki", "news"], lines) + machine_line(content)
+
+
+def search() -> str:
+    """Encoding and rounding on the CPU."""
+    lines = []
+    nearest, rounding = load("nearest"), load("rounding")
+    for row in (nearest or {"rows": [None]})["rows"][1:]:
+        per_second, times = row["weights_per_second"], row["times_plain"]
+        lines.append([f"nearest point of E8P, {row['search']}", f"{per_second:.2g} weights/s, {times:.0f}x a table search"])
+    if rounding:
+        sweeps, seconds = rounding["refinement_sweeps"], rounding["cpu_seconds"]
+        lines.append([f"rounding one decoder block of SmolLM2, LDLQ and {sweeps} sweeps", f"{seconds:.1f} CPU seconds"])
+    return table(["on the CPU", ""], lines) + (machine_line(nearest) if nearest else "")
+
+
+def startup() -> str:
+    """Seconds and memory of imports and of quick commands."""
+    content = load("startup")
+    if content is None:
+        return ""
+    lines = [[row["what"], f"{row['seconds']:.2g} s", f"{row['peak_rss'] / 1e6:.0f} MB"] for row in content["rows"]]
+    return table(["", "seconds", "peak memory"], lines) + machine_line(content)
+
+
+def loading() -> str:
+    """Loading checkpoints of other packages."""
+    content = load("loading")
+    if content is None:
+        return ""
+    lines = [
+        [row["family"], f"{row['megabytes']:.0f} MB", f"{row['peak']:.2f}", f"{row['seconds']:.1f} s"]
+        for row in content["rows"]
+    ]
+    return table(["checkpoint", "file", "peak memory / file", "seconds"], lines) + machine_line(content)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "quality": quality,
+    "proxy-loss": proxy_loss,
+    "ablations": ablations,
+    "methods": methods,
+    "codebooks": codebooks,
+    "speed": speed,
+    "peers": peers,
+    "memory": memory,
+    "activations": activations,
+    "search": search,
+    "startup": startup,
+    "loading": loading,
+}
+
+
+def filled(text: str) -> str:
+    """A page with every marked table made again. Raises `KeyError` for a marker of an unknown name."""
+    return _MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]() or NOTHING}{found[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if options.check and filled(text) != text:
+            sys.exit(f"{page.name} does not show benchmarks/results: run benchmarks/tables.py")
+        if not options.check:
+            page.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Renaming that cannot lose anything: two folders change places, or a name that is taken stays as it is."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from . import remains
+from .console import tell
+
+_HERE = -100  # AT_FDCWD
+_NO_REPLACE, _EXCHANGE = 1, 2
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+
+
+@functools.cache
+def _renameat2() -> Callable[..., int] | None:
+    """The system's call, None where there is none (other systems than Linux, old C libraries)."""
+    try:
+        return ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def _rename_with(source: Path, target: Path, flag: int) -> bool:
+    """Whether the system has done it.
+
+    Raises:
+        OSError: it can, and refuses here.
+    """
+    call = _renameat2()
+    if call is None:
+        return False
+    if call(_HERE, os.fsencode(source), _HERE, os.fsencode(target), ctypes.c_uint(flag)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename, but never onto anything.
+
+    Raises:
+        FileExistsError: something is at `target`.
+        OSError: it cannot be done.
+    """
+    if _rename_with(source, target, _NO_REPLACE):
+        return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(source), None, str(target))
+    os.rename(source, target)
+
+
+def replace(new: Path, place: Path) -> None:
+    """Put the folder `new` at `place` and delete the folder that was there.
+
+    At every moment one of both is at `place`, where the system can exchange names. Where it cannot, both are renamed, and
+    after a failure of the second renaming (Ctrl-C too) the old folder is put back.
+
+    Raises:
+        OSError: it cannot be done; `place` and `new` are as they were.
+    """
+    if _rename_with(new, place, _EXCHANGE):
+        _delete(new)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{remains.short(place.name)}.", suffix=remains.OLD, dir=place.parent))
+    old = aside / place.name
+    try:
+        os.rename(place, old)
+        os.rename(new, place)
+    except BaseException:
+        if old.exists() and not place.exists():
+            os.rename(old, place)
+        if not old.exists():
+            aside.rmdir()
+        raise
+    _delete(aside)
+
+
+def _delete(folder: Path) -> None:
+    """Delete what has been replaced; that some of it stays is not an error, as the new model is in its place."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        tell(f"What was replaced could not be deleted and is still in {folder} ({error})")
