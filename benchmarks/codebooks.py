@@ -70,7 +70,7 @@ def best_scales(name: str, x: torch.Tensor) -> tuple[float, float, float]:
     found = {}
 
     def error(residual_scale: float) -> float:
-        found[residual_scale] = best_scale(codebooks.get(name, residual_scale), x)
+        found[residual_scale] = best_scale(codebooks.get(name).with_residual_scale(residual_scale), x)
         return found[residual_scale][1]
 
     residual_scale, least = minimum(error, 0.75 * own, 1.3 * own, 0.01 * own)
@@ -123,7 +123,7 @@ def main() -> None:
         row = {"codebook": book.name, "bits": book.bits, "bound": 2 ** (-2 * book.bits)}
         row |= {"scale": book.gaussian_scale, "residual_scale": book.residual_scale}
         row["error"] = error_at(book, book.gaussian_scale, x)
-        if book.has_residual:
+        if book.residual_scale:
             row["best_scale"], row["best_residual_scale"], least = best_scales(book.name, scan)
         else:
             row["best_scale"], least = best_scale(book, scan)
@@ -136,7 +136,7 @@ def main() -> None:
             row["known"] = PUBLISHED[book.name]
         row |= {"weights_per_cpu_second": rates[book.name], "speed_to_e8p": rates[book.name] / rates["e8p"]}
         rows.append(row)
-        second = f"/{row['best_residual_scale']:.4f} (used {book.residual_scale:.4f})" if book.has_residual else ""
+        second = f"/{row['best_residual_scale']:.4f} (used {book.residual_scale:.4f})" if book.residual_scale else ""
         print(
             f"{book.name:13s} {book.bits:4g} {row['bound']:9.3g} {row['error']:9.4g} {row['best']:9.4g} "
             f"{row['error_to_best']:6.4f} {row.get('known', math.nan):9.4g}  {row['best_scale']:.4f} (used "

@@ -39,9 +39,11 @@ def ways_of(codebook: str, m: int, n: int, vectors: int) -> dict[str, Callable[[
     """Every way to compute a random layer of E8P, with or without a second stage, of this shape for bfloat16 vectors."""
     generator = torch.Generator().manual_seed(0)
     book = codebooks.get(codebook)
-    codes, *rest = (
-        torch.randint(-(2**15), 2**15, grid.shape, generator=generator).to(grid.dtype) for grid in book.layout(m, n)
-    )
+    stored = {
+        name: torch.randint(-(2**15), 2**15, grid.shape, generator=generator).to(grid.dtype)
+        for name, grid in book.tensors(m, n).items()
+    }
+    codes, *rest = stored.values()
     second = {"codes_residual": rest[0], "residual_scale": book.residual_scale} if rest else {}
     su, sv = (incoherence.signs(size, 0, role).bfloat16() for size, role in ((n, "in"), (m, "out")))
     x = torch.randn(vectors, n, generator=generator).bfloat16()
@@ -49,9 +51,9 @@ def ways_of(codebook: str, m: int, n: int, vectors: int) -> dict[str, Callable[[
     transforms = [incoherence.get("hadamard", size, 0) for size in (n, m)]
     q_in, q_out = (kernels.Transform(q.dense_factors) for q in transforms)
     x_single, dense_single = x.float(), dense.float()
-    arguments = (x, codes, second.get("codes_residual"), su, sv, None, codebook, "hadamard", "hadamard", 0)
+    arguments = (x, [codes, *rest], su, sv, None, codebook, "hadamard", "hadamard", 0)
 
-    weight = book.decode(codes, n, torch.float64, second.get("codes_residual"))
+    weight = book.decode(stored, n, torch.float64)
     z = transforms[0].apply_transpose(x.double() * su.double()) @ weight.T
     expected = transforms[1].apply(z) * sv.double()
 
@@ -89,16 +91,17 @@ def trellis_ways(name: str, m: int, n: int, vectors: int) -> dict[str, Callable[
     x = torch.randn(vectors, n, generator=generator).bfloat16()
     x_single, dense = x.float(), torch.randn(m, n, generator=generator).bfloat16()
     dense_single = dense.float()
-    arguments = (x, codes, None, su, sv, None, name, "hadamard", "hadamard", 0, None, table)
+    stored = {"codes": codes} if table is None else {"codes": codes, "table": table}
+    arguments = (x, list(stored.values()), su, sv, None, name, "hadamard", "hadamard", 0)
     layout = trellis_kernels.Layout(book.code, book.k, book.order)
     foreign = torch.randint(-(2**15), 2**15, (n // 16, m // 16, 16 * book.k), generator=generator).to(torch.int16)
 
-    weight = book.decode(codes, n, table=table)
+    weight = book.decode(stored, n)
     expected = x.double() @ weight.double().T
     ways = {
         "dense bfloat16": lambda: torch.nn.functional.linear(x, dense),
         "dense float32": lambda: torch.nn.functional.linear(x_single, dense_single),
-        "reference decode": lambda: book.decode(codes, n, torch.bfloat16, table=table),
+        "reference decode": lambda: book.decode(stored, n, torch.bfloat16),
         "re-packing": lambda: trellis_bits.from_exl3(foreign),
         "op": lambda: torch.ops.quip.linear(*arguments),
     }

@@ -61,10 +61,9 @@ def random_linear(m: int, n: int, device: torch.device, dtype: torch.dtype, code
     """A quantized linear with random codes, whose output has about the size of its input; packed where kernels run."""
     linear = QuipLinear(n, m, False, codebook=codebook, device=device, dtype=dtype)
     with torch.no_grad():
-        for codes in (linear.codes, linear.codes_residual):
-            if codes is not None:
-                limits = torch.iinfo(codes.dtype)
-                codes.random_(limits.min, limits.max + 1)
+        for codes in linear.weight_tensors():
+            limits = torch.iinfo(codes.dtype)
+            codes.random_(limits.min, limits.max + 1)
         linear.su.fill_(1.0)
         linear.sv.fill_(n**-0.5)
     linear.pack_if_wanted()
@@ -132,8 +131,7 @@ def measure_layer(m: int, n: int, bits: int, bandwidth: float) -> dict:
 
     dtype = torch.bfloat16
     probe = random_linear(m, n, DEVICE, dtype, CODEBOOKS[bits])
-    stages = [codes for codes in (probe.codes, probe.codes_residual) if codes is not None]
-    packed_bytes = sum(codes.numel() * codes.element_size() for codes in stages)
+    packed_bytes = sum(codes.numel() * codes.element_size() for codes in probe.weight_tensors())
     count = min(max(2, -(-ROTATED_BYTES // packed_bytes)), 64)
     linears = [probe] + [random_linear(m, n, DEVICE, dtype, CODEBOOKS[bits]) for _ in range(count - 1)]
     x = torch.randn(1, n, device=DEVICE, dtype=dtype)
@@ -141,11 +139,12 @@ def measure_layer(m: int, n: int, bits: int, bandwidth: float) -> dict:
     with torch.no_grad():
         for name, digits in (("int8", 1), ("exact", 2)):
             quantized = quantize.quantize(x.float(), digits)
-            calls = [lambda w=w, q=quantized: matvec.matvec(q, w.codes, n, w.codes_residual, 0.3) for w in linears]
+            weights = [(*linear.weight_tensors(), None)[:2] for linear in linears]  # no second stage for two bits
+            calls = [lambda w=w, q=quantized: matvec.matvec(q, w[0], n, w[1], 0.3) for w in weights]
             result[f"matvec_{name}_us"] = seconds(calls) * 1e6
             result[f"matvec_{name}_share"] = packed_bytes / (result[f"matvec_{name}_us"] * 1e-6) / bandwidth
         result["layer_us"] = seconds([lambda w=w: w(x) for w in linears]) * 1e6
-        del linears, calls
+        del linears, weights, calls
         dense = [torch.randn(m, n, device=DEVICE, dtype=dtype) for _ in range(max(2, -(-ROTATED_BYTES // (2 * m * n))))]
         result["dense_us"] = seconds([lambda w=w: nn.functional.linear(x, w) for w in dense]) * 1e6
         result["layer_speedup"] = result["dense_us"] / result["layer_us"]

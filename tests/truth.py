@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -160,6 +160,20 @@ def trellis_weight(name: str, codes: torch.Tensor, columns: int, table: torch.Te
     return weight
 
 
+# The tensors that a codebook may store for a weight, in their order.
+STORED = ("codes", "codes_residual", "table")
+
+
+def stored(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of the tensors of a layer, those that stand for its weight: by name, in the codebook's order."""
+    return {name: parts[name] for name in STORED if name in parts}
+
+
+def weight(parts: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The same as the ops take them."""
+    return list(stored(parts).values())
+
+
 SCALAR_BITS = {"scalar2": 2, "scalar3": 3, "scalar4": 4, "scalar8": 8, "half-integer": 4}
 RESIDUAL_SCALES = {"e8p-rvq3": 1 / 2.04, "e8p-rvq4": 1 / 3.8}  # of the native format
 CODEBOOKS = ("e8p", "e8p-rvq3", "e8p-rvq4", "d4", *SCALAR_BITS)
@@ -170,10 +184,10 @@ def decode(
     columns: int,
     codebook: str = "e8p",
     codes_residual: torch.Tensor | None = None,
-    residual_scale: float | None = None,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Ŵ float64 [m, columns] of stored codes."""
+    """Ŵ float64 [m, columns] of stored codes; of a codebook like "e8p-rvq4@0.25", the number is the residual scale."""
+    codebook, _, residual_scale = codebook.partition("@")
     if codebook.startswith("trellis:"):
         return trellis_weight(codebook, codes, columns, table)
     if codebook in SCALAR_BITS:
@@ -185,9 +199,9 @@ def decode(
         return d4_table()[codes.long()].flatten(1)[:, :columns]
     weight = e8p_table()[codes.long() & 0xFFFF]
     if codebook == "e8p-rvq3":
-        weight = weight + (residual_scale or RESIDUAL_SCALES[codebook]) * e8_table()[codes_residual.long()]
+        weight = weight + float(residual_scale or RESIDUAL_SCALES[codebook]) * e8_table()[codes_residual.long()]
     elif codebook == "e8p-rvq4":
-        weight = weight + (residual_scale or RESIDUAL_SCALES[codebook]) * e8p_table()[codes_residual.long() & 0xFFFF]
+        weight = weight + float(residual_scale or RESIDUAL_SCALES[codebook]) * e8p_table()[codes_residual.long() & 0xFFFF]
     return weight.flatten(1)[:, :columns]
 
 
@@ -276,6 +290,7 @@ def random_linear(
     def octets(count: int) -> torch.Tensor:
         return torch.randint(0, 256, (m, count), generator=generator).to(torch.uint8)
 
+    codebook = codebook.partition("@")[0]
     if codebook in SCALAR_BITS:
         codes = {"codes": octets(-(-n * SCALAR_BITS[codebook] // 8))}
     elif codebook == "d4":

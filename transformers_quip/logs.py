@@ -24,6 +24,11 @@ class _Handler(logging.StreamHandler):
         self.stream = sys.stderr
         super().emit(record)
 
+    def format(self, record: logging.LogRecord) -> str:
+        from .text import printable  # names from files must not steer the terminal
+
+        return printable(super().format(record))
+
 
 def configure() -> None:
     """Set the package's logger up, once; a level that the application has set stays."""

@@ -37,7 +37,7 @@ def test_products(name, m, n, vectors, planes, level):
     x = torch.randn(vectors, n, generator=torch.Generator().manual_seed(n))
     second = {"codes_residual": residual, "residual_scale": -0.3}
     y = kernels.linear(x, codes, None, None, None, None, None, planes, level=processor_has(level), **second)
-    weight = truth.decode(codes, n, name, residual, -0.3)
+    weight = truth.decode(codes, n, f"{name}@-0.3", residual)
     # a single row may cancel: the error is judged against the sizes that were summed
     size = x.double().norm(dim=1, keepdim=True) * weight.norm(dim=1)
     assert ((y.double() - x.double() @ weight.T).abs() / size).max() < ACCURACY[planes]
@@ -53,7 +53,7 @@ def test_products_with_all_codes_and_every_coordinate(name, level):
     second = {"codes_residual": residual, "residual_scale": 0.5}
     columns = kernels.linear(torch.eye(128), codes, None, None, None, None, None, level=processor_has(level), **second)
     # exact sums of multiples of 1/8, but for the rounding of the unit to 24 bits
-    expected = truth.decode(codes, 128, name, residual, 0.5)
+    expected = truth.decode(codes, 128, f"{name}@0.5", residual)
     torch.testing.assert_close(columns.T.double(), expected, rtol=3e-7, atol=3e-7)
 
 
@@ -93,7 +93,7 @@ def test_decode(name, columns, dtype):
     codes, residual = random_codes(name, 37, columns)
     weight = kernels.decode(codes, columns, dtype, codes_residual=residual, residual_scale=0.29)
     assert weight.dtype == dtype
-    expected = truth.decode(codes, columns, name, residual, 0.29)
+    expected = truth.decode(codes, columns, f"{name}@0.29", residual)
     error = (weight.double() - expected).abs()
     assert (error <= torch.finfo(dtype).eps / 2 * expected.abs() + 4e-7).all()
     out = torch.empty(37, columns, dtype=dtype)

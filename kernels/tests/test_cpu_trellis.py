@@ -48,7 +48,8 @@ def some_table(shape, dtype=torch.float16):
 
 
 def truth(codes, n, layout, table, dtype=torch.float32):
-    return Trellis(*layout, None if table is None else tuple(table.shape)).decode(codes, n, dtype, table=table)
+    stored = {"codes": codes} if table is None else {"codes": codes, "table": table}
+    return Trellis(*layout, None if table is None else tuple(table.shape)).decode(stored, n, dtype)
 
 
 @pytest.mark.parametrize("level", LEVELS)

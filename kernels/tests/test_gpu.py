@@ -40,8 +40,7 @@ def arguments(m, n, batch, dtype, device, bias=True, codebook="e8p"):
     parts = {name: part.to(device) for name, part in truth.random_linear(m, n, dtype=dtype, codebook=codebook).items()}
     return [
         torch.randn(batch, n, generator=torch.Generator().manual_seed(9)).to(dtype).to(device) / 16,
-        parts["codes"],
-        parts.get("codes_residual"),
+        truth.weight(parts),
         parts["su"],
         parts["sv"],
         parts["bias"] if bias else None,
@@ -52,12 +51,13 @@ def arguments(m, n, batch, dtype, device, bias=True, codebook="e8p"):
     ]
 
 
-def expected(x, codes, codes_residual, su, sv, bias, codebook, name, _, seed, weight=None):
+def expected(x, stored, su, sv, bias, codebook, name, _, seed, weight=None):
     """In float64: transforms on the CPU, the product on the device, by its library. weight: decoded already."""
-    device, x, su, sv, codes = x.device, x.double().cpu(), su.double().cpu(), sv.double().cpu(), codes.cpu()
+    device, x, su, sv = x.device, x.double().cpu(), su.double().cpu(), sv.double().cpu()
     q_in, q_out = (incoherence.get(name, len(v), seed) for v in (su, sv))
     if weight is None:
-        weight = truth.decode(codes, len(su), codebook, None if codes_residual is None else codes_residual.cpu())
+        tensors = dict(zip(truth.STORED, (tensor.cpu() for tensor in stored), strict=False))
+        weight = truth.decode(**tensors, columns=len(su), codebook=codebook)
     y = q_out.apply((q_in.apply_transpose(x * su).to(device) @ weight.to(device).T).cpu()) * sv
     return y if bias is None else y + bias.double().cpu()
 
@@ -68,9 +68,9 @@ def test_linear(m, n, device):
     weight, planes = truth.decode(codes, n).to(device), e8p.pack(codes).to(device)
     for dtype in ERROR:
         args = arguments(m, n, max(BATCHES), dtype, device)
-        assert torch.equal(args[1].cpu(), codes)
+        assert torch.equal(args[1][0].cpu(), codes)
         wanted = expected(*args, weight=weight)
-        args[1] = planes
+        args[1] = [planes]
         for batch in BATCHES:
             y = torch.ops.quip.linear(args[0][:batch], *args[1:])
             assert y.dtype == dtype
@@ -83,7 +83,7 @@ def test_linear_of_two_stages(m, n, codebook, device):
     for dtype in ERROR:
         args = arguments(m, n, 80, dtype, device, codebook=codebook)
         wanted = expected(*args)
-        args[1:3] = layout.pack(args[1]), layout.pack(args[2])
+        args[1] = [layout.pack(codes) for codes in args[1]]
         for batch in (1, 3, 16, 80):
             y = torch.ops.quip.linear(args[0][:batch], *args[1:])
             assert relative(y, wanted[:batch]) < ERROR[dtype], (batch, dtype)
@@ -92,13 +92,13 @@ def test_linear_of_two_stages(m, n, codebook, device):
 def test_linear_takes_either_layout(device):
     args = arguments(192, 576, 3, torch.bfloat16, device)
     logical = torch.ops.quip.linear(*args)
-    args[1] = e8p.pack(args[1])
+    args[1] = [e8p.pack(args[1][0])]
     assert torch.equal(torch.ops.quip.linear(*args), logical)
 
 
 def test_linear_is_the_same_each_time(device):
     args = arguments(4096, 4096, 1, torch.float16, device)
-    args[1] = e8p.pack(args[1])
+    args[1] = [e8p.pack(args[1][0])]
     first = torch.ops.quip.linear(*args)
     assert all(torch.equal(torch.ops.quip.linear(*args), first) for _ in range(20))
 
@@ -187,7 +187,7 @@ def test_a_module_packs_its_codes_where_they_run(device):
 def test_decode(device):
     codes = truth.random_linear(65, 600)["codes"]
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        weight = torch.ops.quip.decode(e8p.pack(codes).to(device), None, "e8p", 597, dtype)
+        weight = torch.ops.quip.decode([e8p.pack(codes).to(device)], "e8p", 65, 597, dtype)
         assert torch.equal(weight.double().cpu(), truth.decode(codes, 597))
 
 
@@ -203,9 +203,9 @@ def test_transform(size, transpose, device):
 def test_opcheck(device):
     args = arguments(96, 64, 2, torch.float32, device)
     torch.library.opcheck(torch.ops.quip.linear.default, args)
-    args[1] = e8p.pack(args[1])
+    args[1] = [e8p.pack(args[1][0])]
     torch.library.opcheck(torch.ops.quip.linear.default, args)
-    torch.library.opcheck(torch.ops.quip.decode.default, (args[1], None, "e8p", 64, torch.float16))
+    torch.library.opcheck(torch.ops.quip.decode.default, (args[1], "e8p", 96, 64, torch.float16))
 
 
 @pytest.mark.parametrize("dtype", list(ERROR))
@@ -226,30 +226,20 @@ def test_linears_of_one_input(dtype, device):
             x = torch.randn(vectors, 576, device=device, dtype=dtype) / 16
             rotate = (x, linears[0].su, "e8p", "hadamard", 0, "auto")
             torch.library.opcheck(torch.ops.quip.rotate.default, rotate)
-            others = (
-                *(linears[0]._parameters[name] for name in ("codes", "codes_residual", "sv", "bias")),
-                "e8p",
-                "hadamard",
-                0,
-            )
-            torch.library.opcheck(torch.ops.quip.rotated_linear.default, (x, torch.ops.quip.rotate(*rotate), *others))
+            rotated = torch.ops.quip.rotate(*rotate)
+            torch.library.opcheck(torch.ops.quip.rotated_linear.default, (x, rotated, *linears[0].layer()))
             shared = [linear(x) for linear in linears]
             assert all(linear._shared is not None for linear in linears)
             replayed = [[y.clone() for y in compiled(x)] for _ in range(4)]
-            apart = [torch.ops.quip.linear(x, *linear_arguments(linear)) for linear in linears]
+            apart = [torch.ops.quip.linear(x, *linear.layer()) for linear in linears]
             for found in (shared, *replayed):
                 assert all(torch.equal(y, wanted) for y, wanted in zip(found, apart, strict=True)), vectors
-
-
-def linear_arguments(linear):
-    tensors = (linear._parameters[name] for name in ("codes", "codes_residual", "su", "sv", "bias"))
-    return (*tensors, "e8p", "hadamard", "hadamard", 0)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_equals_eager(mode, device):
     args = arguments(256, 512, 1, torch.bfloat16, device)
-    args[1] = e8p.pack(args[1])
+    args[1] = [e8p.pack(args[1][0])]
     with torch.no_grad():
         wanted = torch.ops.quip.linear(*args)
         compiled = torch.compile(lambda *a: torch.ops.quip.linear(*a) * 1.0, fullgraph=True, mode=mode)
@@ -274,15 +264,16 @@ def test_trellis(name, table_dtype, device):
     codes = torch.randint(-(2**15), 2**15, book.codes_shape(m, n), generator=generator).to(torch.int16)
     table = None if book.table_shape is None else torch.randn(book.table_shape, generator=generator).half().to(table_dtype)
     su, sv = torch.randn(n, generator=generator), torch.randn(m, generator=generator)
-    on_device = [None if v is None else v.to(device) for v in (codes, su, sv, table)]
+    stored = {"codes": codes} if table is None else {"codes": codes, "table": table}
+    weight_on_device = [tensor.to(device) for tensor in stored.values()]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        weight = ops.decode(on_device[0], None, name, n, dtype, None, on_device[3])
-        assert torch.equal(weight.cpu(), book.decode(codes, n, dtype, table=table))
-    inner = book.decode(codes, n, torch.float64, table=table)
+        weight = ops.decode(weight_on_device, name, m, n, dtype)
+        assert torch.equal(weight.cpu(), book.decode(stored, n, dtype))
+    inner = book.decode(stored, n, torch.float64)
     q_in, q_out = (incoherence.get("hadamard", size, 0) for size in (n, m))
     for batch, (dtype, error) in itertools.product((1, 2, 3, 5, 8, 9, 70), ERROR.items()):
         x = torch.randn(batch, n, generator=generator).to(dtype)
         y = q_out.apply(q_in.apply_transpose(x.double() * su) @ inner.T) * sv
-        names = (name, "hadamard", "hadamard", 0, None)
-        found = ops.linear(x.to(device), on_device[0], None, *on_device[1:3], None, *names, on_device[3])
+        names = (name, "hadamard", "hadamard", 0)
+        found = ops.linear(x.to(device), weight_on_device, su.to(device), sv.to(device), None, *names)
         assert relative(found, y) < error

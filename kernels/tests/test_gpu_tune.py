@@ -1,6 +1,7 @@
 """Choosing by measuring, with a clock and a device of our own."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -78,7 +79,10 @@ def test_answers_of_other_processes_are_kept(runs, monkeypatch, tmp_path):
     assert json.loads(file.read_text()).keys() == {"matvec 4096x128", "matvec 8x8", "matvec 16x16"}
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"matvec 4096x128": "1"}', '{"matvec 4096x128": 7}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[1]", "[" * 100_000, '{"a":' * 100_000, '{"matvec 4096x128": "1"}', '{"matvec 4096x128": 7}', b"\xff\xfe"],
+)
 def test_a_broken_file_is_made_again(content, runs, monkeypatch, tmp_path):
     choose(runs)
     (file,) = (tmp_path / "cache").iterdir()
@@ -87,6 +91,57 @@ def test_a_broken_file_is_made_again(content, runs, monkeypatch, tmp_path):
     assert choose(runs) == "fast"
     assert len(runs) == 6
     assert json.loads(file.read_text())["matvec 4096x128"] == 1
+
+
+def test_an_answer_that_does_not_fit_is_measured_again(runs, monkeypatch, tmp_path):
+    """The file may be of another device of the same name: the launch says so, and the caller asks again."""
+    choose(runs)
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_text('{"matvec 4096x128": 2}')
+    forget(monkeypatch)
+    assert choose(runs) == "large"
+    assert tune.choose("matvec", (4096, 128), ("slow", "fast", "large"), DEVICE, runs.append, unfit="large") == "fast"
+    assert json.loads(file.read_text())["matvec 4096x128"] == 1
+    count = len(runs)
+    # another caller, whose launch failed before the new answer was known, gets that
+    assert tune.choose("matvec", (4096, 128), ("slow", "fast", "large"), DEVICE, runs.append, unfit="large") == "fast"
+    assert len(runs) == count
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_others_may_read_the_file_as_the_umask_says(runs, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        choose(runs)
+    finally:
+        os.umask(before)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_no_temporary_file_is_left(runs, monkeypatch, tmp_path, error):
+    def replace(source, target):
+        raise error
+
+    monkeypatch.setattr(tune.os, "replace", replace)
+    if isinstance(error, OSError):
+        assert choose(runs) == "fast"
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            choose(runs)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_temporary_file_of_a_process_that_was_killed_is_removed(runs, tmp_path):
+    choose(runs)
+    (file,) = (tmp_path / "cache").iterdir()
+    old, new = file.with_name(file.name + ".123.tmp"), file.with_name(file.name + ".124.tmp")
+    for left in (old, new):
+        left.write_text("{")
+    os.utime(old, (0, 0))
+    choose(runs, (8, 8))
+    assert sorted((tmp_path / "cache").iterdir()) == sorted([file, new])
 
 
 def test_a_folder_that_cannot_be_written_does_no_harm(runs, monkeypatch, tmp_path):
@@ -129,3 +184,44 @@ def test_where_nothing_fits_the_error_is_raised(runs):
 def test_a_single_candidate_is_not_measured(runs):
     assert choose(runs, candidates=("large",)) == "large"
     assert not runs
+
+
+@pytest.mark.parametrize("another", [True, False])
+@pytest.mark.parametrize("module", ["matvec", "small_batch"])
+def test_callers_ask_again(monkeypatch, module, another):
+    """A launch that the device refuses: the kernel's caller launches another candidate, or raises where there is none."""
+    from quip_kernels import e8p, layout
+    from quip_kernels.gpu import matvec, small_batch
+    from quip_kernels.gpu.quantize import Digits
+
+    kernel = {"matvec": matvec, "small_batch": small_batch}[module]
+    launched = []
+
+    def choose(name, shape, candidates, device, run, unfit=None):
+        return "small" if unfit is not None and another else "large"
+
+    def launch(inputs, stage, tile, parts):
+        launched.append(tile)
+        if tile == "large":
+            raise tune.OutOfResources(1, 0, "shared memory")
+        parts.fill_(5)
+
+    monkeypatch.setattr(kernel.tune, "choose", choose)
+    monkeypatch.setattr(kernel, "_launch", launch)
+    monkeypatch.setattr(kernel, "split", lambda *_: 1)
+    columns = e8p.WORDS_ALIGNMENT * e8p.WEIGHTS_PER_WORD
+    planes = layout.pack(torch.zeros(16, columns // 8, dtype=torch.int16))
+    words = planes.shape[2]
+    if module == "matvec":
+        digits = Digits(torch.zeros(1, 2, 8, words, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32), torch.ones(1))
+        call = lambda: matvec.matvec(digits, planes, columns)  # noqa: E731
+    else:
+        halves = small_batch.Halves(torch.zeros(1, 9, columns, dtype=torch.float16), torch.ones(9))
+        call = lambda: small_batch.small_batch(halves, planes, columns)  # noqa: E731
+    if another:
+        assert torch.all(call() == 5)
+        assert launched == ["large", "small"]
+    else:
+        with pytest.raises(tune.OutOfResources):
+            call()
+        assert launched == ["large"]

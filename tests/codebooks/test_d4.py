@@ -34,10 +34,9 @@ def test_every_point_is_its_own_nearest():
 @pytest.mark.parametrize("columns", [20, 18])
 def test_decode(columns):
     parts = truth.random_linear(30, columns, codebook="d4")
-    (grid,) = BOOK.layout(30, columns)
-    assert (grid.shape, grid.dtype) == (parts["codes"].shape, torch.uint8)
+    assert BOOK.tensors(30, columns) == {"codes": (parts["codes"].shape, torch.uint8, 0)}
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        weight = BOOK.decode(parts["codes"], columns, dtype)
+        weight = BOOK.decode(parts, columns, dtype)
         assert weight.dtype == dtype
         assert torch.equal(weight.double(), truth.decode(parts["codes"], columns, "d4"))
 
@@ -46,7 +45,7 @@ def test_round_panel_gives_codes_of_its_points():
     generator = torch.Generator().manual_seed(3)
     target, base = torch.randn(2, 9, 16, generator=generator)
     codes, points, delta = BOOK.round_panel(target, base, torch.randn(16, 16, generator=generator) * 0.2)
-    assert torch.equal(BOOK.decode(*BOOK.store(codes), 16), points)
+    assert torch.equal(BOOK.decode(BOOK.store(codes), 16), points)
     assert torch.equal(delta, base - points)
     # the last block has no feedback
     assert torch.equal(points[:, 12:], BOOK.encode(target[:, 12:])[1])

@@ -34,7 +34,7 @@ def test_tables_are_the_published_ones():
 )
 def test_codes_mean_what_the_format_says(code, values):
     stored = torch.tensor([[code]], dtype=torch.int32).to(torch.int16)
-    assert BOOK.decode(stored, 8).tolist() == [values]
+    assert BOOK.decode({"codes": stored}, 8).tolist() == [values]
 
 
 def compiled(x):
@@ -97,7 +97,7 @@ def test_shapes_of_any_rank_and_none():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_decode_drops_the_completion_of_the_last_block_and_is_exact(dtype):
     codes = torch.arange(-300, 300, dtype=torch.int16).reshape(60, 10)
-    dense = BOOK.decode(codes, 77, dtype)
+    dense = BOOK.decode({"codes": codes}, 77, dtype)
     assert dense.shape == (60, 77)
     wanted = e8p.points()[codes.long() % 65536].reshape(60, 80)[:, :77]
     assert torch.equal(dense.float(), wanted)
@@ -132,7 +132,7 @@ def test_round_panel_follows_its_definition(method, rows, columns, monkeypatch):
     same = (points.double() == wanted).all(1)
     assert same.float().mean() > 0.9
     torch.testing.assert_close(delta[same].double(), wanted_delta[same])
-    assert torch.equal(BOOK.decode(codes, columns), points)
+    assert torch.equal(BOOK.decode({"codes": codes}, columns), points)
 
 
 def test_tables_have_values_whatever_the_default_device():

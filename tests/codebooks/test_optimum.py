@@ -27,7 +27,7 @@ STEPS = (0.8, 0.85, 0.9, 0.95, 0.975, 1.0, 1.025, 1.05, 1.1, 1.15, 1.2)
 def scaled(name, other):
     """The codebook with another scale for its second stage, where it has one."""
     book = codebooks.get(name)
-    return book.with_residual_scale(book.residual_scale * other) if book.has_residual else book
+    return book.with_residual_scale(book.residual_scale * other) if book.residual_scale else book
 
 
 def error(book, scale, x):
@@ -55,7 +55,7 @@ def test_the_error_is_that_of_a_search_through_every_point(name, step):
 def test_within_one_percent_of_the_best_scales(name):
     book = codebooks.get(name)
     x = torch.randn((1 << 18) // book.block_size, book.block_size, generator=torch.Generator().manual_seed(1))
-    steps = itertools.product(STEPS, STEPS if book.has_residual else (1.0,))
+    steps = itertools.product(STEPS, STEPS if book.residual_scale else (1.0,))
     errors = {(step, other): error(scaled(name, other), book.gaussian_scale * step, x) for step, other in steps}
     best = min(errors, key=errors.get)
     assert errors[1.0, 1.0] <= 1.01 * errors[best]

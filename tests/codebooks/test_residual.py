@@ -44,7 +44,7 @@ def test_each_stage_is_the_nearest_point(method, name, scale):
     book = codebooks.get(name)
     x = gaussian(150, scale=scale)
     codes, values = book.encode(x)
-    first, second = book.store(codes)
+    first, second = book.store(codes).values()
     base = truth.decode(first[:, None], 8)
     torch.testing.assert_close((x.double() - base).norm(dim=1), distances(x, truth.e8p_table()), rtol=1e-6, atol=1e-9)
     rest = (x.double() - base) / book.residual_scale
@@ -63,14 +63,14 @@ def test_compiled_search_of_e8_finds_every_point_and_the_nearest():
         # small enough beside 3/4 that the first stage always takes that point
         x = 0.75 + 0.05 * points
         codes, _ = cpu_kernels.e8p_encode(x.contiguous(), "e8", 0.05)
-        first, second = book.store(codes)
+        first, second = book.store(codes).values()
         kept = first == 0
         assert kept.float().mean() > 0.9
         rest = (x.double() - 0.75) / 0.05
         found = (rest - table[second.long()]).norm(dim=1)
         torch.testing.assert_close(found[kept], distances(rest, table)[kept], rtol=1e-5, atol=2e-5)
     everything = cpu_kernels.e8p_encode((0.75 + 0.05 * table.float()).contiguous(), "e8", 0.05)[0]
-    assert torch.equal(book.store(everything)[1].long(), torch.arange(256))
+    assert torch.equal(book.store(everything)["codes_residual"].long(), torch.arange(256))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,8 +93,8 @@ def test_round_panel_follows_its_definition(method, name):
     same = ((points - wanted).abs() < 1e-5).all(1)
     assert same.float().mean() > 0.9
     torch.testing.assert_close(delta[same].double(), wanted_delta[same], rtol=1e-5, atol=1e-5)
-    stored = book.store(codes)
-    torch.testing.assert_close(points.double(), truth.decode(stored[0], 40, name, stored[1]), rtol=1e-6, atol=1e-6)
+    wanted = truth.decode(**book.store(codes), columns=40, codebook=name)
+    torch.testing.assert_close(points.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,10 +102,10 @@ def test_round_panel_follows_its_definition(method, name):
 def test_decode_is_the_formula_and_drops_the_completion(name, dtype):
     parts = truth.random_linear(50, 77, codebook=name)
     book = codebooks.get(name)
-    assert [(grid.shape, grid.dtype) for grid in book.layout(50, 77)] == [
-        (parts[key].shape, parts[key].dtype) for key in ("codes", "codes_residual")
-    ]
-    weight = book.decode(parts["codes"], 77, dtype, parts["codes_residual"])
+    assert {key: (grid.shape, grid.dtype) for key, grid in book.tensors(50, 77).items()} == {
+        key: (parts[key].shape, parts[key].dtype) for key in ("codes", "codes_residual")
+    }
+    weight = book.decode(parts, 77, dtype)
     assert weight.dtype == dtype
     wanted = truth.decode(parts["codes"], 77, name, parts["codes_residual"])
     error = (weight.double() - wanted).abs()
@@ -115,14 +115,15 @@ def test_decode_is_the_formula_and_drops_the_completion(name, dtype):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [0.25, -1.0])
 def test_another_residual_scale(method, name, scale):
-    book = codebooks.get(name, scale)
-    assert book.residual_scale == scale
-    assert codebooks.get(name, scale) is book
+    spec = codebooks.spec(name, scale)
+    book = codebooks.get(spec)
+    assert (book.residual_scale, book.name) == (scale, spec)
+    assert codebooks.get(spec) is book
     x = gaussian(100)
     codes, values = book.encode(x)
-    first, second = book.store(codes)
+    first, second = book.store(codes).values()
     base = truth.decode(first[:, None], 8)
-    refined = truth.decode(first[:, None], 8, name, second[:, None], scale)
+    refined = truth.decode(first[:, None], 8, f"{name}@{scale}", second[:, None])
     torch.testing.assert_close(values.double(), refined, rtol=1e-6, atol=1e-6)
     wanted = distances((x.double() - base) / scale, second_table(name)) * abs(scale)
     torch.testing.assert_close((x.double() - refined).norm(dim=1), wanted, rtol=1e-5, atol=1e-6)
@@ -131,12 +132,25 @@ def test_another_residual_scale(method, name, scale):
 @pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])
 def test_a_residual_scale_that_cannot_work(scale):
     with pytest.raises(ValueError, match="must be a finite number other than 0"):
-        codebooks.get("e8p-rvq4", scale)
+        codebooks.spec("e8p-rvq4", scale)
+
+
+def test_a_residual_scale_in_a_name():
+    own = codebooks.get("e8p-rvq4").residual_scale
+    assert codebooks.spec("e8p-rvq4") == codebooks.spec("e8p-rvq4", own) == "e8p-rvq4"
+    assert codebooks.get(f"e8p-rvq4@{own!r}").name == "e8p-rvq4"
+    published = codebooks.spec("e8p-rvq4", 1 / 3.45)
+    assert codebooks.get(published).residual_scale == 1 / 3.45  # no bit of it is lost in the name
+    assert codebooks.get(published).with_residual_scale(own).name == "e8p-rvq4"
+    with pytest.raises(ValueError, match="codebook 'e8p-rvq4@x': 'x' is not a residual scale"):
+        codebooks.get("e8p-rvq4@x")
+    with pytest.raises(ValueError, match="codebook='e9p' is not known"):
+        codebooks.get("e9p@0.5")
 
 
 def test_a_residual_scale_without_a_second_stage():
     with pytest.raises(ValueError, match="codebook 'e8p' has no second stage"):
-        codebooks.get("e8p", 0.5)
+        codebooks.spec("e8p", 0.5)
 
 
 # Computed by benchmarks/codebooks.py with many more vectors.

@@ -53,18 +53,18 @@ def test_store_and_decode(name, columns):
     """Against a row as one large integer, which is how `truth` reads it."""
     book, bits = codebooks.get(name), truth.SCALAR_BITS[name]
     codes = torch.randint(0, 2**bits, (7, columns), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    (stored,) = book.store(codes)
-    (grid,) = book.layout(7, columns)
+    stored = book.store(codes)["codes"]
+    grid = book.tensors(7, columns)["codes"]
     assert (tuple(stored.shape), stored.dtype) == (grid.shape, grid.dtype)
     assert grid.shape == (7, math.ceil(columns * bits / 8))
     assert stored.is_contiguous()
     wanted = codes.double() - (2**bits - 1) / 2
     assert torch.equal(truth.decode(stored, columns, name), wanted)
     for dtype in (torch.float64, torch.float32, torch.float16):
-        weight = book.decode(stored, columns, dtype)
+        weight = book.decode({"codes": stored}, columns, dtype)
         assert weight.dtype == dtype
         assert torch.equal(weight.double(), wanted)
-    assert torch.equal(book.decode(stored, columns, torch.bfloat16), wanted.bfloat16())
+    assert torch.equal(book.decode({"codes": stored}, columns, torch.bfloat16), wanted.bfloat16())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -127,7 +127,7 @@ def test_panels_are_rounded_as_the_loop_says(method, bits, rows, columns, monkey
     assert same.float().mean() > 0.95
     torch.testing.assert_close(delta, base - points)
     assert torch.equal(codes.float() - half, points)
-    assert torch.equal(book.decode(*book.store(codes), columns), points)
+    assert torch.equal(book.decode(book.store(codes), columns), points)
 
 
 def test_a_compiled_panel_of_wrong_size_is_refused():

@@ -65,6 +65,10 @@ def some_table(book):
     return torch.randn(book.table_shape, generator=torch.Generator().manual_seed(1)).half()
 
 
+def tensors(codes, table=None):
+    return {"codes": codes} if table is None else {"codes": codes, "table": table}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_decode_is_the_description(name):
     book, m, n = Trellis.parse(name), 32, 48
@@ -72,7 +76,7 @@ def test_decode_is_the_description(name):
     streams, table = some_streams(6, book.k), some_table(book)
     codes = as_int16([words(bits) for bits in streams]).view(m, -1)
     assert codes.shape == book.codes_shape(m, n)
-    assert torch.equal(book.decode(codes, n, table=table).double(), brute_force(book, streams, m, n, table))
+    assert torch.equal(book.decode(tensors(codes, table), n).double(), brute_force(book, streams, m, n, table))
 
 
 @pytest.mark.parametrize("code", trellis.COMPUTED)
@@ -87,13 +91,13 @@ def test_every_state_has_its_value(code):
 def test_decode_in_parts_and_in_other_dtypes(monkeypatch):
     book = Trellis.parse("trellis:1mad:k3:exl3")
     codes = as_int16(torch.randint(0, 65536, (96, 4 * 3), generator=torch.Generator().manual_seed(0)).tolist())
-    whole = book.decode(codes, 64)
+    whole = book.decode(tensors(codes), 64)
     monkeypatch.setattr(trellis, "DECODED_AT_ONCE", 16 * 64 * 4)
-    assert torch.equal(book.decode(codes, 64), whole)
+    assert torch.equal(book.decode(tensors(codes), 64), whole)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert torch.equal(book.decode(codes, 64, dtype), whole.to(dtype))
-    assert torch.equal(book.decode(codes[32:64], 64), whole[32:64])
-    assert book.decode(codes[:0], 64).shape == (0, 64)
+        assert torch.equal(book.decode(tensors(codes), 64, dtype), whole.to(dtype))
+    assert torch.equal(book.decode(tensors(codes[32:64]), 64), whole[32:64])
+    assert book.decode(tensors(codes[:0]), 64).shape == (0, 64)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 8])
@@ -101,7 +105,7 @@ def test_qtip_layout(k):
     book, m, n = Trellis("3inst", k, "rows"), 16, 32
     streams = some_streams(2, k)
     codes = trellis_bits.from_qtip(as_int16([words(bits) for bits in streams]), m, n)
-    assert torch.equal(book.decode(codes, n).double(), brute_force(book, streams, m, n, None))
+    assert torch.equal(book.decode(tensors(codes), n).double(), brute_force(book, streams, m, n, None))
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])
@@ -118,7 +122,7 @@ def test_qtip_kernel_layout(k):
                         stored += reversed(words(bits, 8)[group * k : (group + 1) * k])
     packed = torch.tensor(stored, dtype=torch.uint8).view(torch.int16).view(8, 16 * k)
     codes = trellis_bits.from_qtip_kernel(packed, m, n)
-    assert torch.equal(book.decode(codes, n, table=table).double(), brute_force(book, streams, m, n, table))
+    assert torch.equal(book.decode(tensors(codes, table), n).double(), brute_force(book, streams, m, n, table))
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -132,7 +136,7 @@ def test_exl3_layout(k):
         tiles.append([half for word in words(turned, 32) for half in (word & 0xFFFF, word >> 16)])
     stored = as_int16(tiles).view(n // 16, m // 16, 16 * k)
     codes = trellis_bits.from_exl3(stored)
-    assert torch.equal(book.decode(codes, n).double(), brute_force(book, streams, m, n, None))
+    assert torch.equal(book.decode(tensors(codes), n).double(), brute_force(book, streams, m, n, None))
 
 
 def test_layouts_lose_no_bit():
@@ -170,7 +174,7 @@ def test_golden_qtip(golden):
             book, codes = Trellis(params["decode_mode"], k, "rows"), trellis_bits.from_qtip(stored, m, n)
         else:
             book, codes = Trellis("hyb", k, "qtip", (512, 2)), trellis_bits.from_qtip_kernel(stored, m, n)
-        assert torch.equal(book.decode(codes, n, table=table), expected)
+        assert torch.equal(book.decode(tensors(codes, table), n), expected)
         found += 1
     assert found >= 6
 
@@ -182,7 +186,7 @@ def test_golden_exl3(golden):
         stored = model.get_tensor(f"{name}.trellis")
         codes = trellis_bits.from_exl3(stored)
         book = Trellis(code, stored.shape[2] // 16, "exl3")
-        assert torch.equal(book.decode(codes, expected.shape[0], torch.float16).T, expected)
+        assert torch.equal(book.decode(tensors(codes), expected.shape[0], torch.float16).T, expected)
         found += 1
     assert found >= 6
 
@@ -213,16 +217,34 @@ def test_names_are_found():
     assert codebooks.get("trellis:hyb-q9v2:k2:qtip") is codebooks.get("trellis:hyb-q9v2:k2:qtip")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_tensors(name):
+    book = Trellis.parse(name)
+    grids = book.tensors(32, 48)
+    assert grids["codes"] == ((32, 3 * book.k), torch.int16, 0)
+    table = some_table(book)
+    assert list(grids) == ["codes"] + ["table"] * (table is not None)
+    codes = torch.zeros(32, 3 * book.k, dtype=torch.int16)
+    book.check(tensors(codes, table), 32, 48)
+    if table is not None:
+        assert (grids["table"].shape, grids["table"].dtype.is_floating_point) == (book.table_shape, True)
+        assert grids["table"].nbytes(torch.float16) == table.nbytes
+        with pytest.raises(ValueError, match=r"table of a \[32, 48\] layer .* must be floating point \["):
+            book.check(tensors(codes, table[:, :0]), 32, 48)
+    with pytest.raises(ValueError, match="rows of codebook .* cannot be looked up: 16 of them are coded together"):
+        book.select_rows(tensors(codes, table), torch.tensor([0]))
+
+
 def test_what_does_not_fit_is_refused():
     book, hyb = Trellis("mul1", 2, "exl3"), Trellis("hyb", 2, "qtip", (512, 2))
     with pytest.raises(ValueError, match=r"tiles of 16x16.*\[16, 24\]"):
         book.codes_shape(16, 24)
     with pytest.raises(ValueError, match=r"are int16 \[16, 4\], got torch.int16 \[16, 6\]"):
-        book.decode(torch.zeros(16, 6, dtype=torch.int16), 32)
+        book.decode(tensors(torch.zeros(16, 6, dtype=torch.int16)), 32)
     with pytest.raises(ValueError, match=r"has no table, got \[512, 2\]"):
-        book.decode(torch.zeros(16, 4, dtype=torch.int16), 32, table=torch.zeros(512, 2))
+        book.decode(tensors(torch.zeros(16, 4, dtype=torch.int16), torch.zeros(512, 2)), 32)
     with pytest.raises(ValueError, match=r"needs a floating point table \[512, 2\], got none"):
-        hyb.decode(torch.zeros(16, 4, dtype=torch.int16), 32)
+        hyb.decode(tensors(torch.zeros(16, 4, dtype=torch.int16)), 32)
     with pytest.raises(ValueError, match="nothing here quantizes with a trellis"):
         book.encode(torch.zeros(1, 16))
     with pytest.raises(ValueError, match=r"int16 with 2 tiles of 16·K words.*got torch.int16 \[3, 32\]"):

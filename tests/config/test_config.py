@@ -128,7 +128,7 @@ def test_a_wrong_option_is_named_with_its_value_and_what_is_allowed(options, sai
 def test_bits_and_codebook_that_contradict_each_other(monkeypatch):
     book = copy.copy(codebooks.get("e8p"))
     book.name, book.bits = "wide", 4
-    monkeypatch.setitem(codebooks._CODEBOOKS._entries, "wide", book)
+    monkeypatch.setitem(codebooks._CODEBOOKS._entries, "wide", lambda: book)
     assert QuipConfig(codebook="wide").bits == 4
     with pytest.raises(ValueError, match=r"bits=2 and codebook='wide', which has 4 bits.*'e8p'"):
         QuipConfig(bits=2, codebook="wide")

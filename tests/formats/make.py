@@ -112,7 +112,7 @@ def dense_weight(parts: dict[str, torch.Tensor], name: str, quantization: dict) 
     book = (quantization.get("modules") or {}).get(name, {}).get("codebook", quantization["codebook"])
     scale = quantization["residual_scale"] if book == quantization["codebook"] else None
     sides = "input side" if name.endswith("embed_tokens") else quantization["incoherence"]
-    return truth.dense_weight(**parts, incoherence=sides, codebook=book, residual_scale=scale)
+    return truth.dense_weight(**parts, incoherence=sides, codebook=book if scale is None else f"{book}@{scale}")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_a_link_is_not_written_through(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (model_card.EVALUATION, "{", "quip_evaluation.json is no JSON"),
+        (model_card.EVALUATION, "{", "quip_evaluation.json is not JSON"),
         (model_card.EVALUATION, '{"results": [{"perplexity": 3}]}', "quip_evaluation.json has no list of results"),
         (
             model_card.EVALUATION,
@@ -187,7 +188,7 @@ def test_transformers_form_is_replaced_only_while_it_is_empty(folder):
 
 
 def test_no_card_for_another_folder(dense, folder):
-    with pytest.raises(ValueError, match="no model that was quantized by transformers-quip"):
+    with pytest.raises(ValueError, match="not hold a model that was quantized by transformers-quip"):
         make_card(dense)
 
 
@@ -202,3 +203,40 @@ def test_origin(tmp_path):
     assert find_repo_id("a/b/c") is None
     assert describe(str(tmp_path))["folder"] == tmp_path.name
     assert set(describe("org/name")) == {"base_model", "versions"}
+
+
+@pytest.mark.parametrize("edit", [None, "\nMy own words.\n"])
+def test_a_dense_model_saved_over_our_card(quantized, tmp_path, edit, caplog):
+    """The card says 2 bits, and the weights beside it are dense now: ours goes, somebody's own text stays."""
+    model = AutoModelForCausalLM.from_pretrained(quantized)
+    model.save_pretrained(tmp_path)
+    card = tmp_path / model_card.CARD
+    assert "2 bits per weight" in card.read_text()
+    if edit:
+        card.write_text(card.read_text() + edit)
+    model.dequantize().save_pretrained(tmp_path)
+    assert card.exists() == bool(edit)
+    assert ("not quantized now" in caplog.text) == bool(edit)
+    AutoModelForCausalLM.from_pretrained(quantized).save_pretrained(tmp_path)
+    assert card.exists()
+
+
+@pytest.mark.parametrize("text", ["# Mine\n", "", "\xff", "---\nlicense: mit\n---\nhello\n"])
+def test_a_dense_model_saved_over_another_card(dense, tmp_path, text):
+    (tmp_path / model_card.CARD).write_bytes(text.encode("latin-1"))
+    AutoModelForCausalLM.from_pretrained(dense).save_pretrained(tmp_path)
+    assert (tmp_path / model_card.CARD).read_bytes() == text.encode("latin-1")
+
+
+def test_files_are_written_whole(tmp_path, monkeypatch):
+    old, new = tmp_path / ".README.md.1.partial", tmp_path / ".README.md.2.partial"
+    for left in (old, new):
+        left.write_text("half")
+    os.utime(old, (0, 0))
+    model_card.write_whole(tmp_path / "README.md", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "README.md"]
+    monkeypatch.setattr(os, "replace", lambda *_: {}["broken"])
+    with pytest.raises(KeyError):
+        model_card.write_whole(tmp_path / "README.md", "later")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "README.md"]
+    assert (tmp_path / "README.md").read_text() == "whole"

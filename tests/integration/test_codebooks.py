@@ -37,7 +37,7 @@ def test_without_calibration(codebook, dense, ids, tmp_path):
     assert (saved["bits"], saved["codebook"]) == (BITS[codebook], codebook)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         two = any(key.endswith("codes_residual") for key in file.keys())  # noqa: SIM118 - no mapping
-    assert two == codebooks.get(codebook).has_residual
+    assert two == (codebooks.get(codebook).residual_scale is not None)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(reloaded(ids).logits, logits)
     assert true_bits_per_weight(reloaded) == true_bits_per_weight(model)
@@ -65,7 +65,7 @@ def test_calibrated_sharded_and_in_bfloat16(bits, dense, ids, tmp_path):
 def test_a_residual_scale_is_kept(dense, ids, tmp_path):
     config = QuipConfig(bits=4, dataset=None, residual_scale=0.25)
     model = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=config)
-    assert model.model.layers[0].mlp.up_proj.residual_scale == 0.25
+    assert model.model.layers[0].mlp.up_proj.codebook == "e8p-rvq4@0.25"
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert reloaded.config.quantization_config.residual_scale == 0.25
@@ -78,9 +78,8 @@ def test_a_residual_scale_of_single_modules(dense, ids, tmp_path):
     config = QuipConfig(bits=4, dataset=None, residual_scale=0.3, modules=modules)
     model = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=config)
     layer = model.model.layers[1]
-    assert (layer.mlp.up_proj.residual_scale, layer.mlp.gate_proj.residual_scale) == (0.25, 0.3)
-    assert (layer.mlp.down_proj.codebook, layer.mlp.down_proj.residual_scale) == ("e8p", None)
-    assert (layer.self_attn.q_proj.codebook, layer.self_attn.q_proj.residual_scale) == ("scalar3", None)
+    assert (layer.mlp.up_proj.codebook, layer.mlp.gate_proj.codebook) == ("e8p-rvq4@0.25", "e8p-rvq4@0.3")
+    assert (layer.mlp.down_proj.codebook, layer.self_attn.q_proj.codebook) == ("e8p", "scalar3")
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import foreign, truth
 from tests.models import tiny_ids
-from transformers_quip import QuipLinear
+from transformers_quip import QuipLinear, codebooks
 from transformers_quip.checkpoints.convert import convert
 
 EXL3 = {"quantization_config": {"quant_method": "exl3", "version": "1.4.1"}}
@@ -248,7 +248,7 @@ def test_quip_sharp_codebooks_in_one_file(tmp_path):
     folders = foreign.write_checkpoints("llama", tmp_path, make, config, fuse=FUSED, intermediate_size=192)
     model = check(folders, tmp_path)
     block = model.model.layers[0]
-    assert block.self_attn.o_proj.codebook == "e8p-rvq3"
+    assert block.self_attn.o_proj.codebook == codebooks.spec("e8p-rvq3", 1 / 1.5)
     assert block.mlp.upgate_proj.codebook == "half-integer"
 
 

@@ -59,8 +59,7 @@ def dense_weight(module: torch.nn.Module) -> torch.Tensor:
 
 
 def code_domain(module: QuipLinear) -> torch.Tensor:
-    columns = module.su.shape[0]
-    return module._decode(columns, torch.float32)
+    return module._decode(torch.float32)
 
 
 @pytest.mark.parametrize("name", FOLDERS)

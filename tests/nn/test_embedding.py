@@ -18,7 +18,7 @@ def embedding(m=40, n=64, codebook="e8p", dtype=torch.float32, **options):
     module = QuipEmbedding(m, n, codebook=codebook, dtype=dtype, **options)
     module.load_state_dict(parts)
     su, sv = parts.pop("su").double(), parts.pop("sv").double()
-    decoded = truth.decode(**parts, columns=n, codebook=codebook, residual_scale=options.get("residual_scale"))
+    decoded = truth.decode(**parts, columns=n, codebook=codebook)
     return module, sv[:, None] * (decoded @ truth.hadamard(n).T) * su
 
 
@@ -39,7 +39,7 @@ def test_rows_and_table(codebook, n):
 
 
 def test_a_residual_scale_and_half_precision():
-    module, table = embedding(codebook="e8p-rvq4", dtype=torch.bfloat16, residual_scale=-0.5)
+    module, table = embedding(codebook="e8p-rvq4@-0.5", dtype=torch.bfloat16)
     rows = module(torch.arange(40))
     assert rows.dtype == torch.bfloat16
     # One rounding of the float32 result: half a unit in the last of bfloat16's 8 bits.

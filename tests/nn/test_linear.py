@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests import truth
 from transformers_quip import QuipConfig, QuipLinear
+from transformers_quip.nn.replace import quantized_linear
 
 
 def quantized(m=12, n=64, bias=True, dtype=torch.float32):
@@ -128,7 +129,7 @@ def test_gradient_reaches_the_input():
 
 def values(m, n, dtype=torch.float32):
     parts = truth.random_linear(m, n, dtype=dtype)
-    return SimpleNamespace(codes=parts["codes"], su=parts["su"], sv=parts["sv"])
+    return SimpleNamespace(tensors=truth.stored(parts), su=parts["su"], sv=parts["sv"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,8 +137,8 @@ def values(m, n, dtype=torch.float32):
 def test_from_quantized_linear(dtype, bias):
     linear = nn.Linear(64, 12, bias, dtype=dtype).eval()
     given = values(12, 64)
-    module = QuipLinear.from_quantized(linear, given, QuipConfig(seed=4))
-    assert torch.equal(module.codes, given.codes)
+    module = quantized_linear(linear, given, QuipConfig(seed=4))
+    assert torch.equal(module.codes, given.tensors["codes"])
     assert torch.equal(module.su, given.su.to(dtype))
     assert module.bias is None if not bias else torch.equal(module.bias, linear.bias)
     assert (module.seed, module.codebook, module.conv1d) == (4, "e8p", False)
@@ -149,20 +150,22 @@ def test_from_quantized_linear(dtype, bias):
 
 def test_from_quantized_shares_nothing():
     given = values(12, 64)
-    module = QuipLinear.from_quantized(nn.Linear(64, 12), given, QuipConfig())
-    for name in ("codes", "su", "sv"):
-        assert module.get_parameter(name).data_ptr() != getattr(given, name).data_ptr()
+    module = quantized_linear(nn.Linear(64, 12), given, QuipConfig())
+    for name, value in {**given.tensors, "su": given.su, "sv": given.sv}.items():
+        assert module.get_parameter(name).data_ptr() != value.data_ptr()
 
 
 def test_from_quantized_conv1d():
-    module = QuipLinear.from_quantized(Conv1D(12, 64), values(12, 64), QuipConfig())
+    module = quantized_linear(Conv1D(12, 64), values(12, 64), QuipConfig())
     assert (module.in_features, module.out_features, module.conv1d) == (64, 12, True)
 
 
 def test_from_quantized_checks_the_shapes():
-    with pytest.raises(ValueError, match=r"codes of a \[12, 64\] linear must be \[12, 8\], got \[64, 2\]"):
-        QuipLinear.from_quantized(nn.Linear(64, 12), values(64, 12), QuipConfig())
+    with pytest.raises(
+        ValueError, match=r"codes of a \[12, 64\] layer .* must be torch.int16 \[12, 8\], got torch.int16 \[64, 2\]"
+    ):
+        quantized_linear(nn.Linear(64, 12), values(64, 12), QuipConfig())
     given = values(12, 64)
-    del given.sv
-    with pytest.raises(ValueError, match=r"sv of a \[12, 64\] linear must be \[12\], got None"):
-        QuipLinear.from_quantized(nn.Linear(64, 12), given, QuipConfig())
+    given.sv = given.sv[:11]
+    with pytest.raises(ValueError, match=r"sv of a \[12, 64\] weight must have shape \[12\], got \[11\]"):
+        quantized_linear(nn.Linear(64, 12), given, QuipConfig())

@@ -29,7 +29,7 @@ class Router(nn.Linear):
 
 def values(m, n):
     parts = truth.random_linear(m, n)
-    return SimpleNamespace(codes=parts["codes"], su=parts["su"] / 30, sv=parts["sv"])
+    return SimpleNamespace(tensors=truth.stored(parts), su=parts["su"] / 30, sv=parts["sv"])
 
 
 def quantized_net():

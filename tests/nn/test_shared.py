@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import truth
 from transformers_quip import QuipLinear, set_activations
 from transformers_quip.nn.shared import share_inputs
-from transformers_quip.ops import backend, packing
+from transformers_quip.ops import Layer, backend, packing
 
 ROWS = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 64}
 
@@ -223,10 +223,11 @@ def test_compiled_by_inductor(module):
 def test_opcheck():
     parts = truth.random_linear(24, 64)
     x = vectors(2, 3)
-    torch.library.opcheck(torch.ops.quip.rotate.default, (x, parts["su"], "e8p", "hadamard", 0, "auto"))
-    rotated = torch.ops.quip.rotate(x, parts["su"], "e8p", "hadamard", 0, "auto")
-    others = (parts["codes"], None, parts["sv"], parts["bias"], "e8p", "hadamard", 0)
-    torch.library.opcheck(torch.ops.quip.rotated_linear.default, (x, rotated, *others))
+    layer = Layer(truth.weight(parts), parts["su"], parts["sv"], parts["bias"], "e8p", "hadamard", "hadamard", 0)
+    for activations in ("auto", "reference"):
+        torch.library.opcheck(torch.ops.quip.rotate.default, (x, parts["su"], "e8p", "hadamard", 0, activations))
+        rotated = torch.ops.quip.rotate(x, parts["su"], "e8p", "hadamard", 0, activations)
+        torch.library.opcheck(torch.ops.quip.rotated_linear.default, (x, rotated, *layer))
 
 
 def test_linears_that_differ_are_not_put_together():

@@ -21,13 +21,13 @@ def default_backend():
 def arguments(codebook, m, n, vectors=3, dtype=torch.float32, residual_scale=None):
     parts = truth.random_linear(m, n, dtype=dtype, codebook=codebook)
     x = torch.randn(vectors, n, generator=torch.Generator().manual_seed(9)).to(dtype)
-    codes = (parts["codes"], parts.get("codes_residual"))
-    return [x, *codes, parts["su"], parts["sv"], parts["bias"], codebook, "hadamard", "hadamard", 0, residual_scale]
+    spec = codebook if residual_scale is None else f"{codebook}@{residual_scale}"
+    return [x, truth.weight(parts), parts["su"], parts["sv"], parts["bias"], spec, "hadamard", "hadamard", 0]
 
 
-def expected(x, codes, codes_residual, su, sv, bias, codebook, name_in, name_out, seed, residual_scale):
-    second = {} if codes_residual is None else {"codes_residual": codes_residual, "residual_scale": residual_scale}
-    return x.double() @ truth.dense_weight(codes, su, sv, codebook=codebook, **second).T + bias.double()
+def expected(x, weight, su, sv, bias, codebook, name_in, name_out, seed):
+    tensors = dict(zip(truth.STORED, weight, strict=False))
+    return x.double() @ truth.dense_weight(**tensors, su=su, sv=sv, codebook=codebook).T + bias.double()
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -56,8 +56,8 @@ def test_another_residual_scale(codebook, residual_scale, vectors, backend):
     args = arguments(codebook, 12, 64, vectors, residual_scale=residual_scale)
     wanted = expected(*args)
     assert ((torch.ops.quip.linear(*args).double() - wanted).norm() / wanted.norm()).item() < 2e-6
-    weight = torch.ops.quip.decode(*args[1:3], codebook, 61, torch.float64, residual_scale)
-    torch.testing.assert_close(weight, truth.decode(args[1], 61, codebook, args[2], residual_scale), rtol=0, atol=1e-12)
+    weight = torch.ops.quip.decode(args[1], args[5], 12, 61, torch.float64)
+    torch.testing.assert_close(weight, truth.decode(args[1][0], 61, args[5], args[1][1]), rtol=0, atol=1e-12)
 
 
 @pytest.mark.skipif(not cpu_kernels.is_available(), reason="the CPU library was not compiled")
@@ -73,8 +73,8 @@ def test_the_library_computes_two_stages(codebook, monkeypatch):
 @pytest.mark.parametrize("codebook", truth.CODEBOOKS)
 def test_decode(codebook, dtype):
     parts = truth.random_linear(9, 29, codebook=codebook)
-    weight = torch.ops.quip.decode(parts["codes"], parts.get("codes_residual"), codebook, 29, dtype)
-    wanted = truth.decode(parts["codes"], 29, codebook, parts.get("codes_residual"))
+    weight = torch.ops.quip.decode(truth.weight(parts), codebook, 9, 29, dtype)
+    wanted = truth.decode(**truth.stored(parts), columns=29, codebook=codebook)
     assert (weight.shape, weight.dtype) == ((9, 29), dtype)
     error = (weight.double() - wanted).abs()
     assert (error <= torch.finfo(dtype).eps / 2 * wanted.abs() + (0 if dtype == torch.float64 else 4e-7) + 1e-15).all()
@@ -83,25 +83,18 @@ def test_decode(codebook, dtype):
 @pytest.mark.parametrize("codebook", truth.CODEBOOKS)
 def test_derivatives(codebook):
     args = arguments(codebook, 4, 8, 2, torch.float64, 0.5 if codebook in STAGED else None)
-    for i in (0, 3, 4, 5):
+    for i in (0, 2, 3, 4):
         args[i].requires_grad_()
     assert torch.autograd.gradcheck(lambda *a: torch.ops.quip.linear(*a), args)
-    # without the last argument, which has a default
-    assert torch.autograd.gradcheck(lambda *a: torch.ops.quip.linear(*a), args[:-1])
 
 
 @pytest.mark.parametrize("codebook", ["e8p-rvq3", "scalar3"])
 def test_opcheck(codebook):
-    args = arguments(codebook, 12, 24)
+    args = arguments(codebook, 12, 24, residual_scale=0.5 if codebook in STAGED else None)
     torch.library.opcheck(torch.ops.quip.linear.default, args)
-    trained = [a.requires_grad_() if i in (0, 3, 4, 5) else a for i, a in enumerate(args)]
+    trained = [a.requires_grad_() if i in (0, 2, 3, 4) else a for i, a in enumerate(args)]
     torch.library.opcheck(torch.ops.quip.linear.default, trained)
-    if codebook in STAGED:
-        scale = (0.5,)
-        torch.library.opcheck(torch.ops.quip.linear.default, [*args[:-1], 0.5])
-    else:
-        scale = ()
-    torch.library.opcheck(torch.ops.quip.decode.default, (*args[1:3], codebook, 24, torch.bfloat16, *scale))
+    torch.library.opcheck(torch.ops.quip.decode.default, (args[1], args[5], 12, 24, torch.bfloat16))
 
 
 def words(*shape):
@@ -113,25 +106,25 @@ def octets(*shape):
 
 
 @pytest.mark.parametrize(
-    ("codebook", "codes", "residual", "said"),
+    ("codebook", "weight", "said"),
     [
-        ("e8p-rvq3", words(4, 3), None, "'e8p-rvq3' has two stages and needs codes_residual"),
-        ("e8p-rvq3", words(4, 3), words(4, 3), r"codes_residual .* are torch.uint8 \[4, 3\], got torch.int16 \[4, 3\]"),
-        ("e8p-rvq4", words(4, 3), words(4, 2), r"codes_residual .* are torch.int16 \[4, 3\], got torch.int16 \[4, 2\]"),
-        ("e8p-rvq4", octets(4, 3), words(4, 3), r"codes .* are torch.int16 \[4, 3\], got torch.uint8 \[4, 3\]"),
-        ("d4", octets(4, 5), None, r"codes .* are torch.uint8 \[4, 6\], got torch.uint8 \[4, 5\]"),
-        ("scalar3", octets(4, 8), None, r"codes .* are torch.uint8 \[4, 9\], got torch.uint8 \[4, 8\]"),
-        ("scalar2", octets(4, 6), octets(4, 6), "'scalar2' has one stage and takes no codes_residual"),
+        ("e8p-rvq3", [words(4, 3)], "'e8p-rvq3' stores codes, codes_residual, got 1 tensors"),
+        ("e8p-rvq3", [words(4, 3)] * 2, r"codes_residual .* be torch.uint8 \[4, 3\], got torch.int16 \[4, 3\]"),
+        ("e8p-rvq4", [words(4, 3), words(4, 2)], r"codes_residual .* be torch.int16 \[4, 3\], got torch.int16 \[4, 2\]"),
+        ("e8p-rvq4", [octets(4, 3), words(4, 3)], r"codes .* be torch.int16 \[4, 3\], got torch.uint8 \[4, 3\]"),
+        ("d4", [octets(4, 5)], r"codes .* be torch.uint8 \[4, 6\], got torch.uint8 \[4, 5\]"),
+        ("scalar3", [octets(4, 8)], r"codes .* be torch.uint8 \[4, 9\], got torch.uint8 \[4, 8\]"),
+        ("scalar2", [octets(4, 6)] * 2, "'scalar2' stores codes, got 2 tensors"),
     ],
 )
-def test_codes_that_do_not_fit(codebook, codes, residual, said):
+def test_codes_that_do_not_fit(codebook, weight, said):
     with pytest.raises(ValueError, match=said):
-        torch.ops.quip.decode(codes, residual, codebook, 24, torch.float32)
+        torch.ops.quip.decode(weight, codebook, 4, 24, torch.float32)
     vectors = torch.ones(24), torch.ones(4)
     with pytest.raises(ValueError, match="codes"):  # the compiled library has words of its own for it
-        torch.ops.quip.linear(torch.ones(1, 24), codes, residual, *vectors, None, codebook, "none", "none", 0)
+        torch.ops.quip.linear(torch.ones(1, 24), weight, *vectors, None, codebook, "none", "none", 0)
 
 
 def test_a_residual_scale_without_a_second_stage():
     with pytest.raises(ValueError, match="codebook 'd4' has no second stage"):
-        torch.ops.quip.decode(octets(4, 6), None, "d4", 24, torch.float32, 0.5)
+        torch.ops.quip.decode([octets(4, 6)], "d4@0.5", 4, 24, torch.float32)

@@ -28,19 +28,20 @@ def backend(request):
 
 
 def tensors(name, dtype=torch.float32):
-    """codes, su, sv, bias and table of a random layer, and its weight by the definition, in float64."""
+    """Stored tensors, su, sv and bias of a random layer, and its weight by the definition, in float64."""
     book, generator = codebooks.get(name), torch.Generator().manual_seed(0)
     codes = torch.randint(-(2**15), 2**15, book.codes_shape(M, N), generator=generator).to(torch.int16)
     su, sv, bias = (torch.randn(size, generator=generator).to(dtype) for size in (N, M, M))
     table = None if book.table_shape is None else torch.randn(book.table_shape, generator=generator).half()
-    inner = book.decode(codes, N, torch.float64, table=table)
+    stored = {"codes": codes} if table is None else {"codes": codes, "table": table}
+    inner = book.decode(stored, N, torch.float64)
     weight = sv.double()[:, None] * (truth.hadamard(M) @ inner @ truth.hadamard(N).T) * su.double()
-    return codes, su, sv, bias, table, weight
+    return stored, su, sv, bias, weight
 
 
 def arguments(name, x, dtype=torch.float32):
-    codes, su, sv, bias, table, weight = tensors(name, dtype)
-    return [x.to(dtype), codes, None, su, sv, bias, name, "hadamard", "hadamard", 0, None, table], weight
+    stored, su, sv, bias, weight = tensors(name, dtype)
+    return [x.to(dtype), list(stored.values()), su, sv, bias, name, "hadamard", "hadamard", 0], weight
 
 
 def vectors(*shape):
@@ -58,43 +59,43 @@ def test_linear(name, batch, dtype, backend):
     args, weight = arguments(name, vectors(batch, N), dtype)
     y = torch.ops.quip.linear(*args)
     assert y.dtype == dtype
-    assert relative(y, args[0].double() @ weight.T + args[5].double()) < ACCURACY[dtype]
+    assert relative(y, args[0].double() @ weight.T + args[4].double()) < ACCURACY[dtype]
 
 
 def test_many_vectors_in_blocks_of_rows(monkeypatch):
     args, weight = arguments(NAMES[0], vectors(MANY, N))
     monkeypatch.setattr(cpu, "DECODED_WEIGHTS", 33 * N)  # 32 rows, then the last 16
-    assert relative(cpu.linear(*args), args[0].double() @ weight.T + args[5].double()) < 1e-6
+    assert relative(cpu.linear(*args), args[0].double() @ weight.T + args[4].double()) < 1e-6
 
 
 def test_linear_with_float64_and_without_transforms(backend):
     args, _ = arguments(NAMES[2], vectors(2, 5, N), torch.float64)
-    args[7:9] = "none", "none"
-    inner = codebooks.get(NAMES[2]).decode(args[1], N, torch.float64, table=args[11])
-    expected = (args[0] * args[3]) @ inner.T * args[4] + args[5]
+    args[6:8] = "none", "none"
+    inner = codebooks.get(NAMES[2]).decode(tensors(NAMES[2])[0], N, torch.float64)
+    expected = (args[0] * args[2]) @ inner.T * args[3] + args[4]
     assert relative(torch.ops.quip.linear(*args), expected) < 1e-12
     assert torch.ops.quip.linear(args[0][:, :0], *args[1:]).shape == (2, 0, M)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decode(name, backend):
-    codes, _, _, _, table, _ = tensors(name)
-    expected = codebooks.get(name).decode(codes, N, table=table)
+    stored, *_ = tensors(name)
+    expected = codebooks.get(name).decode(stored, N)
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        weight = torch.ops.quip.decode(codes, None, name, N, dtype, None, table)
+        weight = torch.ops.quip.decode(list(stored.values()), name, M, N, dtype)
         assert torch.equal(weight, expected.to(dtype))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schema_fake_and_derivatives(name):
     args, weight = arguments(name, vectors(2, N), torch.float64)
-    for i in (0, 3, 4, 5):
+    for i in (0, 2, 3, 4):
         args[i].requires_grad_()
     torch.library.opcheck(torch.ops.quip.linear, tuple(args))
-    torch.library.opcheck(torch.ops.quip.decode, (args[1], None, name, N, torch.float32, None, args[11]))
+    torch.library.opcheck(torch.ops.quip.decode, (args[1], name, M, N, torch.float32))
     grad = vectors(2, M).double()
-    found = torch.autograd.grad(torch.ops.quip.linear(*args), [args[i] for i in (0, 3, 4, 5)], grad)
-    x, su, sv, bias = (args[i].detach() for i in (0, 3, 4, 5))
+    found = torch.autograd.grad(torch.ops.quip.linear(*args), [args[i] for i in (0, 2, 3, 4)], grad)
+    x, su, sv, bias = (args[i].detach() for i in (0, 2, 3, 4))
     inner = weight / sv[:, None] / su
     expected = (
         grad @ weight,
@@ -108,26 +109,25 @@ def test_schema_fake_and_derivatives(name):
 
 def test_codes_and_tables_that_do_not_fit_are_refused(backend):
     args, _ = arguments(NAMES[2], vectors(1, N))
-    for place, value, message in (
-        (11, None, r"takes a table \[512, 2\], got none"),
-        (11, torch.zeros(256, 2), r"takes a table \[512, 2\], got \[256, 2\]"),
-        (6, NAMES[0], r"takes no table, got \[512, 2\]"),
-        (1, args[1][:, :5], r"are torch.int16 \[48, 12\], got torch.int16 \[48, 5\]"),
-        (2, args[1], "takes no codes_residual"),
+    codes, table = args[1]
+    for name, weight, message in (
+        (NAMES[2], [codes], r"stores codes, table, got 1 tensors"),
+        (NAMES[2], [codes, torch.zeros(256, 2)], r"table .* must be floating point \[512, 2\], got .* \[256, 2\]"),
+        (NAMES[2], [codes[:, :5], table], r"must be torch.int16 \[48, 12\], got torch.int16 \[48, 5\]"),
+        (NAMES[2], [codes, codes], r"table .* must be floating point \[512, 2\], got torch.int16"),
+        (NAMES[0], [codes, table], r"stores codes, got 2 tensors"),
+        ("e8p", [torch.zeros(M, 12).short(), table], "'e8p' stores codes, got 2 tensors"),
     ):
-        wrong = list(args)
-        wrong[place] = value
         with pytest.raises(ValueError, match=message):
-            torch.ops.quip.linear(*wrong)
-    with pytest.raises(ValueError, match="'e8p' takes no table"):
-        torch.ops.quip.linear(vectors(1, N), torch.zeros(M, 12).short(), None, *args[3:6], "e8p", *args[7:])
+            torch.ops.quip.linear(args[0], weight, *args[2:5], name, *args[6:])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_module(name):
-    codes, su, sv, bias, table, weight = tensors(name)
+    stored, su, sv, bias, weight = tensors(name)
     module = QuipLinear(N, M, codebook=name)
-    state = {"codes": codes, "su": su, "sv": sv, "bias": bias} | ({} if table is None else {"table": table.float()})
+    table = stored.get("table")
+    state = {**stored, "su": su, "sv": sv, "bias": bias}
     assert set(module.state_dict()) == set(state)
     module.load_state_dict(state)
     x = vectors(3, N)
@@ -161,9 +161,9 @@ def test_config_reads_trellis_codebooks_and_does_not_quantize_with_them():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_module_is_prepared_once(name, monkeypatch):
     """Few vectors are looked up once; another table, more vectors and another backend are seen."""
-    codes, su, sv, bias, table, weight = tensors(name)
-    module = QuipLinear(N, M, codebook=name)
-    module.load_state_dict({"codes": codes, "su": su, "sv": sv, "bias": bias} | ({} if table is None else {"table": table}))
+    stored, su, sv, bias, weight = tensors(name)
+    module, table = QuipLinear(N, M, codebook=name), stored.get("table")
+    module.load_state_dict({**stored, "su": su, "sv": sv, "bias": bias})
     looked_up, function = [], cpu.eager_linear
     monkeypatch.setattr(cpu, "eager_linear", lambda *args: looked_up.append(len(args[0])) or function(*args))
     for batch in (3, 3, 1, MANY, cpu.MOST_TRELLIS_VECTORS, 2):

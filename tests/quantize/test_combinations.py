@@ -7,7 +7,8 @@ import torch
 
 from tests.models import tiny_model
 from tests.problems import problem
-from transformers_quip import QuipConfig, QuipLinear, codebooks, incoherence, rounding
+from transformers_quip import QuipConfig, codebooks, incoherence, rounding
+from transformers_quip.nn.replace import quantized_linear
 from transformers_quip.quantize.layer import quantize_weight, quantize_weights
 from transformers_quip.quantize.plan import make_plan
 
@@ -43,14 +44,14 @@ def test_works_or_is_refused(method, codebook):
     for transform, rescale in [*((name, True) for name in TRANSFORMS), ("hadamard", False)]:
         config = QuipConfig(codebook=codebook, rounding=method, incoherence=transform, rescale=rescale, refinement_sweeps=1)
         result = quantize_weights({"fc": weight}, hessian, config)["fc"]
-        error = weight - QuipLinear.from_quantized(linear, result, config).dequantize(torch.float64)
+        error = weight - quantized_linear(linear, result, config).dequantize(torch.float64)
         lost = (((error @ hessian.double()) * error).sum() / total).item()
         assert result.statistics["relative_error"] == pytest.approx(lost, rel=1e-3, abs=1e-6)
         # By lot, an error has twice the variance, and more at the ends of the grid.
         assert lost < {2: 0.25, 3: 0.1, 4: 0.025, 8: 2e-3}[config.bits] * (4 if method in SCALAR_ONLY else 1)
         if method in ("nearest", "stochastic"):
             blind = quantize_weight(weight, config, "fc")
-            assert blind.codes.shape == result.codes.shape
+            assert {k: v.shape for k, v in blind.tensors.items()} == {k: v.shape for k, v in result.tensors.items()}
 
 
 @pytest.mark.parametrize("method", rounding.names())

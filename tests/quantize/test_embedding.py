@@ -68,7 +68,7 @@ def test_a_given_scale_is_kept_and_stochastic_rounding_is_random():
     # Points lie half as far apart from the weights' ends: sv is twice as large.
     assert ((wide.sv / narrow.sv).nan_to_num(2) - 2).abs().max() < 0.2
     drawn = [quantize_embedding(weight, QuipConfig(codebook="scalar4", rounding="stochastic", seed=s), "t") for s in (0, 1)]
-    assert not torch.equal(drawn[0].codes, drawn[1].codes)
+    assert not torch.equal(drawn[0].tensors["codes"], drawn[1].tensors["codes"])
 
 
 def test_numbers_that_are_none_are_refused():

@@ -22,10 +22,10 @@ def options(**changes):
         "damping": 0.01,
         "refinement_sweeps": 2,
         "scale": "auto",
-        "residual_scale": None,
         "seed": 0,
     }
-    return types.SimpleNamespace(**(values | changes))
+    values |= changes
+    return types.SimpleNamespace(codebook_spec=values["codebook"], **values)
 
 
 def tokens(count, size, seed=0):
@@ -53,7 +53,7 @@ def dense_from_codes(codes, su, sv, sides=("hadamard", "hadamard")):
 
 def output_error(weight, quantized, x, wanted=None):
     """‖x Wᵀ − x Ŵᵀ‖² / ‖x Wᵀ‖², from the stored tensors."""
-    dense = dense_from_codes(quantized.codes, quantized.su, quantized.sv)
+    dense = dense_from_codes(quantized.tensors["codes"], quantized.su, quantized.sv)
     outputs = x.double() @ weight.double().T if wanted is None else wanted
     return ((outputs - x.double() @ dense.T).square().sum() / outputs.square().sum()).item()
 
@@ -63,7 +63,7 @@ def test_stored_tensors_give_the_promised_error(shapes):
     group, x = weights(*shapes), tokens(2000, shapes[0][1])
     results = quantize_weights(group, hessian_of(x), options())
     for name, weight in group.items():
-        assert results[name].codes.shape == (weight.shape[0], -(-weight.shape[1] // 8))
+        assert results[name].tensors["codes"].shape == (weight.shape[0], -(-weight.shape[1] // 8))
         error = output_error(weight, results[name], x)
         assert results[name].statistics["relative_error"] == pytest.approx(error, rel=1e-3)
         assert error < 0.12
@@ -75,7 +75,7 @@ def test_linears_of_one_input_share_su_and_nothing_else():
     assert torch.equal(a.su, b.su)
     assert a.sv.shape == (48,)
     assert b.sv.shape == (16,)
-    assert a.codes.data_ptr() != b.codes.data_ptr()
+    assert a.tensors["codes"].data_ptr() != b.tensors["codes"].data_ptr()
 
 
 def test_feedback_beats_rounding_without_calibration():
@@ -112,7 +112,7 @@ def test_too_few_tokens_and_dead_columns(caplog):
     assert "block.0: 2 of 64 input columns were zero" in caplog.text
     assert output_error(weight["block.0"], result, x) < 0.05
     # What calibration never saw is kept, not dropped.
-    dense = dense_from_codes(result.codes, result.su, result.sv)
+    dense = dense_from_codes(result.tensors["codes"], result.su, result.sv)
     unseen = weight["block.0"][:, [3, 40]].double()
     assert ((dense[:, [3, 40]] - unseen).square().sum() / unseen.square().sum()).item() < 1
 
@@ -122,7 +122,7 @@ def test_all_inputs_zero(caplog):
     with caplog.at_level(logging.WARNING):
         result = quantize_weights(weight, torch.zeros(24, 24), options())["block.0"]
     assert "block.0: every calibration input was zero" in caplog.text
-    dense = dense_from_codes(result.codes, result.su, result.sv)
+    dense = dense_from_codes(result.tensors["codes"], result.su, result.sv)
     assert ((dense - weight["block.0"]).square().sum() / weight["block.0"].square().sum()).item() < 0.12
 
 
@@ -149,7 +149,7 @@ def test_without_a_cholesky_factor_another_method_rounds(caplog):
             result = quantize_weights(weight, hessian, options())["block.0"]
         assert "block.0: the Hessian is not positive definite even with damping 1000" in caplog.text
         assert "falling back from rounding='ldlq' to 'quantease'" in caplog.text
-        dense = dense_from_codes(result.codes, result.su, result.sv)
+        dense = dense_from_codes(result.tensors["codes"], result.su, result.sv)
         assert ((dense - weight["block.0"]).square().sum() / weight["block.0"].square().sum()).item() < 0.12
 
 
@@ -165,7 +165,7 @@ def test_a_negative_diagonal_is_no_hessian():
 def test_every_transform_with_every_method(method, transforms):
     group, x = weights((48, 36)), tokens(800, 36)
     result = quantize_weights(group, hessian_of(x), options(rounding=method, incoherence=transforms))["block.0"]
-    dense = dense_from_codes(result.codes, result.su, result.sv, incoherence.sides(transforms))
+    dense = dense_from_codes(result.tensors["codes"], result.su, result.sv, incoherence.sides(transforms))
     outputs = x.double() @ group["block.0"].double().T
     error = ((outputs - x.double() @ dense.T).square().sum() / outputs.square().sum()).item()
     assert result.statistics["relative_error"] == pytest.approx(error, rel=1e-3)
@@ -211,7 +211,7 @@ def test_shapes_and_types_are_checked():
 def test_without_calibration_the_error_is_the_codebooks(shape):
     weight = weights(shape)["block.0"]
     result = quantize_weight(weight, options(), "w")
-    dense = dense_from_codes(result.codes, result.su, result.sv)
+    dense = dense_from_codes(result.tensors["codes"], result.su, result.sv)
     error = ((dense - weight).square().sum() / weight.square().sum()).item()
     assert result.statistics["relative_error"] == pytest.approx(error, rel=1e-3)
     assert error < (0.11 if weight.numel() > 1000 else 0.6)
@@ -219,16 +219,16 @@ def test_without_calibration_the_error_is_the_codebooks(shape):
 
 def test_a_weight_of_zeros_stays_zero():
     result = quantize_weight(torch.zeros(16, 32), options(), "w")
-    assert (dense_from_codes(result.codes, result.su, result.sv) == 0).all()
+    assert (dense_from_codes(result.tensors["codes"], result.su, result.sv) == 0).all()
     result = quantize_weights({"w": torch.zeros(16, 32)}, hessian_of(tokens(100, 32)), options())["w"]
-    assert (dense_from_codes(result.codes, result.su, result.sv) == 0).all()
+    assert (dense_from_codes(result.tensors["codes"], result.su, result.sv) == 0).all()
 
 
 def test_the_codes_do_not_depend_on_the_units_of_the_inputs():
     group, x = weights((32, 64)), tokens(500, 64)
     a = quantize_weights(group, hessian_of(x), options())["block.0"]
     b = quantize_weights(group, hessian_of(x) * 2.0**10, options())["block.0"]
-    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.tensors["codes"], b.tensors["codes"])
 
 
 @pytest.mark.parametrize("rescale", [True, False])

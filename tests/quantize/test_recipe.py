@@ -67,7 +67,7 @@ def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkey
         wanted = quantize_weights(weight, hessians[name], config)
         for member, result in wanted.items():
             # Sums in another order move a Hessian by 1e-7, and now and then a code.
-            assert same_codes(result.codes, model.get_submodule(member).codes) > 0.97
+            assert same_codes(result.tensors["codes"], model.get_submodule(member).codes) > 0.97
             torch.testing.assert_close(model.get_submodule(member).su, result.su, rtol=1e-4, atol=1e-5)
 
 

@@ -39,7 +39,7 @@ def test_equals_the_definition(columns, sweeps):
     wanted = naive_ldlq(weight, hessian, sweeps)
     # A tie within float32 rounding may fall either way and changes what follows in its row.
     assert (points.double() == wanted).all(1).float().mean() > 0.85
-    assert torch.equal(BOOK.decode(codes, columns), points)
+    assert torch.equal(BOOK.decode({"codes": codes}, columns), points)
     loss, wanted_loss = (proxy_loss(weight - p.float(), hessian).item() for p in (points, wanted))
     assert loss == pytest.approx(wanted_loss, rel=0.01)
 

@@ -24,8 +24,7 @@ def setting(book, rows=24, columns=136):
 def test_codes_decode_to_the_points(method, book):
     weight, hessian, book = setting(book)
     codes, points = rounding.get(method).round(Problem(weight, hessian, book, 2, seed=3))
-    stored = book.store(codes)
-    decoded = book.decode(stored[0], weight.shape[1], codes_residual=stored[1] if len(stored) > 1 else None)
+    decoded = book.decode(book.store(codes), weight.shape[1])
     torch.testing.assert_close(decoded, points, rtol=0, atol=1e-6)
 
 

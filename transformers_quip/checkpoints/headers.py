@@ -177,7 +177,10 @@ def _parse(header: bytes, file: str) -> tuple[dict[str, TensorInfo], int]:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The content of a file of one JSON object. Raises `ValueError` if it does not exist or holds something else."""
     try:
-        return _load_json(Path(path).read_bytes())
+        value = _load_json(Path(path).read_bytes())
+        if _is_deep(value):
+            raise ValueError("is nested too deeply")
+        return value
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except ValueError as error:
@@ -192,6 +195,21 @@ def _load_json(content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("is not a JSON object")
     return value
+
+
+def _is_deep(value: Any, limit: int = 100) -> bool:
+    """Whether lists and objects are nested so deeply that walking through them by recursion could fail."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            item
+            for container in level
+            if isinstance(container, (dict, list))
+            for item in (container.values() if isinstance(container, dict) else container)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _is_count(value: Any) -> bool:

@@ -73,7 +73,7 @@ class Inventory:
     @property
     def quantization(self) -> Mapping[str, Any]:
         """The quantization_config; empty for a dense model."""
-        return self.config.get("quantization_config") or {}
+        return _quantization(self.config)
 
     @property
     def has_headers(self) -> bool:
@@ -112,10 +112,11 @@ class Inventory:
 
         Layers with a sliding window need less than this.
         """
-        config = {**self.config, **(self.config.get("text_config") or {})}
+        inner = self.config.get("text_config")
+        config = {**self.config, **inner} if isinstance(inner, Mapping) else self.config
 
         def first(*names: str) -> int | None:
-            return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+            return next((config[name] for name in names if _is_size(config.get(name))), None)
 
         layers = first("num_hidden_layers", "n_layer")
         heads = first("num_attention_heads", "n_head")
@@ -151,13 +152,19 @@ def read_folder(folder: str | Path) -> Inventory:
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
+        outside = [name for name in weight_map.values() if not _is_file_name(name)]
+        if outside:
+            raise ValueError(
+                f"{index} names the file {str(outside[0])[:80]!r}, which is not a file of this folder: {DAMAGED}"
+            )
         files = sorted({folder / name for name in weight_map.values()})
         missing = [file for file in files if not file.is_file()]
         if missing and len(missing) < len(files):
             raise ValueError(f"{missing[0]} is missing ({len(missing)} of {len(files)} files): download the model again")
         if missing:
-            size = (content.get("metadata") or {}).get("total_size")
-            if not isinstance(size, int):
+            metadata = content.get("metadata")
+            size = metadata.get("total_size") if isinstance(metadata, Mapping) else None
+            if not _is_size(size, 2**63):
                 raise ValueError(f"{index} says no total_size, and none of the files that it names is here")
             return Inventory(config, {}, (), size, tuple(weight_map))
     else:
@@ -197,6 +204,26 @@ def read_repo(repo_id: str, revision: str | None = None, token: str | bool | Non
     return make_inventory(config, tensors)
 
 
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("quantization_config") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"the quantization_config of {CONFIG} is not a JSON object: {DAMAGED}")
+    return found
+
+
+def _is_size(value: Any, limit: int = 2**40) -> bool:
+    """Whether this is a positive integer that a model can have."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < limit
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether this names a file of a folder, and nothing outside it."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def make_inventory(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Inventory:
     """Find the quantized linears among the tensors.
 
@@ -207,14 +234,14 @@ def make_inventory(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         modules.setdefault(module, {})[kind] = tensor
-    native = "format_version" in (config.get("quantization_config") or {})
+    native = "format_version" in _quantization(config)
     linears = tuple(_linear(name, parts) for name, parts in modules.items() if native and "codes" in parts)
     total = sum(tensor.bytes for tensor in tensors.values())
     return Inventory(config, tensors, linears, total, tuple(tensors))
 
 
 def _linear(name: str, parts: Mapping[str, TensorInfo]) -> StoredLinear:
-    missing = [mark for mark in _MARKS if mark not in parts or not parts[mark].shape]
+    missing = [mark for mark in _MARKS if mark not in parts or not parts[mark].elements or not parts[mark].shape]
     if missing:
         raise ValueError(f"{name} has codes, but has no {missing[0]}: {DAMAGED}")
     m, n = parts["sv"].shape[-1], parts["su"].shape[-1]

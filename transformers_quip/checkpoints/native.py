@@ -1,8 +1,8 @@
 """The native format: which tensors a saved model holds, checked before any of them is used.
 
-For every quantized linear and embedding a checkpoint holds `codes` (and `codes_residual` for a codebook of two stages,
-`table` for one that has a table), `su`, `sv` and the `bias` if there is one, under the module's name. `config.json` lists
-those names.
+For every quantized linear and embedding a checkpoint holds the tensors of its codebook (`Codebook.tensors`: `codes`, and
+others where it has them), `su`, `sv` and the `bias` if there is one, under the module's name. `config.json` lists those
+names.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _RANGES = re.compile(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}")
 def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], headers: Mapping[str, TensorInfo]) -> None:
     """Check that a checkpoint holds every tensor of every quantized linear, in the right shape and type.
 
+    Parameters whose size is known only to the file (`Grid.shape`) get the size that they have there.
+
     Args:
         linears: the model's quantized linears and embeddings (`nn.QuipLinear`, `nn.QuipEmbedding`) by name.
         others: names of the model's dense ones.
@@ -32,8 +34,11 @@ def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], heade
     """
     problems = []
     for name, module in linears.items():
+        parameters = dict(module.named_parameters())
+        infos = {key: headers[f"{name}.{key}"] for key in parameters if f"{name}.{key}" in headers}
+        module.resize_stored({key: info.shape for key, info in infos.items()})
         for key, parameter in module.named_parameters():
-            info = headers.get(f"{name}.{key}")
+            info = infos.get(key)
             if info is None:
                 problems.append(f"{name}.{key} is missing")
                 continue

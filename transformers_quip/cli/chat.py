@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..text import printable
 from .console import json_option, revision_option, show_json, tell, token_option
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 
@@ -118,11 +119,10 @@ class Talk:
     def say(self, text: str, stream: bool = True) -> str:
         """Say something; the reply goes to stdout as it is written, and is returned."""
         import torch
-        from transformers import TextStreamer
 
         self.messages.append({"role": "user", "content": text})
         inputs = self._inputs(text).to(self.model.device)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        streamer = _streamer(self.tokenizer) if stream else None
         with torch.no_grad():
             written = self.model.generate(
                 **inputs,
@@ -141,3 +141,14 @@ class Talk:
         return self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Prints a reply as it is written; what a terminal would obey is shown instead."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from ..text import one_line, printable
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 token_option = click.option("--token", help="Access token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]")
 revision_option = click.option("--revision", help="Branch, tag or commit on the Hub.")
@@ -17,36 +19,46 @@ revision_option = click.option("--revision", help="Branch, tag or commit on the 
 
 def complain(message: str) -> None:
     """An error, in red where there is a terminal."""
-    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    click.echo(click.style("error: ", fg="red", bold=True) + printable(message), err=True)
 
 
 def tell(message: str) -> None:
-    """What is going on."""
-    click.echo(message, err=True)
+    """A word to the user on stderr."""
+    click.echo(printable(message), err=True)
+
+
+def show(message: str) -> None:
+    """A result of one line on stdout."""
+    click.echo(printable(message))
 
 
 def show_json(content: Mapping[str, Any]) -> None:
     """One JSON object; numbers that JSON does not have become null."""
-    click.echo(json.dumps(_finite(content), indent=2, ensure_ascii=False))
+    # What JSON may hold as it is, a terminal may not: escape sequences of one character, marks that are not seen.
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False)
+    click.echo("".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table; all columns but the first are aligned to the right."""
+    """A table; all columns but the first are aligned to the right. Its text is shown as it is: markup is not obeyed."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    table = Table(title=Text(one_line(title)), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     # Wide enough to be piped into a file without folding.
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110).print(table)
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes for people, in powers of ten as disks are sold."""
+    if count > 1e18:
+        return "more than a million TB"
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .console import json_option, show_json, size
+from .console import json_option, show, show_json, size
 from .destination import check_not_source, new_folder
 
 
@@ -32,4 +32,4 @@ def command(source: str, out: Path, overwrite: bool, as_json: bool) -> None:
     if as_json:
         show_json({"folder": str(out), "quantized_layers": len(inventory.linears), "weight_bytes": inventory.total_bytes})
     else:
-        click.echo(f"{out}: {len(inventory.linears)} quantized layers, {size(inventory.total_bytes)}")
+        show(f"{out}: {len(inventory.linears)} quantized layers, {size(inventory.total_bytes)}")

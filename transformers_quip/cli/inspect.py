@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..hub import claims
 from .console import json_option, revision_option, show_json, show_table, size, tell, token_option
 
 if TYPE_CHECKING:
@@ -57,9 +58,10 @@ def describe(inventory: Inventory, context: int) -> dict[str, Any]:
     """What `inspect` says, as JSON has it."""
     options = inventory.quantization
     cache = inventory.cache_bytes(context)
+    names = claims.architectures(inventory.config)
     known = bool(inventory.linears)
     return {
-        "architecture": (inventory.config.get("architectures") or [None])[0],
+        "architecture": names[0] if names else None,
         "dtype": inventory.config.get("dtype") or inventory.config.get("torch_dtype"),
         "quant_method": options.get("quant_method"),
         "format_version": options.get("format_version"),
@@ -105,9 +107,10 @@ def _kinds(inventory: Inventory) -> list[dict[str, Any]]:
 
 
 def _facts(content: dict[str, Any], context: int) -> list[tuple[str, str]]:
-    calibration = content["calibration"] or {}
-    origin = content["origin"] or {}
+    calibration = claims.calibration(content) or {}
+    origin = claims.origin(content)
     true_bits = content["true_bits"]
+    share = true_bits and content["parameters"] and f"{content['quantized_weights'] / content['parameters']:.1%}"
     rows = [
         ("architecture", content["architecture"] or "unknown"),
         ("made from", origin.get("base_model") or origin.get("folder")),
@@ -117,7 +120,7 @@ def _facts(content: dict[str, Any], context: int) -> list[tuple[str, str]]:
         ("true bits per weight", true_bits and f"{true_bits:.3f}"),
         ("quantized layers", content["quantized_layers"] or None),
         ("parameters", content["parameters"] and f"{content['parameters']:,}"),
-        ("quantized share", true_bits and f"{content['quantized_weights'] / content['parameters']:.1%}"),
+        ("quantized share", share),
         ("calibrated on", calibration.get("data")),
         ("weights", size(content["weight_bytes"])),
         ("the dense model", content["dense_bytes"] and size(content["dense_bytes"])),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .console import json_option, revision_option, show_json, size, tell, token_option
+from .console import json_option, revision_option, show, show_json, size, tell, token_option
 from .destination import check_file, check_not_source, new_folder
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 
@@ -172,7 +172,7 @@ def _conclude(out: Path, as_json: bool) -> None:
             }
         )
         return
-    click.echo(
+    show(
         f"{out}: {len(inventory.linears)} layers at {inventory.true_bits:.3f} bits per weight, "
         f"{size(inventory.dense_bytes)} before, {size(inventory.total_bytes)} now"
     )

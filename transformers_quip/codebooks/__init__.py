@@ -1,14 +1,15 @@
 """Codebooks: which values the weights of a block may take, and the codes that name them.
 
-A new codebook is a [`Codebook`] subclass in a file of its own, registered here.
+A new codebook is a [`Codebook`] subclass in a file of its own, registered here; [`register`] adds one from outside.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from ..registry import Registry
-from .base import Codebook, Grid
+from .base import RESERVED, Codebook, Grid
 from .d4 import D4
 from .e8p import E8P
 from .half_integer import HalfInteger
@@ -16,9 +17,67 @@ from .residual import ResidualE8P
 from .scalar import Scalar
 from .trellis import Trellis
 
-__all__ = ["Codebook", "Grid", "default_for_bits", "get", "names"]
+__all__ = ["Codebook", "Grid", "default_for_bits", "get", "names", "register", "spec"]
 
-_CODEBOOKS: Registry[Codebook] = Registry("codebook")
+_CODEBOOKS: Registry[Callable[[], Codebook]] = Registry("codebook")
+_DEFAULTS = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4", 8: "scalar8"}
+
+
+def register(name: str, codebook: Codebook | Callable[[], Codebook]) -> None:
+    """Add a codebook, so that a config can name it: weights are quantized with it, saved, loaded and run.
+
+    A model that was saved with it is loaded only where the same name was registered before.
+
+    Args:
+        name: as `QuipConfig(codebook=name)` will have it; the codebook's own `name` must be the same.
+        codebook: the codebook, or a function without arguments that makes it when it is first needed.
+
+    Raises:
+        ValueError: the name is taken or has one of the characters ":" and "@"; the codebook has another name, or stores
+            tensors of names that it cannot (see [`Codebook.tensors`]). What a function makes is checked when it is made.
+
+    Example: weights of one bit, which are −1 or 1; eight of them are a byte.
+
+        class Signs(Codebook):
+            name, bits, block_size, code_dtype = "signs", 1.0, 8, torch.uint8
+            gaussian_scale = 1.2533  # of a unit Gaussian, E|x| = √(2/π) is the best magnitude
+
+            def encode(self, x):
+                rows = self.check_vectors(x)
+                positive = (rows >= 0).to(torch.int32)
+                codes = (positive << torch.arange(8, device=x.device)).sum(-1).to(torch.uint8)
+                return codes.reshape(x.shape[:-1]), (2.0 * positive - 1).reshape(x.shape)
+
+            def decode(self, tensors, columns, dtype=torch.float32):
+                codes = tensors["codes"]
+                bits = (codes[..., None] >> torch.arange(8, device=codes.device)) & 1
+                return (2 * bits.to(dtype) - 1).flatten(1)[:, :columns]
+
+        codebooks.register("signs", Signs())
+        QuipConfig(codebook="signs")
+    """
+    if not isinstance(name, str) or not name or set(":@") & set(name):
+        raise ValueError(f"a codebook cannot be called {name!r}: a name is text without ':' and '@'")
+    if isinstance(codebook, Codebook):
+        _check(name, codebook)
+        _CODEBOOKS.register(name, lambda: codebook)
+    else:
+        _CODEBOOKS.register(name, functools.cache(lambda: _check(name, codebook())))
+
+
+def _check(name: str, codebook: Codebook) -> Codebook:
+    if codebook.name != name:
+        raise ValueError(f"the codebook that was registered as {name!r} is called {codebook.name!r}")
+    stored = list(codebook.tensors(256, 256))
+    wrong = [key for key in stored if not key.isidentifier() or key in RESERVED]
+    if stored[:1] != ["codes"] or wrong:
+        raise ValueError(
+            f"codebook {name!r} stores {stored}: the first tensor must be called 'codes', and none of them "
+            f"{', '.join(RESERVED)} or a name with a dot"
+        )
+    return codebook
+
+
 for _codebook in (
     E8P(),
     ResidualE8P("e8p-rvq3"),
@@ -27,9 +86,7 @@ for _codebook in (
     HalfInteger(),
     *(Scalar(bits) for bits in (2, 3, 4, 8)),
 ):
-    _CODEBOOKS.register(_codebook.name, _codebook)
-
-_DEFAULTS = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4", 8: "scalar8"}
+    register(_codebook.name, _codebook)
 
 
 def names() -> tuple[str, ...]:
@@ -37,26 +94,46 @@ def names() -> tuple[str, ...]:
     return _CODEBOOKS.names()
 
 
-def get(name: str, residual_scale: float | None = None) -> Codebook:
-    """The codebook of this name.
+def spec(name: str, residual_scale: float | None = None) -> str:
+    """The name of a codebook with another residual scale, as [`get`] takes it and the ops do.
 
     Args:
-        name: one of [`names`], or "trellis:…" (see `trellis.py`): those are only read, and not listed.
+        name: see [`get`].
         residual_scale: what multiplies its second stage; None: its own (`Codebook.residual_scale`).
+
+    Raises:
+        ValueError: see [`get`].
+    """
+    return name if residual_scale is None else get(f"{name}@{float(residual_scale)!r}").name
+
+
+def get(name: str) -> Codebook:
+    """The codebook of this name, the same one at every call.
+
+    Args:
+        name: one of [`names`], also followed by "@" and a residual scale ("e8p-rvq4@0.29"); or "trellis:…" (see
+            `trellis.py`): those are only read, and not listed.
 
     Raises:
         ValueError: the name is unknown; a residual scale is not finite, zero, or given for a codebook of one stage.
     """
-    book = _trellis(name) if isinstance(name, str) and name.startswith("trellis:") else _CODEBOOKS[name]
-    return book if residual_scale is None else _with_residual_scale(book, residual_scale)
+    if not isinstance(name, str):
+        raise ValueError(_CODEBOOKS.unknown(name))
+    return _get(name)
 
 
-_trellis = functools.lru_cache(maxsize=256)(Trellis.parse)
-
-
-@functools.lru_cache(maxsize=64)
-def _with_residual_scale(book: Codebook, scale: float) -> Codebook:
-    return book.with_residual_scale(scale)
+@functools.lru_cache(maxsize=1024)
+def _get(name: str) -> Codebook:
+    if name.startswith("trellis:"):
+        return Trellis.parse(name)
+    known, separator, scale = name.partition("@")
+    if not separator:
+        return _CODEBOOKS[name]()
+    try:
+        residual_scale = float(scale)
+    except ValueError:
+        raise ValueError(f"codebook {name!r}: {scale!r} is not a residual scale, which is a number") from None
+    return _CODEBOOKS[known]().with_residual_scale(residual_scale)
 
 
 def default_for_bits(bits: float) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -26,22 +26,58 @@ def table(function: Callable) -> Callable:
     return build
 
 
-class Grid(NamedTuple):
-    """A tensor of stored codes: one row for each row of the weight."""
+# Names that a stored tensor cannot have: they belong to the layers.
+RESERVED = ("weight", "bias", "su", "sv", "row_scales", "factor_in", "factor_out")
 
-    shape: tuple[int, int]
+
+class Grid(NamedTuple):
+    """One tensor that a layer stores for its weight: shape and type.
+
+    Attributes:
+        shape: of the tensor. A dimension that is None is known only after a weight was encoded, as the length of a stream
+            is whose rows differ in length; any size fits it.
+        dtype: an integer type, which the tensor has; or a floating type, which stands for that of the layer's su and sv.
+        expected: how large the dimension that is None is expected to be. Plans count it, results count the real size.
+    """
+
+    shape: tuple[int | None, ...]
     dtype: torch.dtype
+    expected: int = 0
+
+    def empty_shape(self) -> tuple[int, ...]:
+        """The shape in a layer that has no values yet: 0 where a dimension is not known."""
+        return tuple(size or 0 for size in self.shape)
+
+    def dtype_in(self, scales_dtype: torch.dtype | None) -> torch.dtype | None:
+        """The type of the tensor in a layer whose su and sv have this type."""
+        return scales_dtype if self.dtype.is_floating_point else self.dtype
+
+    def nbytes(self, scales_dtype: torch.dtype) -> int:
+        """Bytes of the tensor, with the expected size where a dimension is not known."""
+        dtype = scales_dtype if self.dtype.is_floating_point else self.dtype
+        return math.prod(self.expected if size is None else size for size in self.shape) * dtype.itemsize
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor may have this shape."""
+        return len(shape) == len(self.shape) and all(
+            size is None or size == given for size, given in zip(self.shape, shape, strict=True)
+        )
+
+    def __str__(self) -> str:
+        sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
+        return f"{'floating point' if self.dtype.is_floating_point else self.dtype} [{sizes}]"
 
 
 class Codebook(abc.ABC):
     """A finite set of points in R^(rows_together · block_size); a weight matrix is a grid of codes, each naming one point.
 
-    Codes have two forms. While weights are rounded there is one integer for each block, whatever the codebook: that is
-    what `encode` and `round_panel` return. What a layer keeps, and a checkpoint stores, is made of them at the end by
-    `store`: one tensor, or two where a second stage refines the first, without unused bits.
+    Codes have two forms. While weights are rounded there is one integer for each block, whatever the codebook: `encode`
+    and `round_panel` return those. A layer keeps, and a checkpoint stores, the tensors that `store` makes of them at the
+    end, without unused bits. `tensors` names and describes them, and `decode` reads them. Nothing but the codebook knows
+    how many they are or what they mean.
 
     Attributes:
-        name: as the config calls it.
+        name: as the config calls it. It names everything that decoding depends on.
         bits: code bits per weight.
         block_size: columns that are coded together: neighbours in a row.
         rows_together: rows that are coded together: 1, or the height of a tile.
@@ -49,9 +85,10 @@ class Codebook(abc.ABC):
         gaussian_scale: rms of the weights, in units of the points, at which Gaussian weights are quantized with the
             least error, or with which the codebook was published (its `opt_scale`); the codebook's file says which.
         scale_factors: multiples of it that are worth trying for a weight.
-        residual_scale: what the points of a second stage are multiplied by; None for a codebook of one stage.
-        table_shape: of the table that decoding needs besides the codes, for a codebook that has one in the checkpoint.
+        residual_scale: what multiplies the points of a second stage; None for a codebook of one stage.
         is_read_only: whether it is only for checkpoints that were made elsewhere, and encodes nothing.
+        kernels: the family of compiled kernels that compute with the stored tensors, if there is one. None: layers run
+            through PyTorch.
     """
 
     name: str
@@ -62,13 +99,8 @@ class Codebook(abc.ABC):
     gaussian_scale: float
     scale_factors: tuple[float, ...] = (0.9, 0.95, 1.0, 1.05)
     residual_scale: float | None = None
-    table_shape: tuple[int, int] | None = None
     is_read_only: bool = False
-
-    @property
-    def has_residual(self) -> bool:
-        """Whether codes are stored as two tensors, a second stage refining the first."""
-        return self.residual_scale is not None
+    kernels: Literal["e8p", "trellis"] | None = None
 
     def with_residual_scale(self, scale: float) -> Codebook:
         """The same codebook with another `residual_scale`. Raises `ValueError` where there is no second stage."""
@@ -100,17 +132,49 @@ class Codebook(abc.ABC):
         tiles = blocks.reshape(*blocks.shape[:2], self.rows_together, self.block_size).transpose(1, 2)
         return tiles.reshape(blocks.shape[0] * self.rows_together, -1)
 
-    def layout(self, out_features: int, in_features: int) -> tuple[Grid, ...]:
-        """Shape and type of the stored codes of a weight: one grid, two for a codebook of two stages."""
-        return (Grid(self.codes_shape(out_features, in_features), self.code_dtype),)
+    def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
+        """The tensors that a [out_features, in_features] layer stores for its weight, by name and in their order.
 
-    def store(self, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The stored form of codes as [`encode`] returns them: tensors as [`layout`] describes them.
+        The first is called "codes": by it a quantized layer is recognised in a checkpoint. The others have any names but
+        those in `RESERVED`. Names and order are the same for every size.
+        """
+        return {"codes": Grid(self.codes_shape(out_features, in_features), self.code_dtype)}
+
+    def store(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored form of codes as [`encode`] returns them: tensors as [`tensors`] describes them.
 
         Args:
             codes: `code_dtype` [rows, blocks].
         """
-        return (codes,)
+        return {"codes": codes}
+
+    def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored tensors of some rows of a weight, as an embedding looks them up.
+
+        Here for codebooks whose tensors have one row for each row of the weight; others override it.
+
+        Args:
+            tensors: as [`tensors`] describes them.
+            rows: int32 or int64 [k], each below the number of rows.
+
+        Raises:
+            ValueError: rows of this codebook cannot be decoded alone.
+        """
+        return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
+
+    def check(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> None:
+        """Raise `ValueError` for tensors that are not those of a [out_features, in_features] layer of this codebook."""
+        grids = self.tensors(out_features, in_features)
+        if tensors.keys() != grids.keys():
+            raise ValueError(f"codebook {self.name!r} stores {', '.join(grids)}, got {', '.join(tensors) or 'nothing'}")
+        for name, grid in grids.items():
+            tensor = tensors[name]
+            of_type = tensor.is_floating_point() if grid.dtype.is_floating_point else tensor.dtype == grid.dtype
+            if not of_type or not grid.fits(tensor.shape):
+                raise ValueError(
+                    f"{name} of a [{out_features}, {in_features}] layer of codebook {self.name!r} must be {grid}, got "
+                    f"{tensor.dtype} {list(tensor.shape)}"
+                )
 
     @abc.abstractmethod
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,22 +216,16 @@ class Codebook(abc.ABC):
         return codes, points, delta
 
     @abc.abstractmethod
-    def decode(
-        self,
-        codes: torch.Tensor,
-        columns: int,
-        dtype: torch.dtype = torch.float32,
-        codes_residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The points of stored codes.
 
         Args:
-            codes, codes_residual: as [`layout`] describes them; the second for a codebook of two stages only.
-            columns: how many weights of a row are real; what completes the last block is dropped.
+            tensors: as [`tensors`] describes them.
+            columns: how many weights of a row are real; the rest of the last block is dropped.
             dtype: of the result.
 
         Returns:
-            [rows, columns] on the device of the codes.
+            [rows, columns] on the device of the tensors.
         """
 
     def check_vectors(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,10 @@ magnitudes (32 patterns) and the signs.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from .base import Codebook, table
-from .e8 import nearest
+from .base import table
+from .table import TableCodebook
 
 
 @table
@@ -50,34 +48,11 @@ def _magnitudes(pattern: int) -> list[float]:
     return [1.5 if i == three else 2.5 if i == five else 0.5 for i in range(4)]
 
 
-class D4(Codebook):
-    """2 bits per weight."""
+class D4(TableCodebook):
+    """2 bits per weight. The values are exact in every floating dtype."""
 
     name = "d4"
     bits = 2.0
     block_size = 4
-    code_dtype = torch.uint8
     gaussian_scale = 1.21
-
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`Codebook.encode`]; exact: every point is looked at."""
-        rows = self.check_vectors(x)
-        codes = nearest(rows, _points_on(rows.device, torch.float32))
-        values = _points_on(rows.device, torch.float32)[codes]
-        return codes.to(torch.uint8).reshape(x.shape[:-1]), values.reshape(x.shape)
-
-    def decode(
-        self,
-        codes: torch.Tensor,
-        columns: int,
-        dtype: torch.dtype = torch.float32,
-        codes_residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See [`Codebook.decode`]. The values are exact in every floating dtype."""
-        flat = _points_on(codes.device, dtype).index_select(0, codes.reshape(-1).int())
-        return flat.reshape(codes.shape[0], -1)[:, :columns]
-
-
-@functools.lru_cache(maxsize=16)
-def _points_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return points().to(device=device, dtype=dtype)
+    points = staticmethod(points)

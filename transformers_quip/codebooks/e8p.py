@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Mapping
 
 import torch
 
@@ -63,6 +64,7 @@ class E8P(Codebook):
     block_size = 8
     code_dtype = torch.int16
     gaussian_scale = 1.03
+    kernels = "e8p"
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`Codebook.encode`]; exact. Of two points at the same distance, the one shifted by +1/4."""
@@ -83,14 +85,9 @@ class E8P(Codebook):
             return cpu_kernels.e8p_round_panel(target.contiguous(), base.contiguous(), feedback.contiguous())
         return super().round_panel(target, base, feedback)
 
-    def decode(
-        self,
-        codes: torch.Tensor,
-        columns: int,
-        dtype: torch.dtype = torch.float32,
-        codes_residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See [`Codebook.decode`]. The values are exact in every floating dtype down to 8 bits."""
+        codes = tensors["codes"]
         values = _points_on(codes.device, dtype)
         flat = values.index_select(0, codes.reshape(-1).int() & 0xFFFF)
         return flat.reshape(codes.shape[0], -1)[:, :columns]

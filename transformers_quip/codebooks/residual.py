@@ -7,6 +7,7 @@ the residual scale. Each stage is exact, the choice of both together is greedy: 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -41,43 +42,49 @@ STAGES = {
 PUBLISHED_RESIDUAL_SCALES = {"e8p-rvq3": 1 / 2.04, "e8p-rvq4": 1 / 3.45}
 
 
+# The stored codes of the second stage.
+SECOND = "codes_residual"
+
+
 class ResidualE8P(Codebook):
-    """E8P and a second stage.
+    """E8P and a second stage. Its name is followed by the residual scale where that is not the one of `STAGES`.
 
     Args:
         name: "e8p-rvq3", whose second stage is E8 with one byte for 8 weights, or "e8p-rvq4", E8P again.
-        residual_scale: what multiplies the second stage (the inverse of what QuIP# calls so); None: as in `STAGES`.
+        residual_scale: what multiplies the second stage (the inverse of QuIP#'s number of that name); None: as in `STAGES`.
     """
 
     block_size = 8
     code_dtype = torch.int32
+    kernels = "e8p"
 
     def __init__(self, name: str, residual_scale: float | None = None):
         stage = STAGES[name]
         if residual_scale is not None and (not math.isfinite(residual_scale) or residual_scale == 0):
             raise ValueError(f"residual_scale={residual_scale} must be a finite number other than 0")
-        self.name = name
+        self.residual_scale = stage.residual_scale if residual_scale is None else float(residual_scale)
+        self.name = name if self.residual_scale == stage.residual_scale else f"{name}@{self.residual_scale!r}"
+        self._stages = name
         self.first, self.second = E8P(), stage.codebook
         self.bits = self.first.bits + self.second.bits
         self.gaussian_scale = stage.gaussian_scale
-        self.residual_scale = stage.residual_scale if residual_scale is None else float(residual_scale)
-        # A code is that of the first stage, then so many bits of the second.
+        # A code is that of the first stage, then this many bits of the second.
         self._shift = 8 * self.second.code_dtype.itemsize
         self._mask = (1 << self._shift) - 1
 
     def with_residual_scale(self, scale: float) -> Codebook:
         """See [`Codebook.with_residual_scale`]."""
-        return ResidualE8P(self.name, scale)
+        return ResidualE8P(self._stages, scale)
 
-    def layout(self, out_features: int, in_features: int) -> tuple[Grid, ...]:
-        """See [`Codebook.layout`]."""
+    def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
+        """See [`Codebook.tensors`]: the codes of each stage."""
         shape = self.codes_shape(out_features, in_features)
-        return Grid(shape, self.first.code_dtype), Grid(shape, self.second.code_dtype)
+        return {"codes": Grid(shape, self.first.code_dtype), SECOND: Grid(shape, self.second.code_dtype)}
 
-    def store(self, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def store(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         """See [`Codebook.store`]."""
         second = (codes & self._mask).to(self.second.code_dtype)
-        return (codes >> self._shift).to(self.first.code_dtype), second
+        return {"codes": (codes >> self._shift).to(self.first.code_dtype), SECOND: second}
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`Codebook.encode`]; exact in each stage."""
@@ -99,14 +106,9 @@ class ResidualE8P(Codebook):
             return cpu_kernels.e8p_round_panel(*panel, self.second.name, self.residual_scale)
         return super().round_panel(target, base, feedback)
 
-    def decode(
-        self,
-        codes: torch.Tensor,
-        columns: int,
-        dtype: torch.dtype = torch.float32,
-        codes_residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See [`Codebook.decode`]. Computed in float64 for that dtype, else in float32 and rounded once."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        points = self.first.decode(codes, columns, compute)
-        return points.add_(self.second.decode(codes_residual, columns, compute), alpha=self.residual_scale).to(dtype)
+        points = self.first.decode(tensors, columns, compute)
+        second = self.second.decode({"codes": tensors[SECOND]}, columns, compute)
+        return points.add_(second, alpha=self.residual_scale).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -45,11 +46,11 @@ class Scalar(Codebook):
         quip = self._largest / (2 * QUIP_RANGE) / self.gaussian_scale
         self.scale_factors = tuple(sorted({*Codebook.scale_factors, round(quip, 4)}))
 
-    def layout(self, out_features: int, in_features: int) -> tuple[Grid, ...]:
-        """See [`Codebook.layout`]."""
-        return (Grid((out_features, math.ceil(in_features * self._bits / 8)), torch.uint8),)
+    def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
+        """See [`Codebook.tensors`]."""
+        return {"codes": Grid((out_features, self._row_bytes(in_features)), torch.uint8)}
 
-    def store(self, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def store(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         """See [`Codebook.store`]."""
         weights, count = self._group()
         rows, columns = codes.shape
@@ -58,7 +59,7 @@ class Scalar(Codebook):
         for i in range(weights):
             word |= codes[..., i].to(torch.int32) << (self._bits * i)
         stored = torch.stack([(word >> (8 * i)) & 0xFF for i in range(count)], dim=2).to(torch.uint8)
-        return (stored.reshape(rows, -1)[:, : self.layout(rows, columns)[0].shape[1]].contiguous(),)
+        return {"codes": stored.reshape(rows, -1)[:, : self._row_bytes(columns)].contiguous()}
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`Codebook.encode`]; exact."""
@@ -85,14 +86,9 @@ class Scalar(Codebook):
         codes = (points + half).to(torch.uint8)
         return tuple(part.T.contiguous() for part in (codes, points, delta))
 
-    def decode(
-        self,
-        codes: torch.Tensor,
-        columns: int,
-        dtype: torch.dtype = torch.float32,
-        codes_residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See [`Codebook.decode`]. The values are exact in float16, and to 7 bits in bfloat16."""
+        codes = tensors["codes"]
         weights, count = self._group()
         rows = codes.shape[0]
         codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % count)).reshape(rows, -1, count)
@@ -103,6 +99,9 @@ class Scalar(Codebook):
         values = values.reshape(rows, -1)[:, :columns]
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         return (values.to(compute) - self._largest / 2).to(dtype)
+
+    def _row_bytes(self, columns: int) -> int:
+        return math.ceil(columns * self._bits / 8)
 
     def _group(self) -> tuple[int, int]:
         """The least number of weights that fill whole bytes, and how many."""

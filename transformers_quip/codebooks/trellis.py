@@ -37,10 +37,11 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 
 import torch
 
-from .base import Codebook, table
+from .base import Codebook, Grid, table
 
 TILE = 16
 STATE_BITS = 16
@@ -81,6 +82,7 @@ class Trellis(Codebook):
     block_size = TILE
     code_dtype = torch.int16
     is_read_only = True
+    kernels = "trellis"
 
     def __init__(self, code: str, k: int, order: str, table_shape: tuple[int, int] | None = None):
         self.code, self.k, self.order, self.table_shape = code, k, order, table_shape
@@ -121,6 +123,15 @@ class Trellis(Codebook):
             )
         return out_features, in_features // TILE * self.k
 
+    def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
+        """See [`Codebook.tensors`]: the codes, and the table of a code that has one."""
+        grids = {"codes": Grid(self.codes_shape(out_features, in_features), self.code_dtype)}
+        return grids if self.table_shape is None else grids | {"table": Grid(self.table_shape, torch.float32)}
+
+    def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Raises `ValueError`: a tile is decoded as a whole."""
+        raise ValueError(f"rows of codebook {self.name!r} cannot be looked up: {TILE} of them are coded together")
+
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Raises `ValueError`: these codebooks are only read."""
         raise ValueError(
@@ -128,20 +139,14 @@ class Trellis(Codebook):
             "a trellis. Choose another codebook"
         )
 
-    def decode(
-        self,
-        codes: torch.Tensor,
-        columns: int,
-        dtype: torch.dtype = torch.float32,
-        table: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See [`Codebook.decode`].
 
         Args:
-            codes: int16 [m, n/16·K], m a multiple of 16.
+            tensors: "codes", int16 [m, n/16·K] with m a multiple of 16; and for a code with a table "table", floating
+                point [2^Q, V].
             columns: n.
             dtype: of the result; the values are those of float32, rounded to it (exact in float16 but for 1mad and 2mad).
-            table: floating point [2^Q, V] for a code with a table.
 
         Returns:
             [m, n] on the device of the codes.
@@ -149,13 +154,14 @@ class Trellis(Codebook):
         Raises:
             ValueError: codes or table are not those of this codebook.
         """
+        codes = tensors["codes"]
         rows = codes.shape[0]
         if codes.dtype != torch.int16 or tuple(codes.shape) != self.codes_shape(rows, columns):
             raise ValueError(
                 f"codes for {columns} columns of codebook {self.name!r} are int16 "
                 f"{list(self.codes_shape(rows, columns))}, got {codes.dtype} {list(codes.shape)}"
             )
-        values = self.values(table, codes.device, dtype)
+        values = self.values(tensors.get("table"), codes.device, dtype)
         weight = torch.empty(rows, columns, dtype=dtype, device=codes.device)
         together = max(1, DECODED_AT_ONCE // (TILE * columns)) * TILE if columns else rows
         for first in range(0, rows, max(together, 1)):

@@ -110,8 +110,8 @@ class QuipConfig(QuantizationConfigMixin):
                 f"QuipConfig: bits={self.bits} and codebook={self.codebook!r}, which has {actual:g} bits, contradict "
                 f"each other; codebooks of {self.bits} bits: {', '.join(map(repr, fitting))}"
             )
-        if self.residual_scale is not None and not codebooks.get(self.codebook).has_residual:
-            staged = [name for name in codebooks.names() if codebooks.get(name).has_residual]
+        if self.residual_scale is not None and codebooks.get(self.codebook).residual_scale is None:
+            staged = [name for name in codebooks.names() if codebooks.get(name).residual_scale is not None]
             raise ValueError(
                 f"QuipConfig: residual_scale={self.residual_scale} needs a codebook of two stages, which codebook="
                 f"{self.codebook!r} is not; there are {', '.join(map(repr, staged))}"
@@ -140,6 +140,11 @@ class QuipConfig(QuantizationConfigMixin):
         result.__dict__.update(options)
         result.validate()
         return result
+
+    @property
+    def codebook_spec(self) -> str:
+        """The codebook with its residual scale in one name, as modules and ops take it (`codebooks.spec`)."""
+        return codebooks.spec(self.codebook, self.residual_scale)
 
     def for_module(self, name: str) -> QuipConfig:
         """The config that holds for the module of this name: this one, or a copy with what `modules` sets for it."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..text import one_line
 from ..version import __version__
 from .report import layer_curves
 from .size import linear_sizes, true_bits_per_weight
@@ -90,7 +91,7 @@ def make_page(
     perplexities: Mapping[str, float],
 ) -> str:
     """The page as text; see [`write_report`]."""
-    parts = [f"<h1>{html.escape(title)}</h1>", _fact_table(facts)]
+    parts = [f"<h1>{_text(title)}</h1>", _fact_table(facts)]
     if perplexities:
         parts += ["<h2>Perplexity</h2>", _bars(perplexities)]
     for key, heading, note, logarithmic in (
@@ -119,7 +120,7 @@ def make_page(
     ]
     body = "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
         f'<body>\n{body}\n<p class="note">transformers-quip {__version__}</p>\n</body></html>\n'
     )
@@ -141,7 +142,7 @@ def _facts(model: PreTrainedModel, report: Any, records: Sequence[Mapping[str, A
 
 
 def _fact_table(facts: Mapping[str, str]) -> str:
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    rows = "".join(f"<tr><td>{_text(k)}</td><td>{_text(v)}</td></tr>" for k, v in facts.items())
     return f'<table class="facts">{rows}</table>'
 
 
@@ -156,7 +157,7 @@ def _bars(values: Mapping[str, float]) -> str:
         width = 460 * min(value / largest, 1) if math.isfinite(value) else 460
         color = "--c0" if index == 0 else "--grey"
         parts.append(
-            f'<text x="210" y="{y + 17}" text-anchor="end">{html.escape(name)}</text>'
+            f'<text x="210" y="{y + 17}" text-anchor="end">{_text(name)}</text>'
             f'<rect x="220" y="{y + 4}" width="{width:.1f}" height="18" style="fill:var({color})"/>'
             f'<text x="{226 + width:.1f}" y="{y + 17}">{value:.4g}</text>'
         )
@@ -204,7 +205,7 @@ def _lines(curves: Mapping[str, list[tuple[int, float]]], logarithmic: bool) -> 
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in shown)
         dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" style="fill:{color}"/>' for x, y in shown)
         parts.append(f'<polyline points="{path}" fill="none" style="stroke:{color}" stroke-width="1.4"/>{dots}')
-        keys.append(f'<span class="key"><i style="background:{color}"></i>{html.escape(kind)}</span>')
+        keys.append(f'<span class="key"><i style="background:{color}"></i>{_text(kind)}</span>')
     return f"{_drawing(760, top + height + 26, parts)}<p>{''.join(keys)}</p>"
 
 
@@ -221,7 +222,7 @@ def _layer_table(records: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for record in records:
         cells = (
-            html.escape(record["name"]),
+            _text(record["name"]),
             " &times; ".join(map(str, record.get("shape", ()))),
             _number(record.get("bits"), ".3f"),
             _number(record.get("relative_error"), ".4f"),
@@ -231,6 +232,10 @@ def _layer_table(records: Sequence[Mapping[str, Any]]) -> str:
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="wide"><table class="layers">{head}{"".join(rows)}</table></div>'
+
+
+def _text(value: object) -> str:
+    return html.escape(one_line(value))
 
 
 def _number(value: float | None, form: str) -> str:

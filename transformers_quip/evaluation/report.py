@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
+from ..text import one_line
+
 
 class LayerRecord(TypedDict, total=False):
     """What is known about one quantized linear; `name` is always there, the rest where it was measured.
@@ -84,10 +86,10 @@ def plot_relative_error(
     # a Figure of its own, not pyplot: no window system, and the caller's pyplot state is left alone
     figure = Figure(figsize=(8, 3.2 * len(keys)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(_label(title))
     for axes, key in zip(figure.subplots(len(keys), 1, squeeze=False)[:, 0], keys, strict=True):
         for kind, points in layer_curves(records, key).items():
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=_label(kind))
         axes.set(xlabel="decoder block", ylabel=ERRORS.get(key, key))
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -97,6 +99,11 @@ def plot_relative_error(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)
     return path
+
+
+def _label(text: str) -> str:
+    """Text for matplotlib, which takes "$" for the beginning of a formula."""
+    return one_line(text).replace("$", r"\$")
 
 
 def _kind(record: Mapping) -> str:

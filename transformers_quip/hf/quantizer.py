@@ -282,11 +282,11 @@ class QuantizeWeight(ConversionOps):
         module = replace.replace_by_empty(model, name, self.config)
         missing_keys.discard(full_layer_name)
         self.releaser.handled(weight.nbytes)
-        values = {key: getattr(quantized, key, None) for key in ("codes", "codes_residual", "su", "sv")}
+        values = {**quantized.tensors, "su": quantized.su, "sv": quantized.sv}
+        module.resize_stored({key: value.shape for key, value in values.items()})
         return {
             f"{name}.{key}": value.to(device=weight.device, dtype=getattr(module, key).dtype).contiguous()
             for key, value in values.items()
-            if value is not None
         }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import QUANT_METHOD
-from ..hub.model_card import CARD, try_to_write_card
+from ..hub.model_card import CARD, remove_stale_card, try_to_write_card
 
 _WRAPPED = "_transformers_quip_wrapped"
 
@@ -31,8 +31,11 @@ def install() -> None:
 def _save_pretrained(original: Callable) -> Callable:
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         result = original(self, save_directory, is_main_process, *args, **kwargs)
-        if is_main_process and _is_quantized(self) and (Path(save_directory) / "config.json").is_file():
-            try_to_write_card(save_directory)
+        if is_main_process and _is_whole(self, save_directory):
+            if _is_quantized(self):
+                try_to_write_card(save_directory)
+            else:
+                remove_stale_card(save_directory)
         return result
 
     return save_pretrained
@@ -42,7 +45,7 @@ def _upload_modified_files(original: Callable) -> Callable:
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, files_timestamps: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        whole = _is_quantized(self) and (Path(working_dir) / "config.json").is_file()
+        whole = _is_quantized(self) and _is_whole(self, working_dir)
         # Here Transformers has put the card that the Hub has, or its own form, into the folder.
         if whole and try_to_write_card(working_dir, repo_id=repo_id):
             files_timestamps = {name: time for name, time in files_timestamps.items() if name != CARD}
@@ -51,8 +54,12 @@ def _upload_modified_files(original: Callable) -> Callable:
     return _upload_modified_files
 
 
+def _is_whole(model: Any, folder: Any) -> bool:
+    """Whether the whole model is saved in this folder, not its adapters alone."""
+    return not getattr(model, "_hf_peft_config_loaded", False) and (Path(folder) / "config.json").is_file()
+
+
 def _is_quantized(model: Any) -> bool:
-    """Whether the whole model is going to be saved, and it is quantized by this package."""
+    """Whether it is quantized by this package."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    adapters_only = getattr(model, "_hf_peft_config_loaded", False)
-    return getattr(config, "quant_method", None) == QUANT_METHOD and not adapters_only
+    return getattr(config, "quant_method", None) == QUANT_METHOD

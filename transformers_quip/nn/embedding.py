@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from .. import codebooks
 from .. import ops as _ops  # noqa: F401 - registers torch.ops.quip
 from ..incoherence import sides
 from .stand_in import PackedTable
+from .stored import StoredTensors
 
 
-class QuipEmbedding(nn.Embedding):
-    """row i = sv_i · su ⊙ (Q ŵ_i), ŵ_i = codebook.decode(codes_i).
+class QuipEmbedding(StoredTensors, nn.Embedding):
+    """row i = sv_i · su ⊙ (Q ŵ_i), ŵ_i = codebook.decode(tensors of row i).
 
     The formula of [`QuipLinear`]'s dense weight with no transform on the output side: that one would mix all rows, and a
     look-up needs a few. So only the rows that are looked up are decoded, and sv scales each of them.
@@ -26,13 +28,12 @@ class QuipEmbedding(nn.Embedding):
     Args:
         num_embeddings, embedding_dim: m and n, any positive sizes.
         padding_idx: as of `nn.Embedding`; it has an effect on training alone, and here nothing is trained.
-        codebook, residual_scale, seed: see [`QuipLinear`].
+        codebook, seed: see [`QuipLinear`].
         incoherence: name of the transform.
         device, dtype: of the parameters, the dtype of su, sv and the rows.
 
     Parameters:
-        codes, codes_residual: integers, m rows, as the codebook's `layout` describes them; the second is None for a
-            codebook of one stage.
+        codes, …: the tensors that `Codebook.tensors` names (`tensor_names`).
         su: [n]. sv: [m].
     """
 
@@ -45,25 +46,16 @@ class QuipEmbedding(nn.Embedding):
         codebook: str = "e8p",
         incoherence: str = "hadamard",
         seed: int = 0,
-        residual_scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)  # nn.Embedding's own would allocate the dense table
         if num_embeddings < 1 or embedding_dim < 1:
             raise ValueError(f"num_embeddings={num_embeddings} and embedding_dim={embedding_dim} must be positive")
-        grids = codebooks.get(codebook, residual_scale).layout(num_embeddings, embedding_dim)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.codebook, self.incoherence, self.seed, self.residual_scale = codebook, incoherence, seed, residual_scale
-
-        def zeros(shape: tuple[int, ...], dtype: torch.dtype | None) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
-
-        self.codes = zeros(*grids[0])
-        self.register_parameter("codes_residual", zeros(*grids[1]) if len(grids) > 1 else None)
-        self.su = zeros((embedding_dim,), dtype)
-        self.sv = zeros((num_embeddings,), dtype)
+        self.codebook, self.incoherence, self.seed = codebook, incoherence, seed
+        self._add_empty(num_embeddings, embedding_dim, device, dtype)
         # Transformers' weight initialisation leaves such a module alone.
         self._is_hf_initialized = True
 
@@ -73,17 +65,16 @@ class QuipEmbedding(nn.Embedding):
 
         Args:
             embedding: its sizes, its padding and its table's dtype are used.
-            config: has `codebook`, `residual_scale`, `incoherence` (of a pair, the input side) and `seed`
+            config: has `codebook_spec`, `incoherence` (of a pair, the input side) and `seed`
                 ([`QuipConfig`]).
         """
         module = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
             embedding.padding_idx,
-            codebook=config.codebook,
+            codebook=config.codebook_spec,
             incoherence=sides(config.incoherence)[0],
             seed=config.seed,
-            residual_scale=config.residual_scale,
             device="meta",
             dtype=embedding.weight.dtype,
         )
@@ -108,7 +99,7 @@ class QuipEmbedding(nn.Embedding):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all tensors that stand for the table: codes of all stages, su and sv."""
+        """Bytes of all tensors that stand for the table: the codebook's, su and sv."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
     @property
@@ -120,7 +111,7 @@ class QuipEmbedding(nn.Embedding):
         """Integers [...] below m → [..., n] in the dtype of su.
 
         Raises:
-            TypeError: ids are no integers.
+            TypeError: ids are not integers.
             IndexError: (on a CPU) one of them is not below m, or negative.
         """
         if ids.dtype not in (torch.int64, torch.int32):
@@ -128,21 +119,20 @@ class QuipEmbedding(nn.Embedding):
         if ids.numel() == 0:
             return self.su.new_empty((*ids.shape, self.embedding_dim))
         flat = ids.reshape(-1)
-        second = None if self.codes_residual is None else self.codes_residual.index_select(0, flat)
-        rows = self._rows(self.codes.index_select(0, flat), second, self.sv.index_select(0, flat), self.su.dtype)
+        tensors = codebooks.get(self.codebook).select_rows(self.stored(), flat)
+        rows = self._rows(tensors, self.sv.index_select(0, flat), self.su.dtype)
         return rows.reshape(*ids.shape, self.embedding_dim)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense table [m, n], in this dtype or that of su."""
-        return self._rows(self.codes, self.codes_residual, self.sv, dtype or self.su.dtype)
+        return self._rows(self.stored(), self.sv, dtype or self.su.dtype)
 
-    def _rows(
-        self, codes: torch.Tensor, codes_residual: torch.Tensor | None, sv: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _rows(self, tensors: Mapping[str, torch.Tensor], sv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        arguments = (codes, codes_residual, self.codebook, self.embedding_dim, compute, self.residual_scale)
-        rows = torch.ops.quip.transform(torch.ops.quip.decode(*arguments), self.incoherence, self.seed, False)
+        sizes = (sv.shape[0], self.embedding_dim)
+        rows = torch.ops.quip.decode(list(tensors.values()), self.codebook, *sizes, compute)
+        rows = torch.ops.quip.transform(rows, self.incoherence, self.seed, False)
         return (rows * self.su.to(compute) * sv.to(compute)[:, None]).to(dtype)
 
     def extra_repr(self) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import pad
 
-from .. import ops as _ops  # noqa: F401 - registers torch.ops.quip
 from ..incoherence import STORED, sides
+from ..ops import Layer
 from .linear import QuipLinear
+from .stored import zeros
 
 
 class GeneralLinear(QuipLinear):
@@ -50,14 +50,13 @@ class GeneralLinear(QuipLinear):
         self.in_features, self.out_features = in_features, out_features
         self.incoherence_in, self.incoherence_out = names
 
-        def zeros(*shape: int, dtype: torch.dtype = self.su.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.su.device), requires_grad=False)
-
-        self.bias = zeros(out_features, dtype=self.weight_dtype) if bias else None
-        self.register_parameter("row_scales", zeros(rows) if row_scales else None)
+        device, scales_dtype = self.su.device, self.su.dtype
+        self.bias = zeros((out_features,), self.weight_dtype, device) if bias else None
+        self.register_parameter("row_scales", zeros((rows,), scales_dtype, device) if row_scales else None)
         for side, name, size in (("in", names[0], columns), ("out", names[1], rows)):
             order = odd_part(size) if name == STORED else 1
-            self.register_parameter(f"factor_{side}", zeros(order, order) if order > 1 else None)
+            factor = zeros((order, order), scales_dtype, device) if order > 1 else None
+            self.register_parameter(f"factor_{side}", factor)
         self._names = known
 
     @property
@@ -92,20 +91,8 @@ class GeneralLinear(QuipLinear):
 
     def _codes(self, x: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, name_in: str, name_out: str) -> torch.Tensor:
         """sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) with these vectors and transforms, of the padded sizes."""
-        return torch.ops.quip.linear(
-            x,
-            self.codes,
-            self.codes_residual,
-            su,
-            sv,
-            None,
-            self.codebook,
-            name_in,
-            name_out,
-            self.seed,
-            self.residual_scale,
-            self.table,
-        )
+        layer = Layer(self.weight_tensors(), su, sv, None, self.codebook, name_in, name_out, self.seed)
+        return torch.ops.quip.linear(x, *layer)
 
     def _apply_factor(self, x: torch.Tensor, factor: torch.Tensor, transpose: bool) -> torch.Tensor:
         """(F ⊗ S) x, or its transpose, for every vector along the last dimension."""
@@ -120,7 +107,7 @@ class GeneralLinear(QuipLinear):
         """See [`QuipLinear.dequantize`]."""
         dtype = dtype or self.weight_dtype
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        weight = self._decode(self.su.shape[0], compute)
+        weight = self._decode(compute)
         if self.row_scales is not None:
             weight = weight * self.row_scales.to(compute)[:, None]
         weight = self._rotate(weight, "in")[:, : self.in_features] * self.su.to(compute)[: self.in_features]

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ..incoherence import STORED, sides
 from .embedding import QuipEmbedding
+from .empty import empty_like, empty_linear
 from .experts import QuipExperts, expert_shape, is_stacked
 from .fused import FusedRows, Fusion, JoinedLinear
-from .general import GeneralLinear
 from .linear import QuipLinear
 from .replace import is_dense_embedding, is_dense_linear, linear_shape
 
@@ -42,7 +40,7 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
             if config.layout_of(name).fuses and parent in modules:
                 _fuse(model, here, config, name)
             elif here in modules and is_dense_linear(modules[here]):
-                _replace(model, here, config, name)
+                model.set_submodule(here, empty_like(modules[here], config, name))
             elif here in modules and is_dense_embedding(modules[here]):
                 model.set_submodule(here, QuipEmbedding.like(modules[here], config.for_module(name)))
             elif parent in modules and is_dense_linear(modules[parent]):
@@ -98,44 +96,6 @@ def _untie(model: nn.Module) -> None:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
-def empty_linear(
-    rows: int, columns: int, config: Any, name: str, *, bias: bool, dtype: torch.dtype, conv1d: bool = False
-) -> QuipLinear:
-    """A quantized linear of [rows, columns] on the meta device, as the config wants the one of this name."""
-    options, layout = config.for_module(name), config.layout_of(name)
-    arguments: dict[str, Any] = {
-        "codebook": options.codebook,
-        "residual_scale": options.residual_scale,
-        "incoherence": options.incoherence,
-        "seed": options.seed,
-        "conv1d": conv1d,
-        "device": "meta",
-        "dtype": dtype,
-        "scales_dtype": None if layout.scales_dtype is None else getattr(torch, layout.scales_dtype),
-    }
-    if layout.padded or layout.row_scales or STORED in sides(options.incoherence):
-        try:
-            return GeneralLinear(columns, rows, bias, padded=layout.padded, row_scales=layout.row_scales, **arguments)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return QuipLinear(columns, rows, bias, **arguments)
-
-
-def _replace(model: nn.Module, here: str, config: Any, name: str) -> QuipLinear:
-    linear = model.get_submodule(here)
-    module = _like(linear, *linear_shape(linear), config, name, bias=linear.bias is not None)
-    if linear.bias is not None:
-        module.bias = linear.bias  # stays the parameter that it was, loaded or not
-    model.set_submodule(here, module)
-    return module
-
-
-def _like(linear: nn.Module, rows: int, columns: int, config: Any, name: str, bias: bool) -> QuipLinear:
-    conv1d = isinstance(linear, Conv1D)
-    module = empty_linear(rows, columns, config, name, bias=bias, dtype=linear.weight.dtype, conv1d=conv1d)
-    return module.train(linear.training)
-
-
 def fused_shape(parent: nn.Module, names: Iterable[str], fused: str) -> tuple[list[int], int]:
     """Outputs of each of the linears of a module that are stored as one called `fused`, and their common inputs.
 
@@ -159,7 +119,8 @@ def _fuse(model: nn.Module, here: str, config: Any, name: str) -> None:
     parent, names = model.get_submodule(path), config.layout_of(name).fuses
     rows, columns = fused_shape(parent, names, here)
     first = getattr(parent, names[0])
-    parent.add_module(last, _like(first, sum(rows), columns, config, name, bias=False))
+    fused = empty_linear(sum(rows), columns, config, name, bias=False, dtype=first.weight.dtype)
+    parent.add_module(last, fused.train(first.training))
     fusion, begin = Fusion(parent, last, len(names)), 0
     for part, count in zip(names, rows, strict=True):
         setattr(parent, part, FusedRows(fusion, begin, begin + count).train(first.training))
@@ -175,8 +136,8 @@ def _join(model: nn.Module, here: str, names: Mapping[str, str], config: Any) ->
         raise ValueError(
             f"{here} has {rows} outputs; config.json has {parts} as its parts and lists {sorted(names)} as quantized"
         )
-    biased = linear.bias is not None
-    linears = {key: _like(linear, count, columns, config, names[key], bias=biased) for key, count in parts.items()}
+    alike: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
+    linears = {key: empty_linear(count, columns, config, names[key], **alike) for key, count in parts.items()}
     model.set_submodule(here, JoinedLinear(linears).train(linear.training))
 
 

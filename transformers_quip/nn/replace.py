@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .embedding import QuipEmbedding
+from .empty import empty_like
 from .linear import QuipLinear
 
 LINEARS = (nn.Linear, Conv1D)
@@ -63,14 +64,27 @@ def quantized_modules(model: nn.Module) -> dict[str, QuipLinear | QuipEmbedding]
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def replace_linear(model: nn.Module, name: str, quantized: Any, config: Any) -> QuipLinear:
-    """Put a quantized linear in the place of the dense one called `name`, and return it.
+def quantized_linear(linear: nn.Module, quantized: Any, config: Any) -> QuipLinear:
+    """The module that replaces `linear`.
 
     Args:
-        quantized: its codes, su and sv (`quantize.layer.QuantizedWeight`).
-        config: that of this module, see [`QuipLinear.from_quantized`].
+        linear: the dense `nn.Linear` or `Conv1D`; its bias, and its weight's dtype and device are used.
+        quantized: has `tensors` by name, `su` [n] and `sv` [m] (`quantize.layer.QuantizedWeight`).
+        config: that of this module ([`QuipConfig`]).
+
+    Raises:
+        ValueError: the tensors do not have the shapes of that linear.
     """
-    module = QuipLinear.from_quantized(model.get_submodule(name), quantized, config)
+    module = empty_like(linear, config, "")
+    module.take(quantized, linear.weight.device)
+    if linear.bias is not None:
+        module.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return module
+
+
+def replace_linear(model: nn.Module, name: str, quantized: Any, config: Any) -> QuipLinear:
+    """Put a quantized linear in the place of the dense one called `name`, and return it; see [`quantized_linear`]."""
+    module = quantized_linear(model.get_submodule(name), quantized, config)
     model.set_submodule(name, module)
     return module
 
@@ -79,40 +93,22 @@ def replace_embedding(model: nn.Module, name: str, quantized: Any, config: Any) 
     """Put a quantized embedding in the place of the dense one called `name`, and return it; see [`replace_linear`]."""
     embedding = model.get_submodule(name)
     module = QuipEmbedding.like(embedding, config)
-    for key, empty in list(module.named_parameters()):
-        value = getattr(quantized, key).to(device=embedding.weight.device, dtype=empty.dtype)
-        setattr(module, key, nn.Parameter(value, requires_grad=False))
+    module.take(quantized, embedding.weight.device)
     model.set_submodule(name, module)
     return module
 
 
 def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear | QuipEmbedding:
-    """Put a quantized linear without values (on the meta device) in the place of the dense one called `name`.
+    """Put a quantized module without values (on the meta device) in the place of the dense one called `name`.
 
-    The bias stays the parameter that it was, loaded or not. The same for an embedding.
+    The bias stays the parameter that it was, loaded or not.
     """
-    linear = model.get_submodule(name)
-    config = config.for_module(name)
-    if is_dense_embedding(linear):
-        module = QuipEmbedding.like(linear, config)
-        model.set_submodule(name, module)
-        return module
-    out_features, in_features = linear_shape(linear)
-    module = QuipLinear(
-        in_features,
-        out_features,
-        linear.bias is not None,
-        codebook=config.codebook,
-        incoherence=config.incoherence,
-        seed=config.seed,
-        residual_scale=config.residual_scale,
-        conv1d=isinstance(linear, Conv1D),
-        device="meta",
-        dtype=linear.weight.dtype,
-    )
-    if linear.bias is not None:
-        module.bias = linear.bias
-    model.set_submodule(name, module.train(linear.training))
+    dense = model.get_submodule(name)
+    if is_dense_embedding(dense):
+        module = QuipEmbedding.like(dense, config.for_module(name))
+    else:
+        module = empty_like(dense, config, name)
+    model.set_submodule(name, module)
     return module
 
 
@@ -162,7 +158,7 @@ def replace_by_dense(model: nn.Module, dtype: torch.dtype | None = None) -> Mapp
     """
     quantized = quantized_modules(model)
     for name, module in quantized.items():
-        if module.codes.is_meta:
+        if any(tensor.is_meta for tensor in module.parameters()):
             raise ValueError(
                 f"{name} is offloaded, so the model cannot be dequantized: load it without a device_map that offloads"
             )

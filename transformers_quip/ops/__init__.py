@@ -12,9 +12,10 @@ import torch
 from . import autograd, backend, reference, schemas
 from .cpu import prepared
 from .cpu import run as cpu_run
+from .layer import Layer
 from .triton import run as triton_run
 
-__all__ = ["autograd", "backend", "prepared", "reference", "schemas"]
+__all__ = ["Layer", "autograd", "backend", "prepared", "reference", "schemas"]
 
 backend.read_environment()
 

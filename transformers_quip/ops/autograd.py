@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .layer import Layer
 from .reference import compute_dtype
 
 
@@ -19,16 +20,18 @@ def _transform_backward(ctx: Any, grad: torch.Tensor) -> tuple:
 
 
 def _linear_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    x, codes, codes_residual, su, sv, bias, *names, table = inputs
-    ctx.codebook, ctx.incoherence_in, ctx.incoherence_out, ctx.seed, ctx.residual_scale = names
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, codes, codes_residual, su, sv, table)
+    x, *arguments = inputs
+    layer = Layer(*arguments)
+    ctx.names = (layer.codebook, layer.incoherence_in, layer.incoherence_out, layer.seed)
+    ctx.bias_dtype = None if layer.bias is None else layer.bias.dtype
+    ctx.save_for_backward(x, layer.su, layer.sv, *layer.weight)
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    """The gradients with respect to x, su, sv and bias; codes are integers and have none, a table is given none."""
-    x, codes, codes_residual, su, sv, table = ctx.saved_tensors
-    needs_x, _, _, needs_su, needs_sv, needs_bias, *_ = ctx.needs_input_grad
+    """The gradients with respect to x, su, sv and bias. Stored tensors are given none: codes are integers."""
+    x, su, sv, *stored = ctx.saved_tensors
+    needs_x, _, needs_su, needs_sv, needs_bias, *_ = ctx.needs_input_grad
+    codebook, incoherence_in, incoherence_out, seed = ctx.names
     dtype = compute_dtype(x.dtype)
     grad = grad.to(dtype)
     grad_x = grad_su = grad_sv = grad_bias = None
@@ -36,19 +39,19 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     if needs_x or needs_su or needs_sv:
-        weight = torch.ops.quip.decode(codes, codes_residual, ctx.codebook, su.shape[0], dtype, ctx.residual_scale, table)
+        weight = torch.ops.quip.decode(stored, codebook, sv.shape[0], su.shape[0], dtype)
     if needs_x or needs_su:
-        inner = torch.ops.quip.transform(grad * sv.to(dtype), ctx.incoherence_out, ctx.seed, True) @ weight
-        inner = torch.ops.quip.transform(inner, ctx.incoherence_in, ctx.seed, False)
+        inner = torch.ops.quip.transform(grad * sv.to(dtype), incoherence_out, seed, True) @ weight
+        inner = torch.ops.quip.transform(inner, incoherence_in, seed, False)
         if needs_x:
             grad_x = (inner * su.to(dtype)).to(x.dtype)
         if needs_su:
             grad_su = (inner * x.to(dtype)).reshape(-1, x.shape[-1]).sum(0).to(su.dtype)
     if needs_sv:
-        outer = torch.ops.quip.transform(x.to(dtype) * su.to(dtype), ctx.incoherence_in, ctx.seed, True) @ weight.T
-        outer = torch.ops.quip.transform(outer, ctx.incoherence_out, ctx.seed, False)
+        outer = torch.ops.quip.transform(x.to(dtype) * su.to(dtype), incoherence_in, seed, True) @ weight.T
+        outer = torch.ops.quip.transform(outer, incoherence_out, seed, False)
         grad_sv = (grad * outer).reshape(-1, grad.shape[-1]).sum(0).to(sv.dtype)
-    return grad_x, None, None, grad_su, grad_sv, grad_bias, None, None, None, None, None, None
+    return grad_x, [None] * len(stored), grad_su, grad_sv, grad_bias, None, None, None, None
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""The two layouts of a layer's codes: the logical one, which is stored, and that of the Triton kernels, which is run.
+"""The two forms of a layer's codes: the stored one, and the one that Triton kernels compute with.
 
 Both hold the same bits, and every op takes either. The kernels' is made where they are going to run and replaces the other.
 """
@@ -6,54 +6,58 @@ Both hold the same bits, and every op takes either. The kernels' is made where t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from quip_kernels import layout as kernels
 
+from .. import codebooks
 from .backend import uses_triton
 
-# Codebooks that the kernels know. Their codes are never int32 in the logical layout, and always in that of the kernels.
-CODEBOOKS = ("e8p", "e8p-rvq3", "e8p-rvq4")
 DEVICES = ("cuda", "xpu")
 
 
-def is_packed(codes: torch.Tensor, codebook: str) -> bool:
-    """Whether these codes are in the kernels' layout."""
-    return codes.dtype == torch.int32 and codebook in CODEBOOKS
+def has_packed_form(codebook: str) -> bool:
+    """Whether the kernels have a form of their own for codes of this codebook.
+
+    Stored codes of those are never int32, and packed ones always are.
+    """
+    return codebooks.get(codebook).kernels == "e8p"
 
 
-def is_wanted(codes: torch.Tensor, codebook: str) -> bool:
-    """Whether these codes should be brought into the kernels' layout: they lie where the kernels will run."""
-    return is_run_by_kernels(codes) and codebook in CODEBOOKS and not is_packed(codes, codebook)
+def is_packed(weight: Sequence[torch.Tensor], codebook: str) -> bool:
+    """Whether these tensors are in the kernels' form."""
+    return weight[0].dtype == torch.int32 and has_packed_form(codebook)
 
 
-def is_run_by_kernels(codes: torch.Tensor) -> bool:
-    """Whether Triton kernels compute what lies where these codes lie."""
-    return codes.device.type in DEVICES and uses_triton()
+def is_wanted(weight: Sequence[torch.Tensor], codebook: str) -> bool:
+    """Whether these tensors should be brought into the kernels' form: they lie where the kernels will run."""
+    return is_run_by_kernels(weight) and has_packed_form(codebook) and not is_packed(weight, codebook)
 
 
-def pack(codes: torch.Tensor, codes_residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logical codes in the kernels' layout (`quip_kernels.layout.pack`), each stage by itself."""
-    return kernels.pack(codes), None if codes_residual is None else kernels.pack(codes_residual)
+def is_run_by_kernels(weight: Sequence[torch.Tensor]) -> bool:
+    """Whether Triton kernels compute on the device of these tensors."""
+    return weight[0].device.type in DEVICES and uses_triton()
 
 
-def logical(
-    codes: torch.Tensor, codes_residual: torch.Tensor | None, codebook: str, columns: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Codes of either layout in the logical one.
+def pack(weight: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Stored codes in the kernels' form (`quip_kernels.layout.pack`), each stage by itself."""
+    return [kernels.pack(codes) for codes in weight]
+
+
+def stored(weight: Sequence[torch.Tensor], codebook: str, columns: int) -> list[torch.Tensor]:
+    """Tensors of either form in the stored one.
 
     Raises:
-        ValueError: the kernels' layout is not that of so many columns.
+        ValueError: the kernels' form is not that of a weight with this number of columns.
     """
-    if not is_packed(codes, codebook):
-        return codes, codes_residual
-    return kernels.unpack(codes, columns), None if codes_residual is None else kernels.unpack(codes_residual, columns)
+    return [kernels.unpack(codes, columns) for codes in weight] if is_packed(weight, codebook) else list(weight)
 
 
-def stored_bytes(codes: torch.Tensor, codebook: str, columns: int) -> int:
-    """Bytes of these codes, whichever layout they have, in the logical one."""
-    if is_packed(codes, codebook):
-        planes, rows, _ = codes.shape  # as many planes as a code has bytes
-        return rows * math.ceil(columns / 8) * planes
-    return codes.numel() * codes.element_size()
+def stored_bytes(weight: Sequence[torch.Tensor], codebook: str, columns: int) -> int:
+    """Bytes of these tensors, whichever form they have, in the stored one."""
+    if is_packed(weight, codebook):
+        # as many planes as a code has bytes
+        return sum(planes * rows * math.ceil(columns / 8) for planes, rows, _ in (codes.shape for codes in weight))
+    return sum(tensor.numel() * tensor.element_size() for tensor in weight)

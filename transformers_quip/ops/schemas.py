@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
+from .layer import SCHEMA as LAYER
+from .layer import Layer
 from .triton import run as triton
 
 SCHEMAS = {
     # Q x along the last dimension (Qᵀ x if transpose); Q = incoherence.get(incoherence, x.shape[-1], seed).
     "transform": "(Tensor x, str incoherence, int seed, bool transpose) -> Tensor",
-    # The weight Ŵ [m, columns] that codes stand for; residual_scale: of the second stage, None: the codebook's own;
-    # table: of a codebook that has one.
-    "decode": (
-        "(Tensor codes, Tensor? codes_residual, str codebook, int columns, ScalarType dtype, "
-        "float? residual_scale=None, Tensor? table=None) -> Tensor"
-    ),
+    # The weight Ŵ [rows, columns] that stored tensors stand for.
+    "decode": "(Tensor[] weight, str codebook, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     # sv ⊙ Q_out(Ŵ Q_inᵀ(su ⊙ x)) + bias for x [..., n]: [..., m] in the dtype of x.
-    "linear": (
-        "(Tensor x, Tensor codes, Tensor? codes_residual, Tensor su, Tensor sv, Tensor? bias, str codebook, "
-        "str incoherence_in, str incoherence_out, int seed, float? residual_scale=None, "
-        "Tensor? table=None) -> Tensor"
-    ),
+    "linear": f"(Tensor x, {LAYER}) -> Tensor",
     # linear in two steps, so that linears of one input and equal su do the first once. Q_inᵀ(su ⊙ x) in the form that the
-    # second step of this device takes, with activations ("exact", "int8") as they were when it was made.
+    # second step of this device takes, with activations ("exact", "int8") as they were when it was made; or, with
+    # activations "reference", in that of the reference.
     "rotate": "(Tensor x, Tensor su, str codebook, str incoherence, int seed, str activations) -> Tensor[]",
-    # The rest of linear for the x that was rotated.
-    "rotated_linear": (
-        "(Tensor x, Tensor[] rotated, Tensor codes, Tensor? codes_residual, Tensor sv, Tensor? bias, str codebook, "
-        "str incoherence, int seed, float? residual_scale=None, Tensor? table=None) -> Tensor"
-    ),
+    # The rest of linear for the x that was rotated. Neither su nor the input's transform is used again.
+    "rotated_linear": f"(Tensor x, Tensor[] rotated, {LAYER}) -> Tensor",
 }
 
 
@@ -37,36 +32,14 @@ def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> 
     return x.new_empty(x.shape)
 
 
-def decode(
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    codebook: str,
-    columns: int,
-    dtype: torch.dtype,
-    residual_scale: float | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
+def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Fake of quip::decode."""
-    # [m, c] in the logical layout, [2, m, words] in that of the kernels
-    return codes.new_empty((codes.shape[-2], columns), dtype=dtype)
+    return weight[0].new_empty((rows, columns), dtype=dtype)
 
 
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    su: torch.Tensor,
-    sv: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    incoherence_in: str,
-    incoherence_out: str,
-    seed: int,
-    residual_scale: float | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, *layer: Any) -> torch.Tensor:
     """Fake of quip::linear."""
-    return x.new_empty((*x.shape[:-1], sv.shape[0]))
+    return x.new_empty((*x.shape[:-1], Layer(*layer).m))
 
 
 def rotate(
@@ -76,21 +49,9 @@ def rotate(
     return [x.new_empty(shape, dtype=dtype) for shape, dtype in triton.rotated_form(x, codebook, activations)]
 
 
-def rotated_linear(
-    x: torch.Tensor,
-    rotated: list[torch.Tensor],
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    sv: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    incoherence: str,
-    seed: int,
-    residual_scale: float | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
+def rotated_linear(x: torch.Tensor, rotated: list[torch.Tensor], *layer: Any) -> torch.Tensor:
     """Fake of quip::rotated_linear."""
-    return x.new_empty((*x.shape[:-1], sv.shape[0]))
+    return x.new_empty((*x.shape[:-1], Layer(*layer).m))
 
 
 def define() -> None:

@@ -27,7 +27,7 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
 
     Args:
         table: float [m, n].
-        config: `codebook`, `residual_scale`, `incoherence` (of a pair, the input side), `rounding` ("stochastic" or else
+        config: `codebook_spec`, `incoherence` (of a pair, the input side), `rounding` ("stochastic" or else
             the nearest points), `scale` ("auto": the best of some multiples for each row) and `seed` are read.
         name: of the module, for errors.
 
@@ -39,7 +39,7 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
     """
     check_weight(name, table)
     rows, columns = table.shape
-    book = codebooks.get(config.codebook, config.residual_scale)
+    book = codebooks.get(config.codebook_spec)
     method = method_without_hessian(config)
     factors = book.scale_factors if config.scale == "auto" else (float(config.scale),)
     su = incoherence.signs(columns, config.seed, "in").to(table.device)
@@ -73,4 +73,4 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
         lost += least.sum(dtype=torch.float64).item()
         total += energy.sum(dtype=torch.float64).item()
     warn_of_storage(name, table.dtype, sv, energies, lost, total)
-    return QuantizedWeight(*stored(book, codes), su, sv, {"relative_error": lost / total if total else 0.0})
+    return QuantizedWeight(stored(book, codes), su, sv, {"relative_error": lost / total if total else 0.0})

@@ -33,11 +33,10 @@ _STORAGE_SHARE = 0.1
 
 @dataclass
 class QuantizedWeight:
-    """What replaces a weight W [m, n]:  W ≈ diag(sv) Q_out Ŵ Q_inᵀ diag(su), Ŵ decoded from the codes.
+    """What replaces a weight W [m, n]:  W ≈ diag(sv) Q_out Ŵ Q_inᵀ diag(su), Ŵ decoded from the stored tensors.
 
     Attributes:
-        codes: the stored codes, as the codebook's `layout` describes them.
-        codes_residual: those of its second stage; None for a codebook of one stage.
+        tensors: by name, as `Codebook.tensors` describes them.
         su: float32 [n].
         sv: float32 [m].
         statistics: "relative_error", tr(E H Eᵀ) / tr(W H Wᵀ) with the Hessian as it was measured (the share of the
@@ -46,8 +45,7 @@ class QuantizedWeight:
             damped and rotated Hessian; "weights_before" and "weights_after" the transforms, see `diagnostics.histogram`.
     """
 
-    codes: torch.Tensor
-    codes_residual: torch.Tensor | None
+    tensors: dict[str, torch.Tensor]
     su: torch.Tensor
     sv: torch.Tensor
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +95,7 @@ def quantize_weights(
     Args:
         weights: name → float [m_i, n].
         hessian: float32 [n, n] = E[x xᵀ] over the calibration tokens.
-        config: `codebook`, `residual_scale`, `incoherence`, `rescale`, `rounding`, `damping`, `refinement_sweeps`,
+        config: `codebook_spec`, `incoherence`, `rescale`, `rounding`, `damping`, `refinement_sweeps`,
             `scale` and `seed` are read.
 
     Returns:
@@ -114,7 +112,7 @@ def quantize_weights(
     hessian = hessian.to(stack)
     prepared = prepare_hessian(hessian, stack, config, ", ".join(weights))
     condition = condition_number(prepared.rotated)
-    book = codebooks.get(config.codebook, config.residual_scale)
+    book = codebooks.get(config.codebook_spec)
     rows = stack.split([len(weight) for weight in weights.values()])
     parts = [
         _rotate(name, part, weight.dtype, prepared.su, prepared.q_in, book, config)
@@ -134,7 +132,7 @@ def quantize_weights(
         error = part.weight - decoded * sv[:, None]
         _warn_of_storage(part, sv, decoded.square().sum(1), error.square().sum())
         results[part.name] = QuantizedWeight(
-            *stored(book, codes),
+            stored(book, codes),
             prepared.su,
             sv,
             {
@@ -157,7 +155,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
 
     Args:
         weight: float [m, n].
-        config: `codebook`, `residual_scale`, `incoherence`, `rounding`, `scale` and `seed` are read.
+        config: `codebook_spec`, `incoherence`, `rounding`, `scale` and `seed` are read.
         name: of the module, for errors.
 
     Raises:
@@ -165,7 +163,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
     """
     check_weight(name, weight)
     rows, size = weight.shape
-    book = codebooks.get(config.codebook, config.residual_scale)
+    book = codebooks.get(config.codebook_spec)
     su = incoherence.signs(size, config.seed, "in").to(weight.device)
     q_in = incoherence.get(incoherence.sides(config.incoherence)[0], size, config.seed)
     part = _rotate(name, weight.float(), weight.dtype, su, q_in, book, config)
@@ -182,7 +180,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
     error = (part.weight - decoded * sv[:, None]).square().sum()
     _warn_of_storage(part, sv, energy, error)
     lost = error / part.weight.square().sum().clamp_min(1e-30)
-    return QuantizedWeight(*stored(book, codes), su, sv, {"relative_error": lost.item(), "scale": part.factor})
+    return QuantizedWeight(stored(book, codes), su, sv, {"relative_error": lost.item(), "scale": part.factor})
 
 
 @torch.inference_mode(False)
@@ -235,10 +233,9 @@ def chunks_of_rows(rows: int, columns: int, book: Codebook, method: Rounding) ->
     return [(begin, min(begin + at_once, rows)) for begin in range(0, rows, at_once)]
 
 
-def stored(book: Codebook, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stored codes and stored codes of the second stage, in memory of their own."""
-    first, *second = (part.clone() for part in book.store(codes))
-    return first, second[0] if second else None
+def stored(book: Codebook, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that are stored for these codes, in memory of their own."""
+    return {name: tensor.clone() for name, tensor in book.store(codes).items()}
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:

@@ -279,8 +279,8 @@ def _packed_bytes(
             f"{name} cannot be quantized with codebook {book.name!r}: it is for checkpoints that were quantized with it "
             f"elsewhere. Choose one of {', '.join(map(repr, codebooks.names()))}"
         )
-    codes = sum(math.prod(grid.shape) * grid.dtype.itemsize for grid in book.layout(*shape))
-    return codes + sum(shape) * dtype.itemsize
+    stored = sum(grid.nbytes(dtype) for grid in book.tensors(*shape).values())
+    return stored + sum(shape) * dtype.itemsize
 
 
 def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[PlanEntry]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import defaultdict
 from collections.abc import Callable
@@ -39,8 +38,8 @@ class QuantizationReport:
     Attributes:
         data: which text was used, as a sentence.
         tokens: how many.
-        config: what was settled: a copy of the caller's config with the bits of each module where an average was asked
-            for, and with `calibration`, a record of the data and of the mean relative error.
+        config: what was settled: the caller's config with the bits of each module where an average was asked for, and
+            with `calibration`, a record of the data and of the mean relative error. It does not hold the data itself.
         modules: a record for each quantized module, see [`ModuleResult.record`].
         seconds: wall time of each stage: "data", "allocate", "capture", "observe", "round", "replay".
     """
@@ -87,7 +86,7 @@ def _quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any) 
     started = perf_counter()
     ids, description = load_token_ids(config, model, tokenizer)
     logger.info("Calibrating on %s.", description)
-    report = QuantizationReport(description, ids.numel(), copy.copy(config))
+    report = QuantizationReport(description, ids.numel(), config.without_data())
     report.seconds["data"] = perf_counter() - started
     if config.is_mixed:
         with timed(report.seconds, "allocate"):
@@ -125,7 +124,7 @@ def _quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any) 
                     hessian = hessian_after_blocks(model, name, ids, config.batch_size)
                 with timed(report.seconds, "round"):
                     _quantize_after_blocks(model, name, hessian, config, done)
-    report.config = copy.copy(config)
+    report.config = config.without_data()
     report.config.calibration = {
         "data": report.data,
         "sequences": ids.shape[0],

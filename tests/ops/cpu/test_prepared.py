@@ -86,7 +86,7 @@ def expected_of(module, x):
     parts = {name: v.double() if v.is_floating_point() else v for name, v in module._parameters.items() if v is not None}
     names = (module.incoherence_in, module.incoherence_out)
     q_in, q_out = (incoherence.get(*pair, module.seed).matrix() for pair in zip(names, (24, 12), strict=True))
-    weight = truth.decode(parts["codes"], 24, module.codebook, parts.get("codes_residual"))
+    weight = truth.decode(**truth.stored(parts), columns=24, codebook=module.codebook)
     return (x.double() * parts["su"]) @ q_in @ weight.T @ q_out.T * parts["sv"] + parts.get("bias", 0)
 
 

@@ -39,8 +39,7 @@ def arguments(m, n, vectors, dtype=torch.float32, name="hadamard", bias=True):
     x = torch.randn(vectors, n, generator=torch.Generator().manual_seed(9)).to(dtype)
     return [
         x,
-        parts["codes"],
-        None,
+        truth.weight(parts),
         parts["su"],
         parts["sv"],
         parts["bias"] if bias else None,
@@ -51,9 +50,9 @@ def arguments(m, n, vectors, dtype=torch.float32, name="hadamard", bias=True):
 
 
 def relative_error(y, args):
-    x, codes, _, su, sv, bias, _, name_in, name_out, seed = args
+    x, weight, su, sv, bias, _, name_in, name_out, seed = args
     q_in, q_out = (incoherence.get(name, len(v), seed).matrix() for name, v in ((name_in, su), (name_out, sv)))
-    z = (x.double() * su.double()) @ q_in @ truth.decode(codes, len(su)).T
+    z = (x.double() * su.double()) @ q_in @ truth.decode(*weight, len(su)).T
     expected = z @ q_out.T * sv.double() + (0 if bias is None else bias.double())
     return ((y.double() - expected).norm() / expected.norm()).item()
 
@@ -77,7 +76,7 @@ def test_layer(m, n, vectors, dtype):
     y = torch.ops.quip.linear(*args)
     assert y.dtype == dtype
     assert relative_error(y, args) < ACCURACY[dtype]
-    args[5] = None
+    args[4] = None
     assert relative_error(torch.ops.quip.linear(*args), args) < ACCURACY[dtype]
 
 
@@ -131,8 +130,8 @@ def test_transform_and_decode_equal_the_reference(name, size):
         torch.testing.assert_close(y, reference.transform(x, name, 0, transpose), rtol=1e-5, atol=1e-5)
     codes = truth.random_linear(20, size)["codes"]
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        weight = torch.ops.quip.decode(codes, None, "e8p", size, dtype)
-        assert torch.equal(weight, reference.decode(codes, None, "e8p", size, dtype))
+        weight = torch.ops.quip.decode([codes], "e8p", 20, size, dtype)
+        assert torch.equal(weight, reference.decode([codes], "e8p", 20, size, dtype))
 
 
 def test_float64_is_computed_in_float64():
@@ -178,10 +177,10 @@ def test_compiled_with_changing_batch_sizes():
 @torch.no_grad()
 def test_linears_of_one_input_share_its_transform(monkeypatch):
     first, second, third = (arguments(m, 96, MANY) for m in (64, 32, 48))
-    x, su = first[0], first[3]
+    x, su = first[0], first[2]
     second[0] = third[0] = x
-    second[3] = su.clone()  # equal, as for q and k; third has another
-    third[3] = -su
+    second[2] = su.clone()  # equal, as for q and k; third has another
+    third[2] = -su
     counted = calls(monkeypatch, "transform")
 
     def inputs() -> int:
@@ -220,7 +219,7 @@ def test_linears_of_one_input_share_its_transform(monkeypatch):
 def test_compiled_code_that_writes_into_an_input_is_not_mistaken_for_the_same_input(dtype):
     """It reuses memory, tensor and all, and does not count that as a change."""
     first, second = arguments(64, 96, MANY, dtype), arguments(32, 96, MANY, dtype)
-    second[0], second[3] = first[0], first[3]
+    second[0], second[2] = first[0], first[2]
     torch.ops.quip.linear(*first)
     first[0].data.neg_()  # as a compiled kernel: not counted either
     assert relative_error(torch.ops.quip.linear(*second), second) < ACCURACY[dtype]
@@ -247,7 +246,7 @@ def rotations(monkeypatch):
 def test_many_bfloat16_vectors_are_one_call_that_shares_rotated_inputs(rotations):
     first, second, third = (arguments(m, 96, MANY, torch.bfloat16) for m in (64, 32, 96))
     second[0] = third[0] = first[0]
-    second[3], third[3] = first[3].clone(), -first[3]
+    second[2], third[2] = first[2].clone(), -first[2]
     for args in (first, second, third, first):
         assert relative_error(cpu.eager_linear(*args), args) < ACCURACY[torch.bfloat16]
     assert rotations == [False, True, False, False]
@@ -267,16 +266,15 @@ def test_many_bfloat16_vectors_are_one_call_that_shares_rotated_inputs(rotations
 def test_many_bfloat16_vectors_with_8_bit_activations(rotations):
     """Rotated inputs of one precision are not taken for those of another; codes of two stages keep bfloat16."""
     first, second = (arguments(m, 96, MANY, torch.bfloat16) for m in (64, 32))
-    second[0], second[3] = first[0], first[3].clone()
+    second[0], second[2] = first[0], first[2].clone()
     for name, low, high in (("int8", 0.004, 0.015), ("exact", 0, 0.004), ("auto", 0.004, 0.015)):
         set_activations(name)
         for args in (first, second):
             assert low < relative_error(cpu.eager_linear(*args), args) < high
     assert rotations == [False, True] * 3
     parts = truth.random_linear(64, 96, dtype=torch.bfloat16, codebook="e8p-rvq4")
-    tensors = (parts[name] for name in ("codes", "codes_residual", "su", "sv"))
-    args = [first[0], *tensors, None, "e8p-rvq4", "none", "none", 0]
-    weight = truth.decode(parts["codes"], 96, "e8p-rvq4", parts["codes_residual"])
+    args = [first[0], truth.weight(parts), parts["su"], parts["sv"], None, "e8p-rvq4", "none", "none", 0]
+    weight = truth.decode(**truth.stored(parts), columns=96, codebook="e8p-rvq4")
     expected = (first[0].double() * parts["su"].double()) @ weight.T * parts["sv"].double()
     set_activations("int8")
     assert ((cpu.linear(*args).double() - expected).norm() / expected.norm()).item() < 0.004
@@ -293,7 +291,7 @@ def test_bundles_take_over_earlier_than_other_products(rotations, activations, d
     for vectors in (most, most + 1):
         args = arguments(64, 96, vectors, dtype)
         module = QuipLinear(96, 64, dtype=dtype, seed=3)
-        module.load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (args[1], *args[3:6]), strict=True)))
+        module.load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (*args[1], *args[2:5]), strict=True)))
         for _ in range(2):  # looked up, and prepared
             assert torch.equal(module(args[0]), cpu.eager_linear(*args))
         assert relative_error(module(args[0]), args) < 0.015
@@ -309,9 +307,9 @@ def test_prepared_layers_share_rotated_inputs(rotations, dtype):
     parts = [arguments(m, 96, MANY, dtype) for m in (64, 32, 96)]
     modules = []
     for args in parts:
-        args[3] = parts[0][3] if args is not parts[2] else -parts[0][3]
-        modules.append(QuipLinear(96, len(args[4]), dtype=dtype, seed=3))
-        modules[-1].load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (args[1], *args[3:6]), strict=True)))
+        args[2] = parts[0][2] if args is not parts[2] else -parts[0][2]
+        modules.append(QuipLinear(96, len(args[3]), dtype=dtype, seed=3))
+        modules[-1].load_state_dict(dict(zip(("codes", "su", "sv", "bias"), (*args[1], *args[2:5]), strict=True)))
 
     def check(x, *expected):
         rotations.clear()

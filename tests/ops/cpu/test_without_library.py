@@ -51,8 +51,8 @@ def test_layers_are_exact_and_one_line_says_that_they_are_slower(found, activati
     codes = torch.randint(-(2**15), 2**15, book.codes_shape(32, 96)).to(torch.int16)
     x, su, sv = torch.randn(2, 96), torch.randn(96), torch.randn(32)
     q_in, q_out = (incoherence.get("hadamard", size, 0).matrix() for size in (96, 32))
-    y = torch.ops.quip.linear(x, codes, None, su, sv, None, *names)
-    inner = (x.double() * su.double()) @ q_in @ book.decode(codes, 96, torch.float64).T
+    y = torch.ops.quip.linear(x, [codes], su, sv, None, *names)
+    inner = (x.double() * su.double()) @ q_in @ book.decode({"codes": codes}, 96, torch.float64).T
     torch.testing.assert_close(y.double(), inner @ q_out.T * sv.double(), rtol=1e-5, atol=1e-4)
     lines = [record for record in caplog.records if record.name.startswith(("transformers_quip", "quip_kernels"))]
     told = [record.getMessage() for record in lines if record.levelno == logging.INFO]

@@ -8,20 +8,21 @@ weights have driven everything else out of the caches: it is done once for each 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..backend import get_activations, get_backend
+from ..layer import Layer
 from . import run as cpu
 
 
-def linear(x: torch.Tensor, codes: torch.Tensor, *arguments) -> torch.Tensor:
-    """What torch.ops.quip.linear returns, without a graph for derivatives."""
-    if type(x) is torch.Tensor and x.is_cpu and codes.is_cpu and not _is_watched():
-        return cpu.eager_linear(x, codes, *arguments)
+def linear(x: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The result of torch.ops.quip.linear, without a graph for derivatives."""
+    if type(x) is torch.Tensor and x.is_cpu and layer.weight[0].is_cpu and not _is_watched():
+        return cpu.eager_linear(x, *layer)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.quip.linear(x, codes, *arguments)
+        return torch.ops.quip.linear(x, *layer)
 
 
 class Prepared:
@@ -52,7 +53,7 @@ class Prepared:
         """The layer's output, or None where it has to be looked up again.
 
         Args:
-            x: [..., n]. tensors: by name, those of `TENSORS`, the table, and maybe others.
+            x: [..., n]. tensors: by name, the layer's, and maybe others.
         """
         n, m, shape = self._n, self._m, x.shape
         count = x.numel() // n
@@ -85,30 +86,24 @@ class Prepared:
         return y
 
 
-TENSORS = ("codes", "codes_residual", "su", "sv", "bias")
-
-
 def prepare(
-    x: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor | None],
-    codebook: str,
-    incoherence_in: str,
-    incoherence_out: str,
-    seed: int,
-    residual_scale: float | None,
+    x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], names: Sequence[str], layer: Layer
 ) -> Prepared | None:
-    """What computes such inputs as x from now on; None where one call of the library does not.
+    """An object that computes such inputs as x from now on; None where one call of the library does not.
 
-    Args: see [`linear`]; tensors: by name, at least `TENSORS` and the table.
+    Args:
+        x: [..., n].
+        tensors: by name, all of the layer's.
+        names: of its stored tensors, in their order.
+        layer: the same tensors.
     """
     if type(x) is not torch.Tensor or not x.is_cpu:
         return None
-    tensors = {name: tensors[name] for name in (*TENSORS, "table")}
-    if not all(v is None or (v.is_cpu and v.is_contiguous()) for v in tensors.values()):
+    watched = {name: tensors[name] for name in (*names, "su", "sv", "bias")}
+    if not all(v is None or (v.is_cpu and v.is_contiguous()) for v in watched.values()):
         return None
-    *parts, table = tensors.values()
-    found = cpu.one_call(x, *parts, codebook, incoherence_in, incoherence_out, seed, residual_scale, table)
-    return None if found is None else Prepared(x, tensors, found)
+    found = cpu.one_call(x, layer)
+    return None if found is None else Prepared(x, watched, found)
 
 
 def _is_watched() -> bool:

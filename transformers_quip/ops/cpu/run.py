@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,16 +17,15 @@ from quip_kernels.cpu_library import default_level, library
 
 from ... import codebooks
 from ... import incoherence as transforms
-from ...codebooks.trellis import TILE, Trellis
+from ...codebooks.trellis import TILE
 from .. import reference
 from ..backend import get_activations, get_backend
-from ..packing import logical
+from ..layer import Layer, dtypes_fit, named, stages
+from ..packing import stored
 from . import scratch
 
 logger = logging.getLogger(__name__)
 
-# Codebooks that the library knows, and the type of their second stage's codes.
-CODEBOOKS = {"e8p": None, "e8p-rvq3": torch.uint8, "e8p-rvq4": torch.int16}
 # Up to so many vectors, by the planes of activations, products with the codes are faster than decoding the weight and a
 # matrix product with it (measured at 1536x576 and 2048x2048 with AVX-512; the bfloat16 product is the faster one).
 MOST_VECTORS = {3: 64, 2: 40, 1: 64}
@@ -54,7 +53,7 @@ def _is_covered(codebook: str, dtype: torch.dtype) -> bool:
     """Whether the library computes layers of this codebook for activations of this dtype."""
     if dtype not in kernels.DTYPES or get_backend() not in ("auto", "cpu"):
         return False
-    if codebook not in CODEBOOKS and _trellis_layout(codebook) is None:
+    if codebooks.get(codebook).kernels is None:
         _tell(f"the CPU library has no kernels for codebook {codebook!r}")
         return False
     if not cpu_kernels.is_available():
@@ -83,74 +82,52 @@ def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> 
     return reference.transform(x, incoherence, seed, transpose) if q is None else kernels.transform(x, q, transpose)
 
 
-def decode(
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    codebook: str,
-    columns: int,
-    dtype: torch.dtype,
-    residual_scale: float | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
+def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """See [`reference.decode`]."""
-    if not _is_covered(codebook, dtype) or _is_wide(table):
-        return reference.decode(codes, codes_residual, codebook, columns, dtype, residual_scale, table)
-    codes, codes_residual = logical(codes, codes_residual, codebook, columns)
-    reference.check_codes(codes, codes_residual, codebook, columns, table)
-    layout = _trellis_layout(codebook)
-    if layout is not None:
-        return trellis_kernels.decode(codes, columns, dtype, layout, table)
-    scale = _residual_scale(codebook, residual_scale)
-    return kernels.decode(codes, columns, dtype, codes_residual=codes_residual, residual_scale=scale)
+    if not _is_covered(codebook, dtype) or _is_wide(weight):
+        return reference.decode(weight, codebook, rows, columns, dtype)
+    book = codebooks.get(codebook)
+    tensors = named(stored(weight, codebook, columns), book, rows, columns)
+    if book.kernels == "trellis":
+        return trellis_kernels.decode(tensors["codes"], columns, dtype, _trellis_layout(codebook), tensors.get("table"))
+    codes, second = stages(list(tensors.values()))
+    return kernels.decode(codes, columns, dtype, None, None, second, book.residual_scale or 1.0)
 
 
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    su: torch.Tensor,
-    sv: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    incoherence_in: str,
-    incoherence_out: str,
-    seed: int,
-    residual_scale: float | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """See [`reference.linear`]. One call into the library for few vectors; for many, products with decoded rows."""
-    n, m = su.shape[0], sv.shape[0]
-    codes, codes_residual = logical(codes, codes_residual, codebook, n)
-    layout = _trellis_layout(codebook)
-    if layout is not None:
-        return _trellis_linear(
-            x, codes, codes_residual, su, sv, bias, codebook, incoherence_in, incoherence_out, seed, layout, table
-        )
-    planes = _planes(codebook, codes_residual, x.dtype, su.dtype, sv.dtype, None if bias is None else bias.dtype)
+    layer = Layer(*arguments)
+    n, m, book = layer.n, layer.m, layer.book
+    layer = layer._replace(weight=stored(layer.weight, layer.codebook, n))
+    if book.kernels == "trellis":
+        return _trellis_linear(x, layer)
+    planes = _planes(x.dtype, layer)
     vectors = x.numel() // n
-    if planes is None or vectors == 0 or n > kernels.MOST_FEATURES or table is not None:
-        names = (codebook, incoherence_in, incoherence_out, seed)
-        return reference.linear(x, codes, codes_residual, su, sv, bias, *names, residual_scale, table)
-    q_in, slow_in = _kernel_transform(incoherence_in, n, seed)
-    q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
-    second = {"codes_residual": codes_residual, "residual_scale": _residual_scale(codebook, residual_scale)}
+    if planes is None or vectors == 0 or n > kernels.MOST_FEATURES:
+        return reference.linear(x, *layer)
+    su, sv, bias = layer.su, layer.sv, layer.bias
+    codes, second = stages(layer.weight)
+    scale = book.residual_scale or 1.0
+    q_in, slow_in = _kernel_transform(layer.incoherence_in, n, layer.seed)
+    q_out, slow_out = _kernel_transform(layer.incoherence_out, m, layer.seed)
     is_slow = slow_in is not None or slow_out is not None
-    int8 = _is_int8(planes, codes_residual)
+    int8 = _is_int8(planes, layer)
     in_bundles = not is_slow and many_kernels.takes(x.dtype, m, n, int8)
     if vectors > _most_vectors(planes, in_bundles):
         if in_bundles:
-            tensors = tuple(map(kernels.contiguous, (codes, codes_residual, su, sv, bias)))
+            tensors = tuple(map(kernels.contiguous, (codes, second, su, sv, bias)))
             rows = kernels.rows_of(x, n)
-            layer, address, _, _ = kernels.layer_of(rows, tensors, q_in, q_out, second["residual_scale"])
+            description, address, _, _ = kernels.layer_of(rows, tensors, q_in, q_out, scale)
             y = bundled(x, rows, su, address, m, q_in, int8)
-            del layer, tensors  # had to live until here
+            del description, tensors  # had to live until here
             return y
-        decode = functools.partial(_decode_rows, codes, **second)
+        decode = functools.partial(_decode_rows, codes, second=second, residual_scale=scale)
         return _many_vectors(x, su, sv, bias, (q_in, slow_in), (q_out, slow_out), decode)
+    stage = (planes, None, None, second, scale)
     if not is_slow:
-        return kernels.linear(x, codes, su, sv, bias, q_in, q_out, planes, **second)
+        return kernels.linear(x, codes, su, sv, bias, q_in, q_out, *stage)
     t = _transform_in(x, su, q_in, slow_in, torch.empty(x.shape))
-    z = kernels.linear(t, codes, None, None, None, None, None, planes, **second)
+    z = kernels.linear(t, codes, None, None, None, None, None, *stage)
     return _transform_out(z, sv, bias, q_out, slow_out, x.dtype)
 
 
@@ -170,49 +147,37 @@ class OneCall(NamedTuple):
     keep: object  # what lies at the address, and what that points to
 
 
-def one_call(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    su: torch.Tensor,
-    sv: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    incoherence_in: str,
-    incoherence_out: str,
-    seed: int,
-    residual_scale: float | None,
-    table: torch.Tensor | None,
-) -> OneCall | None:
+def one_call(x: torch.Tensor, layer: Layer) -> OneCall | None:
     """The calls of the library that [`linear`] is for inputs as x, if x is one; all tensors contiguous and on the CPU."""
-    layout = _trellis_layout(codebook)
-    if (codebook not in CODEBOOKS and layout is None) or codes.dtype != torch.int16 or su.shape[0] > kernels.MOST_FEATURES:
+    family = layer.book.kernels
+    if family is None or not dtypes_fit(layer.weight, layer.codebook) or layer.n > kernels.MOST_FEATURES:
         return None
-    n, m = su.shape[0], sv.shape[0]
-    dtypes = (x.dtype, su.dtype, sv.dtype, None if bias is None else bias.dtype)
-    q_in, slow_in = _kernel_transform(incoherence_in, n, seed)
-    q_out, slow_out = _kernel_transform(incoherence_out, m, seed)
+    n, m, su, sv, bias = layer.n, layer.m, layer.su, layer.sv, layer.bias
+    q_in, slow_in = _kernel_transform(layer.incoherence_in, n, layer.seed)
+    q_out, slow_out = _kernel_transform(layer.incoherence_out, m, layer.seed)
     if slow_in is not None or slow_out is not None:
         return None
     in_bundles = int8 = False
-    if layout is None:
-        planes = _planes(codebook, codes_residual, *dtypes)
+    if family == "e8p":
+        planes = _planes(x.dtype, layer)
         fits = planes is not None
-        int8 = fits and _is_int8(planes, codes_residual)
+        int8 = fits and _is_int8(planes, layer)
         in_bundles = fits and many_kernels.takes(x.dtype, m, n, int8)
         most = _most_vectors(planes, in_bundles) if fits else 0
     else:
-        fits = all(v is None or v in kernels.DTYPES for v in dtypes) and not _is_wide(table)
-        most = MOST_TRELLIS_VECTORS if fits and _is_covered(codebook, x.dtype) else 0
+        fits = not _is_wide(layer.vectors) and not _is_wide(layer.weight)
+        most = MOST_TRELLIS_VECTORS if fits and _is_covered(layer.codebook, x.dtype) else 0
     vectors = x.numel() // n
     if most == 0 or vectors == 0 or (vectors > most and not in_bundles):
         return None
     kind = kernels.DTYPES[x.dtype]
-    if layout is None:
-        tensors, scale = (codes, codes_residual, su, sv, bias), _residual_scale(codebook, residual_scale)
+    if family == "e8p":
+        tensors, scale = (*stages(layer.weight), su, sv, bias), layer.book.residual_scale or 1.0
         keep, address, _, _ = kernels.layer_of(x.reshape(-1, n), tensors, q_in, q_out, scale)
         function, arguments = library().quip_linear, (n, kind, kind, planes, default_level())
     else:
+        codes, table = stages(layer.weight)
+        layout = _trellis_layout(layer.codebook)
         keep, address, _ = trellis_kernels.layer_of(n, (codes, su, sv, bias, table), q_in, q_out, layout)
         function, arguments = library().quip_trellis_linear, (n, kind, kind, default_level())
     bundles = (q_in, int8) if in_bundles else None
@@ -224,47 +189,32 @@ def _decode_rows(
     rows: slice,
     dtype: torch.dtype,
     out: torch.Tensor,
-    codes_residual: torch.Tensor | None,
+    second: torch.Tensor | None,
     residual_scale: float,
 ) -> torch.Tensor:
     """Some rows of the weight of codes, written to `out`."""
-    rest = None if codes_residual is None else codes_residual[rows]
+    rest = None if second is None else second[rows]
     return kernels.decode(codes[rows], out.shape[1], dtype, None, out, rest, residual_scale)
 
 
-def _trellis_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    su: torch.Tensor,
-    sv: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    incoherence_in: str,
-    incoherence_out: str,
-    seed: int,
-    layout: trellis_kernels.Layout,
-    table: torch.Tensor | None,
-) -> torch.Tensor:
+def _trellis_linear(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """[`linear`] for trellis codes. Between the transforms activations are float32, whatever they are outside."""
-    n, m = su.shape[0], sv.shape[0]
+    n, m, su, sv, bias = layer.n, layer.m, layer.su, layer.sv, layer.bias
     vectors = x.numel() // n
-    vectors_fit = all(v is None or v.dtype in kernels.DTYPES for v in (su, sv, bias, table))
-    if not vectors_fit or vectors == 0 or not _is_covered(codebook, x.dtype):
-        names = (codebook, incoherence_in, incoherence_out, seed)
-        return reference.linear(x, codes, codes_residual, su, sv, bias, *names, None, table)
-    shapes = (codes.shape[1:], None if table is None else table.shape)
-    book = codebooks.get(codebook)
-    if codes_residual is not None or shapes != ((n // TILE * book.k,), book.table_shape) or codes.dtype != book.code_dtype:
-        reference.check_codes(codes, codes_residual, codebook, n, table)  # says what is wrong
-    both = (_kernel_transform(incoherence_in, n, seed), _kernel_transform(incoherence_out, m, seed))
+    is_wide = _is_wide(layer.vectors) or _is_wide(layer.weight)
+    if is_wide or vectors == 0 or not _is_covered(layer.codebook, x.dtype):
+        return reference.linear(x, *layer)
+    tensors = named(layer.weight, layer.book, m, n)
+    codes, table = tensors["codes"], tensors.get("table")
+    layout = _trellis_layout(layer.codebook)
+    q_in, slow_in = both_in = _kernel_transform(layer.incoherence_in, n, layer.seed)
+    q_out, slow_out = both_out = _kernel_transform(layer.incoherence_out, m, layer.seed)
     if vectors > MOST_TRELLIS_VECTORS:
 
         def decode(rows: slice, dtype: torch.dtype, out: torch.Tensor) -> torch.Tensor:
             return trellis_kernels.decode(codes[rows], n, dtype, layout, table, out=out)
 
-        return _many_vectors(x, su, sv, bias, *both, decode)
-    (q_in, slow_in), (q_out, slow_out) = both
+        return _many_vectors(x, su, sv, bias, both_in, both_out, decode)
     if slow_in is None and slow_out is None:
         return trellis_kernels.linear(x, codes, su, sv, bias, q_in, q_out, layout, table)
     t = _transform_in(x, su, q_in, slow_in, torch.empty(x.shape))
@@ -272,31 +222,24 @@ def _trellis_linear(
 
 
 @functools.cache
-def _trellis_layout(codebook: str) -> trellis_kernels.Layout | None:
-    """The codes of a trellis codebook as the library takes them; None for another codebook."""
-    book = codebooks.get(codebook)
-    return trellis_kernels.Layout(book.code, book.k, book.order) if isinstance(book, Trellis) else None
+def _trellis_layout(codebook: str) -> trellis_kernels.Layout:
+    """The codes of a trellis codebook as the library takes them."""
+    book: Any = codebooks.get(codebook)
+    return trellis_kernels.Layout(book.code, book.k, book.order)
 
 
-def _is_wide(table: torch.Tensor | None) -> bool:
-    """Whether a table has a type that the library does not take."""
-    return table is not None and table.dtype not in kernels.DTYPES
+def _is_wide(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether one of these is floating point of a type that the library does not take."""
+    return any(v.is_floating_point() and v.dtype not in kernels.DTYPES for v in tensors)
 
 
-def _residual_scale(codebook: str, residual_scale: float | None) -> float:
-    """What multiplies the second stage's points; any number for a codebook of one stage."""
-    return codebooks.get(codebook, residual_scale).residual_scale or 1.0
-
-
-def _planes(codebook: str, codes_residual: torch.Tensor | None, *dtypes: torch.dtype | None) -> int | None:
-    """In how many bytes activations (of the first dtype) are multiplied; None where the library has no kernel."""
-    if not _is_covered(codebook, dtypes[0]):
+def _planes(dtype: torch.dtype, layer: Layer) -> int | None:
+    """In how many bytes activations of this dtype are multiplied; None where the library has no kernel."""
+    if not _is_covered(layer.codebook, dtype) or _is_wide(layer.vectors):
         return None
-    if CODEBOOKS[codebook] != (None if codes_residual is None else codes_residual.dtype):
-        return None  # the reference says what is wrong
-    if any(dtype is not None and dtype not in kernels.DTYPES for dtype in dtypes[1:]):
-        return None
-    return planes_for(dtypes[0])
+    if not dtypes_fit(layer.weight, layer.codebook):
+        return None  # the reference says why
+    return planes_for(dtype)
 
 
 def _many_vectors(
@@ -338,9 +281,9 @@ def _most_vectors(planes: int, in_bundles: bool) -> int:
     return min(MOST_VECTORS[planes], MOST_BESIDE_BUNDLES[planes]) if in_bundles else MOST_VECTORS[planes]
 
 
-def _is_int8(planes: int, codes_residual: torch.Tensor | None) -> bool:
+def _is_int8(planes: int, layer: Layer) -> bool:
     """Whether many vectors are multiplied in 8 bits, which is done for codes of one stage."""
-    return planes == 1 and codes_residual is None
+    return planes == 1 and len(layer.weight) == 1
 
 
 def bundled(

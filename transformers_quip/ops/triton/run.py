@@ -1,6 +1,6 @@
 """The ops on GPUs: which Triton kernel of `quip_kernels.gpu` computes what. Anything else goes to the reference.
 
-Codes come in either layout (see `layout`); logical ones are brought into that of the kernels anew by every call.
+Codes come in either form (see `packing`); every call brings stored ones into the form of the kernels again.
 
 They run only where the user asks for them, `set_backend("triton")`: until they have been measured on a device, "auto" is
 the reference there.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,10 +20,10 @@ from quip_kernels import e8p
 
 from ... import codebooks
 from ... import incoherence as transforms
-from ...codebooks.trellis import Trellis
 from .. import reference
 from ..backend import get_activations, uses_triton
-from ..packing import CODEBOOKS, DEVICES, is_packed, pack
+from ..layer import Layer, named, stages
+from ..packing import DEVICES, is_packed, pack
 
 if TYPE_CHECKING:
     from quip_kernels.gpu.transform import Plan
@@ -36,7 +37,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
     """See [`reference.transform`]; computed in float32."""
-    plan = _plan(incoherence, x.shape[-1], seed, x.device) if _is_covered(x) else None
+    has_kernel = uses_triton() and x.dtype in _DTYPES and x.numel() > 0
+    plan = _plan(incoherence, x.shape[-1], seed, x.device) if has_kernel else None
     if plan is None:
         return reference.transform(x, incoherence, seed, transpose)
     from quip_kernels.gpu.transform import transform as launch
@@ -44,65 +46,47 @@ def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> 
     return launch(x.reshape(-1, x.shape[-1]).contiguous(), plan, transpose, x.dtype).view(x.shape)
 
 
-def decode(
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    codebook: str,
-    columns: int,
-    dtype: torch.dtype,
-    residual_scale: float | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See [`reference.decode`]; takes either layout of the codes, and needs no kernel for logical E8P ones."""
-    layout = _trellis_layout(codebook)
-    if layout is not None and uses_triton() and dtype in _DTYPES:
+def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """See [`reference.decode`]; takes either form of the codes, and needs no kernel for stored E8P ones."""
+    book, packed = codebooks.get(codebook), is_packed(weight, codebook)
+    if not uses_triton() or dtype not in _DTYPES or not (packed or book.kernels == "trellis"):
+        return reference.decode(weight, codebook, rows, columns, dtype)
+    if not packed:
         from quip_kernels.gpu.trellis import dequantize as dequantize_trellis
 
-        reference.check_codes(codes, codes_residual, codebook, columns, table)
-        return dequantize_trellis(codes.contiguous(), columns, dtype, *layout, table)
-    if not is_packed(codes, codebook) or not uses_triton() or dtype not in _DTYPES:
-        return reference.decode(codes, codes_residual, codebook, columns, dtype, residual_scale, table)
+        tensors = named(weight, book, rows, columns)
+        codes = tensors["codes"].contiguous()
+        return dequantize_trellis(codes, columns, dtype, *_trellis_code(codebook), tensors.get("table"))
     from quip_kernels.gpu.dequantize import dequantize
 
-    return dequantize(codes, columns, dtype, codes_residual, _residual_scale(codebook, residual_scale))
+    codes, second = stages(weight)
+    return dequantize(codes, columns, dtype, second, book.residual_scale or 0.0)
 
 
-def linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    su: torch.Tensor,
-    sv: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    incoherence_in: str,
-    incoherence_out: str,
-    seed: int,
-    residual_scale: float | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See [`reference.linear`]; takes either layout of the codes.
+def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """See [`reference.linear`]; takes either form of the codes.
 
     Where x is float16 or bfloat16, activations between transform and codes are rounded to 16 bits (fixed point up to
     `MATVEC_UP_TO` vectors, float16 with a scale for each vector above); where it is float32, to 24 and 22 bits, and a
     product of more than `SMALL_BATCH_UP_TO` vectors is made in float32 as PyTorch's settings allow.
     """
-    names = (codebook, incoherence_in, seed, get_activations())
-    rotated = rotate(x, su, *names)
-    names = (codebook, incoherence_out, seed, residual_scale)
-    return rotated_linear(x, rotated, codes, codes_residual, sv, bias, *names, table)
+    layer = Layer(*arguments)
+    if not uses_triton() or not _has_kernels(x, layer.codebook):
+        return reference.linear(x, *layer)
+    rotated = rotate(x, layer.su, layer.codebook, layer.incoherence_in, layer.seed, get_activations())
+    return rotated_linear(x, rotated, *layer)
 
 
 def rotated_form(x: torch.Tensor, codebook: str, activations: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor that [`rotate`] returns for this x; on devices without kernels, of the reference's.
+    """Shape and dtype of each tensor that [`rotate`] returns for this x; where there are no kernels, of the reference's.
 
     digits (`quip_kernels.gpu.quantize.Digits`) for the integer kernel, halves (`small_batch.Halves`) for tensor cores and
     for a GEMM in float16, one tensor of float32 [M, n] for everything else.
     """
-    if x.device.type not in DEVICES or not _is_covered(x, codebook):
+    if activations == reference.REFERENCE or x.device.type not in DEVICES or not _has_kernels(x, codebook):
         return [(tuple(x.shape), reference.compute_dtype(x.dtype))]
     columns, rows, words = x.shape[-1], math.prod(x.shape[:-1]), e8p.words(x.shape[-1])
-    wide, trellis = x.dtype == torch.float32, codebook not in CODEBOOKS
+    wide, trellis = x.dtype == torch.float32, codebooks.get(codebook).kernels == "trellis"
     if not trellis and rows <= MATVEC_UP_TO:
         count = _digits(x.dtype, activations)
         return [((rows, count, 8, words), torch.int32), ((rows, count), torch.int32), ((rows,), torch.float32)]
@@ -117,7 +101,7 @@ def rotate(
     x: torch.Tensor, su: torch.Tensor, codebook: str, incoherence: str, seed: int, activations: str
 ) -> list[torch.Tensor]:
     """See [`reference.rotate`]; returns what [`rotated_form`] says."""
-    if not _is_covered(x, codebook):
+    if activations == reference.REFERENCE or not _has_kernels(x, codebook):
         return reference.rotate(x, su, codebook, incoherence, seed, activations)
     from quip_kernels.gpu import quantize, small_batch
     from quip_kernels.gpu import transform as kernels
@@ -125,7 +109,7 @@ def rotate(
     columns = x.shape[-1]
     plan = _plan(incoherence, columns, seed, x.device)
     rows = x.reshape(-1, columns).contiguous()
-    batch, wide, trellis = len(rows), x.dtype == torch.float32, codebook not in CODEBOOKS
+    batch, wide, trellis = len(rows), x.dtype == torch.float32, codebooks.get(codebook).kernels == "trellis"
     if plan is not None and not trellis and batch <= MATVEC_UP_TO:
         return list(kernels.transform_quantize(rows, plan, su, _digits(x.dtype, activations)))
     if plan is None:
@@ -143,43 +127,32 @@ def rotate(
     return list(small_batch.halves(inner, 1, limit=min(1.0, (8192 if trellis else 16384) / columns), width=columns))
 
 
-def rotated_linear(
-    x: torch.Tensor,
-    rotated: list[torch.Tensor],
-    codes: torch.Tensor,
-    codes_residual: torch.Tensor | None,
-    sv: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: str,
-    incoherence: str,
-    seed: int,
-    residual_scale: float | None = None,
-    table: torch.Tensor | None = None,
-) -> torch.Tensor:
+def rotated_linear(x: torch.Tensor, rotated: list[torch.Tensor], *arguments: Any) -> torch.Tensor:
     """See [`reference.rotated_linear`]; `rotated` is what [`rotate`] returned here."""
-    if not _is_covered(x, codebook):
-        names = (codebook, incoherence, seed, residual_scale)
-        return reference.rotated_linear(x, rotated, codes, codes_residual, sv, bias, *names, table)
+    layer = Layer(*arguments)
+    # more than one tensor is a form of the kernels, whatever was chosen since
+    if len(rotated) == 1 and not (uses_triton() and _has_kernels(x, layer.codebook)):
+        return reference.rotated_linear(x, rotated, *layer)
     from quip_kernels.gpu.transform import transform as launch
 
-    columns, layout = x.shape[-1], _trellis_layout(codebook)
-    if not is_packed(codes, codebook):
-        reference.check_codes(codes, codes_residual, codebook, columns, table)
-    if layout is not None:
-        y, row_scale = _trellis_product(rotated, codes.contiguous(), columns, layout, table)
+    columns, weight, book, sv, bias = x.shape[-1], layer.weight, layer.book, layer.sv, layer.bias
+    packed = is_packed(weight, layer.codebook)
+    tensors = {} if packed else named(weight, book, layer.m, columns)
+    if book.kernels == "trellis":
+        codes, table = tensors["codes"].contiguous(), tensors.get("table")
+        y, row_scale = _trellis_product(rotated, codes, columns, _trellis_code(layer.codebook), table)
     else:
-        if not is_packed(codes, codebook):
-            codes, codes_residual = pack(codes, codes_residual)
-        stages = codes, columns, codes_residual, _residual_scale(codebook, residual_scale)
-        y, row_scale = _product(rotated, stages)
-    plan = _plan(incoherence, sv.shape[0], seed, x.device)
+        codes, second = stages(weight if packed else pack(weight))
+        y, row_scale = _product(rotated, (codes, columns, second, book.residual_scale or 0.0))
+    plan = _plan(layer.incoherence_out, layer.m, layer.seed, x.device)
     if plan is not None:
         y = launch(y, plan, False, x.dtype, row_scale=row_scale, post=sv, bias=bias)
     else:
         y = y.float().sum(0) if y.ndim == 3 else y.float()
-        y = reference.transform(y if row_scale is None else y * row_scale[:, None], incoherence, seed, False) * sv.float()
+        y = y if row_scale is None else y * row_scale[:, None]
+        y = reference.transform(y, layer.incoherence_out, layer.seed, False) * sv.float()
         y = (y if bias is None else y + bias.float()).to(x.dtype)
-    return y.view(*x.shape[:-1], sv.shape[0])
+    return y.view(*x.shape[:-1], layer.m)
 
 
 def _digits(dtype: torch.dtype, activations: str) -> int:
@@ -205,11 +178,6 @@ def _product(rotated: list[torch.Tensor], stages: tuple) -> tuple[torch.Tensor, 
     return values[0] @ dequantize.dequantize(planes, columns, torch.float16, *second).T, scales
 
 
-def _residual_scale(codebook: str, residual_scale: float | None) -> float:
-    """What multiplies the second stage; 0 for a codebook that has none."""
-    return codebooks.get(codebook, residual_scale).residual_scale or 0.0
-
-
 def _trellis_product(
     rotated: list[torch.Tensor],
     codes: torch.Tensor,
@@ -228,17 +196,15 @@ def _trellis_product(
     return inner @ trellis.dequantize(codes, columns, torch.float32, *layout, table).T, None
 
 
-@functools.cache
-def _trellis_layout(codebook: str) -> tuple[str, int, str] | None:
-    """Code, bits and order of a trellis codebook; None for another codebook."""
-    book = codebooks.get(codebook)
-    return (book.code, book.k, book.order) if isinstance(book, Trellis) else None
+def _trellis_code(codebook: str) -> tuple[str, int, str]:
+    """Code, bits and order of a trellis codebook."""
+    book: Any = codebooks.get(codebook)
+    return book.code, book.k, book.order
 
 
-def _is_covered(x: torch.Tensor, codebook: str = CODEBOOKS[0]) -> bool:
-    """Whether there are kernels for this input and codes of this codebook."""
-    known = codebook in CODEBOOKS or _trellis_layout(codebook) is not None
-    return known and x.dtype in _DTYPES and x.numel() > 0 and uses_triton()
+def _has_kernels(x: torch.Tensor, codebook: str) -> bool:
+    """Whether there are kernels for this input and codes of this codebook, whatever was chosen."""
+    return codebooks.get(codebook).kernels is not None and x.dtype in _DTYPES and x.numel() > 0
 
 
 @functools.lru_cache(maxsize=256)

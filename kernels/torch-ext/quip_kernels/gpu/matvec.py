@@ -6,6 +6,7 @@ rounded, to as many digits as were asked for (`quantize`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -144,14 +145,25 @@ def matvec(
         ValueError: too many vectors, or shapes that do not belong together.
     """
     stages = layout.stages(planes, columns, residual, residual_scale)
-    rows, words = planes.shape[1:]
+    words = planes.shape[2]
     vectors, count = digits.sums.shape
     if not 1 <= vectors <= MOST_VECTORS:
         raise ValueError(f"{vectors} vectors, expected 1 to {MOST_VECTORS}")
     if tuple(digits.bytes.shape) != (vectors, count, 8, words):
         raise ValueError(f"digits of shape {list(digits.bytes.shape)} do not fit {columns} columns")
-    device = planes.device
     chosen = [_choose(digits, stage, gather) for stage in stages]
+    try:
+        return _run(digits, stages, chosen)
+    except tune.OutOfResources:  # remembered of another device
+        again = [_choose(digits, stage, gather, unfit=tile) for stage, tile in zip(stages, chosen, strict=True)]
+        if again == chosen:
+            raise
+        return _run(digits, stages, again)
+
+
+def _run(digits: Digits, stages: Sequence[layout.Stage], chosen: list[Tile]) -> torch.Tensor:
+    _, rows, words = stages[0].planes.shape
+    vectors, device = len(digits.sums), digits.sums.device
     parts = [split(rows, words, tile, processors(device)) for tile in chosen]
     result = torch.empty(sum(parts), vectors, rows, dtype=torch.float32, device=device)
     for stage, tile, out in zip(stages, chosen, result.split(parts), strict=True):
@@ -159,7 +171,7 @@ def matvec(
     return result
 
 
-def _choose(digits: Digits, stage: layout.Stage, gather: bool | None) -> Tile:
+def _choose(digits: Digits, stage: layout.Stage, gather: bool | None, unfit: Tile | None = None) -> Tile:
     """The tile for one stage, which is measured where there are several."""
     _, rows, words = stage.planes.shape
     vectors, count = digits.sums.shape
@@ -170,7 +182,7 @@ def _choose(digits: Digits, stage: layout.Stage, gather: bool | None) -> Tile:
         _launch(digits, stage, tile, torch.empty(parts, vectors, rows, dtype=torch.float32, device=stage.planes.device))
 
     name = f"matvec {'e8p' if stage.signed else 'e8'} {vectors}x{count}{'' if gather is None else f' {gather}'}"
-    return tune.choose(name, (rows, words), candidates, stage.planes.device, run)
+    return tune.choose(name, (rows, words), candidates, stage.planes.device, run, unfit)
 
 
 def _launch(digits: Digits, stage: layout.Stage, tile: Tile, parts: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ Activations are float16 with one scale a row; where float16 is not enough, a sec
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -157,8 +158,15 @@ def small_batch(
     for stage, out in zip(stages, result.split(parts), strict=True):
         candidates = [tile for tile in tiles(batch, family(planes.device)) if gather in (None, tile.gather)]
         name = f"small batch {'e8p' if stage.signed else 'e8'} {block_batch(batch)}x{len(x.values)}"
-        tile = tune.choose(name, (rows, words), candidates, planes.device, lambda t, s=stage, o=out: _launch(x, s, t, o))
-        _launch(x, stage, tile, out)
+        run = functools.partial(_launch, x, stage, parts=out)
+        tile = tune.choose(name, (rows, words), candidates, planes.device, run)
+        try:
+            run(tile)
+        except tune.OutOfResources:  # remembered of another device
+            again = tune.choose(name, (rows, words), candidates, planes.device, run, unfit=tile)
+            if again == tile:
+                raise
+            run(again)
     return result
 
 

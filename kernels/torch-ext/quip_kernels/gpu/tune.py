@@ -10,13 +10,14 @@ in the user's cache folder. It may be deleted at any time; what cannot be read o
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import glob
 import hashlib
 import json
 import logging
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def choose(
     candidates: Sequence[Candidate],
     device: torch.device,
     run: Callable[[Candidate], object],
+    unfit: Candidate | None = None,
 ) -> Candidate:
     """The fastest candidate.
 
@@ -54,6 +56,8 @@ def choose(
         candidates: the first is taken where nothing can be measured: in the interpreter, while a CUDA graph is recorded,
             without memory to measure in, when the time is used up.
         run: launches the kernel as a candidate says, on inputs of this shape.
+        unfit: what this function has answered and what does not fit onto the device after all, because the file of answers
+            was made with another one or was edited: if that is still the answer, all are measured again.
 
     Raises:
         OutOfResources: no candidate fits onto the device.
@@ -64,7 +68,7 @@ def choose(
         _answers[device] = _read(_path(_device_name(device)))
     question = f"{kernel} {'x'.join(str(triton.next_power_of_2(size)) for size in shape)}"
     answer = _answers[device].get(question)
-    if answer is None or answer >= len(candidates):
+    if answer is None or answer >= len(candidates) or (unfit is not None and candidates[answer] == unfit):
         answer = _measure(question, candidates, device, run)
         if answer is None:
             return candidates[0]
@@ -130,7 +134,7 @@ def _read(path: Path) -> dict[str, int]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.info("%s cannot be read and will be made again (%s)", path, error)
         return {}
     if not isinstance(content, dict):
@@ -140,12 +144,24 @@ def _read(path: Path) -> dict[str, int]:
 
 
 def _write(path: Path, answers: dict[str, int]) -> None:
-    """Together with what other processes have written since; all or nothing."""
+    """Together with what other processes have written since; all or nothing. Who may read it is as the umask says."""
     content = json.dumps(_read(path) | answers, indent=1, sort_keys=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.write(content + "\n")
-        os.replace(file.name, path)
+        _remove_left_over(path)
+        try:
+            temporary.write_text(content + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         logger.info("%s cannot be written, so kernels are measured again next time (%s)", path, error)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove temporary files of processes that were killed while they wrote, which takes them less than a minute."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process has removed it
+            if time.time() - left.stat().st_mtime > 60:
+                left.unlink()

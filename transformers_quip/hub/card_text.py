@@ -1,0 +1,131 @@
+"""The text of a model card. Everything that comes from a file or from the user passes through `text`, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import codebooks
+from ..checkpoints.inventory import Inventory
+from ..config import OPTIONS, QuipConfig
+from ..text import markdown, python
+from ..version import __version__
+from . import claims
+
+_CITATION = """```bibtex
+@inproceedings{tseng2024quipsharp,
+  title     = {{QuIP\\#}: Even Better {LLM} Quantization with {H}adamard Incoherence and Lattice Codebooks},
+  author    = {Tseng, Albert and Chee, Jerry and Sun, Qingyao and Kuleshov, Volodymyr and De Sa, Christopher},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024}
+}
+```"""
+
+
+def body(
+    title: str,
+    inventory: Inventory,
+    config: QuipConfig,
+    base_model: str | None,
+    place: str,
+    results: list[dict[str, Any]],
+) -> str:
+    """The text in Markdown.
+
+    Args:
+        title: of the card.
+        inventory: of the folder.
+        config: its quantization_config, checked.
+        base_model: the dense model's id on the Hub.
+        place: for the example of loading it.
+        results: measured perplexities, see `model_card.read_results`.
+    """
+    source = f"[{markdown(base_model)}](https://huggingface.co/{base_model})" if base_model else "a dense model"
+    parts = [
+        f"# {markdown(title)}",
+        f"This is {source}, quantized with transformers-quip (QuIP#: incoherence by Hadamard transforms and lattice "
+        "codebooks).",
+        "## Load it",
+        "```bash\npip install transformers-quip\n```",
+        f"```python\nimport transformers_quip\nfrom transformers import AutoModelForCausalLM\n"
+        f'model = AutoModelForCausalLM.from_pretrained({python(place)}, device_map="auto")\n```',
+        "**The first line is needed:** without it Transformers warns of an unknown quantization type and gives a model "
+        "with random weights. Programs of others load it with `transformers-quip run PROGRAM`.",
+        "## What it is",
+        _table(_facts(inventory, config)),
+    ]
+    if results:
+        rows: list[tuple[str, ...]] = [("data", "perplexity", "dense model", "protocol")]
+        for result in results:
+            dense = result.get("dense_perplexity")
+            shown = "" if dense is None else f"{dense:.4g}"
+            rows.append((result["dataset"], f"{result['perplexity']:.4g}", shown, result["protocol"]))
+        parts += ["## Measured", _table(rows)]
+    recipe = _recipe(inventory.quantization, config)
+    parts += ["## Limits", _limits(inventory), "## How it was made", recipe, "## Citation", _CITATION]
+    return "\n\n".join(parts)
+
+
+def _facts(inventory: Inventory, config: QuipConfig) -> list[tuple[str, ...]]:
+    options = inventory.quantization
+    calibration, made_here = claims.calibration(options), bool(options.get("origin"))
+    book = config.codebook or "by module"
+    share = inventory.quantized_weights / inventory.parameters
+    rows: list[tuple[str, ...]] = [
+        ("", ""),
+        ("method", f"codebook {book}, incoherence {config.incoherence}, rounding {config.rounding}"),
+        ("bits per weight", f"{config.bits:g} in the codes, {inventory.true_bits:.3f} with everything that is stored"),
+        ("quantized", f"{len(inventory.linears)} layers, {share:.1%} of {inventory.parameters:,} parameters"),
+        ("calibration", calibration["data"] if calibration else "none: nearest points" if made_here else "not known"),
+        ("size", f"{_megabytes(inventory.dense_bytes)} before, {_megabytes(inventory.total_bytes)} now"),
+    ]
+    if calibration and "mean_relative_error" in calibration:
+        rows.append(("mean relative error of a layer's output", f"{calibration['mean_relative_error']:.4f}"))
+    return rows
+
+
+def _limits(inventory: Inventory) -> str:
+    lines = ["It has the limits and biases of the model that it was made from, and it has lost some of its quality."]
+    if inventory.quantization.get("origin") and not inventory.quantization.get("calibration"):
+        lines.append("It was quantized without calibration; at 2 bits that damages a model badly.")
+    if inventory.quantized_weights < inventory.parameters:
+        lines.append("Embeddings, norms, and what else is not counted as quantized above, are stored as they were.")
+    return " ".join(lines)
+
+
+def _recipe(options: Mapping[str, Any], config: QuipConfig) -> str:
+    """The call that makes it, with every option that is not the default, and the versions."""
+    origin = claims.origin(options)
+    if not options.get("origin"):
+        return f"Converted from a checkpoint of another format. Versions: transformers_quip {__version__} (this card)."
+    chosen = {
+        name: options[name]
+        for name, option in OPTIONS.items()
+        if name in options and (name == "bits" or options[name] != option.default)
+    }
+    average = config.codebook is None  # bits of each module, as they were measured, are in config.json
+    usual = average or config.codebook == codebooks.default_for_bits(config.bits)
+    for name in ("codebook" if usual else "bits", *(("modules",) if average else ())):
+        chosen.pop(name, None)
+    # repr writes strings of any depth as literals on one line
+    arguments = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+    source = origin.get("base_model") or origin.get("folder") or "the dense model"
+    code = (
+        "```python\nfrom transformers import AutoModelForCausalLM\nfrom transformers_quip import QuipConfig\n"
+        f"config = QuipConfig({arguments})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({python(source)}, quantization_config=config)\n```"
+    )
+    given = (
+        "\n\nThe data set was given by the caller and is not stored." if "given by" in str(chosen.get("dataset")) else ""
+    )
+    versions = ", ".join(markdown(f"{name} {version}") for name, version in origin.get("versions", {}).items())
+    return f"{code}{given}\n\nVersions: {versions or 'not known'}."
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

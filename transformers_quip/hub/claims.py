@@ -1,0 +1,71 @@
+"""What a config.json says of its model beside the format: who made it from what. Anybody may have written anything there.
+
+Every function gives the kind of value that it promises, or None, whatever it finds. How to show it: see `text`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+# As the Hub has it: one name, or an owner and a name.
+_REPO_ID = re.compile(r"(?!.*(--|\.\.))([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?", re.ASCII)
+
+
+class Origin(TypedDict, total=False):
+    """Which dense model was quantized: `base_model` is an id on the Hub, `folder` any name, `versions` of packages."""
+
+    base_model: str
+    folder: str
+    versions: dict[str, str]
+
+
+class Calibration(TypedDict, total=False):
+    """What a model was calibrated on, in words, and the mean relative error of a layer's output (dimensionless)."""
+
+    data: str
+    mean_relative_error: float
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The names of the model's classes; empty if there are none."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def origin(quantization: Mapping[str, Any]) -> Origin:
+    """See [`Origin`]; empty where nothing usable is said."""
+    found = quantization.get("origin")
+    if not isinstance(found, Mapping):
+        return {}
+    result: Origin = {}
+    base_model, folder, versions = found.get("base_model"), found.get("folder"), found.get("versions")
+    if isinstance(base_model, str) and is_repo_id(base_model):
+        result["base_model"] = base_model
+    elif isinstance(base_model, str):  # whatever it is, it is not a link
+        result["folder"] = base_model
+    if isinstance(folder, str):
+        result["folder"] = folder
+    if isinstance(versions, Mapping):
+        result["versions"] = {str(name): version for name, version in versions.items() if isinstance(version, str)}
+    return result
+
+
+def calibration(quantization: Mapping[str, Any]) -> Calibration | None:
+    """See [`Calibration`]; None where nothing is said."""
+    found = quantization.get("calibration")
+    if not found or not isinstance(found, Mapping):
+        return None
+    data = found.get("data")
+    result: Calibration = {"data": data if isinstance(data, str) else "something that is not described"}
+    error = found.get("mean_relative_error")
+    if isinstance(error, float) and math.isfinite(error):
+        result["mean_relative_error"] = error
+    return result
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    return len(name) <= 96 and _REPO_ID.fullmatch(name) is not None and not name.endswith(".git")
