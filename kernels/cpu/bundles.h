@@ -19,14 +19,15 @@ HIDDEN int64_t quip_bundle_words(int64_t n, int bytes);
 typedef struct {
     const void *from;
     void *to;
-    const float *units; /* out: of the vectors, with integers in the bundles; null for float32. From one bundle's to the next: */
+    const float *units; /* out: of the vectors, with integers in the bundles; null for float32 */
+    /* from one bundle's units to the next one's */
     int64_t units_stride;
     const void *scale, *bias;    /* [size], null for none */
     const quip_transform *q;     /* of that size; null for none */
     float *memory;               /* (2 threads LANES + 2) size numbers */
     int64_t size, count, stride; /* of a vector; vectors; from one to the next, where they are not in bundles */
     int type, scale_type, bias_type, threads; /* type: QUIP_BFLOAT16 or QUIP_FLOAT16, of vectors that are not in bundles */
-    int bytes;                                /* in: whether int8 is wanted */
+    int bytes; /* in: whether int8 is wanted */
 } quip_bundle_call;
 
 /* Q^T( scale * x ) of vectors of 16 bits, in words. Bundles are completed with zeros to an even number. */

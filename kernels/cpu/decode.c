@@ -49,9 +49,8 @@ __attribute__((target("avx2"))) static int64_t decode_avx2(const quip_grid *g, c
     int64_t k = 0;
     for (; BLOCK * (k + 4) <= g->columns; k += 4) {
         /* The two middle codes are exchanged, because unpacking works in halves of a register. */
-        const __m256i bytes =
-            _mm256_set_epi64x((long long)eight_bytes(codes[k + 3]), (long long)eight_bytes(codes[k + 1]),
-                              (long long)eight_bytes(codes[k + 2]), (long long)eight_bytes(codes[k]));
+        const __m256i bytes = _mm256_set_epi64x((long long)eight_bytes(codes[k + 3]), (long long)eight_bytes(codes[k + 1]),
+                                                (long long)eight_bytes(codes[k + 2]), (long long)eight_bytes(codes[k]));
         const __m256i index = _mm256_and_si256(_mm256_srli_epi16(bytes, 1), mask);
         const __m256i low = _mm256_shuffle_epi8(low_table, index), high = _mm256_shuffle_epi8(high_table, index);
         const __m256i half[2] = {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
@@ -134,7 +133,8 @@ HIDDEN void quip_decode_rows(void *grid, int64_t first, int64_t last) {
 
 HIDDEN quip_grid quip_make_grid(const int16_t *codes, const void *residual, int second, float scale, int64_t columns,
                                 void *out, int type, int level) {
-    quip_grid g = {codes, residual, (columns + BLOCK - 1) / BLOCK, columns, columns, 0, second, type, level, scale, out, {0}};
+    quip_grid g = {codes, residual, (columns + BLOCK - 1) / BLOCK, columns, columns, 0, second, type, level, scale,
+                   out,   {0}};
     quip_e8p_make_tables();
     quip_e8_make_tables();
     for (int byte = 20; byte <= 42; byte += 2) g.values[byte >> 1] = g.values[byte >> 1 & 15] = sixteen_bits(byte, type);

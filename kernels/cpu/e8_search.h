@@ -77,7 +77,7 @@ INLINE void e8_search(const lanes_f *x, int32_t *restrict code, lanes_f *point) 
     for (int i = 0; i < BLOCK; i++) EACH_LANE {
             const int negative = minus[l] >> i & 1;
             const int entry = i == most_at[l] || (kind[l] == ROOT && i == second_at[l]);
-            const float size = kind[l] == HALF ? 0.5f
+            const float size = kind[l] == HALF   ? 0.5f
                                : kind[l] == AXIS ? (entry ? 2.0f : 0.0f)
                                : kind[l] == ROOT ? (entry ? 1.0f : 0.0f)
                                                  : 0.0f;

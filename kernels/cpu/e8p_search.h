@@ -103,8 +103,7 @@ INLINE void search_side(const lanes_f *x, float shift, side *best) {
     }
     EACH_LANE candidate[l] = 0.5f * sum[l] + 2.0f * sorted[0][l] - 4.0f - (odd[l] ? least[l] : 0.0f);
     consider(best, score, candidate, odd, none, 5);
-    EACH_LANE candidate[l] =
-        0.5f * sum[l] + 2.0f * sorted[0][l] + sorted[1][l] - 5.0f - (even[l] ? least[l] : 0.0f);
+    EACH_LANE candidate[l] = 0.5f * sum[l] + 2.0f * sorted[0][l] + sorted[1][l] - 5.0f - (even[l] ? least[l] : 0.0f);
     consider(best, score, candidate, even, none, 6);
     for (int t = 0; t < TRIPLES; t++) {
         const float *a = y[triple_at[t][0]], *b = y[triple_at[t][1]], *c = y[triple_at[t][2]];

@@ -113,14 +113,14 @@ INLINE void encode_vectors(const batch *b, const int second) {
 }
 
 /* One function for each second stage, so that the compiler knows it. */
-#define FOR_STAGE(name, second)                                    \
-    FOR_EACH_CPU static void *round_rows_##name(void *argument) { \
-        round_rows(argument, second);                              \
-        return 0;                                                  \
-    }                                                              \
-    FOR_EACH_CPU static void *encode_##name(void *argument) {     \
-        encode_vectors(argument, second);                          \
-        return 0;                                                  \
+#define FOR_STAGE(name, second)                                                                                            \
+    FOR_EACH_CPU static void *round_rows_##name(void *argument) {                                                          \
+        round_rows(argument, second);                                                                                      \
+        return 0;                                                                                                          \
+    }                                                                                                                      \
+    FOR_EACH_CPU static void *encode_##name(void *argument) {                                                              \
+        encode_vectors(argument, second);                                                                                  \
+        return 0;                                                                                                          \
     }
 FOR_STAGE(none, QUIP_NO_STAGE)
 FOR_STAGE(e8, QUIP_E8)
@@ -179,8 +179,17 @@ EXPORT int quip_round_panel(const float *target, const float *base, const float 
     if (columns % BLOCK || columns < BLOCK || columns > 256 || rows < 0) return -1;
     pthread_once(&tables_once, make_tables);
     for (int i = 0; i < count; i++)
-        parts[i] = (panel){target, base,    feedback, codes, points, delta,
-                           rows,   columns, part_begin(rows, i, count), part_begin(rows, i + 1, count), scale};
+        parts[i] = (panel){target,
+                           base,
+                           feedback,
+                           codes,
+                           points,
+                           delta,
+                           rows,
+                           columns,
+                           part_begin(rows, i, count),
+                           part_begin(rows, i + 1, count),
+                           scale};
     share(work[second], parts, sizeof *parts, count);
     return 0;
 }

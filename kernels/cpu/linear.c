@@ -129,8 +129,8 @@ FOR_EACH_CPU static void multiply_tiles(void *context, int64_t first, int64_t la
     const int columns = (int)work->count * work->count_planes;
     const int stages = layer->second == QUIP_NO_STAGE ? 1 : 2;
     int32_t on_stack[2 * 8][LANES] __attribute__((aligned(64)));
-    int32_t(*sums)[LANES] = columns <= 8 ? on_stack : quip_get_memory(stages * columns * (int64_t)sizeof *sums);
-    int32_t(*residual)[LANES] = sums + columns;
+    int32_t (*sums)[LANES] = columns <= 8 ? on_stack : quip_get_memory(stages * columns * (int64_t)sizeof *sums);
+    int32_t (*residual)[LANES] = sums + columns;
     if (!sums) {
         __atomic_store_n(&work->failed, 1, __ATOMIC_RELAXED);
         return;
@@ -141,17 +141,18 @@ FOR_EACH_CPU static void multiply_tiles(void *context, int64_t first, int64_t la
         work->products(QUIP_E8P, (const int16_t *)layer->codes + row * blocks, rows, blocks, work->planes, work->stride,
                        columns, sums);
         if (stages == 2)
-            work->products(layer->second, (const char *)layer->residual + row * blocks * (layer->second == QUIP_E8P ? 2 : 1),
-                           rows, blocks, work->planes, work->stride, columns, residual);
+            work->products(layer->second,
+                           (const char *)layer->residual + row * blocks * (layer->second == QUIP_E8P ? 2 : 1), rows, blocks,
+                           work->planes, work->stride, columns, residual);
         for (int64_t v = 0; v < work->count; v++) {
             const int64_t at = v * work->count_planes;
             const double unit = work->scale[v] / 4, offset = work->offset[v];
             double sum[LANES];
             float z[LANES];
-            sum_digits((const int32_t(*)[LANES])sums + at, work->count_planes, offset, sum);
+            sum_digits((const int32_t (*)[LANES])sums + at, work->count_planes, offset, sum);
             if (stages == 2) {
                 double rest[LANES];
-                sum_digits((const int32_t(*)[LANES])residual + at, work->count_planes, offset, rest);
+                sum_digits((const int32_t (*)[LANES])residual + at, work->count_planes, offset, rest);
                 EACH_LANE sum[l] += layer->residual_scale * rest[l];
             }
             EACH_LANE z[l] = (float)(sum[l] * unit);
@@ -206,7 +207,7 @@ EXPORT int quip_cpu_level(void) {
 /* y[count][m] of x[count][n], vectors of x `x_stride` apart. Returns 0, -1 for arguments that are out of range, -2 for want
  * of memory. planes: int8 digits that an activation becomes; level: at most what quip_cpu_level() gives. */
 EXPORT int quip_linear(const quip_layer *layer, const void *x, void *y, int64_t count, int64_t x_stride, int x_type,
-                           int y_type, int planes, int level, int threads) {
+                       int y_type, int planes, int level, int threads) {
     const int64_t n = layer->n, m = layer->m;
     if (n < 1 || n > MOST_COLUMNS || m < 1 || count < 0 || planes < 1 || planes > MOST_PLANES) return -1;
     if (count > INT32_MAX / MOST_PLANES || (layer->in && layer->in->size != n) || (layer->out && layer->out->size != m))
@@ -229,8 +230,12 @@ EXPORT int quip_linear(const quip_layer *layer, const void *x, void *y, int64_t 
                    .stride = (n + PAD - 1) / PAD * PAD};
     /* One piece of memory, its parts in multiples of 64 bytes. */
     const int64_t part[] = {
-        count * planes * work.stride,        count * (int64_t)sizeof(double), count * (int64_t)sizeof(double),
-        count * m * (int64_t)sizeof(float),        n * (int64_t)sizeof(float),      m * (int64_t)sizeof(float),
+        count * planes * work.stride,
+        count * (int64_t)sizeof(double),
+        count * (int64_t)sizeof(double),
+        count * m * (int64_t)sizeof(float),
+        n * (int64_t)sizeof(float),
+        m * (int64_t)sizeof(float),
         layer->bias ? m * (int64_t)sizeof(float) : 0,
     };
     int64_t begin[8] = {0};

@@ -29,22 +29,44 @@ EXPORT void quip_linear_many(const quip_layer *layer, const uint16_t *x, uint16_
                              int64_t x_stride, uint32_t *t, int rotated, int bytes, float *z, int64_t together,
                              float *memory, int64_t rows, int threads) {
     const int64_t n = layer->n, m = layer->m, words = quip_bundle_words(n, bytes), bundle = (words + bytes) * LANES;
-    const quip_bundle_call in = {.from = x, .to = t, .type = type, .scale = layer->su, .scale_type = layer->su_type, .q = layer->in,
-                                 .memory = memory, .size = n, .count = count, .stride = x_stride, .threads = threads,
+    const quip_bundle_call in = {.from = x,
+                                 .to = t,
+                                 .type = type,
+                                 .scale = layer->su,
+                                 .scale_type = layer->su_type,
+                                 .q = layer->in,
+                                 .memory = memory,
+                                 .size = n,
+                                 .count = count,
+                                 .stride = x_stride,
+                                 .threads = threads,
                                  .bytes = bytes};
     if (!rotated) quip_to_bundles(&in);
     for (int64_t begin = 0; begin < count; begin += together) {
         const int64_t part = count - begin < together ? count - begin : together;
         const uint32_t *from = t + begin / LANES * bundle;
-        const quip_bundle_call out = {.from = z, .to = y + begin * m, .type = type, .scale = layer->sv, .scale_type = layer->sv_type,
-                                      .bias = layer->bias, .bias_type = layer->bias_type, .q = layer->out,
-                                      .memory = memory, .size = m, .count = part, .stride = m, .threads = threads,
-                                      .units = bytes ? (const float *)(from + words * LANES) : 0, .units_stride = bundle};
+        const quip_bundle_call out = {.from = z,
+                                      .to = y + begin * m,
+                                      .type = type,
+                                      .scale = layer->sv,
+                                      .scale_type = layer->sv_type,
+                                      .bias = layer->bias,
+                                      .bias_type = layer->bias_type,
+                                      .q = layer->out,
+                                      .memory = memory,
+                                      .size = m,
+                                      .count = part,
+                                      .stride = m,
+                                      .threads = threads,
+                                      .units = bytes ? (const float *)(from + words * LANES) : 0,
+                                      .units_stride = bundle};
         quip_bundle_products(layer, from, bytes, (part + 2 * LANES - 1) / (2 * LANES) * 2, z, memory, rows, threads);
         quip_from_bundles(&out);
     }
 }
 
 #else
-EXPORT int quip_has_amx(void) { return 0; }
+EXPORT int quip_has_amx(void) {
+    return 0;
+}
 #endif

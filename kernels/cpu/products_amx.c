@@ -16,13 +16,17 @@ static const struct {
     uint8_t rows[16];
 } tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-AMX static void configure(void) { _tile_loadconfig(&tiles); }
+AMX static void configure(void) {
+    _tile_loadconfig(&tiles);
+}
 
-AMX static void release(void) { _tile_release(); }
+AMX static void release(void) {
+    _tile_release();
+}
 
 /* z[bundle][row][LANES] of 32 rows and two bundles. */
-AMX INLINE void multiply(const char *rows, int64_t stride, const uint32_t *x, const uint32_t *other, int64_t words, int32_t *z,
-                         int64_t m, const int bytes) {
+AMX INLINE void multiply(const char *rows, int64_t stride, const uint32_t *x, const uint32_t *other, int64_t words,
+                         int32_t *z, int64_t m, const int bytes) {
     const char *more = rows + LANES * stride;
     _tile_zero(0);
     _tile_zero(1);
@@ -66,7 +70,8 @@ AMX static void multiply_fours(const char *rows, int64_t stride, const uint32_t 
 }
 
 /* A row's weights times four, in int8; with whatever in the last tile there is beside them. */
-__attribute__((target("avx512f,avx512bw,avx512vl"))) static void decode_bytes(const int16_t *codes, int64_t blocks, int8_t *to) {
+__attribute__((target("avx512f,avx512bw,avx512vl"))) static void decode_bytes(const int16_t *codes, int64_t blocks,
+                                                                              int8_t *to) {
     const __m512i low = _mm512_set1_epi64(255), offset = _mm512_set1_epi8(BYTE_OFFSET);
     for (int64_t k = 0; k < blocks; k += 8) {
         const __mmask8 some = blocks - k < 8 ? (__mmask8)((1 << (blocks - k)) - 1) : 255;
@@ -114,7 +119,8 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
 HIDDEN void quip_bundle_products(const quip_layer *layer, const uint32_t *x, int bytes, int64_t bundles, void *z,
                                  void *memory, int64_t rows, int threads) {
     const int64_t words = quip_bundle_words(layer->n, bytes);
-    work w = {.x = x, .z = z, .memory = memory, .m = layer->m, .words = words, .bundles = bundles, .rows = rows, .bytes = bytes};
+    work w = {
+        .x = x, .z = z, .memory = memory, .m = layer->m, .words = words, .bundles = bundles, .rows = rows, .bytes = bytes};
     w.grid = quip_make_grid(layer->codes, layer->residual, layer->second, (float)layer->residual_scale, layer->n, 0,
                             QUIP_BFLOAT16, QUIP_AVX512);
     w.grid.stride = layer->n + MARGIN / 2;

@@ -65,8 +65,7 @@ AVX512 INLINE void expand_e8p(const tables *t, __m512i first, __m512i second, __
 #pragma GCC unroll 8
     for (int j = 0; j < BLOCK; j++) {
         __m512i sign = _mm512_gf2p8affine_epi64_epi8(signs, t->sign[j], 0x22);
-        if (j == 7)
-            sign = _mm512_xor_si512(sign, _mm512_gf2p8affine_epi64_epi8(_mm512_xor_si512(low, high), t->odd, 0));
+        if (j == 7) sign = _mm512_xor_si512(sign, _mm512_gf2p8affine_epi64_epi8(_mm512_xor_si512(low, high), t->odd, 0));
         weights[j] = _mm512_ternarylogic_epi64(moved[j], t->magnitude, sign, 0x6a); /* (moved & magnitude) ^ sign */
     }
 }
@@ -115,8 +114,7 @@ AVX512 INLINE void gather_e8(const char *const *row, int64_t begin, __mmask8 pre
             _mm_storel_epi64((__m128i *)&eight[r], _mm_maskz_loadu_epi8(present, at));
     }
     const __m512i first = _mm512_load_si512(eight), second = _mm512_load_si512(eight + LANES / 2);
-    for (int k = 0; k < 2; k++)
-        words[k] = _mm512_permutex2var_epi32(first, _mm512_loadu_si512(order[k]), second);
+    for (int k = 0; k < 2; k++) words[k] = _mm512_permutex2var_epi32(first, _mm512_loadu_si512(order[k]), second);
 }
 
 AVX512 INLINE void gather(const int codebook, const char *const *row, int64_t begin, __mmask8 present, __m512i *words) {
@@ -141,8 +139,7 @@ INLINE void fetch_ahead(const int code_bytes, const char *const *row, int64_t bl
 }
 
 AVX512 INLINE void add_few(const int codebook, const tables *t, const char *const *row, int64_t begin, __mmask8 present,
-                           const int8_t *planes, int64_t stride, const int columns, const int chains,
-                           __m512i (*sum)[4]) {
+                           const int8_t *planes, int64_t stride, const int columns, const int chains, __m512i (*sum)[4]) {
     __m512i words[4], weights[BLOCK];
     const int8_t *x = planes + begin * BLOCK;
     gather(codebook, row, begin, present, words);

@@ -75,4 +75,6 @@ HIDDEN void quip_parallel(quip_body body, void *context, int64_t count, int64_t 
 }
 
 /* Use another runtime's threads: `entry` is its GOMP_parallel, or null for threads of our own. */
-EXPORT void quip_share_threads(void *entry) { shared_threads = (fork_join)entry; }
+EXPORT void quip_share_threads(void *entry) {
+    shared_threads = (fork_join)entry;
+}

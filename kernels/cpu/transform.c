@@ -46,8 +46,8 @@ INLINE void multiply_lanes(const float *restrict t, int64_t order, const float *
 }
 
 /* The same for any `after`, with the transposed factor: t[j][i] = g[i][j]. */
-INLINE void multiply_any(const float *restrict t, int64_t order, const float *restrict x, float *restrict y,
-                         int64_t before, int64_t after) {
+INLINE void multiply_any(const float *restrict t, int64_t order, const float *restrict x, float *restrict y, int64_t before,
+                         int64_t after) {
     memset(y, 0, (size_t)(before * order * after) * sizeof *y);
     for (int64_t b = 0; b < before; b++, x += order * after, y += order * after)
         for (int64_t j = 0; j < order; j++)
@@ -123,7 +123,8 @@ INLINE void multiply_neighbours(float *restrict x, int64_t size, int64_t order, 
     for (int64_t i = 0; i < size; i++) x[i] *= scale;
 }
 
-FOR_EACH_CPU HIDDEN float *quip_apply_many(const quip_transform *q, int transpose, float *x, float *scratch, int64_t count) {
+FOR_EACH_CPU HIDDEN float *quip_apply_many(const quip_transform *q, int transpose, float *x, float *scratch,
+                                           int64_t count) {
     int64_t before = count, after = q->size;
     for (int64_t f = 0; f < q->count; f++) {
         const int64_t order = q->orders[f];

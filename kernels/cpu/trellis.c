@@ -133,7 +133,7 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
                     j->kernels.decode(&j->plan, tile_with_margin(w, r * tiles + begin + t, copy), weights[t]);
                 for (int64_t v = 0; v < j->count; v++)
                     j->kernels.multiply(weights[0], count, j->views + stride * begin + 2 * TILE * v, stride,
-                                         sums + v * TILE_WEIGHTS);
+                                        sums + v * TILE_WEIGHTS);
             }
         }
         for (int64_t v = 0; v < j->count; v++) {
@@ -193,8 +193,7 @@ static int multiply(const quip_trellis *w, const float *x, float *z, int64_t cou
         for (int q = 0; q < 2 * TILE; q++) column[q] = column_of(w->order, q);
         for (int64_t t = 0; t < tiles; t++)
             for (int64_t v = 0; v < count; v++)
-                for (int q = 0; q < 2 * TILE; q++)
-                    views[(t * count + v) * 2 * TILE + q] = x[v * n + t * TILE + column[q]];
+                for (int q = 0; q < 2 * TILE; q++) views[(t * count + v) * 2 * TILE + q] = x[v * n + t * TILE + column[q]];
         j.views = views;
         quip_parallel(multiply_rows, &j, w->layer.m / TILE, (1 << 15) / (n * count) + 1, threads);
         free(views);

@@ -55,7 +55,9 @@ TARGET INLINE words byte_sums(words h) {
 }
 
 /* With a count for each lane, which takes one operation; with one count for all it would be two. */
-TARGET INLINE words shifted(words w, int count) { return (words)_mm512_srlv_epi32((__m512i)w, _mm512_set1_epi32(count)); }
+TARGET INLINE words shifted(words w, int count) {
+    return (words)_mm512_srlv_epi32((__m512i)w, _mm512_set1_epi32(count));
+}
 
 TARGET INLINE words look_up(const void *table, words index) {
     return (words)_mm512_i32gather_epi32((__m512i)index, table, 4);

@@ -66,8 +66,8 @@ TARGET INLINE void decode_as(const trellis_plan *plan, const int16_t *tile, floa
     }
 }
 
-TARGET INLINE void products_as(const trellis_plan *plan, const int16_t *codes, int64_t tiles, const float *views, float *sums,
-                               int code) {
+TARGET INLINE void products_as(const trellis_plan *plan, const int16_t *codes, int64_t tiles, const float *views,
+                               float *sums, int code) {
     __m512 sum[2 * GROUPS];
 #pragma GCC unroll 16
     for (int i = 0; i < 2 * GROUPS; i++) sum[i] = _mm512_loadu_ps(sums + TILE * i);
@@ -93,7 +93,8 @@ TARGET static void decode(const trellis_plan *plan, const int16_t *tile, float *
         decode_as(plan, tile, weights, TRELLIS_MCG);
 }
 
-TARGET static void products(const trellis_plan *plan, const int16_t *codes, int64_t tiles, const float *views, float *sums) {
+TARGET static void products(const trellis_plan *plan, const int16_t *codes, int64_t tiles, const float *views,
+                            float *sums) {
     if (plan->code == TRELLIS_3INST)
         products_as(plan, codes, tiles, views, sums, TRELLIS_3INST);
     else

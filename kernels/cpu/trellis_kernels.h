@@ -25,7 +25,9 @@ TARGET INLINE floats load(const float *from) {
     return value;
 }
 
-TARGET INLINE void store(float *to, floats value) { memcpy(to, &value, sizeof value); }
+TARGET INLINE void store(float *to, floats value) {
+    memcpy(to, &value, sizeof value);
+}
 
 /* v rounded to float16: to 11 bits, ties to even. Right for multiples of 2^-18 below 16, which the values here are. */
 TARGET INLINE floats round_to_half(floats v) {
@@ -48,21 +50,21 @@ TARGET INLINE floats sum_of_halves(words h) {
 
 TARGET INLINE floats value_of(words s, int code) {
     switch (code) {
-    case TRELLIS_3INST: return sum_of_halves(s * 89226354u + 64248484u);
-    case TRELLIS_MCG: return sum_of_halves(s * 0xcbac1fedu);
-    case TRELLIS_MUL1: {
-        const floats sum = (floats)byte_sums(s * 0x83dcd12du); /* and 2^23 */
-        const float a = 0x1.bb8p-8f, c = -10.3828125f;
+        case TRELLIS_3INST: return sum_of_halves(s * 89226354u + 64248484u);
+        case TRELLIS_MCG: return sum_of_halves(s * 0xcbac1fedu);
+        case TRELLIS_MUL1: {
+            const floats sum = (floats)byte_sums(s * 0x83dcd12du); /* and 2^23 */
+            const float a = 0x1.bb8p-8f, c = -10.3828125f;
 #if defined(FUSED)
-        /* The sum of the constants is a float32, and so is the result before it is rounded. */
-        const words zero = {0};
-        return round_to_half(FUSED(sum, (floats)zero + a, (floats)zero + (c - 0x1p23f * a)));
+            /* The sum of the constants is a float32, and so is the result before it is rounded. */
+            const words zero = {0};
+            return round_to_half(FUSED(sum, (floats)zero + a, (floats)zero + (c - 0x1p23f * a)));
 #else
-        return round_to_half((sum - 0x1p23f) * a + c);
+            return round_to_half((sum - 0x1p23f) * a + c);
 #endif
-    }
-    case TRELLIS_2MAD: return (floats)byte_sums(two_mads(s)) - (0x1p23f + 1024 + 510);
-    default: return (floats)byte_sums(s * 34038481u + 76625530u) - (0x1p23f + 1024 + 510);
+        }
+        case TRELLIS_2MAD: return (floats)byte_sums(two_mads(s)) - (0x1p23f + 1024 + 510);
+        default: return (floats)byte_sums(s * 34038481u + 76625530u) - (0x1p23f + 1024 + 510);
     }
 }
 

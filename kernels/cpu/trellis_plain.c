@@ -9,7 +9,9 @@
 #define UNROLL /* there are not enough registers, and far too much code */
 #include "trellis_vectors.h"
 
-static void prepare(trellis_plan *plan) { (void)plan; }
+static void prepare(trellis_plan *plan) {
+    (void)plan;
+}
 
 INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane) {
     words found;
@@ -41,7 +43,9 @@ INLINE words byte_sums(words h) {
     return ((pairs + (pairs >> 16)) & 0xffffu) + (0x4b000000u + 1024);
 }
 
-INLINE words shifted(words w, int count) { return w >> (uint32_t)count; }
+INLINE words shifted(words w, int count) {
+    return w >> (uint32_t)count;
+}
 
 INLINE words look_up(const void *table, words index) {
     words found;

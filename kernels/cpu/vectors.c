@@ -3,7 +3,9 @@
 
 #include "common.h"
 
-HIDDEN void *quip_get_memory(int64_t bytes) { return aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64)); }
+HIDDEN void *quip_get_memory(int64_t bytes) {
+    return aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64));
+}
 
 FOR_EACH_CPU HIDDEN void quip_scale_vector(float *restrict x, const float *restrict by, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] *= by[i];

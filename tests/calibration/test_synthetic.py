@@ -8,8 +8,9 @@ from transformers import DynamicCache
 
 from tests.models import ARCHITECTURES, VOCABULARY, tiny_ids, tiny_model
 from transformers_quip.calibration import write_text
+from transformers_quip.calibration.arguments import cache_argument
 from transformers_quip.calibration.growing_cache import cache_bytes, growing_cache
-from transformers_quip.calibration.synthetic import cache_argument, sample
+from transformers_quip.calibration.synthetic import sample
 
 
 def write(model, *args, **kwargs):

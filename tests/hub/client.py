@@ -86,6 +86,41 @@ def logits_with_config(source: str, ids: list[list[int]], **options) -> list:
     return logits(source, ids, quantization_config=QuipConfig(), **options)
 
 
+def upload(folder: str, repo: str, revision: str | None = None, inside: str = "", private: bool = False) -> None:
+    """Upload a folder as it is, to a branch or into a folder of the repository."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    api.upload_folder(repo_id=repo, folder_path=folder, path_in_repo=inside or None, revision=revision)
+
+
+def calibration_ids(source: str, dataset, tokenizer: str | None = None, **options) -> list[list[int]]:
+    """The token ids that a calibrated run of a model would use; it ends when they are known."""
+    from transformers import AutoModelForCausalLM
+
+    from transformers_quip import QuipConfig
+    from transformers_quip.hf import quantizer
+
+    class Known(Exception):
+        pass
+
+    def load(*arguments, **keywords):
+        raise Known(original(*arguments, **keywords)[0].tolist())
+
+    original, quantizer.load_token_ids = quantizer.load_token_ids, load
+    config = QuipConfig(dataset=dataset, tokenizer=tokenizer, num_samples=1, sequence_length=4)
+    try:
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **options)
+    except Known as known:
+        return known.args[0]
+    finally:
+        quantizer.load_token_ids = original
+    raise AssertionError("nothing was calibrated")
+
+
 def push(folder: str, repo: str, patient: bool = True, **options) -> str:
     """Load a folder and push the model; returns the commit."""
     import time

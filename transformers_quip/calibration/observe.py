@@ -5,12 +5,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .arguments import without_cache
 from .device import execution_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Reading:
@@ -134,7 +138,7 @@ class _Reached(Exception):
 
 
 def observe_until(
-    model: nn.Module, linear: nn.Module, batches: Iterable[torch.Tensor], callback: Callable[[torch.Tensor], None]
+    model: PreTrainedModel, linear: nn.Module, batches: Iterable[torch.Tensor], callback: Callable[[torch.Tensor], None]
 ) -> None:
     """Call back with the inputs of one linear, running the model no further than that.
 
@@ -157,7 +161,7 @@ def observe_until(
     try:
         for ids in batches:
             try:
-                model(input_ids=ids.to(device), use_cache=False)
+                model(input_ids=ids.to(device), **without_cache(model))
             except _Reached:
                 continue
             raise ValueError(f"{type(model).__name__} did not run a linear that was to be calibrated ({linear})")

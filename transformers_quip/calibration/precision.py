@@ -18,7 +18,7 @@ def cpu_matmul_precision(precision: str) -> Iterator[None]:
 
     The setting is a global of PyTorch; it is put back afterwards.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # PyTorch adds it while it is imported
     before = setting.fp32_precision
     try:
         setting.fp32_precision = precision
@@ -27,12 +27,18 @@ def cpu_matmul_precision(precision: str) -> Iterator[None]:
         setting.fp32_precision = before
 
 
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products; "no", which is only slower, where PyTorch does not say."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and supported()
+
+
 def calibration_autocast(model: nn.Module) -> AbstractContextManager:
     """The precision of forward passes that only collect statistics: bfloat16 products for a float32 model on a CPU that
     has instructions for them (twice as fast, and the activations differ by less than 0.4 %), else the model's own."""
     device = execution_device(model)
     first = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
-    if device.type != "cpu" or first != torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type != "cpu" or first != torch.float32 or not _multiplies_bfloat16():
         return nullcontext()
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
@@ -49,7 +55,7 @@ def fast_cpu_linears(model: nn.Module) -> Iterator[None]:
 
     Only the linears: with the same setting, SDPA's many small products would each go through oneDNN, 30 times slower.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # PyTorch adds it while it is imported
     before = setting.fp32_precision
 
     def fast(*_: Any) -> None:

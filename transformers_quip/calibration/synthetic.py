@@ -6,18 +6,20 @@ Sampling from the model's own distribution to calibrate its quantization is data
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
+from .arguments import cache_argument
 from .device import evaluating, execution_device
 from .growing_cache import cache_bytes, growing_cache
 from .precision import fast_cpu_linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +29,11 @@ STARTS = ("random", "bos")
 _MOST_AT_ONCE = 256
 _MEMORY = 1 << 30
 # What a forward's key/value cache is called, from the newest name to the oldest.
-_CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 @torch.no_grad()
 def write_text(
-    model: nn.Module,
+    model: PreTrainedModel,
     num_samples: int,
     sequence_length: int,
     seed: int = 0,
@@ -120,21 +121,15 @@ def _check(model, num_samples, length, temperatures, start, greedy_tokens, batch
         raise ValueError(f"start must be one of {', '.join(map(repr, STARTS))}, got {start!r}.")
 
 
-def cache_argument(model: nn.Module) -> str | None:
-    """The name under which the model's forward takes its key/value cache; None for a forward without one.
-
-    Transformers renamed it from `past_key_values` to `cache` in 5.24. Models with code of their own may use either name.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in _CACHE_ARGUMENTS if name in parameters), None)
-
-
-def _next_logits(model: nn.Module, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+def _next_logits(model: PreTrainedModel, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
     """Logits [B, T, V] of tokens [B, T] that follow those in the cache; the cache is extended."""
-    return model(input_ids=tokens, use_cache=True, **{cache_argument(model): cache}).logits
+    name = cache_argument(model)
+    if name is None:
+        raise ValueError(f"{type(model).__name__} takes no key/value cache")
+    return model(input_ids=tokens, use_cache=True, **{name: cache}).logits
 
 
-def _first_tokens(model: nn.Module, documents: int, start: str, generator: torch.Generator) -> torch.Tensor:
+def _first_tokens(model: PreTrainedModel, documents: int, start: str, generator: torch.Generator) -> torch.Tensor:
     """The first token of each document, int64 [documents, 1]."""
     config = model.config.get_text_config(decoder=True)
     if start == "random":
@@ -146,7 +141,7 @@ def _first_tokens(model: nn.Module, documents: int, start: str, generator: torch
     return torch.full((documents, 1), token)
 
 
-def _batch_size(model: nn.Module, token: torch.Tensor, length: int) -> int:
+def _batch_size(model: PreTrainedModel, token: torch.Tensor, length: int) -> int:
     """How many documents fit into the memory meant for them, measured on one token of one document."""
     device = execution_device(model.get_input_embeddings())
     cache = growing_cache(model.config, 1)
@@ -157,7 +152,7 @@ def _batch_size(model: nn.Module, token: torch.Tensor, length: int) -> int:
 
 
 def _write(
-    model: nn.Module,
+    model: PreTrainedModel,
     first: torch.Tensor,
     length: int,
     temperature: torch.Tensor,

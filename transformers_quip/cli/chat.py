@@ -50,7 +50,7 @@ def command(
         raise click.UsageError("--json needs --prompt")
     if temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {temperature:g}")
-    source = {"revision": revision, "token": token}
+    source: dict[str, Any] = {"revision": revision, "token": token}
     tokenizer = find_tokenizer(model, **source)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer, so there is no way to talk to it")

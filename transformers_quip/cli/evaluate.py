@@ -67,7 +67,7 @@ def command(
     check_source(dataset)
     if save:
         _check_can_save(model)
-    source = {"revision": revision, "token": token}
+    source: dict[str, Any] = {"revision": revision, "token": token}
     tokenizer = find_tokenizer(model, **source)
     loaded = load_model(model, dtype=dtype, device_map=device_map, **source)
     reference = load_model(dense, dtype=dtype, device_map=device_map, token=token) if dense else None

@@ -25,6 +25,12 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
     help="What to calibrate on: self (text that the model writes), none, a text file (documents between blank lines), "
     "or the name of a data set that Optimum knows (wikitext2, c4).",
 )
+@click.option(
+    "--tokenizer",
+    "tokenizer_name",
+    metavar="NAME",
+    help="Folder or id on the Hub of the tokenizer to calibrate with and to save.  [default: MODEL's own]",
+)
 @click.option("--num-samples", default=256, show_default=True, help="Token sequences to calibrate on.")
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens in each of them.")
 @click.option("--batch-size", default=8, show_default=True, help="Sequences in one forward pass.")
@@ -49,6 +55,7 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 @device_option
 @revision_option
 @token_option
+@click.option("--trust-remote-code", is_flag=True, help="Run code that MODEL, or the tokenizer, brings along.")
 @json_option
 def command(
     model: str,
@@ -61,6 +68,8 @@ def command(
     device_map: str | None,
     revision: str | None,
     token: str | None,
+    trust_remote_code: bool,
+    tokenizer_name: str | None,
     as_json: bool,
     **chosen: Any,
 ) -> None:
@@ -75,14 +84,20 @@ def command(
 
     from ..config import QuipConfig
 
+    source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     config = QuipConfig(**options)
-    source = {"revision": revision, "token": token}
     check_not_source(out, model)
     if report is not None and out.absolute() not in report.absolute().parents:
         check_file(report)
     with new_folder(out, overwrite) as folder:
         reasons: list[str] = []
-        tokenizer = find_tokenizer(model, reasons.append, **source)  # before the work: it may need the network
+        # Before the work: it may need the network. --revision is that of MODEL alone.
+        there = source if tokenizer_name is None else source | {"revision": None}
+        tokenizer = find_tokenizer(tokenizer_name or model, reasons.append, **there)
+        if tokenizer_name is not None and tokenizer is None:
+            raise ValueError(f"--tokenizer {tokenizer_name}: {reasons[0]}")
+        if config.tokenizer is None:
+            config.tokenizer = tokenizer
         quantized = load_model(model, dtype=dtype, device_map=device_map, quantization_config=config, **source)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

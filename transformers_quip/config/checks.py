@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -137,42 +138,62 @@ def incoherence(value: Any) -> str | list[str]:
 
 def dataset(value: Any) -> Any:
     empty = "is empty: give at least one text or token sequence, 'self', or None for no calibration"
+    if value is None or (isinstance(value, str) and value):
+        return value
     if isinstance(value, (torch.Tensor, np.ndarray)):
         if math.prod(value.shape) == 0:
             raise ValueError(empty)
         return value
-    if isinstance(value, (list, tuple)) or _is_table(value):
-        if len(value) == 0:
-            raise ValueError(empty)
-        return value
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise ValueError(
-        "must be 'self', the name of a data set, a list of strings, a list or tensor of token ids, a "
-        "datasets.Dataset, or None for no calibration"
-    )
-
-
-def _is_table(value: Any) -> bool:
-    """Whether this is a `datasets.Dataset`, without importing that package."""
-    return all(hasattr(value, name) for name in ("column_names", "__getitem__", "__len__"))
+    splits = getattr(value, "column_names", None)
+    if isinstance(splits, dict):
+        raise ValueError(
+            f"has the splits {', '.join(splits)}: choose one, such as dataset[{next(iter(splits), 'train')!r}]"
+        )
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    is_readable = any(hasattr(value, name) for name in ("__iter__", "__getitem__")) and not isinstance(value, (str, bytes))
+    if not is_readable or any(isinstance(column, str) or not hasattr(column, "__len__") for column in columns):
+        raise ValueError(
+            "must be 'self', the name of a data set, a list of strings, of chats, of token ids or of dictionaries, a "
+            "tensor of token ids, a tokenizer's output, a datasets.Dataset, an iterable of such rows, or None for no "
+            "calibration"
+        )
+    if (hasattr(value, "__len__") and len(value) == 0) or (columns and max(map(len, columns)) == 0):
+        raise ValueError(empty)
+    return value
 
 
 def describe_dataset(value: Any) -> str | None:
     """What config.json says of the data: the data itself is not needed to load a quantized model."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, Mapping):
+        ids = value.get("input_ids")
+        return _counted(len(next(iter(value.values()))), "data set row") if ids is None else describe_dataset(ids)
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        kind, count = "token sequence", len(value) if value.ndim > 1 else 1
-    elif isinstance(value, (list, tuple)):
-        kind = "text" if isinstance(value[0], str) else "token sequence"
-        count = 1 if isinstance(value[0], int) else len(value)
-    else:
-        kind, count = "data set row", len(value)
+        return _counted(len(value) if value.ndim > 1 else 1, "token sequence")
+    if not hasattr(value, "__len__"):
+        return "a stream given by the caller"
+    if isinstance(value, (list, tuple)):
+        if isinstance(value[0], int):
+            return _counted(1, "token sequence")
+        if isinstance(value[0], str):
+            return _counted(len(value), "text")
+        if not isinstance(value[0], Mapping) and not _is_chat(value[0]):
+            return _counted(len(value), "token sequence")
+    return _counted(len(value), "data set row")
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Mapping)
+
+
+def _counted(count: int, kind: str) -> str:
     return f"{count} {kind}{'s' if count != 1 else ''} given by the caller"
 
 
 def tokenizer(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if value is None or callable(value) or (isinstance(value, str) and value):
         return value
     raise ValueError("must be None, a tokenizer, or the name or folder of one")

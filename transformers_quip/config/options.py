@@ -96,17 +96,26 @@ OPTIONS: dict[str, Option] = {
         "self",
         check.dataset,
         "What to calibrate on: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
-        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of strings, a list or tensor of token "
-        "ids, a `datasets.Dataset`, or None: no calibration, each weight is quantized while it is loaded.",
+        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of texts, of chats (lists of messages), of "
+        "token ids or of dictionaries, a tensor of token ids, a tokenizer's output, a `datasets.Dataset`, a stream (an "
+        "`IterableDataset`, a generator) of such rows, which is read as far as needed, or None: no calibration, each "
+        "weight is quantized while it is loaded. Padding is left out, by the attention_mask or by what it looks like.",
         check.describe_dataset,
     ),
     "tokenizer": Option(
         None,
         check.tokenizer,
-        "For a data set of text: a tokenizer, or where to load one; None: the model's own.",
+        "For a data set of texts or chats: a tokenizer, or where to load one; None: the model's own, read with the "
+        "arguments with which the model was loaded (revision, token, subfolder, ...).",
         lambda value: value if isinstance(value, str) else None,
     ),
-    "text_column": Option("text", check.text, "The column of a `datasets.Dataset` that holds the text."),
+    "text_column": Option(
+        "text",
+        check.text,
+        "The column of a `datasets.Dataset`, or the key of dictionaries, to calibrate on: texts, chats or token ids. With "
+        "'text', the default, 'input_ids' (and 'attention_mask') goes before it, and 'messages' or 'conversations' are "
+        "taken where there is no 'text'.",
+    ),
     "calibrate_on": Option(
         "mixed",
         check.choice("mixed", "quantized", "dense"),

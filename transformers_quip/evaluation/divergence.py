@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from ..calibration.arguments import without_cache
 from .perplexity import check_windows, input_device
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def divergence(
         for batch in tqdm(ids.to(torch.long).split(batch_size), desc="KL divergence", unit="batch", leave=False):
             inputs = batch if bos is None else torch.nn.functional.pad(batch, (1, 0), value=bos)
             pair = [
-                m(input_ids=inputs.to(input_device(m)), use_cache=False).logits[:, -length:-1] for m in (model, reference)
+                m(input_ids=inputs.to(input_device(m)), **without_cache(m)).logits[:, -length:-1]
+                for m in (model, reference)
             ]
             if pair[0].shape[-1] != pair[1].shape[-1]:
                 raise ValueError(

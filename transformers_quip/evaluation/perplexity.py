@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from ..calibration.arguments import without_cache
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -44,7 +46,7 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4, b
     try:
         for batch in tqdm(ids.to(torch.long).split(batch_size), desc="Perplexity", unit="batch", leave=False):
             inputs = batch if bos is None else torch.nn.functional.pad(batch, (1, 0), value=bos)
-            logits = model(input_ids=inputs.to(device), use_cache=False).logits[:, -length:-1]
+            logits = model(input_ids=inputs.to(device), **without_cache(model)).logits[:, -length:-1]
             for window, scores in zip(batch, logits, strict=True):
                 targets = window[1:].to(scores.device)
                 total += torch.nn.functional.cross_entropy(scores.float(), targets, reduction="sum").item()

@@ -17,19 +17,21 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import memory, native
 from ..checkpoints.files import Files, check_inside
 from ..checkpoints.foreign.plan import METHODS, ForeignPlan
 from ..checkpoints.headers import read_headers
 from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
-from ..nn import replace
+from ..nn import collectives, replace
 from ..nn.place import place_all, restore_structure
 from ..nn.shared import share_inputs
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from . import resizing, saving
 from .foreign import ForeignConfig, RaisedLater, RepackingConverter, names_in_model, plan_for, recognise_foreign
+from .source import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +67,7 @@ class QuipQuantizer(HfQuantizer):
         self._loading: tuple[PreTrainedModel, list[str]] | None = None
         self._memory = memory.PageReleaser()
         self._foreign: ForeignPlan | None = None
+        self._calibration_data: tuple[torch.Tensor, str] | None = None
 
     @property
     def while_loading(self) -> bool:
@@ -99,6 +102,7 @@ class QuipQuantizer(HfQuantizer):
     ) -> None:
         saving.install()
         resizing.install()
+        collectives.install()
         self._loading = (model, checkpoint_files or [])
         self._memory = memory.PageReleaser(checkpoint_files or [])
         parameters = self.quantization_config.foreign
@@ -116,6 +120,9 @@ class QuipQuantizer(HfQuantizer):
         if config.is_calibrated:
             _check_causal(model)
         plan = make_plan(model, config)
+        if config.is_calibrated and not is_written_by_the_model(config):
+            with torch.device("cpu"):  # the model is made on the meta device, and this is no part of it
+                self._calibration_data = load_token_ids(config, model, source=source_of(model))
         self._true_bits = plan.true_bits
         self._to_quantize = set(plan.names)
         self._bar = LoadingBar(plan.names)
@@ -210,8 +217,9 @@ class QuipQuantizer(HfQuantizer):
     def _calibrate(self, model: PreTrainedModel) -> None:
         from ..quantize.recipe import quantize_model
 
-        self.report = quantize_model(model, self.quantization_config)
+        self.report = quantize_model(model, self.quantization_config, data=self._calibration_data)
         self.quantization_config = self.report.config
+        self._calibration_data = None
         if not replace.quantized_modules(model):
             raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")
 

@@ -6,7 +6,7 @@ the seed. A new transform is a function (size, seed) → [`Transform`] registere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ from .transform import Transform, hadamard, hadamard_128, hadamard_eighths, iden
 # Says that a side's transform is kept in the checkpoint (see `nn.general`): such checkpoints are read, none is made.
 STORED = "stored"
 
-_TRANSFORMS = Registry("incoherence")
+_TRANSFORMS: Registry[Callable[..., Transform]] = Registry("incoherence")
 _TRANSFORMS.register("hadamard", hadamard)
 _TRANSFORMS.register("kronecker", kronecker)
 _TRANSFORMS.register("none", identity)
@@ -40,7 +40,8 @@ def names_in_files() -> tuple[str, ...]:
 
 def sides(incoherence: str | Sequence[str]) -> tuple[str, str]:
     """The names of Q_in and Q_out: one name stands for both sides, a pair names (input side, output side)."""
-    return (incoherence, incoherence) if isinstance(incoherence, str) else tuple(incoherence)
+    side_in, side_out = (incoherence, incoherence) if isinstance(incoherence, str) else incoherence
+    return side_in, side_out
 
 
 def get(name: str, size: int, seed: int = 0) -> Transform:

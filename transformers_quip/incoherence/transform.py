@@ -41,7 +41,8 @@ class Transform:
     @property
     def dense_factors(self) -> tuple[torch.Tensor, ...] | None:
         """The factors F₁, F₂, … as float64 matrices; None if one of them is not kept as a matrix."""
-        return None if any(isinstance(factor, Hartley) for factor in self._factors) else self._factors
+        dense = tuple(factor for factor in self._factors if not isinstance(factor, Hartley))
+        return dense if len(dense) == len(self._factors) else None
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Q x for every vector along the last dimension: [..., size] → [..., size], float32 or float64."""
@@ -119,7 +120,7 @@ def hadamard(size: int, seed: int) -> Transform:
     odd, power = size, 1
     while odd % 2 == 0:
         odd, power = odd // 2, power * 2
-    factors = []
+    factors: list[torch.Tensor | Hartley] = []
     if odd > 1:
         order = odd * 4
         while order <= min(LARGEST_HADAMARD, odd * power) and not factors:

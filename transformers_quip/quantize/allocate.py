@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import codebooks
+from ..calibration.arguments import without_cache
 from ..calibration.device import evaluating, execution_device
 from ..nn import replace
 
@@ -48,13 +49,13 @@ def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Ten
     ids = ids[:SEQUENCES, :TOKENS].to(execution_device(model.get_input_embeddings()))
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
-        expected = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        expected = model(input_ids=ids, **without_cache(model)).logits.float().log_softmax(-1)
         if not expected.isfinite().all():
             raise ValueError("the model's logits are NaN or Inf: it overflows in its dtype, or its weights do")
         result = {}
         for name in tqdm(names, desc="Measuring sensitivities", unit="module"):
             with _disturbed(model.get_submodule(name), generator):
-                found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+                found = model(input_ids=ids, **without_cache(model)).logits.float().log_softmax(-1)
             divergence = (expected.exp() * (expected - found.to(expected.device))).sum(-1).mean().item()
             result[name] = max(divergence, 0.0) / NOISE
     return result

@@ -59,7 +59,9 @@ class QuantizationReport:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None) -> QuantizationReport:
+def quantize_model(
+    model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None, data: tuple[torch.Tensor, str] | None = None
+) -> QuantizationReport:
     """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, where the config names them.
 
     For each block in turn: Hessians from one pass over the calibration tokens, all its weights quantized, and the
@@ -70,6 +72,7 @@ def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = 
         model: dense, in memory.
         config: how; it is not changed.
         tokenizer: for a data set of text, before `config.tokenizer` and the model's own.
+        data: what [`load_token_ids`] returned, where that was called before the model was loaded.
 
     Returns:
         What was done to each module, and the config as it was settled.
@@ -78,13 +81,15 @@ def quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any = 
         ValueError: see [`make_plan`], [`load_token_ids`] and [`quantize_weights`].
     """
     with cpu_matmul_precision("ieee"):  # a Hessian rotated in lower precision is no longer positive definite
-        return _quantize_model(model, config, tokenizer)
+        return _quantize_model(model, config, tokenizer, data)
 
 
-def _quantize_model(model: PreTrainedModel, config: QuipConfig, tokenizer: Any) -> QuantizationReport:
+def _quantize_model(
+    model: PreTrainedModel, config: QuipConfig, tokenizer: Any, data: tuple[torch.Tensor, str] | None
+) -> QuantizationReport:
     plan = make_plan(model, config)
     started = perf_counter()
-    ids, description = load_token_ids(config, model, tokenizer)
+    ids, description = data or load_token_ids(config, model, tokenizer)
     logger.info("Calibrating on %s.", description)
     report = QuantizationReport(description, ids.numel(), config.without_data())
     report.seconds["data"] = perf_counter() - started

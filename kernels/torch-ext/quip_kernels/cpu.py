@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .cpu_library import library
+from .cpu_library import library, loaded
 
 MOST_COLUMNS = 256  # of a panel, fixed in the C source
 # What may follow E8P as a second stage, by the numbers of the C source; codes are then int32: those of E8P, and below
@@ -37,7 +37,7 @@ def e8p_encode(x: torch.Tensor, second: str | None = None, scale: float = 1.0) -
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [N, 8]")
     codes = torch.empty(x.shape[0], dtype=_code_dtype(second))
     points = torch.empty_like(x)
-    library().quip_encode(
+    loaded().quip_encode(
         x.data_ptr(),
         x.shape[0],
         SECOND_STAGES[second],
@@ -71,7 +71,7 @@ def e8p_round_panel(
     rows, columns = _check_panel(target, base, feedback)
     codes = torch.empty(rows, columns // 8, dtype=_code_dtype(second))
     points, delta = torch.empty_like(target), torch.empty_like(target)
-    failed = library().quip_round_panel(
+    failed = loaded().quip_round_panel(
         target.data_ptr(),
         base.data_ptr(),
         feedback.data_ptr(),
@@ -104,7 +104,7 @@ def scalar_round_panel(
     rows, columns = _check_panel(target, base, feedback)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     points, delta = torch.empty_like(target), torch.empty_like(target)
-    failed = library().quip_round_panel_scalar(
+    failed = loaded().quip_round_panel_scalar(
         target.data_ptr(),
         base.data_ptr(),
         feedback.data_ptr(),

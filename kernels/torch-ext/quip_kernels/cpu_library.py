@@ -103,6 +103,14 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def loaded() -> ctypes.CDLL:
+    """The library. Raises `RuntimeError` where there is none: ask `cpu.is_available` first."""
+    found = library()
+    if found is None:
+        raise RuntimeError("quip_kernels: there is no compiled CPU library; cpu.is_available() tells")
+    return found
+
+
 def _openmp_entry() -> int | None:
     """Address of GOMP_parallel in the OpenMP runtime that PyTorch runs on, so that both share one set of threads."""
     if not torch.backends.openmp.is_available() or sys.platform == "win32":
@@ -119,7 +127,7 @@ def default_level() -> int:
     Raises:
         ValueError: the variable names no level, or one that this processor has not.
     """
-    best = library().quip_cpu_level()
+    best: int = loaded().quip_cpu_level()
     wanted = os.environ.get(LEVEL_VARIABLE, "")
     if not wanted:
         return best

@@ -12,11 +12,12 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from .cpu import SECOND_STAGES
-from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, TransformCall, default_level, library
+from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, TransformCall, default_level, loaded
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLANES = (1, 2, 3)
@@ -24,6 +25,11 @@ _LEAST_SIGNS, _MOST_SIGNS = 28, 128  # with fewer, plain products are as quick; 
 MOST_FEATURES = 1 << 18  # inputs of a layer, fixed in the C source
 # The number of the second stage that codes of this type belong to; see `cpu.SECOND_STAGES`.
 _SECOND = {torch.uint8: SECOND_STAGES["e8"], torch.int16: SECOND_STAGES["e8p"]}
+
+
+_Tensor = TypeVar("_Tensor", torch.Tensor, torch.Tensor | None)
+# codes, codes_residual, su, sv, bias
+LayerTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Transform:
@@ -47,7 +53,7 @@ class Transform:
         for i, (factor, transposed, signs, signs_transposed) in enumerate(self._kept):
             arguments.orders[i] = factor.shape[0]
             arguments.factors[i], arguments.transposed[i] = factor.data_ptr(), transposed.data_ptr()
-            if signs is not None:
+            if signs is not None and signs_transposed is not None:
                 arguments.signs[i], arguments.signs_transposed[i] = signs.data_ptr(), signs_transposed.data_ptr()
         self._arguments = arguments
         self.address = ctypes.addressof(arguments)
@@ -99,7 +105,7 @@ def linear(
         raise ValueError(f"planes={planes} must be 1, 2 or 3")
     y = x.new_empty(*x.shape[:-1], m) if dtype is None else x.new_empty((*x.shape[:-1], m), dtype=dtype)
     count = x.numel() // n
-    failed = library().quip_linear(
+    failed = loaded().quip_linear(
         address,
         vectors.data_ptr(),
         y.data_ptr(),
@@ -117,17 +123,17 @@ def linear(
     return y
 
 
-def contiguous(v: torch.Tensor | None) -> torch.Tensor | None:
+def contiguous(v: _Tensor) -> _Tensor:
     return v if v is None or v.is_contiguous() else v.contiguous()
 
 
-_layers: dict[tuple, tuple] = {}
+_layers: dict[tuple, tuple[LayerArguments, int, int, int]] = {}
 _MOST_LAYERS = 4096
 
 
 def layer_of(
     x: torch.Tensor,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: LayerTensors,
     transform_in: Transform | None,
     transform_out: Transform | None,
     residual_scale: float,
@@ -222,7 +228,7 @@ def transform(
         transpose,
         torch.get_num_threads(),
     )
-    if library().quip_transform_vectors(ctypes.byref(call)):
+    if loaded().quip_transform_vectors(ctypes.byref(call)):
         raise MemoryError(f"no memory to transform {vectors.shape[0]} vectors of {n} numbers")
     return y
 
@@ -253,7 +259,7 @@ def decode(
         raise ValueError(f"out must be a contiguous {[codes.shape[0], columns]}, got {list(weight.shape)}")
     second = _second_stage(codes, codes_residual)
     codes_residual = contiguous(codes_residual)
-    library().quip_decode(
+    loaded().quip_decode(
         codes.data_ptr(),
         None if codes_residual is None else codes_residual.data_ptr(),
         second,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_library import LEVELS, default_level, library
+from .cpu_library import LEVELS, default_level, library, loaded
 from .cpu_linear import DTYPES, Transform, contiguous, layer_of, rows_of
 
 WHOLE = 32  # sizes of layers are multiples of this
@@ -33,7 +33,7 @@ def is_available() -> bool:
 
 @functools.cache
 def _has_amx() -> bool:
-    return bool(library().quip_has_amx())
+    return bool(loaded().quip_has_amx())
 
 
 def takes(dtype: torch.dtype, m: int, n: int, int8: bool) -> bool:
@@ -109,7 +109,7 @@ def linear(
         raise ValueError("many vectors at once need the compiled library and a processor with AMX")
     n = x.shape[-1]
     rows = rows_of(x, n)
-    tensors = tuple(map(contiguous, (codes, codes_residual, su, sv, bias)))
+    tensors = (contiguous(codes), contiguous(codes_residual), contiguous(su), contiguous(sv), contiguous(bias))
     layer, address, m, n = layer_of(rows, tensors, transform_in, transform_out, residual_scale)
     if x.dtype not in _DTYPES[int8] or not x.is_cpu or m % WHOLE or n % WHOLE:
         raise ValueError(
@@ -148,7 +148,7 @@ def run(
         planned: for so many vectors and threads.
     """
     start = memory.data_ptr()
-    library().quip_linear_many(
+    loaded().quip_linear_many(
         address,
         x.data_ptr(),
         y.data_ptr(),

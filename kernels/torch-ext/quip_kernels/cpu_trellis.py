@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu_library import LayerArguments, TrellisArguments, default_level, library
+from .cpu_library import LayerArguments, TrellisArguments, default_level, loaded
 from .cpu_linear import DTYPES, Transform, contiguous, rows_of, type_of, vector_type
 
 TILE = 16
 CODES = ("1mad", "2mad", "3inst", "mcg", "mul1", "hyb", "quantlut", "lut")  # in the order of the C source's numbers
 ORDERS = ("rows", "qtip", "exl3")
 TABULATED = CODES[5:]
+# codes, su, sv, bias, table
+TrellisTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Layout(NamedTuple):
@@ -61,14 +63,14 @@ def linear(
     """
     n = x.shape[-1]
     vectors = x if x.is_contiguous() else rows_of(x, n)
-    tensors = tuple(map(contiguous, (codes, su, sv, bias, table)))
+    tensors = (contiguous(codes), contiguous(su), contiguous(sv), contiguous(bias), contiguous(table))
     layer, address, m = layer_of(n, tensors, transform_in, transform_out, layout)
     kind = type_of(x, "x")
     y = x.new_empty(*x.shape[:-1], m)
     stride = n if vectors is x else vectors.stride(0)
     level = default_level() if level is None else level
     _check(
-        library().quip_trellis_linear(
+        loaded().quip_trellis_linear(
             address, vectors.data_ptr(), y.data_ptr(), x.numel() // n, stride, kind, kind, level, torch.get_num_threads()
         ),
         layout,
@@ -112,7 +114,7 @@ def decode(
     if weight.shape != (codes.shape[0], columns) or weight.dtype != dtype or not weight.is_contiguous():
         raise ValueError(f"out must be a contiguous {dtype} {[codes.shape[0], columns]}, got {list(weight.shape)}")
     _check(
-        library().quip_trellis_decode(
+        loaded().quip_trellis_decode(
             ctypes.byref(arguments),
             weight.data_ptr(),
             DTYPES[dtype],
@@ -124,13 +126,13 @@ def decode(
     return weight
 
 
-_layers: dict[tuple, tuple] = {}
+_layers: dict[tuple, tuple[TrellisArguments, int, int]] = {}
 _MOST_LAYERS = 4096
 
 
 def layer_of(
     n: int,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: TrellisTensors,
     transform_in: Transform | None,
     transform_out: Transform | None,
     layout: Layout,
@@ -159,7 +161,7 @@ def layer_of(
 
 def _arguments(
     n: int,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: TrellisTensors,
     transform_in: Transform | None,
     transform_out: Transform | None,
     layout: Layout,

@@ -89,7 +89,7 @@ def _measure(
     for index, candidate in enumerate(candidates):
         begin = time.perf_counter()
         try:
-            times[index] = milliseconds(lambda c=candidate: run(c), device)
+            times[index] = milliseconds(functools.partial(run, candidate), device)
         except OutOfResources as error:
             too_large = error
         except torch.OutOfMemoryError:
@@ -97,6 +97,7 @@ def _measure(
         finally:
             _spent += time.perf_counter() - begin
     if not times:
+        assert too_large is not None  # every candidate either has a time or was too large
         raise too_large
     best = min(times, key=times.__getitem__)
     logger.debug("%s: %s takes %.4f ms, of %s", question, candidates[best], times[best], times)
@@ -123,10 +124,12 @@ def _version() -> str:
 
 
 def _path(name: str) -> Path:
-    folder = os.environ.get(CACHE_VARIABLE)
-    if folder is None:
+    wanted = os.environ.get(CACHE_VARIABLE)
+    if wanted is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quip-kernels"
-    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{_version()}.json"
+    else:
+        folder = Path(wanted)
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{_version()}.json"
 
 
 def _read(path: Path) -> dict[str, int]:
