@@ -8,6 +8,7 @@ PYTHON310 ?= $(shell for python in python3.10 "$${PYENV_ROOT:-$$HOME/.pyenv}"/ve
 	"$$python" -c '' 2>/dev/null && { echo "$$python"; break; }; done)
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+TRELLIS := 1mad:k2:qtip 2mad:k2:rows 3inst:k2:qtip hyb-q9v2:k2:qtip mcg:k2:exl3 mul1:k2:exl3 quantlut-q9v2:k2:rows
 MODEL := .cache/SmolLM2-135M-Instruct
 DEMO_ARGUMENTS ?=
 WORKERS ?= 2
@@ -74,9 +75,10 @@ test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/.installed ## ruff, clang-format, typos
+lint: $(VENV)/.installed ## ruff, mypy, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch]
 	$(BIN)/typos
 
@@ -85,15 +87,43 @@ format: $(VENV)/.installed ## write what ruff and clang-format would have
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i kernels/cpu/*.[ch]
 
-bench: $(VENV)/.smollm2 $(MODEL)/config.json
+# In both: only one thing at a time may run on the machine, or its seconds say nothing.
+bench: $(VENV)/.smollm2 $(MODEL)/config.json ## README's tables: quality at 2 to 4 bits, speed of generation (hours)
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings dense text --bits 2 --seeds 0 1 2
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings text --bits 2.5 3 4 --seeds 0
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings self none --bits 2 --seeds 0
+	$(BIN)/python benchmarks/generate.py $(MODEL)
+	$(BIN)/python benchmarks/tables.py
+
+bench-all: bench ## every table of docs/results.md that needs no GPU and no other package (a day)
 	$(BIN)/python benchmarks/nearest.py
 	$(BIN)/python benchmarks/codebooks.py
 	$(BIN)/python benchmarks/rounding.py $(MODEL)
 	$(BIN)/python benchmarks/memory.py $(MODEL)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/loading.py
-	$(BIN)/python benchmarks/quality.py $(MODEL)
+	$(BIN)/python benchmarks/shared_input.py
+	$(BIN)/python benchmarks/cpu_kernels.py
+	$(BIN)/python benchmarks/cpu_kernels.py --trellis $(TRELLIS:%=trellis:%)
+	$(BIN)/transformers-quip quantize $(MODEL) $(MODEL)-quip-2bit --overwrite
+	$(BIN)/python benchmarks/activations.py $(MODEL)-quip-2bit
+	$(BIN)/python benchmarks/methods.py $(MODEL)
 	$(BIN)/python benchmarks/tables.py
+
+# the same programs, briefly; build/benchmarks has the figures, and the published ones stay
+bench-quick: export BENCHMARK_RESULTS := build/benchmarks
+bench-quick: $(VENV)/.smollm2 $(MODEL)/config.json ## a short run of the benchmarks, into build/benchmarks
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings dense text none --seeds 0 --num-samples 16 --windows 4
+	$(BIN)/python benchmarks/generate.py $(MODEL) --repeats 3
+	$(BIN)/python benchmarks/nearest.py --vectors 65536 --repeats 3
+	$(BIN)/python benchmarks/codebooks.py --vectors 65536 --scan-vectors 8192 --table-vectors 1024 --repeats 3
+	$(BIN)/python benchmarks/rounding.py $(MODEL) --blocks 0 --windows 4
+	$(BIN)/python benchmarks/memory.py $(MODEL) --num-samples 4 --modes import dense none
+	$(BIN)/python benchmarks/startup.py --runs 1
+	$(BIN)/python benchmarks/loading.py --families "QuIP# 2 bits" --megabytes 50
+	$(BIN)/python benchmarks/shared_input.py --seconds 0.2
+	$(BIN)/python benchmarks/cpu_kernels.py --seconds 0.05
+	$(BIN)/python benchmarks/methods.py $(MODEL) --quick --bits 2 --only "scalar2, ldlq + 0 sweeps"
 
 docs: $(VENV)/.installed ## the documentation, into build/docs; a warning is an error
 	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'

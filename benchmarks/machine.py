@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+# BENCHMARK_RESULTS: another folder, for runs that are not meant to replace the published figures
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).resolve().parent / "results").absolute()
 
 
 def describe() -> dict:
@@ -31,12 +32,12 @@ def describe() -> dict:
 
 def save(name: str, content: dict) -> Path:
     """Write `content` and the machine's description to results/NAME.json, all or nothing, and return its path."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"machine": describe(), **content}, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-    print(f"written: {path.relative_to(RESULTS.parent.parent)}")
+    print(f"written: {path.relative_to(RESULTS.parent)}")
     return path
 
 

@@ -96,6 +96,8 @@ def methods() -> list[Method]:
     rows += [Method(2, e8p, "ldlq", "kronecker", sweeps=10), Method(2, e8p, "ldlq", sweeps=10, **NO_INCOHERENCE)]
     rows += [Method(2, e8p, name, sweeps=ROUNDINGS[name]) for name in ("greedy", "nearest", "ldlq-rg", "quantease")]
     rows += [Method(2, e8p, "ldlq", ("hadamard", "none"), 10), Method(2, e8p, "ldlq", sweeps=10, rescale=False)]
+    rows += [Method(2, "scalar2", name, "none", count) for name, count in ROUNDINGS.items()]
+    rows += [Method(2, e8p, "ldlq", "none", sweeps=10)]
     for bits in (3, 4):
         scalar = f"scalar{bits}"
         rows += [Method(bits, book, "ldlq", sweeps=10) for book in (residual[bits], scalar)]
@@ -148,16 +150,15 @@ def run(method: Method, folder: Path, windows: Windows, seed: int) -> dict:
     config = method.config(seed)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     blocks, _ = find_blocks(model)
-    losses, cpu_seconds, wall_seconds = [], 0.0, 0.0
+    losses, cpu_seconds = [], 0.0
     for index, file in enumerate(tqdm(hessian_files(model, folder.name, windows), desc=method.label, unit="block")):
         for names, hessian in load_file(file).items():
             full_names = [f"{blocks}.{index}.{name}" for name in names.split()]
             weights = {name: model.get_submodule(name).weight.detach() for name in full_names}
-            cpu, wall = time.process_time(), time.perf_counter()
+            cpu = time.process_time()
             with cpu_matmul_precision("ieee"):
                 results = quantize_weights(weights, hessian, config)
             cpu_seconds += time.process_time() - cpu
-            wall_seconds += time.perf_counter() - wall
             for name, result in results.items():
                 losses.append(result.statistics["proxy_loss"])
                 replace.replace_linear(model, name, result, config)
@@ -175,8 +176,6 @@ def run(method: Method, folder: Path, windows: Windows, seed: int) -> dict:
         "perplexity": evaluate(model, windows),
         "true_bits": bits,
         "cpu_seconds": cpu_seconds,
-        "wall_seconds": wall_seconds,
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -202,7 +201,11 @@ def comparisons(rows: list[dict]) -> list[dict]:
     found = {row["label"]: {"proxy loss": row.get("proxy_loss"), **row["perplexity"]} for row in rows}
     scalar = {name: Method(2, "scalar2", name, sweeps=count) for name, count in ROUNDINGS.items()}
     plain = {name: Method(2, "scalar2", name, sweeps=count, **NO_INCOHERENCE) for name, count in ROUNDINGS.items()}
-    chains = {f"incoherence helps {name}": (scalar[name], plain[name]) for name in ROUNDINGS}
+    alone = {name: Method(2, "scalar2", name, "none", count) for name, count in ROUNDINGS.items()}
+    e8p = {"rounding": "ldlq", "sweeps": 10, "rescale": False}
+    chains = {"incoherence helps ldlq with E8P": (Method(2, "e8p", **e8p), Method(2, "e8p", incoherence="none", **e8p))}
+    chains |= {f"incoherence helps {name}": (scalar[name], alone[name]) for name in ROUNDINGS}
+    chains |= {f"incoherence and rescaling together help {name}": (scalar[name], plain[name]) for name in ROUNDINGS}
     for sweeps in (0, 9):  # a sweep of greedy descent is the same work after LDLQ as before it
         pair = (Method(2, "scalar2", name, sweeps=sweeps) for name in ("ldlq", "greedy"))
         chains[f"LDLQ ≥ greedy ≥ nearest, {1 + sweeps} passes each"] = (*pair, scalar["nearest"])

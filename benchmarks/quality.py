@@ -3,11 +3,10 @@
     python benchmarks/quality.py [FOLDER] [--settings text self none] [--bits 2 2.5 3 4] [--seeds 0 1 2] [--num-samples N]
 
 Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `self` is the bare default (text that the model writes
-itself), `none` is dataset=None. Each run is a fresh process, so that wall and CPU seconds (all threads; loading the
-dense model included) are its own. results/quality.json is written after every run, and runs that it has already are
-replaced, so that a long series can be made in parts, also side by side with fewer threads (OMP_NUM_THREADS): seconds are
-taken from the runs with the most threads alone. For the first seed of each setting at 2 bits, a picture of the errors of
-every layer is written beside it. Where text was measured at 2, 2.5 and 3 bits, the last line says where 2.5 lies.
+itself), `none` is dataset=None. Each run is a fresh process. results/quality.json is written after every run, and runs
+that it has already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
+For the first seed of each setting at 2 bits, a picture of the errors of every layer is written beside it. Where text was
+measured at 2, 2.5 and 3 bits, the last line says where 2.5 lies.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import machine
@@ -56,15 +54,11 @@ def run(options: argparse.Namespace) -> dict:
         arguments["quantization_config"] = QuipConfig(
             bits=bits, dataset=dataset, num_samples=options.num_samples, seed=int(seed)
         )
-    wall, cpu = time.perf_counter(), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
     row = {
         "setting": setting,
         "bits": bits if setting != "dense" else 32,
         "seed": int(seed),
-        "wall_seconds": time.perf_counter() - wall,
-        "cpu_seconds": time.process_time() - cpu,
-        "threads": torch.get_num_threads(),
         "windows": options.windows,
         "perplexity": {name: perplexity(model, ids) for name, ids in windows.evaluation.items()},
     }
@@ -77,7 +71,7 @@ def run(options: argparse.Namespace) -> dict:
         if losses := mean_by_kind(records, key):
             row[key] = losses
     if report := model.hf_quantizer.report:
-        row["data"], row["stages"] = report.data, dict(report.seconds)
+        row["data"] = report.data
     if options.picture:
         plot_relative_error(records, options.picture, title=f"{options.folder.name}, {bits:g} bits: {SETTINGS[setting]}")
     return row
@@ -114,12 +108,6 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.4g} to {max(values):.4g})"
 
 
-def timed(rows: list[dict]) -> list[dict]:
-    """The runs whose seconds count: those that had the most threads."""
-    most = max(row["threads"] for row in rows)
-    return [row for row in rows if row["threads"] == most]
-
-
 def groups(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
     """(setting, bits) → its runs, in the order of SETTINGS and of bits."""
     result: dict[tuple[str, float], list[dict]] = {}
@@ -129,13 +117,12 @@ def groups(rows: list[dict]) -> dict[tuple[str, float], list[dict]]:
 
 
 def print_table(rows: list[dict]) -> None:
-    columns = f"{'wiki':28s} {'news':28s} {'true bits':>9s} {'wall s':>7s} {'CPU s':>7s}"
+    columns = f"{'wiki':28s} {'news':28s} {'true bits':>9s}"
     print(f"\n{'setting':8s} {'bits':>4s} {'runs':>4s}  {columns}")
     for (setting, bits), found in groups(rows).items():
         wiki, news = (spread([row["perplexity"][name] for row in found]) for name in ("wiki", "news"))
         true = found[0].get("true_bits", 32)
-        wall, cpu = (statistics.mean(row[key] for row in timed(found)) for key in ("wall_seconds", "cpu_seconds"))
-        print(f"{setting:8s} {bits:4g} {len(found):4d}  {wiki:28s} {news:28s} {true:9.3f} {wall:7.0f} {cpu:7.0f}")
+        print(f"{setting:8s} {bits:4g} {len(found):4d}  {wiki:28s} {news:28s} {true:9.3f}")
     print_line(rows)
 
 

@@ -1,9 +1,10 @@
 """Quantize a model to 2 bits while loading it, see what it lost, save it, and load it again in a fresh process.
 
-    python examples/01_quantize_on_load.py [FOLDER] [--dataset self|wikipedia|none] [--num-samples N] ...
+    python examples/01_quantize_on_load.py FOLDER [--dataset self|none|FILE] [--num-samples N] [--text FILE] ...
 
-FOLDER is any causal language model in Transformers' format; SmolLM2-135M-Instruct by default (see smollm2.py). The
-text for the perplexities is part of the package gensim, so nothing here needs the network. `make demo` runs this file.
+FOLDER is any causal language model in Transformers' format. The perplexity is that of a text file, or of the news that
+are part of the package gensim, so nothing here needs the network. `make demo` runs this file on SmolLM2-135M-Instruct,
+which smollm2.py makes.
 
 What it prints, without progress bars, on 2 cores of a Xeon with AMX (four and a half minutes; seconds shortened):
 
@@ -12,8 +13,7 @@ What it prints, without progress bars, on 2 cores of a Xeon with AMX (four and a
     Calibrating on self: 64 x 512 tokens written by the model itself, seed 0.
     quantize to 2 bits: 205.8 s
     perplexity after: 24.2 s
-      wiki     12.79 ->    44.78  (8 windows)
-      news     33.06 ->   140.43  (8 windows)
+      33.06 -> 140.43  (8 windows of 512 tokens)
     load it in a fresh process: 12.5 s
       logits of the reloaded model: identical
       it writes: 'The three most important inventions of the last century are the invention of the first five ...'
@@ -32,46 +32,48 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from smollm2 import dense_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_quip import QuipConfig
 from transformers_quip.evaluation import perplexity, safetensors_bytes, true_bits_per_weight
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from protocol import load_windows
-
 PROMPT = "The three most important inventions of the last century are"
+WINDOW = 512  # tokens
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="a dense model; SmolLM2 by default")
+    parser.add_argument("folder", type=Path, help="a dense model")
     parser.add_argument("--output", type=Path, help="where to save; beside FOLDER by default")
     parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--dataset", choices=("self", "wikipedia", "none"), default="self", help="calibration data")
+    parser.add_argument("--dataset", default="self", help="calibration data: self, none, or a text file")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences (more is better, slower)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each of them")
-    parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens for each perplexity")
+    parser.add_argument("--text", type=Path, help="for the perplexity; gensim's news by default")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens for the perplexity")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reload", type=Path, metavar="PROBE", help=argparse.SUPPRESS)  # the fresh process
     return parser.parse_args()
 
 
 def main(options: argparse.Namespace) -> None:
-    folder = options.folder or dense_folder()
+    folder = options.folder
     output = options.output or folder.with_name(f"{folder.name}-quip-{options.bits}bit")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = load_windows(tokenizer, calibration=options.num_samples, evaluation=options.windows)
+    text = (options.text or news_file()).read_text(encoding="utf-8")
+    windows = cut(tokenizer, text)[: options.windows]
 
     model = timed("load the dense model", AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32)
-    before = timed("perplexity before", perplexities, model, windows.evaluation)
+    before = timed("perplexity before", perplexity, model, windows)
     del model
 
-    data = {"self": "self", "none": None, "wikipedia": windows.calibration[:, : options.sequence_length]}
+    if options.dataset == "self":
+        dataset = "self"
+    else:
+        dataset = None if options.dataset == "none" else [Path(options.dataset).read_text(encoding="utf-8")]
     config = QuipConfig(
         bits=options.bits,
-        dataset=data[options.dataset],
+        dataset=dataset,
         num_samples=options.num_samples,
         sequence_length=options.sequence_length,
         seed=options.seed,
@@ -83,14 +85,13 @@ def main(options: argparse.Namespace) -> None:
         dtype=torch.float32,
         quantization_config=config,
     )
-    after = timed("perplexity after", perplexities, model, windows.evaluation)
-    for name in before:
-        print(f"  {name:5s} {before[name]:8.2f} -> {after[name]:8.2f}  ({options.windows} windows)")
+    after = timed("perplexity after", perplexity, model, windows)
+    print(f"  {before:.2f} -> {after:.2f}  ({len(windows)} windows of {WINDOW} tokens)")
 
     timed("save", model.save_pretrained, output)
     tokenizer.save_pretrained(output)
 
-    probe = {"ids": windows.evaluation["wiki"][:1].contiguous()}
+    probe = {"ids": windows[:1].contiguous()}
     with torch.no_grad():
         probe["logits"] = model(probe["ids"]).logits.contiguous()
     probe_file = output / "probe.safetensors"
@@ -118,8 +119,17 @@ def timed(what: str, function, *args, **kwargs):
     return result
 
 
-def perplexities(model, windows: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: perplexity(model, ids) for name, ids in windows.items()}
+def news_file() -> Path:
+    """A file of news that comes with gensim."""
+    import gensim
+
+    return Path(gensim.__file__).parent / "test/test_data/lee_background.cor"
+
+
+def cut(tokenizer, text: str) -> torch.Tensor:
+    """The text as windows of token ids, int64 [number of windows, WINDOW]; a rest at the end is dropped."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[: len(ids) - len(ids) % WINDOW].view(-1, WINDOW)
 
 
 def fresh_process(folder: Path, probe: Path) -> dict:

@@ -122,6 +122,35 @@ _CONFIGS |= {
             "tie_word_embeddings": False,
         },
     ),
+    # into these two exllamav3 folds factors: 3-D experts, beside a shared one, after a dense layer
+    "laguna": (
+        "laguna",
+        {
+            **_COMMON,
+            **_GROUPED,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        {
+            **_COMMON,
+            **_GROUPED,
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 

@@ -1,29 +1,10 @@
-"""The native format: names in short form, and the check of a checkpoint's tensors."""
+"""The native format: the check of a checkpoint's tensors."""
 
 import pytest
 
 from transformers_quip import QuipLinear
 from transformers_quip.checkpoints import native
 from transformers_quip.checkpoints.headers import TensorInfo
-
-
-@pytest.mark.parametrize(
-    ("names", "short"),
-    [
-        ([], []),
-        (["fc"], ["fc"]),
-        (["layers.0.fc", "layers.1.fc", "layers.2.fc"], ["layers.{0-2}.fc"]),
-        (["layers.0.fc", "layers.2.fc", "layers.3.fc", "layers.10.fc"], ["layers.{0,2-3,10}.fc"]),
-        (["layers.0.a", "layers.0.b", "layers.1.a", "layers.1.b", "head"], ["layers.{0-1}.a", "layers.{0-1}.b", "head"]),
-        (["l.0.e.0.w", "l.0.e.1.w", "l.1.e.0.w", "l.1.e.1.w"], ["l.{0-1}.e.{0-1}.w"]),
-        (["l.0.e.0.w", "l.0.e.1.w", "l.1.e.0.w"], ["l.{0-1}.e.0.w", "l.0.e.1.w"]),
-        (["0", "1", "fc1", "fc2"], ["{0-1}", "fc1", "fc2"]),
-        (["layers.7.fc"], ["layers.7.fc"]),
-    ],
-)
-def test_names_in_short_form(names, short):
-    assert native.compress_names(names) == short
-    assert sorted(native.expand_names(short)) == sorted(names)
 
 
 def headers(**changes):

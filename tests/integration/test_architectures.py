@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from tests import truth
 from tests.models import ARCHITECTURES, tiny_model
 from transformers_quip import QuipConfig, QuipLinear
-from transformers_quip.checkpoints.native import expand_names
+from transformers_quip.checkpoints.names import expand_names
 from transformers_quip.nn.replace import quantized_linears
 
 

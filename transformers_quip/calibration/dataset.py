@@ -6,11 +6,10 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from . import tokenizer as tokenizers
 from .forms import ALLOWED, Row, Rows, read_rows
@@ -18,6 +17,9 @@ from .packing import pack
 from .padding import Unpadding
 from .synthetic import write_text
 from .tokenizer import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ def is_written_by_the_model(config: Any) -> bool:
 
 
 def load_token_ids(
-    config: Any, model: nn.Module, tokenizer: Any = None, source: Source | None = None
+    config: Any, model: PreTrainedModel, tokenizer: Any = None, source: Source | None = None
 ) -> tuple[torch.Tensor, str]:
     """Make the token ids to calibrate on.
 
@@ -83,7 +85,7 @@ def load_token_ids(
     return ids, f"{kind}: {ids.shape[0]} x {ids.shape[1]} tokens, seed {seed}"
 
 
-def _documents(rows: Rows, given: Any, source: Source, model: nn.Module) -> Iterator[torch.Tensor]:
+def _documents(rows: Rows, given: Any, source: Source, model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """Token ids of the rows, without padding, for as long as the caller asks for more."""
     unpadding = Unpadding.of(model, given)
     tokenizer = None
@@ -113,7 +115,7 @@ def _tokenized(batch: list[Row], tokenizer: Any) -> list[Row]:
     return rows
 
 
-def _fitting_length(length: int, model: nn.Module) -> int:
+def _fitting_length(length: int, model: PreTrainedModel) -> int:
     """`length`, or the model's number of positions if that is less."""
     config = model.config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
@@ -155,7 +157,7 @@ def _global_generators_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _check_vocabulary(ids: torch.Tensor, model: nn.Module) -> None:
+def _check_vocabulary(ids: torch.Tensor, model: PreTrainedModel) -> None:
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     size = size or model.config.get_text_config(decoder=True).vocab_size
     low, high = int(ids.min()), int(ids.max())

@@ -45,13 +45,15 @@ class Unpadding:
 
     def strip(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """The token ids of these rows without padding; rows that hold nothing else are left out."""
-        bare = [row.ids for row in rows if row.mask is None and len(row.ids)]
+        pairs = [(row.ids, row.mask) for row in rows if row.ids is not None]
+        bare = [ids for ids, mask in pairs if mask is None and len(ids)]
         starts, ends = (self._pads | _commonest(bare, last=last) for last in (False, True))
         kept = []
-        for row in rows:
-            ids = row.ids if row.mask is None else row.ids[row.mask]
-            if row.mask is None and len(ids):
+        for ids, mask in pairs:
+            if mask is None:
                 ids = self._cut(self._cut(ids, ends, last=True), starts, last=False)
+            else:
+                ids = ids[mask]
             if len(ids):
                 kept.append(ids)
         return kept

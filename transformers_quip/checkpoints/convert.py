@@ -17,7 +17,7 @@ from .files import Files, expand_weights, find_weights
 from .foreign.plan import ForeignLinear
 from .headers import is_supported, read_json, supported_types, torch_dtype
 from .memory import PageReleaser
-from .native import expand_names
+from .names import expand_names
 from .writer import Step, write
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     # Transformers is imported late: what is above this room is needed for whole checkpoints only
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..hf.foreign import plan_for, repack
+    from ..hf.foreign import check_plan, plan_for, repack
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     parameters = _parameters(folder, config)
@@ -68,6 +68,7 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     files, releaser = Files(paths), PageReleaser(paths)
     plan = plan_for(model, parameters, files)
     place_all(model, expand_names(plan.config.quantized_modules), plan.config)
+    check_plan(model, plan, files)
 
     steps = []
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}

@@ -26,7 +26,7 @@ class StoredLinear:
     Attributes:
         name: of the module.
         out_features, in_features: m and n; of a padded linear (see `config.storage.Storage`) those of the larger matrix.
-        codes_bytes: of the codes of all stages.
+        codes_bytes: of everything that is stored for the weight in integers.
         bytes: of everything that stands for the weight (not the bias).
     """
 
@@ -245,6 +245,6 @@ def _linear(name: str, parts: Mapping[str, TensorInfo]) -> StoredLinear:
     if missing:
         raise ValueError(f"{name} has codes, but has no {missing[0]}: {DAMAGED}")
     m, n = parts["sv"].shape[-1], parts["su"].shape[-1]
-    codes = sum(tensor.bytes for kind, tensor in parts.items() if kind.startswith("codes"))
+    codes = sum(tensor.bytes for tensor in parts.values() if tensor.dtype.startswith(("I", "U")))
     everything = sum(tensor.bytes for kind, tensor in parts.items() if kind != "bias")
     return StoredLinear(name, m, n, codes, everything)

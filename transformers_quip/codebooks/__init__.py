@@ -20,7 +20,7 @@ from .trellis import Trellis
 __all__ = ["Codebook", "Grid", "default_for_bits", "get", "names", "register", "spec"]
 
 _CODEBOOKS: Registry[Callable[[], Codebook]] = Registry("codebook")
-_DEFAULTS = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4", 8: "scalar8"}
+_DEFAULTS: dict[float, str] = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4", 8: "scalar8"}
 
 
 def register(name: str, codebook: Codebook | Callable[[], Codebook]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import fnmatch
 import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from ..version import __version__
 from . import storage
 from .checks import MIXED_BITS, is_read_only, known_bits, short
 from .options import OPTIONS
+from .patterns import matches
 from .storage import Layout
 
 QUANT_METHOD = "quip"
@@ -39,7 +39,7 @@ class QuipConfig(QuantizationConfigMixin):
     Attributes:
         calibration: after a calibrated run, which data was used (a JSON-serialisable dict); else None.
         quantized_modules: after any run, the names of the quantized modules, in the short form of
-            `checkpoints.native.compress_names`; else None.
+            `checkpoints.names.compress_names`; else None.
         origin: after any run, which model was quantized, and by which versions (`hub.origin.describe`); else None.
         layout: for a model that was re-packed from a checkpoint of another package, how its tensors are laid out:
             {pattern: {…}} with the attributes of [`Layout`]; else None.
@@ -304,11 +304,6 @@ QuipConfig.__doc__ = (
     + "\n"
     + "".join(f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items())
 )
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a shell pattern (`*`, `?`, `[…]`) means this module: its whole name, or what follows some dot of it."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
 def _methods(codebook: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import rounding
 from . import checks as check
+from .patterns import check_patterns
 
 # The options that `modules` may set for single modules, as format version 1 knows them.
 MODULE_OPTIONS = (
@@ -46,6 +47,7 @@ def _modules(value: Any) -> dict[str, dict] | None:
         return None
     if not isinstance(value, dict) or not all(isinstance(pattern, str) and pattern for pattern in value):
         raise ValueError("must be None or a dict of {module name or pattern: {option: value}}")
+    check_patterns(value)
     checked = {}
     for pattern, options in value.items():
         if not isinstance(options, dict) or not options:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .patterns import check_patterns
+
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -79,6 +81,7 @@ def check(record: Any) -> dict[str, dict] | None:
         return None
     if not isinstance(record, dict) or not all(isinstance(pattern, str) and pattern for pattern in record):
         raise ValueError("must be a dict of {module name or pattern: {…}}")
+    check_patterns(record)
     for pattern, values in record.items():
         if not isinstance(values, dict):
             raise ValueError(f"has {pattern!r}: {values!r}, which is no dict")

@@ -6,6 +6,8 @@ import copy
 import functools
 import logging
 import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -13,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints import memory
+from ..checkpoints.complete import check_complete
 from ..checkpoints.files import Files, expand_weights, find_weights, unreadable
+from ..checkpoints.foreign.family import is_one_of
 from ..checkpoints.foreign.plan import METHODS, ForeignLinear, ForeignPlan, make_plan
 from ..checkpoints.headers import DAMAGED, read_json
-from ..config import QuipConfig
+from ..config import QUANT_METHOD, QuipConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -72,20 +77,26 @@ def plan_for(model: PreTrainedModel, parameters: Mapping[str, Any], files: Files
     return make_plan(model, parameters, renamed, files.read, names_in_model(model, files.headers, rules))
 
 
-def names_in_model(model: PreTrainedModel, headers: Mapping[str, Any], conversions: list) -> dict[str, Any]:
+def names_in_model(
+    model: PreTrainedModel, headers: Mapping[str, Any], conversions: list, whole: bool = False
+) -> dict[str, Any]:
     """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
 
     Args:
         model: that is going to be loaded.
         headers: by their names in the files.
         conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
-            makes several of appears under each name (with the shape that it has in the file).
+            splits appears under each name (with the shape that it has in the file).
+        whole: whether an expert that is missing among those that Transformers stacks is an error.
+
+    Raises:
+        ValueError: see `whole`.
     """
     conversions = copy.deepcopy(list(conversions))  # renaming a key marks the rules as used
     renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
     state = model.state_dict()
-    result = {}
+    result, stacked = {}, defaultdict(list)
     for key, info in headers.items():
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
@@ -95,7 +106,40 @@ def names_in_model(model: PreTrainedModel, headers: Mapping[str, Any], conversio
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
             first, *others = converter.target_patterns
             result.update((name.replace(first, other), info) for other in others)
+            if "*" in pattern:
+                stacked[name, pattern].append(key)
+    for (name, _), keys in stacked.items():
+        if whole and name in state:
+            _check_stack(keys, len(state[name]))
     return result
+
+
+def _check_stack(keys: list[str], count: int) -> None:
+    """Raise `ValueError` unless there is a tensor of each expert, from 0 on: Transformers stacks those that it finds."""
+    numbers = {int(found[-1]): key for key in keys if (found := re.findall(r"(?<=\.)\d+(?=\.)", key))}
+    lost = [number for number in range(count) if number not in numbers]
+    if lost and numbers:
+        number, key = next(iter(numbers.items()))
+        head, _, tail = key.rpartition(f".{number}.")
+        raise ValueError(f"The checkpoint has no {head}.{lost[0]}.{tail}, one of {count} that the model stacks: {DAMAGED}")
+
+
+def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
+    """Check that the files of a foreign checkpoint and the model belong together as a whole.
+
+    Args:
+        model: with the empty quantized modules of the plan in their places.
+
+    Raises:
+        ValueError: a tensor of a quantizer has no place, or a weight is missing; see `checkpoints.complete`.
+    """
+    used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
+    rest = {key: info for key, info in files.headers.items() if key not in used}
+    made = []
+    for linear in plan.linears:
+        module = None if linear.dense else model.get_submodule(linear.name)
+        made += [linear.first] if module is None else [f"{linear.name}.{key}" for key, _ in module.named_parameters()]
+    check_complete(model, names_in_model(model, rest, get_model_conversion_mapping(model), whole=True), made)
 
 
 class Repack(ConversionOps):
@@ -199,7 +243,26 @@ def parameters_beside(name: str | None, arguments: Mapping[str, Any]) -> dict[st
     missing = {f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")}
     path = cached_file(name, BESIDE, **{key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}, **missing)
     parameters = {} if path is None else read_json(path)
-    return parameters if parameters.get("quant_method") in METHODS else None
+    return parameters if is_one_of(parameters.get("quant_method"), METHODS) else None
+
+
+def taken_from_another(config: PretrainedConfig, wanted: Any) -> dict[str, Any] | None:
+    """The quantization_config of a foreign checkpoint that another package has registered, and that is asked of this one.
+
+    It is removed from the model's config, whose method Transformers would give to the other package.
+
+    Args:
+        config: of the model.
+        wanted: the quantization_config that the caller gave: a `QuipConfig` asks for this package.
+    """
+    parameters = getattr(config, "quantization_config", None)
+    ours = isinstance(wanted, QuipConfig) or (isinstance(wanted, dict) and wanted.get("quant_method") == QUANT_METHOD)
+    if not ours or not isinstance(parameters, dict) or not is_one_of(parameters.get("quant_method"), METHODS):
+        return None
+    if AUTO_QUANTIZATION_CONFIG_MAPPING.get(parameters["quant_method"]) is ForeignConfig:
+        return None
+    del config.quantization_config
+    return parameters
 
 
 def check_files(name: str | None, arguments: Mapping[str, Any]) -> None:
@@ -242,6 +305,8 @@ def recognise_foreign() -> None:
         name, arguments = _source.get()
         if parameters is None and getattr(config, "quantization_config", None) is None and not kwargs.get("gguf_file"):
             parameters = parameters_beside(name, arguments)
+        if parameters is None:
+            parameters = taken_from_another(config, quantization_config)
         if parameters is not None:
             if not (quantization_config is None or isinstance(quantization_config, (QuipConfig, dict))):
                 raise ValueError(
@@ -251,9 +316,9 @@ def recognise_foreign() -> None:
                 )
             quantization_config = ForeignConfig.from_dict(parameters)
         found = original(config, quantization_config, *args, **kwargs)
-        is_foreign = getattr(getattr(found[0], "quantization_config", None), "foreign", None) is not None
-        _loads_foreign.set(is_foreign)
-        if is_foreign:
+        settings = getattr(found[0], "quantization_config", None)
+        _loads_foreign.set(getattr(settings, "foreign", None) is not None)
+        if isinstance(settings, QuipConfig):
             check_files(name, arguments)
         return found
 

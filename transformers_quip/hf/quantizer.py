@@ -19,9 +19,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import memory, native
+from ..checkpoints.complete import check_complete
 from ..checkpoints.files import Files, check_inside
+from ..checkpoints.finite import check_finite
 from ..checkpoints.foreign.plan import METHODS, ForeignPlan
 from ..checkpoints.headers import read_headers
+from ..checkpoints.names import compress_names, expand_names
 from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
 from ..nn import collectives, replace
@@ -30,7 +33,7 @@ from ..nn.shared import share_inputs
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from . import resizing, saving
-from .foreign import ForeignConfig, RaisedLater, RepackingConverter, names_in_model, plan_for, recognise_foreign
+from .foreign import ForeignConfig, RaisedLater, RepackingConverter, check_plan, names_in_model, plan_for, recognise_foreign
 from .source import source_of
 
 if TYPE_CHECKING:
@@ -108,11 +111,15 @@ class QuipQuantizer(HfQuantizer):
         parameters = self.quantization_config.foreign
         if parameters is None and self.quantization_config.quantized_modules is None:
             parameters = getattr(model.config, "quip_params", None)
+        if os.path.isdir(model.config.name_or_path):
+            check_inside(model.config.name_or_path, checkpoint_files or [])
         if parameters is not None:
-            if os.path.isdir(model.config.name_or_path):
-                check_inside(model.config.name_or_path, checkpoint_files or [])
-            self._foreign = plan_for(model, parameters, Files(checkpoint_files or []))
+            files = Files(checkpoint_files or [])
+            self._foreign = plan_for(model, parameters, files)
             self.quantization_config, self.pre_quantized = self._foreign.config, True
+            self._put_empty_linears(model)
+            check_plan(model, self._foreign, files)
+            return
         if self.pre_quantized:
             self._put_empty_linears(model)
             return
@@ -129,12 +136,12 @@ class QuipQuantizer(HfQuantizer):
         self._report(model, plan)
 
     def _put_empty_linears(self, model: PreTrainedModel) -> None:
-        recorded = native.expand_names(self.quantization_config.quantized_modules)
-        place_all(model, recorded, self.quantization_config)
+        recorded = self.quantization_config.quantized_modules
+        place_all(model, expand_names(recorded), self.quantization_config)
         if not replace.quantized_modules(model):
             raise ValueError(
                 f"None of the quantized modules that config.json names exists in {type(model).__name__} "
-                f"(the first is {next(iter(sorted(recorded)), 'missing')}): is this another architecture?"
+                f"(the first is {next(expand_names(sorted(recorded)), 'missing')[:80]}): is this another architecture?"
             )
 
     def _report(self, model: PreTrainedModel, plan: QuantizationPlan) -> None:
@@ -155,14 +162,23 @@ class QuipQuantizer(HfQuantizer):
         if self._foreign is not None:
             return [RepackingConverter(self._foreign, self._memory), *weight_conversions]
         if files and (self.pre_quantized or all(str(file).endswith(".safetensors") for file in files)):
-            headers = names_in_model(model, read_headers(files), weight_conversions)
             if self.pre_quantized:
-                kinds = (replace.is_dense_linear, replace.is_dense_embedding)
-                dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
-                native.check_tensors(replace.quantized_modules(model), dense, headers)
+                self._check_native(model, files, weight_conversions)
             else:
+                headers = names_in_model(model, read_headers(files), weight_conversions)
                 native.check_sources(sorted(self._to_quantize), headers)
         return weight_conversions
+
+    def _check_native(self, model: PreTrainedModel, paths: list[str], conversions: list) -> None:
+        native.check_kind(paths)
+        files = Files(paths)
+        names = names_in_model(model, files.headers, conversions, whole=True)
+        modules = replace.quantized_modules(model)
+        kinds = (replace.is_dense_linear, replace.is_dense_embedding)
+        dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
+        native.check_tensors(modules, dense, names)
+        check_complete(model, names)
+        check_finite(modules, names, files.read)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """su, sv and everything dense have the model's dtype, whichever floating type that is."""
@@ -200,7 +216,7 @@ class QuipQuantizer(HfQuantizer):
                 self._check_all_quantized(model)
             else:
                 self._calibrate(model)
-            names = native.compress_names(replace.quantized_modules(model))
+            names = compress_names(replace.quantized_modules(model))
             config = self.quantization_config.without_data()
             config.quantized_modules = names
             config.settle_modules(replace.quantized_modules(model))
@@ -328,7 +344,8 @@ def register() -> None:
             elif others:
                 logger.warning(
                     f"Checkpoints of quantization method {method!r} are loaded by {known.__module__}.{known.__qualname__}, "
-                    "which was registered first, and not by transformers-quip"
+                    "which was registered first, and not by transformers-quip; from_pretrained(…, "
+                    "quantization_config=QuipConfig()) loads them by transformers-quip"
                 )
                 break
             else:

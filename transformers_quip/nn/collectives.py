@@ -48,7 +48,7 @@ def install() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     if not hasattr(FullyShardedDataParallel.__init__, _MARK):
-        FullyShardedDataParallel.__init__ = _refusing(FullyShardedDataParallel.__init__)
+        setattr(FullyShardedDataParallel, "__init__", _refusing(FullyShardedDataParallel.__init__))  # noqa: B010
 
 
 def _single(original: Callable) -> Callable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ class QuipExperts(nn.Module):
         experts: for each expert, name → quantized linear; the names are one row of `ROLES`.
     """
 
-    def __init__(self, stacked: nn.Module, experts: list[Mapping[str, nn.Module]]):
+    def __init__(self, stacked: nn.Module, experts: Sequence[Mapping[str, nn.Module]]):
         super().__init__()
         self.num_experts = len(experts)
         self.act_fn = stacked.act_fn

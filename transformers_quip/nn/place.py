@@ -37,7 +37,8 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
         for here in dict.fromkeys((name, prefix + name, name.removeprefix(prefix))):
             parent, _, last = here.rpartition(".")
             grandparent = parent.rpartition(".")[0]
-            if config.layout_of(name).fuses and parent in modules:
+            # a number is not the name of a fused linear: of a name that is in no model nothing else is asked
+            if parent in modules and not last.isdecimal() and config.layout_of(name).fuses:
                 _fuse(model, here, config, name)
             elif here in modules and is_dense_linear(modules[here]):
                 model.set_submodule(here, empty_like(modules[here], config, name))
@@ -136,8 +137,10 @@ def _join(model: nn.Module, here: str, names: Mapping[str, str], config: Any) ->
         raise ValueError(
             f"{here} has {rows} outputs; config.json has {parts} as its parts and lists {sorted(names)} as quantized"
         )
-    alike: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
-    linears = {key: empty_linear(count, columns, config, names[key], **alike) for key, count in parts.items()}
+    biased, dtype = linear.bias is not None, linear.weight.dtype
+    linears = {
+        key: empty_linear(count, columns, config, names[key], bias=biased, dtype=dtype) for key, count in parts.items()
+    }
     model.set_submodule(here, JoinedLinear(linears).train(linear.training))
 
 

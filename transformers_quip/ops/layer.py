@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .. import codebooks
-from ..codebooks import Codebook, Grid
+from ..codebooks import Codebook
 
 # The same in the ops' signatures.
 SCHEMA = (
@@ -52,20 +52,25 @@ class Layer(NamedTuple):
         """The codebook itself."""
         return codebooks.get(self.codebook)
 
-    @property
-    def vectors(self) -> tuple[torch.Tensor, ...]:
-        """su, sv and the bias if there is one."""
-        return (self.su, self.sv) if self.bias is None else (self.su, self.sv, self.bias)
-
 
 def named(weight: Sequence[torch.Tensor], book: Codebook, rows: int, columns: int) -> Mapping[str, torch.Tensor]:
     """The stored tensors of a [rows, columns] weight by name. Raises `ValueError` if they are not those of the codebook."""
-    names = list(book.tensors(rows, columns))
-    if len(weight) != len(names):
-        raise ValueError(f"codebook {book.name!r} stores {', '.join(names)}, got {len(weight)} tensors")
-    tensors = dict(zip(names, weight, strict=True))
-    book.check(tensors, rows, columns)
+    grids = _grids(book, rows, columns)
+    if len(weight) != len(grids):
+        names = ", ".join(name for name, _, _ in grids)
+        raise ValueError(f"codebook {book.name!r} stores {names}, got {len(weight)} tensors")
+    tensors, fits = {}, True
+    for (name, shape, dtype), tensor in zip(grids, weight, strict=True):
+        tensors[name] = tensor
+        fits = fits and tensor.dtype is dtype and tensor.shape == shape
+    if not fits:  # or where a grid leaves a size or the type open
+        book.check(tensors, rows, columns)
     return tensors
+
+
+@functools.lru_cache(maxsize=4096)
+def _grids(book: Codebook, rows: int, columns: int) -> tuple[tuple[str, tuple[int | None, ...], torch.dtype], ...]:
+    return tuple((name, tuple(grid.shape), grid.dtype) for name, grid in book.tensors(rows, columns).items())
 
 
 def stages(weight: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -73,15 +78,8 @@ def stages(weight: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor |
     return weight[0], weight[1] if len(weight) > 1 else None
 
 
-def dtypes_fit(weight: Sequence[torch.Tensor], codebook: str) -> bool:
-    """Whether these are as many tensors as the codebook stores, of their types; the sizes are not looked at."""
-    grids = _grids(codebook)
-    return len(weight) == len(grids) and all(
-        tensor.is_floating_point() if grid.dtype.is_floating_point else tensor.dtype == grid.dtype
-        for tensor, grid in zip(weight, grids, strict=True)
-    )
-
-
 @functools.lru_cache(maxsize=1024)
-def _grids(codebook: str) -> tuple[Grid, ...]:
-    return tuple(codebooks.get(codebook).tensors(256, 256).values())
+def integer_dtypes(codebook: str) -> tuple[torch.dtype | None, ...]:
+    """For each tensor that a codebook stores, its integer type; None for a floating one."""
+    grids = codebooks.get(codebook).tensors(256, 256).values()
+    return tuple(None if grid.dtype.is_floating_point else grid.dtype for grid in grids)

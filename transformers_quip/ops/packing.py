@@ -46,13 +46,13 @@ def pack(weight: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [kernels.pack(codes) for codes in weight]
 
 
-def stored(weight: Sequence[torch.Tensor], codebook: str, columns: int) -> list[torch.Tensor]:
+def stored(weight: Sequence[torch.Tensor], codebook: str, columns: int) -> Sequence[torch.Tensor]:
     """Tensors of either form in the stored one.
 
     Raises:
         ValueError: the kernels' form is not that of a weight with this number of columns.
     """
-    return [kernels.unpack(codes, columns) for codes in weight] if is_packed(weight, codebook) else list(weight)
+    return [kernels.unpack(codes, columns) for codes in weight] if is_packed(weight, codebook) else weight
 
 
 def stored_bytes(weight: Sequence[torch.Tensor], codebook: str, columns: int) -> int:

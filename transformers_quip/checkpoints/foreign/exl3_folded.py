@@ -11,11 +11,11 @@ unscaled); Transformers' code knows nothing of them, so they are undone in the w
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
 from ..headers import DAMAGED
+from .family import is_finite_number
 
 _UP = 1 / 128
 _ROUTED_UP = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:\w+\.)*experts\.\d+\.(?:up_proj|w3)$")
@@ -56,6 +56,6 @@ def _value_scale(config: Any) -> float:
     scale = config.attention_value_scale
     if scale is None:
         return 1.0
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale) or scale <= 0:
+    if not is_finite_number(scale) or scale <= 0:
         raise ValueError(f"config.json has attention_value_scale={scale!r}, which must be a positive number: {DAMAGED}")
     return float(scale)

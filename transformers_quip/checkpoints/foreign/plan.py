@@ -21,8 +21,9 @@ from ...config.storage import Layout
 from ...nn.experts import expert_shape, is_stacked
 from ...nn.place import empty_linear, fused_shape
 from ...nn.replace import is_dense_linear, linear_shape
-from .. import native
+from ..complete import is_outside
 from ..headers import DAMAGED, TensorInfo
+from ..names import compress_names
 from .exl3 import Exl3
 from .family import Family, Form, Source, is_one_of
 from .qtip import Qtip
@@ -157,7 +158,7 @@ def make_plan(
     _check_folded(model, family, headers)
     linears, joined = [], {}
     for source in sources:
-        if _is_outside(model, source.name):
+        if is_outside(model, source.name):
             logger.warning("%s of the checkpoint is no part of %s and is left out", source.name, type(model).__name__)
             continue
         place = _find_place(model, family, source.name)
@@ -195,17 +196,6 @@ def _collect(family: Family, headers: Mapping[str, TensorInfo], read: Callable[[
         tensors = {kind: headers[key] for kind, key in keys.items()}
         sources.append(Source(name, tensors, keys, lambda kind, tensors=tensors: read(tensors[kind])))
     return sources
-
-
-def _is_outside(model: nn.Module, name: str) -> bool:
-    """Whether this belongs to something that this model has nothing of: the head of a base model, another modality, …"""
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    if any(re.search(pattern, name) for pattern in ignored):
-        return True
-    first = name.partition(".")[0]
-    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    known = {key for module in (model, base) if isinstance(module, nn.Module) for key, _ in module.named_children()}
-    return first not in known and first != getattr(model, "base_model_prefix", "")
 
 
 @dataclass(frozen=True)
@@ -336,7 +326,7 @@ def native_config(linears: Iterable[ForeignLinear], layouts: Mapping[str, Layout
     forms = {linear.name: linear.form.layout for linear in linears}
     records = {name: layout.to_dict() for name, layout in (forms | dict(layouts or {})).items()}
     config = QuipConfig(**_without_none(shared), modules=by_pattern(different) or None, dataset=None)
-    config.quantized_modules = native.compress_names(names)
+    config.quantized_modules = compress_names(names)
     config.layout = _with_common(records)
     return config
 

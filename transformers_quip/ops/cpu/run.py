@@ -20,7 +20,7 @@ from ... import incoherence as transforms
 from ...codebooks.trellis import TILE
 from .. import reference
 from ..backend import get_activations, get_backend
-from ..layer import Layer, dtypes_fit, named, stages
+from ..layer import Layer, integer_dtypes, named, stages
 from ..packing import stored
 from . import scratch
 
@@ -98,7 +98,8 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """See [`reference.linear`]. One call into the library for few vectors; for many, products with decoded rows."""
     layer = Layer(*arguments)
     n, m, book = layer.n, layer.m, layer.book
-    layer = layer._replace(weight=stored(layer.weight, layer.codebook, n))
+    if layer.weight[0].dtype is torch.int32:  # may be packed; no codes that kernels take are stored so
+        layer = layer._replace(weight=stored(layer.weight, layer.codebook, n))
     if book.kernels == "trellis":
         return _trellis_linear(x, layer)
     planes = _planes(x.dtype, layer)
@@ -150,7 +151,7 @@ class OneCall(NamedTuple):
 def one_call(x: torch.Tensor, layer: Layer) -> OneCall | None:
     """The calls of the library that [`linear`] is for inputs as x, if x is one; all tensors contiguous and on the CPU."""
     family = layer.book.kernels
-    if family is None or not dtypes_fit(layer.weight, layer.codebook) or layer.n > kernels.MOST_FEATURES:
+    if family is None or not _are_stored(layer) or layer.n > kernels.MOST_FEATURES:
         return None
     n, m, su, sv, bias = layer.n, layer.m, layer.su, layer.sv, layer.bias
     q_in, slow_in = _kernel_transform(layer.incoherence_in, n, layer.seed)
@@ -165,7 +166,7 @@ def one_call(x: torch.Tensor, layer: Layer) -> OneCall | None:
         in_bundles = fits and many_kernels.takes(x.dtype, m, n, int8)
         most = _most_vectors(planes, in_bundles) if fits else 0
     else:
-        fits = not _is_wide(layer.vectors) and not _is_wide(layer.weight)
+        fits = not _has_wide_vectors(layer) and not _is_wide(layer.weight)
         most = MOST_TRELLIS_VECTORS if fits and _is_covered(layer.codebook, x.dtype) else 0
     vectors = x.numel() // n
     if most == 0 or vectors == 0 or (vectors > most and not in_bundles):
@@ -201,7 +202,7 @@ def _trellis_linear(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     """[`linear`] for trellis codes. Between the transforms activations are float32, whatever they are outside."""
     n, m, su, sv, bias = layer.n, layer.m, layer.su, layer.sv, layer.bias
     vectors = x.numel() // n
-    is_wide = _is_wide(layer.vectors) or _is_wide(layer.weight)
+    is_wide = _has_wide_vectors(layer) or _is_wide(layer.weight)
     if is_wide or vectors == 0 or not _is_covered(layer.codebook, x.dtype):
         return reference.linear(x, *layer)
     tensors = named(layer.weight, layer.book, m, n)
@@ -230,14 +231,31 @@ def _trellis_layout(codebook: str) -> trellis_kernels.Layout:
 
 def _is_wide(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether one of these is floating point of a type that the library does not take."""
-    return any(v.is_floating_point() and v.dtype not in kernels.DTYPES for v in tensors)
+    return any(v.dtype not in kernels.DTYPES and v.is_floating_point() for v in tensors)
+
+
+def _has_wide_vectors(layer: Layer) -> bool:
+    """The same of su, sv and the bias."""
+    known, bias = kernels.DTYPES, layer.bias
+    return layer.su.dtype not in known or layer.sv.dtype not in known or (bias is not None and bias.dtype not in known)
+
+
+def _are_stored(layer: Layer) -> bool:
+    """Whether these are as many tensors as the codebook stores, with its types of integers; sizes are not looked at."""
+    dtypes = integer_dtypes(layer.codebook)
+    if len(layer.weight) != len(dtypes):
+        return False
+    for tensor, dtype in zip(layer.weight, dtypes, strict=True):
+        if dtype is not None and tensor.dtype is not dtype:
+            return False
+    return True
 
 
 def _planes(dtype: torch.dtype, layer: Layer) -> int | None:
     """In how many bytes activations of this dtype are multiplied; None where the library has no kernel."""
-    if not _is_covered(layer.codebook, dtype) or _is_wide(layer.vectors):
+    if not _is_covered(layer.codebook, dtype) or _has_wide_vectors(layer):
         return None
-    if not dtypes_fit(layer.weight, layer.codebook):
+    if not _are_stored(layer):
         return None  # the reference says why
     return planes_for(dtype)
 

@@ -1,0 +1,139 @@
+"""Loading is complete or refused: every tensor of a quantizer has a module, and every weight comes from a file.
+
+Transformers ignores tensors that no module takes and draws weights that no file has at random, with a notice in either
+case: right for fine-tuning, where a task gets a new head, and wrong for a file that is damaged or does not belong to its
+config.json, whose model would compute nonsense.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..nn.replace import quantized_modules
+from .headers import DAMAGED, TensorInfo
+
+# Last parts of the names of tensors that quantizers of this line store, natively and in other packages; those of the
+# codebooks are asked of the model's modules. Names that dense modules have too ("weight", "bias", "scale", "A") are left
+# out: such a tensor never comes alone.
+MARKERS = ("codes", "trellis", "Qidxs")
+_NATIVE = ("codes", "su", "sv", "row_scales", "factor_in", "factor_out")
+_FOREIGN = ("Qidxs", "SU", "SV", "Wscale", "codebook_id", "fuse_scales", "scaleWH", "had_left", "had_right", "tlut", "rcp")
+_EXL3 = ("trellis", "suh", "svh", "mcg", "mul1", "signs")
+KINDS = frozenset((*_NATIVE, *_FOREIGN, "tp_rank", *_EXL3))
+# Ends of the names of classes whose output embeddings are a part of what was trained.
+_GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+
+
+def check_complete(model: nn.Module, names: Mapping[str, TensorInfo], made: Collection[str] = ()) -> None:
+    """Check that the files and the model have the same tensors, as far as quantizers and weights are concerned.
+
+    A new head is allowed: weights outside of the base model, where the checkpoint was not saved from this class.
+
+    Args:
+        model: with its quantized modules in their places; on the meta device or not.
+        names: every tensor of the files that is loaded under its own name, by its name in the model.
+        made: names of tensors in the model that are made of others in the files (of a foreign checkpoint).
+
+    Raises:
+        ValueError: with all that is wrong, the first few by name.
+    """
+    problems = [f"{key} belongs to no module of {type(model).__name__}" for key in untaken(model, names, made)]
+    problems += [f"{key} is missing" for key in not_given(model, {*names, *made})]
+    if problems:
+        raise ValueError(
+            f"The quantized checkpoint does not fit the model: {'; '.join(problems[:4])}"
+            f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}: {DAMAGED}."
+        )
+
+
+def untaken(model: nn.Module, names: Collection[str], made: Collection[str] = ()) -> list[str]:
+    """Tensors of a quantizer in the files that no module of the model takes.
+
+    Args:
+        model, names, made: see [`check_complete`].
+    """
+    state = model.state_dict().keys()
+    modules = quantized_modules(model)
+    quantized = modules.keys() | {name.rpartition(".")[0] for name in made}
+    kinds = KINDS | {key for module in modules.values() for key, _ in module.named_parameters()} - {"bias"}
+    result = []
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        if name in state or not (kind in kinds or module in quantized):
+            continue
+        whole = any(f"{module}.{marker}" in names for marker in MARKERS)
+        if not (whole and is_outside(model, name)):
+            result.append(name)
+    return result
+
+
+def not_given(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Weights of the model that the files do not have, and that must come from there.
+
+    Buffers count where the files have the same buffer of another layer: files of before a buffer was stored are right.
+
+    Args:
+        model: see [`check_complete`].
+        names: of all tensors that are given, by their names in the model.
+    """
+    names = set(names)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    alike = {_without_numbers(name) for name in names}
+    result = []
+    for name in model.state_dict(keep_vars=True):
+        if name in names or any(pattern.search(name) for pattern in ignored):
+            continue
+        if name not in parameters and _without_numbers(name) not in alike:
+            continue
+        if _is_tied_to_one_of(name, tied, names) or _is_new(model, name):
+            continue
+        result.append(name)
+    return result
+
+
+def is_outside(model: nn.Module, name: str) -> bool:
+    """Whether a tensor belongs to something that this model has nothing of: the head of a base model, a modality, …"""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if any(re.search(pattern, name) for pattern in ignored):
+        return True
+    first = name.partition(".")[0]
+    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    known = {key for module in (model, base) if isinstance(module, nn.Module) for key, _ in module.named_children()}
+    return first not in known and first != getattr(model, "base_model_prefix", "")
+
+
+def _is_tied_to_one_of(name: str, tied: Mapping[str, str], names: Collection[str]) -> bool:
+    """Whether the model gives this weight the value of another one that the files have, either of the two."""
+    group = {name, tied.get(name, name)}
+    group |= {target for target, source in tied.items() if source in group}
+    return bool(group & set(names))
+
+
+def _is_new(model: nn.Module, name: str) -> bool:
+    """Whether a weight is of a head that this class has and the checkpoint's class has not."""
+    saved = _architectures(getattr(model, "config", None))
+    base = getattr(model, "base_model_prefix", "")
+    if not saved or type(model).__name__ in saved or not isinstance(getattr(model, base, None), nn.Module):
+        return False
+    if name.startswith(f"{base}."):
+        return False
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and model.get_submodule(name.rpartition(".")[0]) is head:
+        return not any(architecture.endswith(_GENERATES) for architecture in saved)
+    return True
+
+
+def _architectures(config: Any) -> list[str]:
+    """Names of the classes that the checkpoint was saved from, as its config.json has them."""
+    names = getattr(config, "architectures", None)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, Iterable) else []
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
