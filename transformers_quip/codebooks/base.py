@@ -160,6 +160,10 @@ class Codebook(abc.ABC):
         Raises:
             ValueError: rows of this codebook cannot be decoded alone.
         """
+        if self.rows_together > 1:
+            raise ValueError(
+                f"rows of codebook {self.name!r} cannot be looked up one by one: {self.rows_together} are coded together"
+            )
         return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
 
     def check(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> None:

@@ -8,7 +8,15 @@ import torch
 
 from .. import codebooks, incoherence
 from ..rounding import Problem
-from .layer import QuantizedWeight, check_weight, chunks_of_rows, method_without_hessian, stored, warn_of_storage
+from .layer import (
+    QuantizedWeight,
+    check_shape,
+    check_weight,
+    chunks_of_rows,
+    method_without_hessian,
+    stored,
+    warn_of_storage,
+)
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -40,6 +48,7 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
     check_weight(name, table)
     rows, columns = table.shape
     book = codebooks.get(config.codebook_spec)
+    check_shape(name, table, book)
     method = method_without_hessian(config)
     factors = book.scale_factors if config.scale == "auto" else (float(config.scale),)
     su = incoherence.signs(columns, config.seed, "in").to(table.device)

@@ -28,7 +28,7 @@ _SCALE_ROWS = 128
 # Without a Hessian this many numbers are rounded at a time, which bounds the memory of intermediate results.
 CHUNK = 1 << 22
 # Storing sv in the model's dtype is worth a warning where it adds this share to the squared error of the weight.
-_STORAGE_SHARE = 0.1
+_STORAGE_SHARE = 0.5
 
 
 @dataclass
@@ -104,15 +104,16 @@ def quantize_weights(
     Raises:
         ValueError: a weight or the Hessian has NaN or Inf, or a shape does not fit; the message names the module.
     """
+    book = codebooks.get(config.codebook_spec)
     for name, weight in weights.items():
         check_weight(name, weight)
         if weight.shape[1] != hessian.shape[0]:
             raise ValueError(f"{name} has {weight.shape[1]} columns, but its Hessian is {list(hessian.shape)}")
+        check_shape(name, weight, book)
     stack = torch.cat([weight.float() for weight in weights.values()])
     hessian = hessian.to(stack)
     prepared = prepare_hessian(hessian, stack, config, ", ".join(weights))
     condition = condition_number(prepared.rotated)
-    book = codebooks.get(config.codebook_spec)
     rows = stack.split([len(weight) for weight in weights.values()])
     parts = [
         _rotate(name, part, weight.dtype, prepared.su, prepared.q_in, book, config)
@@ -164,6 +165,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
     check_weight(name, weight)
     rows, size = weight.shape
     book = codebooks.get(config.codebook_spec)
+    check_shape(name, weight, book)
     su = incoherence.signs(size, config.seed, "in").to(weight.device)
     q_in = incoherence.get(incoherence.sides(config.incoherence)[0], size, config.seed)
     part = _rotate(name, weight.float(), weight.dtype, su, q_in, book, config)
@@ -246,6 +248,14 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name} has a weight of {weight.dtype}, expected a floating-point one")
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name} has NaN or Inf in its weight: the checkpoint is damaged, or overflows in {weight.dtype}")
+
+
+def check_shape(name: str, weight: torch.Tensor, book: Codebook) -> None:
+    """Raise `ValueError` for a weight of a shape that the codebook cannot store."""
+    try:
+        book.tensors(*weight.shape)
+    except ValueError as error:
+        raise ValueError(f"{name} has shape {list(weight.shape)}: {error}") from None
 
 
 def _rotate(

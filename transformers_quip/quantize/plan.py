@@ -27,6 +27,7 @@ SHARED = "one module used in several places"
 NOT_CONVERTED = "in modules_to_not_convert"
 FLOAT32 = "kept in float32 by the model"
 OUTSIDE_BLOCKS = "outside the decoder blocks"
+TASK_HEAD = "a head outside the base model"
 EXPERTS = "fused 3-D experts are not supported yet"
 EMBEDDING = "embedding"
 VECTORS = "norms, biases and other vectors"
@@ -123,10 +124,11 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     """Decide for every weight of the model, on the meta device or not, whether it is quantized.
 
     A calibrated run quantizes the linears inside the decoder blocks; a run without calibration all linears. Left out
-    are the output embeddings, weights that are tied, modules that the model keeps in float32 and those that
-    `config.modules_to_not_convert` names: a prefix up to a dot, a suffix, or a regular expression, as everywhere in
-    Transformers (there the list replaces the default, here it adds to it). Output embeddings, and embeddings, are
-    quantized on request: where a pattern of `config.modules` calls them by name ([`is_called`]).
+    are the output embeddings, heads of other tasks (every linear outside the base model), weights that are tied, modules
+    that the model keeps in float32 and those that `config.modules_to_not_convert` names: a prefix up to a dot, a suffix,
+    or a regular expression, as everywhere in Transformers (there the list replaces the default, here it adds to it).
+    Output embeddings, embeddings, and without calibration heads of other tasks, are quantized on request: where a pattern
+    of `config.modules` calls them by name ([`is_called`]).
 
     Raises:
         ValueError: there is nothing to quantize, a size cannot be quantized, a pattern is no regular expression, or
@@ -190,6 +192,7 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *_strict_float32(model)]
     blocks = find_blocks(model)[0] + "." if config.is_calibrated else ""
+    base = {id(module) for module in getattr(model, "base_model", model).modules()}
     reasons = {}
     for name, module in linears.items():
         if module is output and is_called(name, config):
@@ -207,6 +210,8 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
             reasons[name] = FLOAT32
         elif not name.startswith(blocks):
             reasons[name] = OUTSIDE_BLOCKS
+        elif id(module) not in base and not is_called(name, config):
+            reasons[name] = TASK_HEAD
     return reasons
 
 
@@ -239,8 +244,24 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
             )
         sides = (incoherence.sides(own.incoherence)[0], "none")
         size = _packed_bytes(name, shape, module.weight.dtype, own, sides)
+        _check_lookup(name, shape, own)
         entries.append(PlanEntry(name, shape, module.weight.numel(), quantized=True, packed_bytes=size))
     return entries
+
+
+def _check_lookup(name: str, shape: tuple[int, int], config: QuipConfig) -> None:
+    """Raise `ValueError` for a codebook whose rows cannot be looked up one by one."""
+    if config.is_mixed:  # what it gets then has single rows
+        return
+    book = codebooks.get(config.codebook)
+    with torch.device("cpu"):  # a model is planned while Transformers makes everything on the meta device
+        grids = book.tensors(book.rows_together, shape[1])
+        stored = {key: torch.zeros(grid.empty_shape(), dtype=grid.dtype) for key, grid in grids.items()}
+        rows = torch.zeros(1, dtype=torch.int64)
+    try:
+        book.select_rows(stored, rows)
+    except ValueError as error:
+        raise ValueError(f"modules names the embedding {name!r}, but {error}; choose another codebook for it") from None
 
 
 def _strict_float32(model: nn.Module) -> Iterable[str]:
@@ -279,8 +300,11 @@ def _packed_bytes(
             f"{name} cannot be quantized with codebook {book.name!r}: it is for checkpoints that were quantized with it "
             f"elsewhere. Choose one of {', '.join(map(repr, codebooks.names()))}"
         )
-    stored = sum(grid.nbytes(dtype) for grid in book.tensors(*shape).values())
-    return stored + sum(shape) * dtype.itemsize
+    try:
+        grids = book.tensors(*shape)
+    except ValueError as error:
+        raise ValueError(f"{name} has shape {list(shape)}: {error}") from None
+    return sum(grid.nbytes(dtype) for grid in grids.values()) + sum(shape) * dtype.itemsize
 
 
 def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[PlanEntry]:

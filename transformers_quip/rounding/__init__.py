@@ -23,10 +23,20 @@ _ROUNDINGS: Registry[Rounding] = Registry("rounding")
 def register(method: Rounding) -> Rounding:
     """Add a rounding method under its `name`, so that a config can ask for it.
 
-    The method is used while a model is quantized, and not needed to load or run the result. Registering it is all there
-    is to do:
+    It is used while a model is quantized, and not needed to load or run the result.
 
-        from transformers_quip import QuipConfig, rounding
+    Args:
+        method: see [`Rounding`] for what it must offer, and [`Problem`] for what it gets. A method that needs a Hessian
+            (`needs_hessian = True`) is replaced by the nearest points where a run has no calibration data.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: the object is not a [`Rounding`].
+
+    Example: the better one of two methods.
 
         class BetterOfTwo(rounding.Rounding):
             name = "better-of-two"
@@ -41,18 +51,7 @@ def register(method: Rounding) -> Rounding:
                 return rounding.proxy_loss(problem.weight - rounded.points, problem.required_hessian)
 
         rounding.register(BetterOfTwo())
-        config = QuipConfig(bits=2, rounding="better-of-two")
-
-    Args:
-        method: see [`Rounding`] for what it must offer, and [`Problem`] for what it gets. A method that needs a Hessian
-            (`needs_hessian = True`) is replaced by the nearest points where a run has no calibration data.
-
-    Returns:
-        The method.
-
-    Raises:
-        ValueError: the name is taken.
-        TypeError: the object is not a [`Rounding`].
+        QuipConfig(rounding="better-of-two")
     """
     if not isinstance(method, Rounding):
         raise TypeError(f"rounding.register takes an instance of a rounding.Rounding subclass, got {method!r}")
