@@ -345,12 +345,14 @@ def warn_of_storage(
     added = ((sv.to(dtype).float() - sv).double().square() * energy).sum().item()
     if not added <= _STORAGE_SHARE * error:
         logger.warning(
-            "%s: its scales sv (down to %.1e) cannot be stored in %s, whose smallest normal number is %.1e, without loss: "
-            "the relative error of the weight grows from %.2g to %.2g. Load the model in bfloat16 or float32",
+            "%s: its scales sv (%.1e to %.1e) leave the normal numbers of %s (%.1e to %.1e), in which they are stored: the "
+            "relative error of the weight grows from %.2g to %.2g. Load the model in bfloat16 or float32",
             name,
             sv[sv != 0].abs().min().item(),
+            sv.abs().max().item(),
             str(dtype).removeprefix("torch."),
             torch.finfo(dtype).tiny,
+            torch.finfo(dtype).max,
             error / total,
             (error + added) / total,
         )
