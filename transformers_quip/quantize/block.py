@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..calibration import BlockHessians, BlockInputs
-from ..calibration.precision import calibration_autocast
+from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
 
@@ -67,6 +67,7 @@ class BlockResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@cpu_matmul_precision("ieee")
 @torch.no_grad()
 def quantize_block(
     block: nn.Module,
@@ -92,8 +93,8 @@ def quantize_block(
         ValueError: see [`quantize_weights`], [`BlockHessians.pop`] and `observe_linears`.
     """
     result = BlockResult()
-    with timed(result.seconds, "observe"), calibration_autocast(block):
-        hessians = BlockHessians(prefix).collect(block, tuple(configs), inputs, on_output)
+    with timed(result.seconds, "observe"):
+        hessians = observe_block(block, tuple(configs), inputs, prefix, on_output)
     reached = [name for group in hessians.groups.values() for name in group]
     with timed(result.seconds, "round"):
         for leader, group in hessians.groups.items():
@@ -112,6 +113,20 @@ def quantize_block(
     return result
 
 
+@cpu_matmul_precision("ieee")
+@torch.no_grad()
+def observe_block(
+    block: nn.Module,
+    names: Sequence[str],
+    inputs: BlockInputs,
+    prefix: str = "",
+    on_output: Callable[[int, torch.Tensor], None] | None = None,
+) -> BlockHessians:
+    """Run the dense block over all batches, once: the first half of [`quantize_block`], whose arguments it takes."""
+    with calibration_autocast(block):
+        return BlockHessians(prefix).collect(block, names, inputs, on_output)
+
+
 def quantize_group(
     module: nn.Module,
     names: Iterable[str],
@@ -120,6 +135,8 @@ def quantize_group(
     prefix: str = "",
 ) -> dict[str, ModuleResult]:
     """Round the linears that read one input; those with the same options as one stack of rows. Nothing is replaced.
+
+    Groups of a block that is not tuned in between may be rounded in any order, or in several processes.
 
     Args:
         module: which holds the dense linears.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import codebooks, incoherence, rounding
+from ..calibration.precision import cpu_matmul_precision
 from ..codebooks import Codebook
 from ..incoherence import Transform
 from ..rounding import Problem, Rounded, Rounding, proxy_loss
@@ -83,6 +84,7 @@ class _Part:
         return self.q_out.apply(q_in.apply(points[:rows, :columns]).T.contiguous()).T.contiguous() * su
 
 
+@cpu_matmul_precision("ieee")  # a Hessian rotated in lower precision is no longer positive definite
 @torch.inference_mode(False)
 @torch.no_grad()
 def quantize_weights(
@@ -185,6 +187,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
     return QuantizedWeight(stored(book, codes), su, sv, {"relative_error": lost.item(), "scale": part.factor})
 
 
+@cpu_matmul_precision("ieee")
 @torch.inference_mode(False)
 @torch.no_grad()
 def loss_of_rounding(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor, config: QuipConfig) -> dict[str, float]:

@@ -12,14 +12,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import codebooks
-from ..calibration import BlockHessians, HessianAccumulator, capture_inputs, find_blocks
+from ..calibration import HessianAccumulator, capture_inputs, find_blocks
 from ..calibration.device import evaluating
 from ..calibration.observe import observe_until
 from ..calibration.precision import calibration_autocast
 from ..config import MIXED_BITS
 from ..nn import replace
 from .allocate import allocate, gaussian_error, measure_sensitivities
-from .block import by_config
+from .block import by_config, observe_block
 from .layer import loss_of_rounding
 from .plan import QuantizationPlan
 
@@ -88,8 +88,7 @@ def _losses_of_rounding(
 
     for index, block in enumerate(tqdm(blocks, desc="Predicting losses", unit="block")):
         prefix = f"{blocks_name}.{index}."
-        with calibration_autocast(block):
-            hessians = BlockHessians(prefix).collect(block, plan.inside(prefix), inputs.of_block(index), inputs.store)
+        hessians = observe_block(block, plan.inside(prefix), inputs.of_block(index), prefix, inputs.store)
         for leader, group in hessians.groups.items():
             add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
     for outside in (name for name in names if not name.startswith(f"{blocks_name}.")):

@@ -81,7 +81,7 @@ def quantize_model(
         ValueError: see [`make_plan`], [`load_token_ids`] and [`quantize_weights`].
     """
     replace.leave_inference_mode(model)
-    with cpu_matmul_precision("ieee"):  # a Hessian rotated in lower precision is no longer positive definite
+    with cpu_matmul_precision("ieee"):
         return _quantize_model(model, config, tokenizer, data)
 
 
