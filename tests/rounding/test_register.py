@@ -63,7 +63,8 @@ class Whole(rounding.Rounding):
 
 
 def test_a_method_that_looks_at_all_rows_gets_each_weight_whole(monkeypatch):
-    method = rounding.register(Whole())
+    method = Whole()
+    rounding.register("whole", method)
     monkeypatch.setattr("transformers_quip.quantize.layer.CHUNK", 64)
     config = QuipConfig(bits=2, rounding="whole", dataset=None)
     weight, hessian = problem(40, 24)
@@ -81,8 +82,10 @@ def test_a_method_that_looks_at_all_rows_gets_each_weight_whole(monkeypatch):
 
 def test_what_cannot_be_registered():
     with pytest.raises(ValueError, match="rounding 'ldlq' is registered already"):
-        rounding.register(rounding.get("ldlq"))
+        rounding.register("ldlq", rounding.get("ldlq"))
+    with pytest.raises(ValueError, match="registered as 'other' is called 'whole'"):
+        rounding.register("other", Whole())
     with pytest.raises(TypeError, match="an instance of a rounding.Rounding subclass"):
-        rounding.register(Whole)
+        rounding.register("whole", Whole)
     with pytest.raises(ValueError, match="'whole'"):
         QuipConfig(rounding="whole")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from ..calibration.arguments import without_cache
 from ..calibration.device import evaluating, execution_device
 from ..nn import replace
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Relative squared error of the noise: large enough to be seen in a short text, of the size of a 2-bit codebook's error.
 NOISE = 0.05
 SEQUENCES, TOKENS = 4, 128
@@ -30,7 +34,9 @@ _UNITS = 1 << 14
 
 
 @torch.no_grad()
-def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Tensor, seed: int = 0) -> dict[str, float]:
+def measure_sensitivities(
+    model: PreTrainedModel, names: Sequence[str], ids: torch.Tensor, seed: int = 0
+) -> dict[str, float]:
     """How much the model's predictions suffer from errors in each module.
 
     Args:

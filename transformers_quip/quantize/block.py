@@ -18,7 +18,7 @@ from torch import nn
 
 from ..calibration import BlockHessians, BlockInputs
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
-from ..nn import replace
+from ..nn import QuipLinear, replace
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def quantize_block(
             logger.warning("%s: no calibration token reached it, so it is quantized without calibration", prefix + name)
             weight = replace.dense_weight(block.get_submodule(name))
             quantized = quantize_weight(weight, configs[name], prefix + name)
-            done = {name: ModuleResult(prefix + name, tuple(weight.shape), quantized)}
+            done = {name: ModuleResult(prefix + name, (weight.shape[0], weight.shape[1]), quantized)}
             _replace(block, done, configs)
             _collect(done, result, on_module)
     return result
@@ -155,8 +155,8 @@ def quantize_group(
         seconds = (time.perf_counter() - started) / len(weights)
         for name in alike:
             full_name = prefix + name
-            shape = tuple(weights[full_name].shape)
-            result[name] = ModuleResult(full_name, shape, quantized[full_name], seconds)
+            rows, columns = weights[full_name].shape
+            result[name] = ModuleResult(full_name, (rows, columns), quantized[full_name], seconds)
     return result
 
 
@@ -179,7 +179,8 @@ def replayed_densely(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
     Then running the block over many batches costs one product for each linear and batch, instead of decoding each time.
     """
-    quantized = {name: block.get_submodule(name) for name in names}
+    found = {name: block.get_submodule(name) for name in names}
+    quantized = {name: module for name, module in found.items() if isinstance(module, QuipLinear)}
     try:
         for name, module in quantized.items():
             block.set_submodule(name, _Replayed(module))
@@ -192,7 +193,7 @@ def replayed_densely(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
 class _Replayed(nn.Module):
     """A quantized linear while its block is replayed: the same values as a dense weight."""
 
-    def __init__(self, quantized: nn.Module):
+    def __init__(self, quantized: QuipLinear):
         super().__init__()
         self.quantized = quantized
         self.dense = quantized.dequantize()

@@ -174,7 +174,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
     part.factor = 1.0 if config.scale == "auto" else float(config.scale)
     unit, method, points = part.unit(book), method_without_hessian(config), part.rotated
     codes = torch.empty(book.codes_shape(rows, size), dtype=book.code_dtype, device=weight.device)
-    for begin, end in chunks_of_rows(*points.shape, book, method):
+    for begin, end in chunks_of_rows(points.shape[0], points.shape[1], book, method):
         part_of_codes = slice(begin // book.rows_together, end // book.rows_together)
         found = method.round(Problem(points[begin:end] / unit, None, book, seed=config.seed + begin))
         codes[part_of_codes], points[begin:end] = found

@@ -8,7 +8,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from .. import codebooks
@@ -24,6 +23,8 @@ from .layer import loss_of_rounding
 from .plan import QuantizationPlan
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 _RATIO_TOKENS = 1 << 15
 
 
-def settle_bits(model: nn.Module, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
+def settle_bits(model: PreTrainedModel, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
     """Give each module without bits of its own those that `config.bits` as an average allows.
 
     Args:
@@ -61,17 +62,18 @@ def settle_bits(model: nn.Module, config: QuipConfig, plan: QuantizationPlan, id
     return settled
 
 
-def hessian_after_blocks(model: nn.Module, name: str, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+def hessian_after_blocks(model: PreTrainedModel, name: str, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     """The Hessian float32 [n, n] of a linear that reads what all blocks make of the tokens: the output embeddings."""
     linear = model.get_submodule(name)
-    accumulator = HessianAccumulator(replace.linear_shape(linear)[1], linear.weight.device, name)
+    weight = replace.dense_weight(linear)
+    accumulator = HessianAccumulator(weight.shape[1], weight.device, name)
     with evaluating(model), calibration_autocast(model):
         observe_until(model, linear, ids.split(batch_size), accumulator.add)
     return accumulator.hessian()
 
 
 def _losses_of_rounding(
-    model: nn.Module, config: QuipConfig, names: Collection[str], plan: QuantizationPlan, ids: torch.Tensor
+    model: PreTrainedModel, config: QuipConfig, names: Collection[str], plan: QuantizationPlan, ids: torch.Tensor
 ) -> dict[str, float]:
     """For these modules, how much less errors of rounding matter than independent ones."""
     ids = ids[: max(_RATIO_TOKENS // ids.shape[1], 1)]

@@ -19,6 +19,8 @@ from ..nn.linear import QuipLinear
 from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, is_named, linear_shape
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..config import QuipConfig
 
 OUTPUT_EMBEDDINGS = "output embeddings"
@@ -120,7 +122,7 @@ class QuantizationPlan:
         return "\n".join(lines)
 
 
-def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
+def make_plan(model: PreTrainedModel, config: QuipConfig) -> QuantizationPlan:
     """Decide for every weight of the model, on the meta device or not, whether it is quantized.
 
     A calibrated run quantizes the linears inside the decoder blocks; a run without calibration all linears. Left out
@@ -185,7 +187,7 @@ def _check_patterns(patterns: Iterable[str]) -> None:
             raise ValueError(f"modules_to_not_convert: {pattern!r} is no regular expression ({error})") from None
 
 
-def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
+def _reasons(model: PreTrainedModel, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
     """Why a linear stays dense, for those that do."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = _tied_modules(model)

@@ -168,9 +168,9 @@ def _quantize_embeddings(
 ) -> None:
     for name in names:
         started = perf_counter()
-        table, own = model.get_submodule(name).weight, config.for_module(name)
+        table, own = replace.dense_weight(model.get_submodule(name)), config.for_module(name)
         quantized = quantize_embedding(table, own, name)
-        done(ModuleResult(name, tuple(table.shape), quantized, perf_counter() - started))
+        done(ModuleResult(name, (table.shape[0], table.shape[1]), quantized, perf_counter() - started))
         replace.replace_embedding(model, name, quantized, own)
 
 

@@ -20,20 +20,18 @@ __all__ = ["Problem", "Rounded", "Rounding", "get", "names", "proxy_loss", "regi
 _ROUNDINGS: Registry[Rounding] = Registry("rounding")
 
 
-def register(method: Rounding) -> Rounding:
-    """Add a rounding method under its `name`, so that a config can ask for it.
+def register(name: str, method: Rounding) -> None:
+    """Add a rounding method, so that a config can name it.
 
     It is used while a model is quantized, and not needed to load or run the result.
 
     Args:
+        name: as `QuipConfig(rounding=name)` will have it; the method's own `name` must be the same.
         method: see [`Rounding`] for what it must offer, and [`Problem`] for what it gets. A method that needs a Hessian
             (`needs_hessian = True`) is replaced by the nearest points where a run has no calibration data.
 
-    Returns:
-        The method.
-
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or the method has another name.
         TypeError: the object is not a [`Rounding`].
 
     Example: the better one of two methods.
@@ -50,16 +48,18 @@ def register(method: Rounding) -> Rounding:
             def loss(self, problem, rounded):
                 return rounding.proxy_loss(problem.weight - rounded.points, problem.required_hessian)
 
-        rounding.register(BetterOfTwo())
+        rounding.register("better-of-two", BetterOfTwo())
         QuipConfig(rounding="better-of-two")
     """
     if not isinstance(method, Rounding):
         raise TypeError(f"rounding.register takes an instance of a rounding.Rounding subclass, got {method!r}")
-    return _ROUNDINGS.register(method.name, method)
+    if method.name != name:
+        raise ValueError(f"the rounding method that was registered as {name!r} is called {method.name!r}")
+    _ROUNDINGS.register(name, method)
 
 
 for _rounding in (LDLQ(), LDLQRG(), Greedy(), QuantEase(), Convex(), Nearest(), Stochastic()):
-    register(_rounding)
+    register(_rounding.name, _rounding)
 
 
 def names() -> tuple[str, ...]:
