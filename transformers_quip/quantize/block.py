@@ -68,6 +68,7 @@ class BlockResult:
 
 
 @cpu_matmul_precision("ieee")
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_block(
     block: nn.Module,
@@ -101,7 +102,7 @@ def quantize_block(
             done = quantize_group(block, group, hessians.pop(leader), configs, prefix)
             _replace(block, done, configs)
             # This is where tuning belongs (QuIP#, section 5): the block is quantized up to this group and dense after it,
-            # `inputs` are what it reads, and `on_output` was given what the dense block makes of them.
+            # `inputs` are what it reads (if `on_output` does not store over them), and `on_output` was given the targets.
             _collect(done, result, on_module)
         for name in (name for name in configs if name not in reached):
             logger.warning("%s: no calibration token reached it, so it is quantized without calibration", prefix + name)
