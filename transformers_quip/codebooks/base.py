@@ -102,6 +102,11 @@ class Codebook(abc.ABC):
     is_read_only: bool = False
     kernels: Literal["e8p", "trellis"] | None = None
 
+    @property
+    def has_single_rows(self) -> bool:
+        """Whether [`select_rows`] works, so that an embedding can have this codebook: where rows are coded one by one."""
+        return self.rows_together == 1
+
     def with_residual_scale(self, scale: float) -> Codebook:
         """The same codebook with another `residual_scale`. Raises `ValueError` where there is no second stage."""
         raise ValueError(f"residual_scale={scale} was given, but codebook {self.name!r} has no second stage")
@@ -151,7 +156,8 @@ class Codebook(abc.ABC):
     def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored tensors of some rows of a weight, as an embedding looks them up.
 
-        Here for codebooks whose tensors have one row for each row of the weight; others override it.
+        Here for codebooks whose tensors have one row for each row of the weight; others override it (and
+        [`has_single_rows`]).
 
         Args:
             tensors: as [`tensors`] describes them.
@@ -160,10 +166,6 @@ class Codebook(abc.ABC):
         Raises:
             ValueError: rows of this codebook cannot be decoded alone.
         """
-        if self.rows_together > 1:
-            raise ValueError(
-                f"rows of codebook {self.name!r} cannot be looked up one by one: {self.rows_together} are coded together"
-            )
         return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
 
     def check(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> None:
