@@ -169,8 +169,11 @@ class _Planned(Mode):
         """See [`Mode.conversions`]: every weight that is going to be quantized must be in the files."""
         if self._files and all(str(file).endswith(".safetensors") for file in self._files):
             headers = names_in_model(self._model, read_headers(self._files), rules)
-            native.check_sources(sorted(self._names), headers)
+            self._leave_dense(native.check_sources(sorted(self._names), headers))
         return rules
+
+    def _leave_dense(self, new: list[str]) -> None:
+        """Modules without a weight in the checkpoint, which Transformers initialises at random: no mode needs to know."""
 
     def _tell(self, model: PreTrainedModel) -> None:
         """Log what will be quantized, and patterns that do not match any module."""
@@ -200,6 +203,12 @@ class WhileLoading(_Planned):
                 "perplexities hundreds of times the dense model's). The default, dataset='self', needs no data."
             )
         self._operation = QuantizeWeight(config, PageReleaser(files), LoadingBar(self.plan.names))
+
+    def _leave_dense(self, new: list[str]) -> None:
+        if new:
+            logger.warning(f"{', '.join(new)}: not in the checkpoint, so initialised at random and left dense")
+            self._names -= set(new)
+            self._operation.bar = LoadingBar(self._names)
 
     def bits_of(self, name: str) -> float | None:
         """See [`Mode.bits_of`]."""
@@ -238,6 +247,7 @@ class Calibrated(_Planned):
     def finish(self, model: PreTrainedModel) -> QuantizationReport:
         """See [`Mode.finish`]."""
         report = quantize_model(model, self.config, data=self._data)
+        self.config = report.config
         if not replace.quantized_modules(model):
             raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")
         self._record(model)

@@ -125,9 +125,11 @@ class QuipQuantizer(HfQuantizer):
 
     # After loading
 
+    @torch.inference_mode(False)
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from ..nn import replace
 
+        replace.leave_inference_mode(model)
         self.report = self._loading.finish(model)
         self.quantization_config = model.config.quantization_config = self._loading.config
         replace.freeze(model)
