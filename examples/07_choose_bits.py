@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 def read_size(text: str) -> int:
     match = re.fullmatch(r"([\d.]+)\s*(\w*)", text)
     if not match or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 24GB, 800MB or 8GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 24GB, 800MB or 8GiB")
     return int(float(match[1]) * UNITS[match[2]])
 
 

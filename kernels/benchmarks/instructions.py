@@ -166,7 +166,7 @@ class Saved:
                 self.content = content
 
     def add(self, name: str, target: str, report: Report) -> None:
-        """One more result; of kernels that are no specimens any more, none is kept."""
+        """One more result; of kernels that are not specimens any more, none is kept."""
         if self.path is None:
             return
         kernels = self.content["kernels"]

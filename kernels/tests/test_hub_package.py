@@ -1,6 +1,6 @@
 """The package as the Kernel Hub loads it: from a folder, under a name of its own, beside the one that is installed.
 
-The package `kernels` is no dependency of ours: continuous integration installs it for this test.
+The package `kernels` is not a dependency of this project: continuous integration installs it for this test.
 """
 
 import ast

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """One text, one chat, or one sequence of token ids.
 
     Attributes:
-        where: it stands, for errors.
+        where: its place in the data, for error messages.
         text: if it is a text.
         chat: its messages, if it is a chat; tools: the functions that the model may call in it.
         ids: int64 [tokens], if it is token ids; mask: bool [tokens], False where they are padding, or None.
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
     """Calibration data as rows, some at once.
 
     Attributes:
-        kind: of the data, for people.
+        kind: of the data, for messages.
         in_memory: whether they are token ids that all lie in memory, in the caller's order.
         batches: lists of rows, read as they are asked for.
     """
@@ -59,12 +59,12 @@ def read_rows(dataset: Any, text_column: str, seed: int) -> Rows:
     """The rows of everything that `dataset` may be, except for names.
 
     Token ids in memory keep their order. Rows of tables and lists of texts, chats and dictionaries come in an order that
-    is drawn with the seed, those of a stream as it gives them; both are read no further than the caller asks.
+    is drawn with the seed; a stream keeps its own order. Both are read only as far as the caller asks.
 
     Args:
         dataset: see `ALLOWED`.
         text_column: the column to read where rows are dictionaries; for "text", the default, a column "input_ids"
-            (with "attention_mask") goes before it, and "messages" or "conversations" are taken where there is no "text".
+            (with "attention_mask") goes before it, and "messages" or "conversations" are used if "text" is missing.
         seed: of the order.
 
     Raises:
@@ -139,9 +139,9 @@ def _table_batches(table: Any, text_column: str, seed: int) -> Iterator[list[Row
     columns = table.column_names
     if columns is not None:
         column = find_column(columns, text_column, "dataset")
-        beside = "attention_mask" if column == "input_ids" else "tools" if column in CHATS else None
+        extra = "attention_mask" if column == "input_ids" else "tools" if column in CHATS else None
         if hasattr(table, "select_columns"):
-            table = table.select_columns([column] + [name for name in columns if name == beside])
+            table = table.select_columns([column] + [name for name in columns if name == extra])
     if not hasattr(table, "__len__"):
         return _batches(((f"row {number} of dataset", row) for number, row in enumerate(table)), text_column)
     order = _order(len(table), seed)

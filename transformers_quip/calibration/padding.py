@@ -1,4 +1,4 @@
-"""Leaving padding out of the calibration data: by its attention mask, or by what padding looks like."""
+"""Leave padding out of the calibration data: by its attention mask, or by repeated tokens at the ends of rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Unpadding:
 
     Args:
         pads: the token ids that the model, or its tokenizer, pads with.
-        marks: those that begin or end a text.
+        marks: the token ids that begin or end a text.
     """
 
     def __init__(self, pads: set[int], marks: set[int]):
@@ -74,8 +74,8 @@ class Unpadding:
         if found:
             tokens = ", ".join(f"{count} times token {token}" for token, count in sorted(found.items()))
             logger.warning(
-                "dataset has no attention_mask, and its rows begin or end with what looks like padding (%s): it is left "
-                "out. Give an attention_mask with the input_ids to say which tokens count.",
+                "dataset has no attention_mask, and its rows begin or end with tokens that look like padding (%s): they "
+                "are left out. Give an attention_mask with the input_ids to say which tokens count.",
                 tokens,
             )
 

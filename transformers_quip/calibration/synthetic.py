@@ -24,10 +24,9 @@ logger = logging.getLogger(__name__)
 
 STARTS = ("random", "bos")
 
-# Beyond this many documents at once a matrix product gains nothing more.
+# More documents at once than this do not make matrix products faster.
 _MOST_AT_ONCE = 256
 _MEMORY = 1 << 30
-# What a forward's key/value cache is called, from the newest name to the oldest.
 
 
 @torch.no_grad()
@@ -51,8 +50,7 @@ def write_text(
 
     Args:
         model: a causal language model, on any devices (accelerate's hooks work, but weights offloaded to CPU or disk
-        are
-            loaded again for each token).
+            are loaded again for each token).
         num_samples: sequences to write, N.
         sequence_length: tokens in each, T.
         seed: of everything random here; the global generators are not touched.
@@ -62,7 +60,7 @@ def write_text(
             beginning-of-text token (else its end-of-text token).
         document_length: sequences are packed from documents of this many tokens, which is quicker and more varied than
             one document a sequence (None).
-        greedy_tokens: so many tokens after the first are the likeliest ones instead of sampled ones.
+        greedy_tokens: this many tokens after the first are the likeliest ones instead of sampled ones.
         batch_size: documents written at once; None: as many as fit into 1 GiB (half of the free memory on a GPU), at
             most 256.
         progress: show a tqdm bar.

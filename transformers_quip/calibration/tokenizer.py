@@ -22,7 +22,7 @@ class Source:
 
     Attributes:
         name: folder, or id on the Hub; empty where it is not known.
-        arguments: those of `from_pretrained`.
+        arguments: the arguments of `from_pretrained`.
     """
 
     name: str = ""
@@ -33,8 +33,8 @@ def find_tokenizer(given: Any, source: Source) -> Any:
     """The tokenizer to calibrate with.
 
     The model's own is read with the arguments with which the model was loaded: revision, subfolder, token, cache_dir,
-    local_files_only, proxies, trust_remote_code. Another repository is read with those of them that are not about the
-    model alone. Code of a repository runs only if it is the model's and `trust_remote_code=True` was given: nobody is
+    local_files_only, proxies, trust_remote_code. Another repository is read with the arguments that are not specific to
+    the model. Code of a repository runs only if it is the model's and `trust_remote_code=True` was given: nobody is
     asked in the middle of the work.
 
     Args:

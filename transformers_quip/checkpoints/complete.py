@@ -1,8 +1,8 @@
 """Loading is complete or refused: every tensor of a quantizer has a module, and every weight comes from a file.
 
-Transformers ignores tensors that no module takes and draws weights that no file has at random, with a notice in either
-case: right for fine-tuning, where a task gets a new head, and wrong for a file that is damaged or does not belong to its
-config.json, whose model would compute nonsense.
+Transformers ignores tensors that no module takes, and fills weights that no file has with random numbers. It only logs a
+notice in either case. That is right for fine-tuning, where a task gets a new head. It is wrong for a file that is damaged
+or does not belong to its config.json: the model would compute nonsense.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import nn
 from ..nn.replace import quantized_modules
 from .headers import DAMAGED, TensorInfo
 
-# Last parts of the names of tensors that quantizers of this line store, natively and in other packages; those of the
-# codebooks are asked of the model's modules. Names that dense modules have too ("weight", "bias", "scale", "A") are left
-# out: such a tensor never comes alone.
+# Last parts of the names of tensors that QuIP quantizers store, in the native format and in other packages. The names of
+# a codebook's tensors come from the model's modules. Names that dense modules have too ("weight", "bias", "scale", "A")
+# are left out: such a tensor never comes alone.
 MARKERS = ("codes", "trellis", "Qidxs")
 _NATIVE = ("codes", "su", "sv", "row_scales", "factor_in", "factor_out")
 _FOREIGN = ("Qidxs", "SU", "SV", "Wscale", "codebook_id", "fuse_scales", "scaleWH", "had_left", "had_right", "tlut", "rcp")
 _EXL3 = ("trellis", "suh", "svh", "mcg", "mul1", "signs")
 KINDS = frozenset((*_NATIVE, *_FOREIGN, "tp_rank", *_EXL3))
-# Ends of the names of classes whose output embeddings are a part of what was trained.
+# Ends of the names of classes whose output embeddings were trained with the model.
 _GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 

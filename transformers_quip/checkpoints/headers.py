@@ -52,7 +52,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of one tensor.
+    """The entry of one tensor in the header of its file.
 
     Attributes:
         shape: its sizes.

@@ -59,7 +59,7 @@ def return_memory(files: Iterable[str] = ()) -> None:
                 span, *_, path = line.rstrip("\n").split(None, 5)
                 if path in files:
                     begin, end = (int(address, 16) for address in span.split("-"))
-                    libc.madvise(begin, end - begin, _MADV_PAGEOUT)  # advice: an old kernel that refuses is no error
+                    libc.madvise(begin, end - begin, _MADV_PAGEOUT)  # advice: an old kernel that refuses is not an error
 
 
 @functools.cache

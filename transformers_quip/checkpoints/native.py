@@ -71,7 +71,7 @@ def check_sources(names: Sequence[str], headers: Mapping[str, TensorInfo]) -> No
         headers: as for [`check_tensors`].
 
     Raises:
-        ValueError: one is missing; it names what lies there instead.
+        ValueError: one is missing; the message lists the names that are there instead.
     """
     missing = [name for name in names if f"{name}.weight" not in headers]
     if not missing:

@@ -18,7 +18,7 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 @click.argument("b")
 @click.option(
     "--dataset",
-    help="A text file, wikitext2, or self (text that B writes): loads both models and compares what they predict.",
+    help="A text file, wikitext2, or self (text that B writes): loads both models and compares their predictions.",
 )
 @windows_option
 @length_option

@@ -1,4 +1,4 @@
-"""What the commands print: results to stdout, for people or as JSON, and everything else to stderr."""
+"""The output of the commands: results to stdout, for people or as JSON, and everything else to stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 from ..text import one_line, printable
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-token_option = click.option("--token", help="Access token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]")
+token_option = click.option("--token", help="Access token for the Hub.  [default: HF_TOKEN, or the one of `hf auth login`]")
 revision_option = click.option("--revision", help="Branch, tag or commit on the Hub.")
 
 
@@ -23,7 +23,7 @@ def complain(message: str) -> None:
 
 
 def tell(message: str) -> None:
-    """A word to the user on stderr."""
+    """A message to the user on stderr."""
     click.echo(printable(message), err=True)
 
 
@@ -34,7 +34,7 @@ def show(message: str) -> None:
 
 def show_json(content: Mapping[str, Any]) -> None:
     """One JSON object; numbers that JSON does not have become null."""
-    # What JSON may hold as it is, a terminal may not: escape sequences of one character, marks that are not seen.
+    # JSON may hold characters that a terminal would obey (one-character escape sequences) or hide.
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False)
     click.echo("".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text))
 

@@ -1,4 +1,4 @@
-"""evaluate MODEL: what a model has lost, and what it costs."""
+"""evaluate MODEL: quality, speed and size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ length_option = click.option("--length", default=512, show_default=True, help="T
 batch_option = click.option("--batch-size", default=4, show_default=True, help="Windows in one forward pass.")
 
 
-@click.command(short_help="Measure what a model has lost and what it costs.")
+@click.command(short_help="Measure perplexity, divergence, speed and size.")
 @click.argument("model")
 @click.option("--dense", help="The dense model (folder or id): adds KL divergence and top-1 agreement.")
 @text_option

@@ -1,4 +1,4 @@
-"""inspect MODEL: what a saved model holds, without loading its weights."""
+"""inspect MODEL: the content of a saved model, without loading its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..checkpoints.inventory import Inventory
 
 
-@click.command(short_help="Show what a saved model holds, without its weights.")
+@click.command(short_help="Show the content of a saved model without loading it.")
 @click.argument("model")
 @click.option("--context", default=4096, show_default=True, help="Tokens for which the key-value cache is counted.")
 @click.option("--layers", is_flag=True, help="List every quantized layer, not only the kinds.")
@@ -55,7 +55,7 @@ def read(model: str, revision: str | None = None, token: str | None = None) -> I
 
 
 def describe(inventory: Inventory, context: int) -> dict[str, Any]:
-    """What `inspect` says, as JSON has it."""
+    """The output of `inspect`, as values for JSON."""
     options = inventory.quantization
     cache = inventory.cache_bytes(context)
     names = claims.architectures(inventory.config)

@@ -1,4 +1,4 @@
-"""Renaming that cannot lose anything: two folders change places, or a name that is taken stays as it is."""
+"""Renaming without loss: two folders are exchanged, or a name that is taken is left alone."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def replace(new: Path, place: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete what has been replaced; that some of it stays is not an error, as the new model is in its place."""
+    """Delete the replaced folder. A failure is not an error, because the new model is already in its place."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        tell(f"What was replaced could not be deleted and is still in {folder} ({error})")
+        tell(f"The old folder could not be deleted and is still in {folder} ({error})")

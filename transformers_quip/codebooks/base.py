@@ -1,4 +1,4 @@
-"""What every codebook offers."""
+"""The interface of every codebook."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Grid(NamedTuple):
     """One tensor that a layer stores for its weight: shape and type.
 
     Attributes:
-        shape: of the tensor. A dimension that is None is known only after a weight was encoded, as the length of a stream
-            is whose rows differ in length; any size fits it.
-        dtype: an integer type, which the tensor has; or a floating type, which stands for that of the layer's su and sv.
+        shape: of the tensor. A dimension is None if its size is known only after encoding, such as the length of a stream
+            whose rows differ in length; any size fits it.
+        dtype: the integer type of the tensor; or a floating type, which stands for the dtype of the layer's su and sv.
         expected: how large the dimension that is None is expected to be. Plans count it, results count the real size.
     """
 
@@ -73,8 +73,8 @@ class Codebook(abc.ABC):
 
     Codes have two forms. While weights are rounded there is one integer for each block, whatever the codebook: `encode`
     and `round_panel` return those. A layer keeps, and a checkpoint stores, the tensors that `store` makes of them at the
-    end, without unused bits. `tensors` names and describes them, and `decode` reads them. Nothing but the codebook knows
-    how many they are or what they mean.
+    end, without unused bits. `tensors` names and describes them, and `decode` reads them. Only the codebook knows
+    their number and their meaning.
 
     Attributes:
         name: as the config calls it. It names everything that decoding depends on.
@@ -84,7 +84,7 @@ class Codebook(abc.ABC):
         gaussian_scale: rms of the weights, in units of the points, at which Gaussian weights are quantized with the
             least error, or with which the codebook was published (its `opt_scale`); the codebook's file says which.
         scale_factors: multiples of it that are worth trying for a weight.
-        residual_scale: what multiplies the points of a second stage; None for a codebook of one stage.
+        residual_scale: factor of the points of a second stage; None for a codebook of one stage.
         is_read_only: whether it is only for checkpoints that were made elsewhere, and encodes nothing.
         kernels: the family of compiled kernels that compute with the stored tensors, if there is one. None: layers run
             through PyTorch.
@@ -101,7 +101,7 @@ class Codebook(abc.ABC):
     kernels: Literal["e8p", "trellis"] | None = None
 
     def with_residual_scale(self, scale: float) -> Codebook:
-        """The same codebook with another `residual_scale`. Raises `ValueError` where there is no second stage."""
+        """The same codebook with another `residual_scale`. Raises `ValueError` for a codebook of one stage."""
         raise ValueError(f"residual_scale={scale} was given, but codebook {self.name!r} has no second stage")
 
     def codes_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
@@ -142,7 +142,7 @@ class Codebook(abc.ABC):
         return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
 
     def check(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> None:
-        """Raise `ValueError` for tensors that are not those of a [out_features, in_features] layer of this codebook."""
+        """Raise `ValueError` for tensors that do not fit a [out_features, in_features] layer of this codebook."""
         grids = self.tensors(out_features, in_features)
         if tensors.keys() != grids.keys():
             raise ValueError(f"codebook {self.name!r} stores {', '.join(grids)}, got {', '.join(tensors) or 'nothing'}")

@@ -114,7 +114,7 @@ def _encode_side(x: torch.Tensor, shift: float) -> tuple[torch.Tensor, torch.Ten
     odd = (z < 0).sum(1) % 2
     smallest = y.argmin(1, keepdim=True)
     flipped = y.scatter(1, smallest, -y.gather(1, smallest))
-    # What a pattern of even and of odd sum may be matched with, given the parity of the signs taken away.
+    # The vector to match with patterns of even sum, and with those of odd sum, given the parity of the removed signs.
     for_even = torch.where(odd.bool()[:, None], flipped, y)
     for_odd = torch.where(odd.bool()[:, None], y, flipped)
     features = torch.cat([for_even, for_odd, odd[:, None].float(), torch.ones_like(y[:, :1])], dim=1)

@@ -12,7 +12,7 @@ in row-major order, 16·K words each. A tile's bits run through its words in ord
     weights V·t … V·t+V−1 of the tile's sequence = value(state t)
 
 **Order**: where weight q = (q₇…q₀)₂ of a tile's sequence lies in the tile. A stream cannot be rearranged afterwards, and
-each family has its own, so the order is part of the name:
+each family of checkpoints has its own order, so the order is part of the name:
 
     rows    row = q₇q₆q₅q₄     column = q₃q₂q₁q₀       QTIP, general
     qtip    row = q₁q₇q₆q₅     column = q₂q₄q₃q₀       QTIP, where its kernels decode (HYB of 2, 3 and 4 bits)
@@ -46,7 +46,7 @@ from .base import Codebook, Grid, table
 TILE = 16
 STATE_BITS = 16
 STATES = 1 << STATE_BITS
-# Weights that are decoded at a time: intermediate results stay in a CPU's cache.
+# Weights decoded at a time, so that intermediate results stay in a CPU's cache.
 DECODED_AT_ONCE = 1 << 18
 
 COMPUTED = ("1mad", "2mad", "3inst", "mcg", "mul1")
@@ -76,7 +76,7 @@ class Trellis(Codebook):
         table_shape: (2^Q, V) for a code with a table, V = 1 or 2; else None.
 
     Raises:
-        ValueError: there is no such trellis.
+        ValueError: the trellis is not a known one.
     """
 
     block_size = TILE
@@ -146,13 +146,13 @@ class Trellis(Codebook):
             tensors: "codes", int16 [m, n/16·K] with m a multiple of 16; and for a code with a table "table", floating
                 point [2^Q, V].
             columns: n.
-            dtype: of the result; the values are those of float32, rounded to it (exact in float16 but for 1mad and 2mad).
+            dtype: of the result; float32 values are rounded to it (exact in float16 except for 1mad and 2mad).
 
         Returns:
             [m, n] on the device of the codes.
 
         Raises:
-            ValueError: codes or table are not those of this codebook.
+            ValueError: codes or table do not fit this codebook.
         """
         codes = tensors["codes"]
         rows = codes.shape[0]
@@ -171,10 +171,10 @@ class Trellis(Codebook):
         return weight
 
     def values(self, table: torch.Tensor | None, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """What every state stands for: [65536, V] of this dtype.
+        """The values of every state: [65536, V] of this dtype.
 
         Raises:
-            ValueError: the table is not [2^Q, V] floating point, or there is one and should be none.
+            ValueError: the table is not [2^Q, V] floating point, or is given for a code without one.
         """
         if self.table_shape is None:
             if table is not None:
@@ -214,7 +214,7 @@ def _lay_out(sequence: torch.Tensor, order: str, weight: torch.Tensor) -> None:
 
 @table
 def computed_values(code: str) -> torch.Tensor:
-    """What every state stands for in one of the codes `COMPUTED`: float32 [65536]."""
+    """The value of every state in one of the codes `COMPUTED`: float32 [65536]."""
     s = torch.arange(STATES, dtype=torch.int64)
     if code == "1mad":
         return (_byte_sum((s * 34038481 + 76625530) & 0xFFFFFFFF) - 510).float() / 147.800537109375

@@ -51,7 +51,7 @@ def safetensors_bytes(folder: str | Path) -> int:
     """Return the size in bytes of all safetensors files directly in `folder`, headers included.
 
     Raises:
-        ValueError: there is no safetensors file in the folder.
+        ValueError: the folder has no safetensors file.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:

@@ -1,4 +1,4 @@
-"""The text of a model card. Everything that comes from a file or from the user passes through `text`, as data."""
+"""The text of a model card. Everything that comes from a file or from the user is escaped by `text`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def body(
         f'model = AutoModelForCausalLM.from_pretrained({python(place)}, device_map="auto")\n```',
         "**The first line is needed:** without it Transformers warns of an unknown quantization type and gives a model "
         "with random weights. Programs of others load it with `transformers-quip run PROGRAM`.",
-        "## What it is",
+        "## The model",
         _table(_facts(inventory, config)),
     ]
     if results:
@@ -89,7 +89,7 @@ def _limits(inventory: Inventory) -> str:
     if inventory.quantization.get("origin") and not inventory.quantization.get("calibration"):
         lines.append("It was quantized without calibration; at 2 bits that damages a model badly.")
     if inventory.quantized_weights < inventory.parameters:
-        lines.append("Embeddings, norms, and what else is not counted as quantized above, are stored as they were.")
+        lines.append("Embeddings, norms, and all other parameters not counted as quantized above are stored unchanged.")
     return " ".join(lines)
 
 

@@ -27,7 +27,7 @@ _TOGETHER = 512  # vectors of which there are products in float32 at a time
 
 
 def is_available() -> bool:
-    """Whether the library was built with these kernels, this processor has what they need, and nobody asked for less."""
+    """Whether the library has these kernels, the processor can run them, and no lower instruction level was requested."""
     return library() is not None and LEVELS[default_level()] == "avx512" and _has_amx()
 
 
