@@ -30,7 +30,7 @@ def test_saving_writes_it(quantized, dense):
     assert card.data.library_name == "transformers"
     assert {"quip", "2-bit"} <= set(card.data.tags)
     assert card.data.pipeline_tag == "text-generation"
-    assert card.data.base_model is None  # a folder is no id on the Hub
+    assert card.data.base_model is None  # a folder is not an id on the Hub
     code = card.text.partition("```python\n")[2].partition("```")[0].splitlines()
     assert code[0] == "import transformers_quip"
     assert len(code) == 3

@@ -93,7 +93,7 @@ def test_one_transform_for_three_linears(module):
 
 
 @torch.no_grad()
-def test_another_input_is_transformed_anew(module):
+def test_another_input_is_transformed_again(module):
     x, other = vectors(2), vectors(2, seed=6)
     with Counts() as counts:
         found = {name: getattr(module, name)(v) for name, v in (("q_proj", x), ("k_proj", other), ("v_proj", x))}
@@ -104,7 +104,7 @@ def test_another_input_is_transformed_anew(module):
 
 
 @torch.no_grad()
-def test_a_changed_input_is_transformed_anew(module):
+def test_a_changed_input_is_transformed_again(module):
     x = vectors(2)
     module.q_proj(x)
     x.mul_(2)

@@ -6,8 +6,8 @@ import torch
 
 from .device import cpu_matmul_precision
 
-# Tokens in one float32 product: enough to make adding it to the float64 sum cheap, few enough to keep float32 rounding
-# below 1e-6 and copies small.
+# Tokens in one float32 product: enough that adding it to the float64 sum is cheap, few enough that float32 rounding stays
+# below 1e-6 and copies stay small.
 _TOKENS = 4096
 # Columns in one panel of the product: bounds the transient to _COLUMNS * size floats, and skips the lower triangle.
 _COLUMNS = 256
@@ -21,8 +21,8 @@ class HessianAccumulator:
 
     Args:
         size: the number of columns n.
-        device: where to accumulate; inputs are moved there chunk by chunk. It must know float64.
-        name: of the module, for error messages.
+        device: where to accumulate; inputs are moved there chunk by chunk. It must support float64.
+        name: the module's name, for error messages.
 
     Attributes:
         tokens: the number of x summed so far.

@@ -44,8 +44,8 @@ def write_text(
 ) -> torch.Tensor:
     """Let the model write token sequences by sampling from its own next-token distribution.
 
-    Nothing is padded and nothing stops: after an end-of-text token the model goes on, as text packed for training
-    does. The model's weights, training mode and generation config are left as they are. Float32 matrix products use
+    There is no padding and no early stop: after an end-of-text token the model goes on writing, as in text packed for
+    training. The model's weights, training mode and generation config are left as they are. Float32 matrix products use
     bfloat16 factors where the CPU has instructions for them: text does not need more.
 
     Args:
@@ -53,7 +53,7 @@ def write_text(
             are loaded again for each token).
         num_samples: sequences to write, N.
         sequence_length: tokens in each, T.
-        seed: of everything random here; the global generators are not touched.
+        seed: random seed; the global generators are not touched.
         temperature: divides the logits before sampling; above 0. A sequence of values is dealt out to the documents in
             turn.
         start: the first token of each document: "random", drawn uniformly from the vocabulary, or "bos", the config's

@@ -29,7 +29,7 @@ def companions(folder: Path) -> list[Path]:
     tokenizer that Transformers does not have), and so do the files in the same folder that this one imports.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
     """
     code = _code(folder)
     result = []

@@ -31,12 +31,12 @@ _GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 def check_complete(model: nn.Module, names: Mapping[str, TensorInfo], made: Collection[str] = ()) -> None:
     """Check that the files and the model have the same tensors, as far as quantizers and weights are concerned.
 
-    A new head is allowed: weights outside of the base model, where the checkpoint was not saved from this class.
+    A new head is allowed: weights outside of the base model may be missing if the checkpoint was saved from another class.
 
     Args:
         model: with its quantized modules in their places; on the meta device or not.
         names: every tensor of the files that is loaded under its own name, by its name in the model.
-        made: names of tensors in the model that are made of others in the files (of a foreign checkpoint).
+        made: names of tensors in the model that are made from other tensors in the files (of a foreign checkpoint).
 
     Raises:
         ValueError: with all that is wrong, the first few by name.
@@ -74,7 +74,7 @@ def untaken(model: nn.Module, names: Collection[str], made: Collection[str] = ()
 def not_given(model: nn.Module, names: Collection[str]) -> list[str]:
     """Weights of the model that the files do not have, and that must come from there.
 
-    Buffers count where the files have the same buffer of another layer: files of before a buffer was stored are right.
+    A buffer counts only if the files have the same buffer of another layer: old files from before it was stored are valid.
 
     Args:
         model: see [`check_complete`].
@@ -98,7 +98,7 @@ def not_given(model: nn.Module, names: Collection[str]) -> list[str]:
 
 
 def is_outside(model: nn.Module, name: str) -> bool:
-    """Whether a tensor belongs to something that this model has nothing of: the head of a base model, a modality, …"""
+    """Whether a tensor belongs to a part that this model does not have: the head of a base model, a modality, …"""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     if any(re.search(pattern, name) for pattern in ignored):
         return True
@@ -109,14 +109,14 @@ def is_outside(model: nn.Module, name: str) -> bool:
 
 
 def _is_tied_to_one_of(name: str, tied: Mapping[str, str], names: Collection[str]) -> bool:
-    """Whether the model gives this weight the value of another one that the files have, either of the two."""
+    """Whether this weight is tied to another one that the files have."""
     group = {name, tied.get(name, name)}
     group |= {target for target, source in tied.items() if source in group}
     return bool(group & set(names))
 
 
 def _is_new(model: nn.Module, name: str) -> bool:
-    """Whether a weight is of a head that this class has and the checkpoint's class has not."""
+    """Whether a weight belongs to a head that this class has and the checkpoint's class does not have."""
     saved = _architectures(getattr(model, "config", None))
     base = getattr(model, "base_model_prefix", "")
     if not saved or type(model).__name__ in saved or not isinstance(getattr(model, base, None), nn.Module):

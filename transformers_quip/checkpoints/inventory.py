@@ -1,6 +1,6 @@
 """The content of a saved model, read from its config.json and the headers of its safetensors files.
 
-No tensor is read and PyTorch is not imported, so that a model of any size, here or on the Hub, is described at once.
+No tensor is read and PyTorch is not imported, so a model of any size, local or on the Hub, is described at once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class StoredLinear:
     Attributes:
         name: of the module.
         out_features, in_features: m and n; the larger sizes m', n' of a padded linear (see `config.storage.Storage`).
-        codes_bytes: of everything that is stored for the weight in integers.
-        bytes: of everything that stands for the weight (not the bias).
+        codes_bytes: bytes of all integer tensors stored for the weight.
+        bytes: of all tensors stored for the weight (without the bias).
     """
 
     name: str
@@ -43,7 +43,7 @@ class StoredLinear:
 
     @property
     def true_bits(self) -> float:
-        """Bits per weight with all that is stored for it."""
+        """Bits per weight, counting all tensors stored for it."""
         return 8 * self.bytes / self.weights
 
     @property
@@ -92,7 +92,7 @@ class Inventory:
 
     @property
     def true_bits(self) -> float:
-        """Bits per quantized weight, with all that is stored for it.
+        """Bits per quantized weight, counting all tensors stored for it.
 
         Raises:
             ValueError: the checkpoint has no quantized linear in the native format.

@@ -39,7 +39,7 @@ def command(
     token: str | None,
     as_json: bool,
 ) -> None:
-    """Sizes and bits of the models A and B; with --dataset also their perplexities and how far A is from B.
+    """Sizes and bits of the models A and B; with --dataset also their perplexities and the KL divergence of A from B.
 
     Without --dataset only configs and the headers of the weight files are read.
     """

@@ -28,7 +28,7 @@ def tell(message: str) -> None:
 
 
 def show(message: str) -> None:
-    """A result of one line on stdout."""
+    """A one-line result on stdout."""
     click.echo(printable(message))
 
 
@@ -40,7 +40,7 @@ def show_json(content: Mapping[str, Any]) -> None:
 
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table; all columns but the first are aligned to the right. Its text is shown as it is: markup is not obeyed."""
+    """A table; all columns but the first are aligned to the right. Markup in its text is shown, not interpreted."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -56,7 +56,7 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
 
 
 def size(count: int | float) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
+    """Bytes in a readable form: kB, MB, GB, with powers of ten."""
     if count > 1e18:
         return "more than a million TB"
     for unit in ("B", "kB", "MB", "GB"):

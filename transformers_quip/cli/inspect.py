@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def command(model: str, context: int, layers: bool, revision: str | None, token: str | None, as_json: bool) -> None:
     """Layers, bits, codebooks, true bits per weight and the memory to run MODEL.
 
-    MODEL is a folder (one with only config.json and model.safetensors.index.json will do) or an id on the Hub. Only the
+    MODEL is a folder (config.json and model.safetensors.index.json alone are enough) or an id on the Hub. Only the
     config and the headers of the weight files are read.
     """
     inventory = read(model, revision, token)
@@ -88,7 +88,7 @@ def _codes(inventory: Inventory) -> int:
 
 
 def _kinds(inventory: Inventory) -> list[dict[str, Any]]:
-    """Layers that differ only in the numbers of their names, and have one shape, together."""
+    """One row for all layers of one shape whose names differ only in numbers."""
     groups: dict[tuple, list] = {}
     for linear in inventory.linears:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.name)

@@ -17,7 +17,7 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--bits", type=float, help="Code bits per weight.  [default: 2, or the bits of --codebook]")
-@click.option("--codebook", help="By name, instead of --bits.")
+@click.option("--codebook", help="Codebook by name, instead of --bits.")
 @click.option(
     "--dataset",
     default="self",
@@ -55,7 +55,7 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 @device_option
 @revision_option
 @token_option
-@click.option("--trust-remote-code", is_flag=True, help="Run code that MODEL, or the tokenizer, brings along.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code in MODEL's or the tokenizer's repository.")
 @json_option
 def command(
     model: str,
@@ -75,7 +75,7 @@ def command(
 ) -> None:
     """Quantize MODEL (a folder or an id on the Hub) and save it, with its tokenizer and a model card, in OUT.
 
-    OUT appears when all of it is written; after an error or Ctrl-C it is as it was before.
+    OUT appears only when it is complete; after an error or Ctrl-C it is as it was before.
     """
     options = config_options(**chosen)
     if report is not None and options["dataset"] is None:
@@ -120,7 +120,7 @@ def config_options(
     options: tuple[str, ...],
     **others: Any,
 ) -> dict[str, Any]:
-    """The keywords of QuipConfig that the command line means.
+    """The command line as keywords of QuipConfig.
 
     Raises:
         ValueError: an --option without "=", or a text file that is not there or empty.

@@ -108,11 +108,11 @@ def _remove_dead(folder: Path, place: Path) -> None:
             f"another process is writing to {place} (its work is in {folder.name}): wait for it, or choose another place"
         ) from None
     if lock is None:
-        tell(f"{folder} may be left over from a run that was killed; this file system cannot tell, so it stays")
+        tell(f"{folder} may be left over from a killed run; this file system cannot tell, so it is kept")
         return
     try:
         shutil.rmtree(folder)
-        tell(f"Removed {folder}, which a run that was killed has left")
+        tell(f"Removed {folder}, left by a killed run")
     finally:
         os.close(lock)
 
@@ -122,7 +122,7 @@ def _settle(folder: Path, place: Path, finished: bool) -> None:
     old = folder / place.name
     if not old.is_dir() or (finished and place.exists()):
         shutil.rmtree(folder)
-        tell(f"Removed {folder}, which a run that was killed has left")
+        tell(f"Removed {folder}, left by a killed run")
         return
     home = place
     number = 0
@@ -131,7 +131,7 @@ def _settle(folder: Path, place: Path, finished: bool) -> None:
         home = place.with_name(f"{short(place.name)}.before-{number}")
     os.rename(old, home)
     folder.rmdir()
-    tell(f"Put the model that a run had moved aside, when it was killed, back to {home}")
+    tell(f"Put back {home}: a run had moved this model aside when it was killed")
 
 
 def _lock(folder: Path) -> int | None:

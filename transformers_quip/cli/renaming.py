@@ -21,7 +21,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 @functools.cache
 def _renameat2() -> Callable[..., int] | None:
-    """The system's call, None where there is none (other systems than Linux, old C libraries)."""
+    """The system call; None if it is missing (systems other than Linux, old C libraries)."""
     try:
         return ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -29,10 +29,10 @@ def _renameat2() -> Callable[..., int] | None:
 
 
 def _rename_with(source: Path, target: Path, flag: int) -> bool:
-    """Whether the system has done it.
+    """Rename by the system call; False, with nothing done, if the system does not support it.
 
     Raises:
-        OSError: it can, and refuses here.
+        OSError: it is supported and failed.
     """
     call = _renameat2()
     if call is None:
@@ -62,8 +62,8 @@ def rename_new(source: Path, target: Path) -> None:
 def replace(new: Path, place: Path) -> None:
     """Put the folder `new` at `place` and delete the folder that was there.
 
-    At every moment one of both is at `place`, where the system can exchange names. Where it cannot, both are renamed, and
-    after a failure of the second renaming (Ctrl-C too) the old folder is put back.
+    If the system can exchange names, one of the two folders is at `place` at every moment. Otherwise both are renamed, and
+    if the second renaming fails (Ctrl-C too), the old folder is put back.
 
     Raises:
         OSError: it cannot be done; `place` and `new` are as they were.

@@ -37,7 +37,7 @@ class Grid(NamedTuple):
         shape: of the tensor. A dimension is None if its size is known only after encoding, such as the length of a stream
             whose rows differ in length; any size fits it.
         dtype: the integer type of the tensor; or a floating type, which stands for the dtype of the layer's su and sv.
-        expected: how large the dimension that is None is expected to be. Plans count it, results count the real size.
+        expected: the expected size of the dimension that is None. Plans count it; results count the real size.
     """
 
     shape: tuple[int | None, ...]
@@ -77,7 +77,7 @@ class Codebook(abc.ABC):
     their number and their meaning.
 
     Attributes:
-        name: as the config calls it. It names everything that decoding depends on.
+        name: as in the config. Everything that decoding depends on is in the name.
         bits: code bits per weight.
         block_size: weights per code, neighbours in a row.
         code_dtype: integer type of one code while weights are rounded.
@@ -114,8 +114,8 @@ class Codebook(abc.ABC):
     def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
         """The tensors that a [out_features, in_features] layer stores for its weight, by name and in their order.
 
-        The first is called "codes": by it a quantized layer is recognised in a checkpoint. The others have any names but
-        those in `RESERVED`. Names and order are the same for every size.
+        The first is called "codes": a quantized layer in a checkpoint is recognised by it. The others may have any names
+        except those in `RESERVED`. Names and order are the same for every size.
         """
         return {"codes": Grid(self.codes_shape(out_features, in_features), self.code_dtype)}
 
@@ -130,7 +130,7 @@ class Codebook(abc.ABC):
     def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored tensors of some rows of a weight, as an embedding looks them up.
 
-        Here for codebooks whose tensors have one row for each row of the weight; others override it.
+        The default is for codebooks whose tensors have one row for each row of the weight; others override it.
 
         Args:
             tensors: as [`tensors`] describes them.
@@ -198,7 +198,7 @@ class Codebook(abc.ABC):
 
         Args:
             tensors: as [`tensors`] describes them.
-            columns: how many weights of a row are real; the rest of the last block is dropped.
+            columns: the number of weights in a row; the rest of the last block is dropped.
             dtype: of the result.
 
         Returns:

@@ -80,7 +80,7 @@ class E8P(Codebook):
     def round_panel(
         self, target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See [`Codebook.round_panel`]; compiled where it can be."""
+        """See [`Codebook.round_panel`]; compiled if the library is available."""
         if target.device.type == "cpu" and cpu_kernels.is_available() and target.shape[1] <= cpu_kernels.MOST_COLUMNS:
             return cpu_kernels.e8p_round_panel(target.contiguous(), base.contiguous(), feedback.contiguous())
         return super().round_panel(target, base, feedback)
@@ -167,7 +167,7 @@ def _candidates(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def _rows_per_chunk(device: torch.device) -> int:
-    """So many vectors that the scores (343 floats each) stay in a CPU's cache, or in 360 MB of a GPU's memory."""
+    """The number of vectors whose scores (343 floats each) fit into a CPU's cache, or into 360 MB of a GPU's memory."""
     return 2048 if device.type == "cpu" else 1 << 18
 
 

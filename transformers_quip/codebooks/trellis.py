@@ -1,4 +1,4 @@
-"""Trellis-coded weights, the codebooks of QTIP (arXiv 2406.11235) and of EXL3, for checkpoints that were quantized so.
+"""Trellis-coded weights, the codebooks of QTIP (arXiv 2406.11235) and of EXL3, for checkpoints quantized with them.
 
 A tile of 16×16 weights is 256·K bits, read as a ring. A weight (or a pair of neighbours, V = 2) is a function of 16 bits
 of it, the *state*; the next state begins K·V bits further on, so that neighbours share bits and every state is one of few
@@ -206,7 +206,7 @@ def _lay_out(sequence: torch.Tensor, order: str, weight: torch.Tensor) -> None:
     sizes, row, column = ORDERS[order]
     tiles = (weight.shape[0] // TILE, weight.shape[1] // TILE)
     dimensions = (0, *(2 + d for d in row), 1, *(2 + d for d in column))
-    # neighbours in the sequence are neighbours in a row: moved as one number of twice the size, nothing is computed
+    # neighbours in the sequence are neighbours in a row: a pair is moved as one number of twice the size
     pair = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[weight.element_size()]
     source = sequence.view(*tiles, *sizes).view(pair).permute(dimensions)
     weight.view(pair).view(source.shape).copy_(source)

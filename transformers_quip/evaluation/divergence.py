@@ -25,7 +25,7 @@ class Divergence:
         mean: of KL(reference ‖ model) = Σ p log(p / q) over the vocabulary, in nats per token.
         median, percentile_99: of the same.
         top1_agreement: the share of positions where both find the same token likeliest.
-        positions: how many.
+        positions: their number.
     """
 
     mean: float

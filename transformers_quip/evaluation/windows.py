@@ -1,4 +1,4 @@
-"""The text that models are measured on, as windows of token ids."""
+"""Evaluation text, as windows of token ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def evaluation_windows(
 
     Args:
         source: the path of a text file in UTF-8; "wikitext2" (its test split, fetched from the Hub); or "self": text that
-            `model` writes, which only tells how near another model is to it.
+            `model` writes, which measures only how close another model is to it.
         tokenizer: the model's; None will do for "self".
 
     Returns:
@@ -78,7 +78,7 @@ def _read(source: str) -> str:
 
 
 def _tokenize(text: str, tokenizer: Any, enough: int) -> list[int]:
-    """As many tokens as are needed: tokenizers are slow on a whole book at once."""
+    """Only as many tokens as needed: tokenizers are slow on a whole book at once."""
     ids: list[int] = []
     for begin in range(0, len(text), _TEXTS_AT_ONCE):
         ids += tokenizer(text[begin : begin + _TEXTS_AT_ONCE], add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,1 +1,1 @@
-"""What a Hub repository holds besides the weights: the origin of the model, and a model card."""
+"""The parts of a Hub repository besides the weights: the origin of the model, and a model card."""

@@ -15,7 +15,7 @@ from transformers_quip.ops.cpu import run as cpu
 
 @pytest.fixture(params=["missing", "of another machine"])
 def found(request, tmp_path, monkeypatch, caplog):
-    """Why there is no library."""
+    """The reason why the library is missing."""
     path = tmp_path / "_cpu.so"
     if request.param != "missing":
         path.write_bytes(b"\x7fELF of something else")

@@ -22,7 +22,7 @@ class Form:
     Attributes:
         rows, columns: m and n of the linear, without padding.
         codebook, incoherence, residual_scale: as in `QuipConfig`; incoherence a pair.
-        layout: see there.
+        layout: see [`Layout`].
         details: further values for the family's `repack`.
     """
 
@@ -91,8 +91,8 @@ class Family(abc.ABC):
     Attributes:
         name: for messages.
         marker: the kind of tensor (the last part of its name) that every quantized linear has.
-        kinds: all of them but the bias.
-        fused: names of linears that are stored as one, by the name under which they are.
+        kinds: all kinds of tensors except the bias.
+        fused: names of linears that are stored as one fused linear, by the name of the fused one.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Family(abc.ABC):
     fused: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def siblings(self, name: str) -> dict[str, str]:
-        """Tensors of a linear that are not called after it: kind → name."""
+        """Tensors of a linear that are stored under other modules: kind → name."""
         return {}
 
     @abc.abstractmethod
@@ -147,7 +147,7 @@ class Family(abc.ABC):
 
 
 def is_one_of(value: Any, known: Collection[str]) -> bool:
-    """Whether a value out of a JSON file is one of these names; it may be of any type, also one without a hash."""
+    """Whether a value out of a JSON file is one of these names; it may be of any type, even unhashable."""
     return isinstance(value, str) and value in known
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of QTIP and YAQA (Cornell-RelaxML/qtip): trellis codes of 2, 3 or 4 bits.
 
-The format was read off the published package; `config.json` has a dict "quip_params" with the trellis in it. A linear is
+The format was derived from the published package. `config.json` has a dict "quip_params" with the trellis. A linear is
 
     y = SV ⊙ Q_m Ŵ Q_nᵀ ( SU ⊙ x )
 
