@@ -21,7 +21,7 @@ import click
 from ..version import __version__
 
 USAGE, UNUSABLE, UNREACHABLE, STOPPED, TERMINATED = 2, 3, 4, 130, 143
-COMMANDS = ("quantize", "evaluate", "inspect", "compare", "convert", "push", "chat", "serve", "run")
+COMMANDS = ("quantize", "tune", "evaluate", "inspect", "compare", "convert", "push", "chat", "serve", "run")
 # `run` is a name of this module already.
 _MODULES = {"run": "run_program"}
 # A command is available if the module that it calls is installed.
