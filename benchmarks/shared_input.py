@@ -1,9 +1,9 @@
-"""Whether linears that read one vector gain on the CPU where its transform is computed once for all of them.
+"""The gain on the CPU if the transform of a vector is computed once for all linears that read it.
 
     python benchmarks/shared_input.py [--seconds S] [--threads N ...]
 
-"apart": each linear is one call into the compiled library, transform included, as the layers do it. "shared": one call for
-the transform, and one for the rest of each linear; nothing is counted for finding out that the input is the same. Both
+"apart": each linear is one call into the compiled library, transform included, as in the layers. "shared": one call for
+the transform, and one for the rest of each linear; the check that the input is the same is not counted. Both
 compute in turns within one run, and medians are compared: 2-bit layers, one bfloat16 vector, 8-bit activations.
 Prints a table and writes results/shared_input.json.
 """

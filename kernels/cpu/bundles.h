@@ -4,7 +4,7 @@
 
 #include "common.h"
 
-/* `quip_has_amx` checks for all instructions that these files use: AMX, and those of AVX-512 that came with it. */
+/* `quip_has_amx` checks for all instructions that these files use: AMX, and AVX-512 with bfloat16. */
 #if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #define QUIP_AMX
 #endif

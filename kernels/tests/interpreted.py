@@ -276,7 +276,7 @@ def test_linear_takes_either_layout_other_strides_and_any_leading_dimensions(cod
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("codebook", "batches"), [("e8p", (1, 5, 65)), ("trellis:mul1:k2:exl3", (1, 9))])
 def test_the_form_of_a_rotated_input(codebook, batches, dtype, monkeypatch):
-    """What a compiler is told about `rotate`."""
+    """The arguments of `rotate` for a compiler."""
     monkeypatch.setattr(ops, "DEVICES", ("cpu",))
     su = vectors(1, 144)[0]
     inputs = [vectors(batch, 144).to(dtype)[:, None] for batch in (0, *batches)]
