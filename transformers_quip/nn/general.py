@@ -1,4 +1,4 @@
-"""A quantized linear with what the fused op does not know: padding, stored transforms, scales inside."""
+"""A quantized linear with parts that the fused op does not support: padding, stored transforms, scales of rows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .stored import zeros
 
 
 class GeneralLinear(QuipLinear):
-    """y = sv ⊙ C_m Q_out( r ⊙ Ŵ · Q_inᵀ( C_nᵀ su ⊙ x ) ) + bias: [`QuipLinear`] as general as some checkpoints need it.
+    """y = sv ⊙ C_m Q_out( r ⊙ Ŵ · Q_inᵀ( C_nᵀ su ⊙ x ) ) + bias: [`QuipLinear`] for checkpoints that need more.
 
-    C crops a vector to the real size and Cᵀ extends it by zeros; r are scales of the rows of Ŵ. A transform that is called
-    "stored" is F ⊗ S, F an orthogonal matrix from the checkpoint whose order is the odd part of the size (for a size that
-    is one, the transform is the Hadamard one, and F is left out) and S Sylvester's.
+    C crops a vector to the real size and Cᵀ extends it by zeros; r are scales of the rows of Ŵ. The transform
+    "stored" is F ⊗ S. F is an orthogonal matrix from the checkpoint, whose order is the odd part of the size, and S is
+    Sylvester's matrix. If the odd part is 1, F is left out, and the transform is the Hadamard transform.
 
     Args:
         in_features, out_features, bias, options: see [`QuipLinear`].
         padded: (m', n'), the sizes of Ŵ; None: not padded.
-        row_scales: whether there is r.
+        row_scales: whether it has r.
 
     Parameters: as [`QuipLinear`]'s for a linear of m' outputs and n' inputs, but the bias has m entries; and
         row_scales: [m'] or None. factor_in, factor_out: [o, o], o the odd part of n' or m', or None.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 _T = torch.Tensor
-# What may be asked of the stand-in: all that does not read or write a value.
+# The functions that the stand-in allows: those that neither read nor write a value.
 _METADATA = {
     # attributes
     *(
@@ -61,13 +61,13 @@ _NO_VALUES = (
 class PackedWeight(torch.Tensor):
     """Has the shape, dtype and device of a dense weight, and no values: using them raises `ValueError`.
 
-    Without that, whatever reads `linear.weight` past the module's forward (merging a LoRA adapter, DoRA's norm, a
+    Otherwise, code that reads `linear.weight` instead of calling the module (merging a LoRA adapter, DoRA's norm, a
     model that multiplies by the weight itself) would silently compute with garbage.
     """
 
     # Transformers' initialisation, which some models begin at the parent of a linear, leaves such a tensor alone.
     _is_hf_initialized = True
-    # What an error says.
+    # The text of an error.
     _no_values = _NO_VALUES
 
     @classmethod
@@ -77,7 +77,7 @@ class PackedWeight(torch.Tensor):
 
     @property
     def data(self) -> PackedWeight:
-        """Itself: `.data` is asked for metadata too."""
+        """Itself: `.data` is also used to read metadata."""
         return self
 
     @data.setter

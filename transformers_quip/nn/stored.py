@@ -1,4 +1,4 @@
-"""The tensors that a quantized module stores for its weight, as its codebook names and describes them."""
+"""The tensors that a quantized module stores for its weight, named and described by its codebook."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StoredTensors(nn.Module):
         """Make room for tensors whose sizes were not known: empty ones, on the device of the present ones.
 
         Args:
-            shapes: by name; names that are not those of stored tensors and sizes that do not fit are left alone.
+            shapes: by name; names of other tensors, and sizes that do not fit, are ignored.
         """
         for name, grid in self.grids().items():
             shape, present = shapes.get(name), self._parameters[name]
@@ -55,14 +55,14 @@ class StoredTensors(nn.Module):
                 self._parameters[name] = nn.Parameter(present.new_empty(tuple(shape)), requires_grad=False)
 
     def take(self, quantized: Any, device: torch.device) -> None:
-        """Copy what was quantized into this module.
+        """Copy a quantized weight into this module.
 
         Args:
             quantized: has `tensors` by name, `su` [n] and `sv` [m] (`quantize.layer.QuantizedWeight`).
-            device: where the copies are going to lie. The module itself may be on the meta device.
+            device: of the copies. The module itself may be on the meta device.
 
         Raises:
-            ValueError: the tensors are not those of this module's codebook and size.
+            ValueError: the tensors do not fit this module's codebook and size.
         """
         rows, columns = self.sv.shape[0], self.su.shape[0]
         codebooks.get(self.codebook).check(quantized.tensors, rows, columns)
