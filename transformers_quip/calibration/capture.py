@@ -248,7 +248,7 @@ class _Recorder:
         self.hidden.append(move(self._entering, self.tensors.device))
 
     def _attempt(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Exception | None:
-        """Run the model; return what went wrong if the form of the blocks' output may be the cause."""
+        """Run the model; return the error if the form of the blocks' output may be its cause."""
         self._entering, self._next = None, 0
         try:
             model(**inputs)

@@ -44,7 +44,7 @@ def write_text(
 ) -> torch.Tensor:
     """Let the model write token sequences by sampling from its own next-token distribution.
 
-    There is no padding and no early stop: after an end-of-text token the model goes on writing, as in text packed for
+    There is no padding and no early stop: after an end-of-text token the model continues writing, as in text packed for
     training. The model's weights, training mode and generation config are left as they are. Float32 matrix products use
     bfloat16 factors where the CPU has instructions for them: text does not need more.
 
