@@ -115,7 +115,7 @@ def _is_tied_to_one_of(name: str, tied: Mapping[str, str], names: Collection[str
     return bool(group & set(names))
 
 
-def _is_new(model: nn.Module, name: str) -> bool:
+def _is_new(model: Any, name: str) -> bool:
     """Whether a weight belongs to a head that this class has and the checkpoint's class does not have."""
     saved = _architectures(getattr(model, "config", None))
     base = getattr(model, "base_model_prefix", "")

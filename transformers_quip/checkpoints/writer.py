@@ -95,6 +95,6 @@ def _write_shard(path: Path, steps: Sequence[Step], bar: tqdm) -> None:
                 if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} instead of {dtype} {list(shape)}")
                 if tensor.numel():
-                    put(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+                    put(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
             bar.update()
     unfinished.replace(path)

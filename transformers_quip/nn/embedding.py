@@ -81,7 +81,7 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
         return module.train(embedding.training)
 
     @property
-    def weight(self) -> PackedTable:
+    def weight(self) -> PackedTable:  # type: ignore[override]
         """A stand-in with the shape [m, n], dtype and device of the dense table; see [`PackedWeight`]."""
         return PackedTable.like(self.su, self.num_embeddings, self.embedding_dim, self.su.dtype)
 

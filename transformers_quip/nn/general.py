@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from ..incoherence import STORED, sides
@@ -30,6 +31,10 @@ class GeneralLinear(QuipLinear):
         row_scales: [m'] or None. factor_in, factor_out: [o, o], o the odd part of n' or m', or None.
     """
 
+    row_scales: nn.Parameter | None
+    factor_in: nn.Parameter | None
+    factor_out: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -51,7 +56,7 @@ class GeneralLinear(QuipLinear):
         self.incoherence_in, self.incoherence_out = names
 
         device, scales_dtype = self.su.device, self.su.dtype
-        self.bias = zeros((out_features,), self.weight_dtype, device) if bias else None
+        self.register_parameter("bias", zeros((out_features,), self.weight_dtype, device) if bias else None)
         self.register_parameter("row_scales", zeros((rows,), scales_dtype, device) if row_scales else None)
         for side, name, size in (("in", names[0], columns), ("out", names[1], rows)):
             order = odd_part(size) if name == STORED else 1
@@ -72,7 +77,8 @@ class GeneralLinear(QuipLinear):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         columns, rows = self.su.shape[0], self.sv.shape[0]
         t = pad(x.to(dtype), (0, columns - self.in_features))
-        su, name_in = self.su, self._names[0]
+        su: torch.Tensor = self.su
+        name_in = self._names[0]
         if self.factor_in is not None:
             t = self._apply_factor(t * su.to(dtype), self.factor_in, transpose=True)
             su, name_in = torch.ones_like(su), "none"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-_T = torch.Tensor
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_T: Any = torch.Tensor  # its attributes are descriptors, which its stubs do not say
 # The functions that the stand-in allows: those that neither read nor write a value.
 _METADATA = {
     # attributes
@@ -71,11 +74,11 @@ class PackedWeight(torch.Tensor):
     _no_values = _NO_VALUES
 
     @classmethod
-    def like(cls, vector: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> PackedWeight:
+    def like(cls, vector: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Self:
         """A stand-in of shape [out_features, in_features] and this dtype, on the device of `vector`; no memory."""
         return vector.detach().new_empty((), dtype=dtype).expand(out_features, in_features).as_subclass(cls)
 
-    @property
+    @property  # type: ignore[override]
     def data(self) -> PackedWeight:
         """Itself: `.data` is also used to read metadata."""
         return self
@@ -84,7 +87,7 @@ class PackedWeight(torch.Tensor):
     def data(self, value: Any) -> None:
         raise ValueError(f"data: {self._no_values}")
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override] # nobody gives the contents
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
