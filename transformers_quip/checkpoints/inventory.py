@@ -1,6 +1,6 @@
 """The contents of a saved model, read from its config.json and the headers of its safetensors files.
 
-No tensor is read and PyTorch is not imported, so that a model of any size, here or on the Hub, is described at once.
+No tensor is read and PyTorch is not imported, so a model of any size, local or on the Hub, is described at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class StoredLinear:
 
     @property
     def true_bits(self) -> float:
-        """Bits per weight with all that is stored for it."""
+        """Bits per weight, counting all tensors stored for it."""
         return 8 * self.bytes / self.weights
 
     @property
@@ -54,7 +54,7 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A saved model as its config and its headers tell it.
+    """A saved model as its config and its headers describe it.
 
     Attributes:
         config: the content of config.json.
@@ -87,12 +87,12 @@ class Inventory:
 
     @property
     def parameters(self) -> int:
-        """Of the model before it was quantized, as far as they are stored (a tied weight once)."""
+        """Number of parameters of the dense model, as far as they are stored (a tied weight counts once)."""
         return self.quantized_weights + sum(tensor.elements for tensor in self._dense().values())
 
     @property
     def true_bits(self) -> float:
-        """Bits per quantized weight, with all that is stored for it.
+        """Bits per quantized weight, counting all tensors stored for it.
 
         Raises:
             ValueError: the checkpoint has no quantized linear in the native format.
@@ -140,7 +140,7 @@ def read_folder(folder: str | Path) -> Inventory:
     """The inventory of a folder that `save_pretrained` wrote, or of a config.json and an index alone.
 
     Raises:
-        ValueError: a file is missing, or is not what its name says.
+        ValueError: a file is missing, or its content does not fit its name.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)

@@ -1,4 +1,4 @@
-"""Checkpoints of other packages: which family they are of, and where each of their tensors goes in the model.
+"""Plan the loading of a checkpoint of another package: its family, and the place of each of its tensors in the model.
 
 Nothing here reads a large tensor. The result is a [`ForeignPlan`]: the native config, and for every quantized linear the
 tensors that it is made of and a pure function that re-packs them.
@@ -249,5 +249,5 @@ def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: M
         weight = f"{name}.gate_up_proj" if is_stacked(module) else f"{name}.weight"
         if not (is_dense_linear(module) or is_stacked(module)) or name in there or weight in tied:
             continue
-        if weight not in names or names[weight].shape == ():  # a number stands beside codes for their type
+        if weight not in names or names[weight].shape == ():  # a single number next to codes tells their type
             raise ValueError(f"The checkpoint has neither codes nor a weight for {name}: {DAMAGED}")

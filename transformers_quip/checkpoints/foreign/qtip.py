@@ -1,6 +1,6 @@
 """Checkpoints of QTIP and YAQA (Cornell-RelaxML/qtip): trellis codes of 2, 3 or 4 bits.
 
-The format was read off the published package; `config.json` has a dict "quip_params" with the trellis in it. A linear is
+The format was derived from the published package. `config.json` has a dict "quip_params" with the trellis. A linear is
 
     y = SV ⊙ Q_m Ŵ Q_nᵀ ( SU ⊙ x )
 
@@ -33,7 +33,7 @@ _CODES = {
 _FIXED = {"codebook": "bitshift", "codebook_version": 0, "L": 16, "td_x": 16, "td_y": 16}
 _DEVICES = 8
 _SHORT_NAME = r"\d+_(q|k|v|o|up|gate|down)"
-# Linears whose inputs are split over the devices; of the others it is the outputs.
+# Linears whose inputs are split over the devices; the others split their outputs.
 _SPLIT_INPUTS = ("o_proj", "down_proj")
 
 
@@ -136,12 +136,12 @@ def _short_name(name: str) -> str:
 
 
 def _transforms(source: Source, parameters: Mapping[str, Any]) -> tuple[str, str]:
-    """Names of the transforms; which of them is split is said by "rcp": 1 for the inputs, 2 for the outputs, 0 for none."""
+    """Names of the transforms; "rcp" says which of them is split: 1 for the inputs, 2 for the outputs, 0 for none."""
     last = source.name.rpartition(".")[2]
     if "rcp" in source.tensors:
         split = source.number("rcp")
     elif is_true(parameters, "split_for_tp"):
-        # a model that was run before it was saved has lost it
+        # a model that was run before it was saved has lost "rcp"
         split = 1 if last in _SPLIT_INPUTS else 2
     else:
         split = 0
