@@ -1,4 +1,4 @@
-"""The contract of a family of foreign checkpoints; everything else is common to all families."""
+"""The interface of a family of foreign checkpoints; everything else is common to all families."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..headers import DAMAGED, TensorInfo
 
 @dataclass(frozen=True)
 class Form:
-    """The native form of one quantized linear, and the facts that re-packing its tensors needs.
+    """The native form of one quantized linear, with the details needed to re-pack its tensors.
 
     Attributes:
         rows, columns: m and n of the linear, without padding.
@@ -46,7 +46,7 @@ class Source:
 
     Attributes:
         name: of the linear in the file.
-        tensors: the description of each, by the last part of its name.
+        tensors: shape, type and file of each, by the last part of its name.
         keys: their names, as Transformers has renamed them.
         read: reads one of them, by the last part of its name; for small ones only, while the loading is planned.
     """
@@ -64,7 +64,7 @@ class Source:
         return int(self.read(kind))
 
     def shape(self, kind: str) -> tuple[int, ...] | None:
-        """Of the tensor, None if there is none."""
+        """The shape of a tensor; None if the tensor is missing."""
         info = self.tensors.get(kind)
         return None if info is None else info.shape
 
@@ -72,7 +72,7 @@ class Source:
         """The shape of a tensor that must be there, with one of these types (and this shape).
 
         Raises:
-            ValueError: it is missing or other than that.
+            ValueError: it is missing, or its type or shape is another.
         """
         info = self.tensors.get(kind)
         if info is None:
@@ -87,13 +87,13 @@ FLOATING = ("F16", "BF16", "F32")
 
 
 class Family(abc.ABC):
-    """A family of checkpoints, such as those of QuIP#.
+    """A family of checkpoints, such as QuIP#'s.
 
     Attributes:
         name: for messages.
         marker: the kind of tensor (the last part of its name) that every quantized linear has.
-        kinds: all of them but the bias.
-        fused: names of linears that are stored as one, by the name under which they are.
+        kinds: all kinds of tensors except the bias.
+        fused: names of linears that are stored as one fused linear, by the name of the fused one.
     """
 
     name: str
@@ -102,12 +102,12 @@ class Family(abc.ABC):
     fused: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def siblings(self, name: str) -> dict[str, str]:
-        """Tensors of a linear that are not called after it: kind → name."""
+        """Tensors of a linear that are stored under other modules: kind → name."""
         return {}
 
     @abc.abstractmethod
     def check(self, parameters: Mapping[str, Any]) -> None:
-        """Look at the checkpoint's description of itself. Raises `ValueError` for what is not supported, by name."""
+        """Look at the checkpoint's description of itself. Raises `ValueError` that names the first unsupported option."""
 
     def folded_factor(self, config: Any, name: str) -> float:
         """The number by which the package multiplied the weight of a linear before it was quantized.
@@ -148,7 +148,7 @@ class Family(abc.ABC):
 
 
 def is_one_of(value: Any, known: Collection[str]) -> bool:
-    """Whether a value out of a JSON file is one of these names; it may be of any type, also one without a hash."""
+    """Whether a value out of a JSON file is one of these names; it may be of any type, even unhashable."""
     return isinstance(value, str) and value in known
 
 

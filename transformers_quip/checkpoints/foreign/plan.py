@@ -1,4 +1,4 @@
-"""Checkpoints of other packages: which family they are of, and where each of their tensors goes in the model.
+"""Plan the loading of a checkpoint of another package: its family, and the place of each of its tensors in the model.
 
 Nothing here reads a large tensor. The result is a [`ForeignPlan`]: the native config, and for every quantized linear the
 tensors that it is made of and a pure function that re-packs them.
@@ -33,7 +33,7 @@ from .repack import ForeignLinear
 
 logger = logging.getLogger(__name__)
 
-# The quant_method of a quantization_config → its family. A config with "quip_params" has none.
+# The quant_method of foreign configs, by family. A config with "quip_params" does not have one.
 METHODS: dict[str, Family] = {"QUiP": QuipForAll(), "exl3": Exl3()}
 # Linears that checkpoints split where Transformers' module is one: name there → (name here, all that it is made of).
 _PARTS = {
@@ -204,7 +204,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _split(model: Any, rows: int, count: int) -> list[int]:
-    """Outputs of the parts of a linear: of gate and up the half each; of q, k and v as the heads say."""
+    """Output sizes of the parts of a fused linear: a half each for gate and up; by the numbers of heads for q, k and v."""
     if count == 2:
         return [rows // 2] * 2
     config = model.config.get_text_config()
@@ -249,5 +249,5 @@ def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: M
         weight = f"{name}.gate_up_proj" if is_stacked(module) else f"{name}.weight"
         if not (is_dense_linear(module) or is_stacked(module)) or name in there or weight in tied:
             continue
-        if weight not in names or names[weight].shape == ():  # a number stands beside codes for their type
+        if weight not in names or names[weight].shape == ():  # a single number next to codes tells their type
             raise ValueError(f"The checkpoint has neither codes nor a weight for {name}: {DAMAGED}")

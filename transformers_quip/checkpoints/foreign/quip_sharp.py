@@ -1,6 +1,6 @@
 """Checkpoints of QuIP# (Cornell-RelaxML/quip-sharp): E8P with two, three and four bits; D4 and half-integers in old ones.
 
-The format was read off the published package; `config.json` has a dict "quip_params". A linear is
+The format was derived from the published package; `config.json` has a dict "quip_params". A linear is
 
     y = f ⊙ ( SV ⊙ Wscale ⊙ Q_m Ŵ Q_nᵀ ( SU ⊙ x / scaleWH ) )
 
