@@ -1,6 +1,6 @@
-"""The files of a checkpoint: the descriptions of their tensors, and single tensors out of them.
+"""The files of a checkpoint: shapes and types of their tensors, and single tensors out of them.
 
-Safetensors, and for checkpoints of other packages also files of `torch.save`, through PyTorch's safe unpickler only.
+Safetensors; and, for checkpoints of other packages, files of `torch.save`, through PyTorch's safe unpickler only.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def find_weights(folder: str | Path) -> Path | None:
 
 
 def expand_weights(path: Path) -> list[str]:
-    """The files of weights behind the path that [`find_weights`] found.
+    """The files of weights, from the path that [`find_weights`] found.
 
     Raises:
         ValueError: the index is not valid, or names files that are missing or outside the folder.

@@ -52,7 +52,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as the header of its file describes it.
+    """The entry of one tensor in the header of its file.
 
     Attributes:
         shape: its sizes.

@@ -1,4 +1,4 @@
-"""The contents of a saved model, read from its config.json and the headers of its safetensors files.
+"""The content of a saved model, read from its config.json and the headers of its safetensors files.
 
 No tensor is read and PyTorch is not imported, so a model of any size, local or on the Hub, is described at once.
 """
@@ -15,7 +15,7 @@ from .headers import DAMAGED, TensorInfo, read_headers, read_json, type_bytes
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# The tensors that every stored linear has.
+# The tensors that every stored linear has, besides its bias.
 _MARKS = ("codes", "su", "sv")
 
 
@@ -25,9 +25,9 @@ class StoredLinear:
 
     Attributes:
         name: of the module.
-        out_features, in_features: m and n; of a padded linear (see `config.storage.Storage`) of the larger matrix.
-        codes_bytes: of everything that is stored for the weight in integers.
-        bytes: of everything that stands for the weight (not the bias).
+        out_features, in_features: m and n; the larger sizes m', n' of a padded linear (see `config.storage.Storage`).
+        codes_bytes: bytes of all integer tensors stored for the weight.
+        bytes: of all tensors stored for the weight (without the bias).
     """
 
     name: str
@@ -103,7 +103,7 @@ class Inventory:
 
     @property
     def dense_bytes(self) -> int:
-        """The bytes of the dense model in the same dtype."""
+        """Bytes of the dense model in the same dtype."""
         size = type_bytes(str(self.config.get("dtype") or self.config.get("torch_dtype"))) or 2
         return self.quantized_weights * size + sum(tensor.bytes for tensor in self._dense().values())
 

@@ -78,7 +78,7 @@ def _write_shard(path: Path, steps: Sequence[Step], bar: tqdm) -> None:
             header[name] = {"dtype": type_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns its data
-    unfinished = path.with_name(f"{path.name}.partial")  # a file that is cut off must not look finished
+    unfinished = path.with_name(f"{path.name}.partial")  # a truncated file must not look complete
     with unfinished.open("wb") as file:
 
         def put(content: bytes | memoryview) -> None:

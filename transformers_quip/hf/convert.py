@@ -23,8 +23,8 @@ def convert(
 ) -> None:
     """Re-pack a checkpoint of QuIP#, QuIP-for-all, QTIP or EXL3 into the native format, without loss.
 
-    In memory are the tensors of one linear, and a model without weights, which tells the shapes. Whatever is not quantized
-    is copied as it is, and so are the tokenizer and other files of the model (see `checkpoints.companions`).
+    Memory holds the tensors of one linear, and a model without weights, which tells the shapes. Tensors that are not
+    quantized are copied unchanged, and so are the tokenizer and other files of the model (see `checkpoints.companions`).
 
     Args:
         source: a folder, or the name of a repository on the Hub.
@@ -35,8 +35,8 @@ def convert(
     Raises:
         ValueError: the checkpoint is of none of these kinds, of a kind that is not supported, or damaged; or the
             destination is not empty.
-        OSError: the disk is full, for example. After any error the destination is as it was, and files that somebody else
-            wrote into it meanwhile are still there.
+        OSError: the disk is full, for example. After any error the destination is as it was, except for files that
+            another program has written into it.
     """
     folder, target = _folder(source), Path(destination)
     with claimed_folder(target, last="config.json") as work:  # a folder without it is not a model

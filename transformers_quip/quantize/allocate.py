@@ -32,7 +32,7 @@ _UNITS = 1 << 14
 
 @torch.no_grad()
 def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Tensor, seed: int = 0) -> dict[str, float]:
-    """How much the model's predictions suffer from errors in each module.
+    """The sensitivity of the model's predictions to errors in each module.
 
     Args:
         model: dense, in memory; its weights are restored.

@@ -33,7 +33,7 @@ _RATIO_TOKENS = 1 << 15
 
 
 def settle_bits(model: nn.Module, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
-    """Give each module without bits of its own those that `config.bits` as an average allows.
+    """Choose the bits of each module without bits of its own, for `config.bits` as an average.
 
     Args:
         model: dense, in memory; it is not changed.
@@ -62,7 +62,7 @@ def settle_bits(model: nn.Module, config: QuipConfig, plan: QuantizationPlan, id
 
 
 def hessian_after_blocks(model: nn.Module, name: str, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The Hessian float32 [n, n] of a linear that reads what all blocks make of the tokens: the output embeddings."""
+    """The Hessian float32 [n, n] of a linear that reads the output of all blocks: the output embeddings."""
     linear = model.get_submodule(name)
     weight = replace.dense_weight(linear)
     accumulator = HessianAccumulator(weight.shape[1], weight.device, name)

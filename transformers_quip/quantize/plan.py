@@ -178,7 +178,7 @@ def _check_patterns(patterns: Iterable[str]) -> None:
 
 
 def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
-    """Why a linear stays dense, for those that do."""
+    """The reason for each linear that stays dense."""
     find_output: Any = getattr(model, "get_output_embeddings", None)
     output = None if find_output is None else find_output()
     tied = _tied_modules(model)

@@ -1,4 +1,4 @@
-"""The contract of a family of foreign checkpoints; everything else is common to all families."""
+"""The interface of a family of foreign checkpoints; everything else is common to all families."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..headers import DAMAGED, TensorInfo
 
 @dataclass(frozen=True)
 class Form:
-    """The native form of one quantized linear, and the facts that re-packing its tensors needs.
+    """The native form of one quantized linear, with the details needed to re-pack its tensors.
 
     Attributes:
         rows, columns: m and n of the linear, without padding.
@@ -46,7 +46,7 @@ class Source:
 
     Attributes:
         name: of the linear in the file.
-        tensors: the description of each, by the last part of its name.
+        tensors: shape, type and file of each, by the last part of its name.
         keys: their names, as Transformers has renamed them.
         read: reads one of them, by the last part of its name; for small ones only, while the loading is planned.
     """

@@ -33,7 +33,7 @@ from .repack import ForeignLinear
 
 logger = logging.getLogger(__name__)
 
-# The quant_method of a quantization_config → its family. A config with "quip_params" has none.
+# The quant_method of foreign configs, by family. A config with "quip_params" does not have one.
 METHODS: dict[str, Family] = {"QUiP": QuipForAll(), "exl3": Exl3()}
 # Linears that checkpoints split where Transformers' module is one: name there → (name here, all that it is made of).
 _PARTS = {
@@ -204,7 +204,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _split(model: Any, rows: int, count: int) -> list[int]:
-    """Outputs of the parts of a linear: of gate and up the half each; of q, k and v as the heads say."""
+    """Output sizes of the parts of a fused linear: a half each for gate and up; by the numbers of heads for q, k and v."""
     if count == 2:
         return [rows // 2] * 2
     config = model.config.get_text_config()

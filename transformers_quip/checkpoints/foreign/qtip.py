@@ -79,14 +79,13 @@ class Qtip(Family):
         source.require("trellis", ("I16",), (rows * columns // 256, 16 * k))
         if not 1 <= k <= 8 or rows % 16 or columns % 16:
             raise ValueError(
-                f"{source.name}.trellis has shape {list(shape)}, which is not a trellis of 1 to 8 bits "
-                f"for [{rows}, {columns}]"
+                f"{source.name}.trellis has shape {list(shape)}: it is not a trellis of 1 to 8 bits for [{rows}, {columns}]"
             )
         source.require("SU", FLOATING, (columns,))
         source.require("SV", FLOATING, (rows,))
         step: int = parameters["V"]
         bits: Any = parameters.get("tlut_bits")
-        # which of its two layouts the package used is written nowhere: it follows from the kind of trellis
+        # the package does not write which of its two layouts it used: it follows from the kind of trellis
         kernel = code == "hyb" and step == 2 and bits == 9 and k in (2, 3, 4)
         if kernel and (rows % 32 or columns % 32):
             raise ValueError(f"{source.name} is [{rows}, {columns}]; this trellis needs sizes that are multiples of 32")
@@ -120,17 +119,15 @@ class Qtip(Family):
 
 
 def _skipped(parameters: Mapping[str, Any]) -> list[str]:
-    """Linears that were left as they are, such as "0_v" and "1_down". Raises `ValueError` if it is not a list of these."""
+    """Linears that were not quantized, such as "0_v" and "1_down". Raises `ValueError` if it is not a list of these."""
     names = parameters.get("skip_list") or []
     if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(_SHORT_NAME, name) for name in names):
-        raise ValueError(
-            f"quip_params of QTIP has skip_list={names!r}, which is not a list of names such as '0_v', '1_down'"
-        )
+        raise ValueError(f"quip_params of QTIP has skip_list={names!r}: it must be a list of names such as '0_v', '1_down'")
     return names
 
 
 def _short_name(name: str) -> str:
-    """The name of a linear in `skip_list`; its own name where that has no such name."""
+    """The name of a linear in `skip_list`; its own name if the list has no name for such linears."""
     match = re.search(r"layers\.(\d+)\.\w+\.(q|k|v|o|up|gate|down)_proj$", name)
     return f"{match[1]}_{match[2]}" if match else name
 

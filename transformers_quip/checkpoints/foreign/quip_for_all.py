@@ -163,7 +163,7 @@ def _transform(source: Source, kind: str, size: int, parameters: Mapping[str, An
 
 
 def _residual_scale(parameters: Mapping[str, Any]) -> float | None:
-    """The factor of the second stage. The package takes the config's number as it is, also the −1 of its default."""
+    """The factor of the second stage. The package uses the config's number unchanged, even its default of −1."""
     codebook = _CODEBOOKS[parameters["codebook"]][0]
     scale = parameters.get("opt_resid_scale")
     if codebook not in _TWO_STAGES:

@@ -20,9 +20,9 @@ class ForeignLinear:
 
     Attributes:
         name: of the native linear in the model.
-        family, form: see [`Family.describe`].
+        family, form: its family, and the result of [`Family.describe`].
         source: its tensors in the files.
-        dense: the model has no linear there but only the matrix of one (a router): it gets the decoded weight.
+        dense: the model has a plain matrix there instead of a linear (a router): it gets the decoded weight.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ForeignLinear:
             tensors: by kind, as `source.tensors` lists them.
 
         Raises:
-            ValueError: a scale is infinite or not a number.
+            ValueError: a scale is infinite or NaN.
         """
         for kind, value in tensors.items():
             if value.is_floating_point() and not value.isfinite().all():
