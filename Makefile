@@ -82,7 +82,7 @@ lint: $(VENV)/.installed ## ruff, mypy, clang-format, typos
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch]
 	$(BIN)/typos
 
-format: $(VENV)/.installed ## write what ruff and clang-format would have
+format: $(VENV)/.installed ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i kernels/cpu/*.[ch]
@@ -130,7 +130,7 @@ docs: $(VENV)/.installed ## the documentation, into build/docs; a warning is an 
 package: $(VENV)/.installed ## the wheel and the source archive, into dist
 	$(BIN)/python -m build
 
-clean: ## remove what was built
+clean: ## remove build outputs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache kernels/torch-ext/quip_kernels/_cpu.*
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 

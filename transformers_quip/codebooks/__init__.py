@@ -147,7 +147,7 @@ def is_read_only(name: object) -> bool:
 
 
 def default_for_bits(bits: float) -> str:
-    """The codebook that `bits` alone chooses. Raises `ValueError` where there is none."""
+    """The default codebook for `bits`. Raises `ValueError` if there is none."""
     if bits not in _DEFAULTS:
         raise ValueError(f"bits={bits} has no codebook, choose one of {', '.join(map(str, _DEFAULTS))}")
     return _DEFAULTS[bits]
