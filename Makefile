@@ -75,10 +75,12 @@ test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/.installed ## ruff, mypy, clang-format, typos
+lint: $(VENV)/.installed ## ruff, mypy, the import contract, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# there is no import-linter for Python 3.10
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/lint-imports; fi
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch]
 	$(BIN)/typos
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.models import POSITIONS, VOCABULARY, tiny_model
+from transformers_quip import QuipConfig
 from transformers_quip.calibration import load_token_ids, write_text
 
 BOS = 1

@@ -44,7 +44,7 @@ def test_of_a_module():
     [
         ([], "must be a dict"),
         ({"": {}}, "must be a dict"),
-        ({"*": 3}, "which is not a dict"),
+        ({"*": 3}, "which must be a dict"),
         ({"*": {"pad": [1, 2]}}, "not 'pad'"),
         ({"*": {"padded": [0, 2]}}, "two positive integers"),
         ({"*": {"padded": 2}}, "two positive integers"),

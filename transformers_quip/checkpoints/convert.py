@@ -1,4 +1,4 @@
-"""The files of a foreign checkpoint → those of a native one, tensor by tensor."""
+"""Write the files of a foreign checkpoint as a native one, tensor by tensor."""
 
 from __future__ import annotations
 

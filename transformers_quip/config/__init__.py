@@ -46,7 +46,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         origin: after any run, which model was quantized, and by which versions (`hub.origin.describe`); else None.
         storage: for a model that was re-packed from a checkpoint of another package, how its tensors are stored:
             {pattern: {…}} with the attributes of [`Storage`]; else None. In config.json it is called "layout".
-        foreign: of such a checkpoint while it is loaded, its own description of how it was quantized; not saved.
+        foreign: the own description of such a checkpoint's quantization, while it is loaded; not saved.
 
     Options:
     """
@@ -122,8 +122,8 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         if self.residual_scale is not None and codebooks.get(self.codebook).residual_scale is None:
             staged = [name for name in codebooks.names() if codebooks.get(name).residual_scale is not None]
             raise ValueError(
-                f"QuipConfig: residual_scale={self.residual_scale} needs a codebook of two stages, which codebook="
-                f"{self.codebook!r} is not; there are {', '.join(map(repr, staged))}"
+                f"QuipConfig: residual_scale={self.residual_scale} needs a codebook of two stages, and codebook="
+                f"{self.codebook!r} has one; choose one of {', '.join(map(repr, staged))}"
             )
         method = rounding.get(self.rounding)
         if not method.works_with(codebooks.get(self.codebook)):
@@ -174,9 +174,9 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         return options
 
     def settle_modules(self, names: Iterable[str]) -> None:
-        """Make `modules` say the same whatever its order, for these modules: Transformers sorts the keys of config.json.
+        """Make the meaning of `modules` independent of its order: Transformers sorts the keys of config.json.
 
-        It stays as it is where no two patterns that match one module set the same option; else it names each module.
+        It is unchanged if no two patterns that match one of these modules set the same option; else it names each module.
         """
         names = list(names)
         for name in names:
@@ -205,7 +205,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         return self.dataset is not None
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Options that may change when a quantized model is loaded; Transformers asks for them. There are none."""
+        """Options that may change when a quantized model is loaded; Transformers asks for them. None may change."""
         return {}
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         return {name: value for name, value in kwargs.items() if name not in OPTIONS}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of the dict that [`to_dict`] returns: Transformers reads the config of a loaded model's config so."""
+        """As in the dict that [`to_dict`] returns: Transformers reads a loaded model's quantization_config like a dict."""
         return self.to_dict().get(key, default)
 
     def without_data(self) -> QuipConfig:
@@ -281,10 +281,10 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         calibration, quantized = records["calibration"], records["quantized_modules"]
         for name in ("calibration", "origin"):
             if not (records[name] is None or isinstance(records[name], dict)):
-                raise ValueError(f"The saved quantization_config has {name}={short(records[name])}, which is not a dict")
+                raise ValueError(f"The saved quantization_config has {name}={short(records[name])}: it must be a dict")
         if not (quantized is None or (isinstance(quantized, list) and all(isinstance(n, str) for n in quantized))):
             raise ValueError(
-                f"The saved quantization_config has quantized_modules={short(quantized)}, which is not a list of names"
+                f"The saved quantization_config has quantized_modules={short(quantized)}: it must be a list of names"
             )
         try:
             config = cls(**values)
@@ -325,7 +325,7 @@ def _methods(codebook: str) -> list[str]:
 
 
 def _overridden(options: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The options of an earlier pattern with those of a later one: one that sets bits or codebook sets both."""
+    """The options of two patterns, of which the later one wins: one that sets bits or codebook sets both."""
     if values.keys() & {"bits", "codebook"}:
         options = {name: value for name, value in options.items() if name not in ("bits", "codebook")}
     return options | values

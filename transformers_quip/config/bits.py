@@ -1,4 +1,4 @@
-"""Which numbers of bits a config may ask for."""
+"""The numbers of bits that a config may ask for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The checks of QuipConfig's single options: each returns the value as it is kept, or raises an error.
 
-The `ValueError` of a check goes on where its caller has named the option and the value: "must be True or False".
+The caller names the option and the value; the `ValueError` of a check continues: "must be True or False".
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def tokenizer(value: Any) -> Any:
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it: at most 80 characters, an array by its shape."""
+    """A value for a message: at most 80 characters, an array by its shape."""
     array = isinstance(value, (torch.Tensor, np.ndarray))
     text = f"<{type(value).__name__} of shape {tuple(value.shape)}>" if array else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

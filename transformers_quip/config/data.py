@@ -1,4 +1,4 @@
-"""The words with which config.json describes the calibration data, which a saved model does not need."""
+"""The description of the calibration data in config.json; a saved model does not need the data itself."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Option:
     """One option of [`QuipConfig`].
 
     Args:
-        default: its value where the caller gives none.
+        default: its value if the caller gives none.
         check: returns the value as it is kept, or raises `ValueError` saying which values are allowed.
         doc: one sentence for the user.
         stored: the form of a value in config.json, where the value itself only lives at run time.
@@ -77,13 +77,13 @@ def _tune(value: Any) -> str | dict[str, Any]:
     return value if isinstance(value, str) else options.to_dict()
 
 
-# Every option once: this table makes the signature, the checks, the documentation and the JSON form.
+# Every option once: the signature, the checks, the documentation and the JSON form come from this table.
 OPTIONS: dict[str, Option] = {
     "bits": Option(
         2,
         check.bits,
-        "Code bits per weight; not needed where `codebook` is given. A number that no codebook has, such as 2.5, is an "
-        "average: modules get 2, 3 or 4 bits by how much their errors are measured to matter.",
+        "Code bits per weight; not needed if `codebook` is given. A number that no codebook has, such as 2.5, is an "
+        "average: modules get 2, 3 or 4 bits by the measured effect of their errors.",
     ),
     "codebook": Option(
         None,
@@ -101,7 +101,7 @@ OPTIONS: dict[str, Option] = {
     "rescale": Option(
         True,
         check.boolean,
-        "QuIP's diagonal rescaling: input columns that matter more get finer steps. Only where there is calibration.",
+        "QuIP's diagonal rescaling: input columns that matter more get finer steps. Needs calibration.",
     ),
     "rounding": Option("ldlq", check.name(rounding.names), "How the codes are chosen."),
     "dataset": Option(
@@ -111,7 +111,7 @@ OPTIONS: dict[str, Option] = {
         "name of a data set that Optimum knows (wikitext2, c4, ...), a list of texts, of chats (lists of messages), of "
         "token ids or of dictionaries, a tensor of token ids, a tokenizer's output, a `datasets.Dataset`, a stream (an "
         "`IterableDataset`, a generator) of such rows, which is read as far as needed, or None: no calibration, each "
-        "weight is quantized while it is loaded. Padding is left out, by the attention_mask or by what it looks like.",
+        "weight is quantized while it is loaded. Padding is left out, by the attention_mask or by repeated end tokens.",
         describe_dataset,
     ),
     "tokenizer": Option(
@@ -126,15 +126,15 @@ OPTIONS: dict[str, Option] = {
         check.text,
         "The column of a `datasets.Dataset`, or the key of dictionaries, to calibrate on: texts, chats or token ids. With "
         "'text', the default, 'input_ids' (and 'attention_mask') goes before it, and 'messages' or 'conversations' are "
-        "taken where there is no 'text'.",
+        "used if 'text' is missing.",
     ),
     "calibrate_on": Option(
         "mixed",
         check.choice("mixed", "quantized", "dense"),
-        "Whose activations a block is calibrated on: 'quantized', those of the model with all blocks before it quantized; "
-        "'dense', the original model's, as in the paper; 'mixed', every second batch the one or the other.",
+        "The model whose activations a block is calibrated on: 'quantized', with all blocks before it quantized; 'dense', "
+        "the original model, as in the paper; 'mixed', the batches alternate between the two.",
     ),
-    "num_samples": Option(256, check.integer(1), "How many token sequences to calibrate on."),
+    "num_samples": Option(256, check.integer(1), "Number of token sequences to calibrate on."),
     "sequence_length": Option(512, check.integer(1), "Tokens in each of them."),
     "batch_size": Option(8, check.integer(1), "Sequences in one forward pass."),
     "damping": Option(
@@ -153,7 +153,7 @@ OPTIONS: dict[str, Option] = {
         None,
         _modules,
         "Options for single modules: {pattern: {option: value}}. A shell pattern such as '*.down_proj' or 'down_proj' "
-        "means a module's whole name or its end after a dot; where several match, later ones win. Output embeddings and "
+        "means a module's whole name or its end after a dot; if several match, later ones win. Output embeddings and "
         "embeddings that are not tied are quantized if a pattern calls them by name: {'lm_head': …, 'embed_tokens': …}.",
     ),
     "tune": Option(
@@ -163,5 +163,5 @@ OPTIONS: dict[str, Option] = {
         "calibration text; the result is kept only if it is better on windows that were held out), or a dictionary of "
         "the attributes of `config.tune.TuneOptions`. The dense model's memory is needed a second time meanwhile.",
     ),
-    "seed": Option(0, check.integer(0), "The seed of everything random."),
+    "seed": Option(0, check.integer(0), "Random seed."),
 }

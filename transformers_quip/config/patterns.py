@@ -1,4 +1,4 @@
-"""The two languages in which the options mean modules by name.
+"""The two pattern languages in which options name modules.
 
 `modules` has shell patterns, which also match the end of a name after a dot ([`matches`], [`is_called`]).
 `modules_to_not_convert` has Transformers' own language: prefixes, suffixes and regular expressions ([`is_named`]).
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 # The characters that make a name a pattern.
 _WILD = re.compile(r"[*?[]")
-# Each becomes two regular expressions, which take up to a millisecond: a config.json must not use up the processor.
+# Each becomes two regular expressions, which take up to a millisecond each: a config.json must not block the processor.
 MOST_PATTERNS = 1_000
 LONGEST = 500
 
@@ -42,7 +42,7 @@ def is_named(name: str, patterns: Iterable[str]) -> bool:
 
 
 def check_patterns(patterns: Iterable[str]) -> None:
-    """Raise `ValueError` for patterns that are longer than names of modules are, or of which there are too many."""
+    """Raise `ValueError` for patterns longer than any name of a module, or for too many patterns."""
     wild = 0
     for pattern in patterns:
         if len(pattern) > LONGEST:

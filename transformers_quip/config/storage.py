@@ -1,7 +1,7 @@
-"""How the tensors of a quantized linear are stored, where that is unusual: a record in config.json.
+"""Unusual storage of the tensors of a quantized linear: a record in config.json.
 
 Models that were quantized by transformers-quip need no such record. Checkpoints of other packages are re-packed without
-loss; whatever the usual tensors cannot express is written down here, for patterns of module names as in the option
+loss; everything that the usual tensors cannot express is recorded here, for patterns of module names as in the option
 `modules`. In config.json the record is called "layout".
 """
 
@@ -24,7 +24,7 @@ class Storage:
     Attributes:
         padded: (m', n') where the codes belong to a larger matrix. su has n' entries then, sv m'; the input is extended
             by zeros and the output cropped.
-        row_scales: whether there is a vector [m'] that multiplies the rows of Ŵ before the output transform.
+        row_scales: whether a vector [m'] multiplies the rows of Ŵ before the output transform.
         scales_dtype: of su, sv and the other vectors; None: the model's.
         fuses: the linears in the same parent module whose outputs it computes one after the other. They have no
             weights of their own.
@@ -40,7 +40,7 @@ class Storage:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Storage:
-        """The record that [`to_dict`] gave. Raises `ValueError` for anything else."""
+        """The inverse of [`to_dict`]. Raises `ValueError` for anything else."""
         known = [entry.name for entry in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -86,7 +86,7 @@ def check(record: Any) -> dict[str, dict] | None:
     check_patterns(record)
     for pattern, values in record.items():
         if not isinstance(values, dict):
-            raise ValueError(f"has {pattern!r}: {values!r}, which is not a dict")
+            raise ValueError(f"has {pattern!r}: {values!r}, which must be a dict")
         try:
             Storage.from_dict(values)
         except ValueError as error:

@@ -1,6 +1,6 @@
-"""The options of QuipConfig as editors and type checkers see them: keywords with types, and typed attributes.
+"""The options of QuipConfig for editors and type checkers: keywords with types, and typed attributes.
 
-The table in `options` is the truth: a test compares the names, their order and the defaults.
+The table in `options` is the source: a test compares the names, their order and the defaults.
 """
 
 from __future__ import annotations

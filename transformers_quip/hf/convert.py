@@ -68,12 +68,12 @@ def _folder(source: str | Path) -> Path:
 
 
 def _parameters(folder: Path, config: Any) -> dict[str, Any]:
-    """The checkpoint's description of how it is quantized, wherever it has it."""
-    beside = folder / BESIDE
+    """The checkpoint's description of its quantization, from any of the places where packages store it."""
+    file = folder / BESIDE
     for parameters in (
         getattr(config, "quantization_config", None),
         getattr(config, "quip_params", None),
-        read_json(beside) if beside.is_file() else None,
+        read_json(file) if file.is_file() else None,
     ):
         if isinstance(parameters, dict):
             if parameters.get("quant_method") == "quip":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def plan_for(model: PreTrainedModel, parameters: Mapping[str, Any], files: Files) -> ForeignPlan:
-    """Where everything in a foreign checkpoint goes in this model; see `checkpoints.foreign.make_plan`."""
+    """The place in this model of every tensor of a foreign checkpoint; see `checkpoints.foreign.make_plan`."""
     rules = copy.deepcopy(get_model_conversion_mapping(model))  # renaming a key marks the rules as used
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     renamed = {rename_source_key(key, renamings, [])[0]: info for key, info in files.headers.items()}
@@ -30,7 +30,7 @@ def plan_for(model: PreTrainedModel, parameters: Mapping[str, Any], files: Files
 
 
 def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
-    """Check that the files of a foreign checkpoint and the model belong together as a whole.
+    """Check that the files of a foreign checkpoint and the model fit together completely.
 
     Args:
         model: with the empty quantized modules of the plan in their places.
@@ -48,7 +48,7 @@ def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
 
 
 class Repack(ConversionOps):
-    """Re-packs the tensors of one linear as the loader has read them."""
+    """Re-packs the tensors of one linear as soon as the loader has read them."""
 
     supports_many_to_many = True
 

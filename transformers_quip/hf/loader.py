@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class RaisedLater(dict):
-    """In the place of tensors: lets the loader itself raise the error, as soon as it asks for them.
+    """Replaces tensors, so that the loader itself raises the error as soon as it asks for them.
 
-    The loader catches what an op raises, goes on with all other weights (hours, for a large model), and at the end
-    raises an error that names none of it.
+    The loader catches the errors of an op, goes on with all other weights (hours, for a large model), and at the end raises
+    an error without the reason.
     """
 
     def __init__(self, error: Exception):
@@ -37,7 +37,7 @@ def names_in_model(
     """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
 
     Args:
-        model: that is going to be loaded.
+        model: the model to load.
         headers: by their names in the files.
         conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
             splits appears under each name (with the shape that it has in the file).
@@ -69,7 +69,7 @@ def names_in_model(
 
 
 def _check_stack(keys: list[str], count: int) -> None:
-    """Raise `ValueError` unless there is a tensor of each expert, from 0 on: Transformers stacks those that it finds."""
+    """Raise `ValueError` unless each expert, from 0 on, has a tensor: Transformers stacks those that it finds."""
     numbers = {int(found[-1]): key for key in keys if (found := re.findall(r"(?<=\.)\d+(?=\.)", key))}
     lost = [number for number in range(count) if number not in numbers]
     if lost and numbers:

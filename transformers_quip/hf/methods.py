@@ -1,6 +1,6 @@
 """The quantization methods that Transformers' registry gets from this package.
 
-This file is imported while Transformers itself is being imported, so its first lines import nothing that may be half done.
+This file is imported while Transformers itself is being imported, so its first lines import nothing that may be incomplete.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def begin(model: PreTrainedModel, config: QuipConfig, pre_quantized: bool, files: Sequence[str]) -> Mode:
-    """The way for this model, with everything done that comes before the weights are read.
+    """Choose the mode for this model, and do all work that comes before the weights are read.
 
     Args:
         model: dense, on the meta device.
@@ -69,10 +69,10 @@ def begin(model: PreTrainedModel, config: QuipConfig, pre_quantized: bool, files
 
 
 class Mode:
-    """One way to load a model; the calls come in the order of the methods.
+    """One way to load a model; its methods are called in their order.
 
     Attributes:
-        config: that describes the model when it is loaded.
+        config: the description of the loaded model.
         pre_quantized: whether the files hold quantized weights.
     """
 
@@ -95,7 +95,7 @@ class Mode:
         raise NotImplementedError
 
     def bits_of(self, name: str) -> float | None:
-        """True bits per weight that this weight will have, if it is quantized as it is read; else None."""
+        """The true bits per weight of this weight, if it is quantized while it is read; else None."""
         return None
 
     def operation(self) -> ConversionOps:
@@ -177,13 +177,13 @@ class _Planned(Mode):
         """Modules without a weight in the checkpoint, which Transformers initialises at random: no mode needs to know."""
 
     def _tell(self, model: PreTrainedModel) -> None:
-        """Log what will be quantized, and patterns that do not match any module."""
+        """Log the modules to quantize, and patterns that do not match any module."""
         logger.info(f"{type(model).__name__}: {self.plan.summary()}")
         for pattern in unmatched_patterns(model, self.config):
             logger.warning(f"No module of {type(model).__name__} matches {pattern!r} of the quantization_config")
 
     def _record(self, model: PreTrainedModel) -> None:
-        """Make the config say which modules were quantized, and from which model."""
+        """Record in the config which modules were quantized, and from which model."""
         quantized = replace.quantized_modules(model)
         config = self.config.without_data()
         config.quantized_modules = compress_names(quantized)

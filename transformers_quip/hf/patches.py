@@ -29,11 +29,11 @@ class Patch:
     """One function that is replaced.
 
     Attributes:
-        module: that has it.
+        module: the module that has it.
         name: in that module; "Class.method" for a method.
-        wrap: makes the replacement out of the original.
-        when: it is replaced.
-        why: one sentence.
+        wrap: makes the replacement from the original.
+        when: the moment of the replacement.
+        why: the reason, in one sentence.
         optional: whether some builds and versions of the module do not have it.
     """
 
@@ -50,7 +50,7 @@ class Patch:
         return self.name.rpartition(".")[2]
 
     def owner(self, load: bool) -> Any:
-        """The module or class that has the function; None if it is not there, or not imported and not to be loaded."""
+        """The module or class that has the function; None if it does not exist, or is not imported and should not be."""
         try:
             found: Any = importlib.import_module(self.module) if load else sys.modules.get(self.module)
             for part in self.name.split(".")[:-1]:
@@ -105,7 +105,7 @@ TABLE = (
         "PreTrainedModel.resize_token_embeddings",
         resizing.resize_token_embeddings,
         _ON_LOADING,
-        "Another number of tokens is refused, before anything is changed, where the head or the table is quantized.",
+        "Another number of tokens is refused, before any change, if the head or the table is quantized.",
     ),
     *(
         Patch(
@@ -147,7 +147,7 @@ class _Replaced:
 
 
 def install_on_import() -> None:
-    """Replace the functions that must be in place before a checkpoint is looked at."""
+    """Replace the functions that must be in place before a checkpoint is read."""
     for patch in TABLE:
         if patch.when == _ON_IMPORT:
             _install(patch)
@@ -168,8 +168,8 @@ def _install(patch: Patch) -> None:
 def wrap_once(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
     """Replace a function of a module, or a method of a class, by `wrap` of it; nothing happens the second time.
 
-    The replacement of an earlier import of this package is taken out first. A replacement that another package has put
-    over this one is left alone: the function of this package is still called beneath it.
+    The replacement of an earlier import of this package is taken out first. A replacement by another package
+    on top of this one is left alone: it still calls the function of this package.
 
     Args:
         owner: the module or the class.
@@ -187,10 +187,10 @@ def wrap_once(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> No
 
 
 def restore() -> None:
-    """Put the original functions back, of Transformers and of `torch.distributed`.
+    """Restore the original functions of Transformers and of `torch.distributed`.
 
-    Models that are loaded keep working. Checkpoints of other packages that describe themselves where Transformers does not
-    look are not recognised any more, and no model cards are written. The next quantized model that is loaded replaces the
+    Loaded models keep working. Checkpoints of other packages that describe themselves where Transformers does not look are
+    not recognised any more, and model cards are not written. The next quantized model that is loaded replaces the
     functions again, and so does the next import of this package in another process. Quantization methods stay registered.
     """
     for patch in TABLE:

@@ -1,4 +1,4 @@
-"""Quantizing each weight as Transformers' loader has read it."""
+"""Quantize each weight as soon as Transformers' loader has read it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class QuantizeWeight(ConversionOps):
-    """Quantizes one weight as the loader has read it, and puts the quantized module in the place of the dense one."""
+    """Quantizes one weight as soon as the loader has read it, and replaces the dense module by the quantized one."""
 
     def __init__(self, config: QuipConfig, releaser: PageReleaser, bar: LoadingBar):
         self.config = config

@@ -1,7 +1,7 @@
 """QuipQuantizer: Transformers' hooks, each a few lines that call into `modes`.
 
-This file is imported while Transformers itself is being imported, so whatever needs Transformers' models is imported by the
-hooks.
+This file is imported while Transformers itself is being imported, so the hooks import everything that needs
+Transformers' models.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class QuipQuantizer(HfQuantizer):
         self._mode: Mode | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of a model has nothing left to load."""
+        """A copy of a model is already loaded."""
         return {**self.__dict__, "_mode": None}
 
     # Before loading
@@ -93,7 +93,7 @@ class QuipQuantizer(HfQuantizer):
         return dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The type in which a tensor is read: its own where it is re-packed."""
+        """The type in which a tensor is read: its own type if it is re-packed."""
         from .foreign import RepackingConverter
 
         return None if isinstance(converter, RepackingConverter) else super().get_new_dtype(converter, param, dtype)
@@ -145,7 +145,7 @@ class QuipQuantizer(HfQuantizer):
         replace.replace_by_dense(model, dtype)
         restore_structure(model)
         if dtype is not None and dtype != model.dtype:
-            torch.nn.Module.to(model, dtype)  # a dense layer of another dtype than its neighbours could not run
+            torch.nn.Module.to(model, dtype)  # a dense layer whose dtype differs from its neighbours' could not run
             model.config.dtype = dtype
         return model
 

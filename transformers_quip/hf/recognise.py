@@ -1,4 +1,4 @@
-"""Checkpoints that say that they are quantized where Transformers does not look, and files that cannot be read.
+"""Recognise quantized checkpoints that describe themselves where Transformers does not look, and unreadable files.
 
 The last three functions wrap functions of Transformers; `patches` says which, and why.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BESIDE = "quantization_config.json"
 # Whether `from_pretrained` is loading a foreign checkpoint.
 _loads_foreign: ContextVar[bool] = ContextVar("loads_foreign", default=False)
-# The arguments that say where on the Hub a file is, and how to get there.
+# The arguments for the place of a file on the Hub, and for access to it.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -58,7 +58,7 @@ def parameters_beside(name: str | None, arguments: Mapping[str, Any]) -> dict[st
     """
     if name is None or os.path.isfile(name):
         return None
-    # Of a repository without that file Transformers' cache remembers that it has none.
+    # If a repository does not have that file, Transformers' cache remembers that.
     missing = {f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")}
     path = cached_file(name, BESIDE, **{key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}, **missing)
     parameters = {} if path is None else read_json(path)
@@ -66,7 +66,7 @@ def parameters_beside(name: str | None, arguments: Mapping[str, Any]) -> dict[st
 
 
 def taken_from_another(config: PretrainedConfig, wanted: Any) -> dict[str, Any] | None:
-    """The quantization_config of a foreign checkpoint that another package has registered, and that is asked of this one.
+    """The quantization_config of a foreign checkpoint whose method another package registered, if this one is asked for.
 
     It is removed from the model's config, whose method Transformers would give to the other package.
 

@@ -1,8 +1,8 @@
-"""Makes the package known to Transformers at the moment when that matters, and not before.
+"""Register the package with Transformers when it is needed, and not earlier.
 
 `import transformers` costs little because it is lazy: PyTorch and the code that loads models are imported when a model is
-asked for. Importing this package must not spoil that, nor make the command line wait. So a finder waits until Transformers
-imports its registry of quantization methods, or its code that loads models, and does its part right after that.
+asked for. Importing this package must not spoil that, nor make the command line wait. So an import finder waits
+until Transformers imports its registry of quantization methods, or its code that loads models, and acts right after that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# The module of Transformers that is waited for → the module and the function here that are called after it.
+# Module of Transformers → the module and function here that are called after its import.
 _CALLED_AFTER = {
     "transformers.quantizers.auto": (f"{__package__}.methods", "register"),
     "transformers.modeling_utils": (f"{__package__}.patches", "install_on_import"),
@@ -43,7 +43,7 @@ def _call_after(name: str) -> None:
 
 
 class Waiting:
-    """A finder that finds the modules that are waited for, by asking the others, and acts when one has been executed."""
+    """Finds the awaited modules by asking the other finders, and acts when one has been executed."""
 
     def __init__(self, names: set[str]):
         self._names = set(names)
@@ -51,7 +51,7 @@ class Waiting:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of a module that is waited for, with a loader that acts; None for any other."""
+        """The spec of an awaited module, with a loader that acts; None for any other module."""
         if name not in self._names:
             return None
         self._names.remove(name)
@@ -64,7 +64,7 @@ class Waiting:
 
 
 class _ThenAct(Loader):
-    """The module's own loader, and the call that waits for it."""
+    """The module's own loader, and then the call that waits for it."""
 
     def __init__(self, loader: Loader):
         self._loader = loader
@@ -73,7 +73,7 @@ class _ThenAct(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader  # nothing of this shows afterwards
+        module.__loader__ = self._loader  # leaves no trace afterwards
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Another number of tokens is refused, before anything is changed, for a model whose head or table is codes.
+"""Refuse another number of tokens, before any change, for a model whose head or table is quantized.
 
 Transformers' `resize_token_embeddings` replaces the table of the inputs first and the head afterwards, so that an error of
 a quantized head alone would leave a model whose parts do not fit. It has no hook, so `patches` wraps the method.
@@ -13,7 +13,7 @@ from ..nn.stand_in import PackedWeight
 
 
 def resize_token_embeddings(original: Callable) -> Callable:
-    """Checks before it resizes."""
+    """Checks, then resizes."""
 
     def resize_token_embeddings(
         self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
@@ -27,7 +27,7 @@ def resize_token_embeddings(original: Callable) -> Callable:
 def _check(model: Any, tokens: int | None, multiple: int | None) -> None:
     """Raise `ValueError` if a quantized head or table would have to get another number of rows."""
     if tokens is None and multiple is None:
-        return  # it only asks for the table
+        return  # the caller only asks for the table
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if tokens is None:
         tokens = table.weight.shape[0]

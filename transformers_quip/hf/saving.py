@@ -1,4 +1,4 @@
-"""A model card is written where Transformers saves or pushes a quantized model.
+"""Write a model card when Transformers saves or pushes a quantized model.
 
 Transformers has no hook that knows the folder, so `patches` wraps two methods of `PreTrainedModel` with these functions.
 For a model that is not quantized by this package they behave as before.
@@ -30,7 +30,7 @@ def save_pretrained(original: Callable) -> Callable:
 
 
 def upload_modified_files(original: Callable) -> Callable:
-    """Puts the card of a quantized model in the place of the card that Transformers would upload."""
+    """Replaces the card that Transformers would upload by the card of the quantized model."""
 
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, files_timestamps: Any, *args: Any, **kwargs: Any

@@ -1,4 +1,4 @@
-"""Where the model that is being loaded comes from."""
+"""The source of the model that is being loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOADED: ContextVar[tuple[str | None, Mapping[str, Any]]] = ContextVar("loaded", 
 def source_of(model: PreTrainedModel) -> Source:
     """The folder or repository of a model that `from_pretrained` is loading, and the arguments that it was given.
 
-    Of a repository with an adapter alone, that is the repository of its base model.
+    For a repository with only an adapter, that is the repository of its base model.
     """
     name, arguments = LOADED.get()
     return Source(model.name_or_path or name or "", dict(arguments))

@@ -1,4 +1,4 @@
-"""Sending a quantized model from one process to the others: codes travel as bytes.
+"""Send a quantized model from one process to the others: codes are sent as bytes.
 
 Codes are 16-bit integers, which neither Gloo nor NCCL has as a type. DistributedDataParallel broadcasts every parameter
 once, at its start, and accelerate's FSDP2 does where one process alone has read the file. A broadcast only copies, so
@@ -16,7 +16,7 @@ from torch import nn
 
 from .replace import quantized_modules
 
-# What Gloo and NCCL do not have: https://docs.pytorch.org/docs/stable/distributed.html
+# Types that Gloo and NCCL do not have: https://docs.pytorch.org/docs/stable/distributed.html
 _UNKNOWN = (torch.int16, torch.uint16)
 
 

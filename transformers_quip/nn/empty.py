@@ -14,13 +14,13 @@ from .linear import QuipLinear
 def empty_linear(
     rows: int, columns: int, config: Any, name: str, *, bias: bool, dtype: torch.dtype, conv1d: bool = False
 ) -> QuipLinear:
-    """A quantized linear of [rows, columns] on the meta device, as the config wants the one of this name.
+    """A quantized linear of [rows, columns] on the meta device, with the config's options for this name.
 
     Args:
         rows, columns: m and n.
         config: has `for_module` and `storage_of` (`QuipConfig`).
         name: of the module.
-        bias: whether there is one.
+        bias: whether it has one.
         dtype: of the floating parameters.
         conv1d: see [`QuipLinear`].
 

@@ -1,4 +1,4 @@
-"""Empty quantized linears where a config says that a model has some: also fused ones, parts of one, and experts."""
+"""Put empty quantized linears where a config has some: also fused ones, parts of one, and experts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
         for here in possible_names(model, name):
             parent, _, last = here.rpartition(".")
             grandparent = parent.rpartition(".")[0]
-            # a number is not the name of a fused linear: of a name that is in no model nothing else is asked
+            # a number is not the name of a fused linear, so a name that is in no model is not checked further
             if parent in modules and not last.isdecimal() and config.storage_of(name).fuses:
                 _fuse(model, here, config, name)
             elif here in modules and is_dense_linear(modules[here]):
@@ -117,8 +117,8 @@ def fused_shape(parent: nn.Module, names: Iterable[str], fused: str) -> tuple[li
     for name in names:
         linear = getattr(parent, name, None)
         if linear is None or not is_dense_linear(linear) or linear.bias is not None:
-            what = "has a bias" if getattr(linear, "bias", None) is not None else "is no dense linear of this model"
-            raise ValueError(f"{fused} fuses {', '.join(names)}, but {name} {what}")
+            fault = "has a bias" if getattr(linear, "bias", None) is not None else "is not a dense linear of this model"
+            raise ValueError(f"{fused} fuses {', '.join(names)}, but {name} {fault}")
         shapes.append(linear_shape(linear))
     if len({columns for _, columns in shapes}) != 1:
         raise ValueError(f"{fused} fuses {', '.join(names)}, which have different inputs: {shapes}")

@@ -67,7 +67,7 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_common(records: Mapping[str, dict]) -> dict[str, dict] | None:
-    """Records by patterns; what all have in common is under "*"."""
+    """Records by patterns; the part common to all is under "*"."""
     every = list(records.values())
     common = {key: value for key, value in every[0].items() if all(other.get(key) == value for other in every)}
     rest = {name: {key: v for key, v in values.items() if key not in common} for name, values in records.items()}
