@@ -49,6 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="self", help="calibration data: self, none, or a text file")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences (more is better, slower)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each of them")
+    parser.add_argument("--tune", type=float, default=0, metavar="EPOCHS", help="train su, sv and norms after rounding")
     parser.add_argument("--text", type=Path, help="for the perplexity; gensim's news by default")
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens for the perplexity")
     parser.add_argument("--seed", type=int, default=0)
@@ -71,11 +72,14 @@ def main(options: argparse.Namespace) -> None:
         dataset = "self"
     else:
         dataset = None if options.dataset == "none" else [Path(options.dataset).read_text(encoding="utf-8")]
+    # su, sv and the norms learn from the same text what the dense model predicts; 8 more sequences decide about the result
+    tune = {"epochs": options.tune, "held_out": 8, "batch_size": 2} if options.tune and dataset is not None else "none"
     config = QuipConfig(
         bits=options.bits,
         dataset=dataset,
         num_samples=options.num_samples,
         sequence_length=options.sequence_length,
+        tune=tune,
         seed=options.seed,
     )
     model = timed(
