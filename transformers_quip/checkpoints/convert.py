@@ -58,6 +58,7 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
 
     from ..hf.foreign import check_plan, plan_for, repack
 
+    read_json(folder / "config.json")  # its error names the file, whatever is in it
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     parameters = _parameters(folder, config)
     if hasattr(config, "quantization_config"):

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import memory, native
-from ..checkpoints.complete import check_complete
+from ..checkpoints.complete import check_complete, check_types
 from ..checkpoints.files import Files, check_inside
 from ..checkpoints.finite import check_finite
 from ..checkpoints.foreign.plan import METHODS, ForeignPlan
@@ -176,6 +176,7 @@ class QuipQuantizer(HfQuantizer):
         kinds = (replace.is_dense_linear, replace.is_dense_embedding)
         dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
         native.check_tensors(modules, dense, names)
+        check_types(names)
         check_complete(model, names)
         check_finite(modules, names, files.read)
 
