@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from .claimed import claimed_folder
 from .companions import companions
 from .files import Files, expand_weights, find_weights
 from .foreign.plan import ForeignLinear
-from .headers import is_supported, read_json, supported_types, torch_dtype
+from .headers import DAMAGED, is_supported, read_json, supported_types, torch_dtype
 from .memory import PageReleaser
 from .names import expand_names
 from .writer import Step, write
@@ -59,11 +60,12 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     from ..hf.foreign import check_plan, plan_for, repack
 
     read_json(folder / "config.json")  # its error names the file, whatever is in it
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with _naming(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     parameters = _parameters(folder, config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    with _naming(folder / "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     paths = _weight_files(folder)
     files, releaser = Files(paths), PageReleaser(paths)
@@ -90,6 +92,17 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
         if file.name not in _REPLACED:
             shutil.copyfile(file, target / file.name)
     _write_config(folder, target, plan.config.to_dict(), untied=not model.config.tie_word_embeddings)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Let an error of Transformers that is of another type than one of a file name the file that it comes from."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} cannot be used ({type(error).__name__}: {str(error)[:200]}): {DAMAGED}") from error
 
 
 def _returning(step: Step, releaser: PageReleaser) -> Step:
