@@ -75,14 +75,16 @@ test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/.installed ## ruff, mypy, clang-format, typos
+lint: $(VENV)/.installed ## ruff, mypy, the import contract, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# there is no import-linter for Python 3.10
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/lint-imports; fi
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch]
 	$(BIN)/typos
 
-format: $(VENV)/.installed ## write what ruff and clang-format would have
+format: $(VENV)/.installed ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i kernels/cpu/*.[ch]
@@ -130,7 +132,7 @@ docs: $(VENV)/.installed ## the documentation, into build/docs; a warning is an 
 package: $(VENV)/.installed ## the wheel and the source archive, into dist
 	$(BIN)/python -m build
 
-clean: ## remove what was built
+clean: ## remove build outputs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache kernels/torch-ext/quip_kernels/_cpu.*
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 

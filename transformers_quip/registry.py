@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: "; did you mean 'e8p'?", or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Registry(Generic[T]):
     """A mapping from a name to an implementation, with errors that list what exists.
 
     Args:
-        kind: what is registered, as the config calls it ("codebook", "incoherence", "rounding").
+        kind: the option of the config that names the entries ("codebook", "incoherence", "rounding").
     """
 
     def __init__(self, kind: str):
@@ -28,7 +34,7 @@ class Registry(Generic[T]):
         return entry
 
     def __getitem__(self, name: str) -> T:
-        """Raises `ValueError` with the known names if there is no such entry."""
+        """Raises `ValueError` with the known names if the name is unknown."""
         try:
             return self._entries[name]
         except (KeyError, TypeError):
@@ -46,6 +52,6 @@ class Registry(Generic[T]):
 
     def unknown(self, name: object) -> str:
         """The text of the error for a name that is not registered."""
-        close = difflib.get_close_matches(str(name), self._entries, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{self.kind}={name!r} is not known, choose one of {', '.join(map(repr, self._entries))}{hint}"
+        return (
+            f"{self.kind}={name!r} is not known, choose one of {', '.join(map(repr, self._entries))}{suggest(name, self)}"
+        )

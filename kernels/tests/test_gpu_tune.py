@@ -16,7 +16,7 @@ TIMES = {"slow": 3.0, "fast": 1.0, "large": None}
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """What was measured, in order; every run takes as long as `TIMES` says, and None does not fit onto the device."""
+    """The measurements, in order; every run takes as long as `TIMES` says, and None does not fit onto the device."""
     measured = []
 
     def milliseconds(run, device):
@@ -189,7 +189,7 @@ def test_a_single_candidate_is_not_measured(runs):
 @pytest.mark.parametrize("another", [True, False])
 @pytest.mark.parametrize("module", ["matvec", "small_batch"])
 def test_callers_ask_again(monkeypatch, module, another):
-    """A launch that the device refuses: the kernel's caller launches another candidate, or raises where there is none."""
+    """A launch that the device refuses: the kernel's caller launches another candidate, or raises without one."""
     from quip_kernels import e8p, layout
     from quip_kernels.gpu import matvec, small_batch
     from quip_kernels.gpu.quantize import Digits

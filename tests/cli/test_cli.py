@@ -83,7 +83,7 @@ def test_a_place_that_is_taken(dense, tmp_path, capsys):
         (["--option", "nothing"], cli.UNUSABLE, "must be NAME=VALUE"),
         (["--num-samples", "many"], cli.USAGE, "not a valid integer"),
         (["--dataset", "none", "--report", "r.html"], cli.USAGE, "--report needs calibration"),
-        (["--dataset", "typo.txt"], cli.UNUSABLE, "there is no such file"),
+        (["--dataset", "typo.txt"], cli.UNUSABLE, "the file does not exist"),
         (["--bits", "two"], cli.USAGE, "not a valid float"),
         (["--peers", "none.json"], cli.USAGE, "does not exist"),
     ],
@@ -211,13 +211,6 @@ def test_what_is_missing_is_named_before_a_model_is_loaded(quantized, capsys, mo
     code, _, error = run(capsys, "evaluate", quantized.parent / "none", "--save", "--dataset", "self")
     assert code == cli.UNUSABLE
     assert "--save needs a folder" in error
-
-
-def test_convert_is_there_when_its_module_is(monkeypatch):
-    monkeypatch.setitem(cli._NEEDS, "convert", "transformers_quip.no_such_module")
-    assert "convert" not in cli.commands.list_commands(None)
-    monkeypatch.setitem(cli._NEEDS, "convert", "transformers_quip.config")
-    assert "convert" in cli.commands.list_commands(None)
 
 
 def test_convert(golden, tmp_path, capsys):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.integration import two_processes
-from transformers_quip.nn.collectives import as_bytes, install
+from transformers_quip.hf.patches import install
+from transformers_quip.nn.collectives import as_bytes
 
 pytest.importorskip("peft", reason="peft is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,8 @@ def alone(quantized):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "accelerate"])
 def test_two_processes_train_as_one_with_the_whole_batch(found, alone, way):
+    if way == "fsdp2" and found[0][way] is None:
+        pytest.skip("this release of PyTorch cannot shard parameters of integers")
     mean = [sum(pair) / 2 for pair in zip(found[0][way], found[1][way], strict=True)]
     assert mean == pytest.approx(alone, rel=1e-5)
     assert found[0][way] != found[1][way]  # each has rows of its own

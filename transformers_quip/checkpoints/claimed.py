@@ -1,4 +1,4 @@
-"""A folder that one caller fills and that appears whole: two that were given the same one cannot harm each other."""
+"""A folder that one caller fills and that appears complete: two callers with the same folder cannot harm each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Where the files are until all of them are written. `mkdir` lets one caller succeed, whoever else tries.
+# The folder of the files until all are written. Of several callers, `mkdir` lets only one succeed.
 WORK = ".partial"
 
 
@@ -15,7 +15,7 @@ WORK = ".partial"
 def claimed_folder(target: Path, last: str) -> Iterator[Path]:
     """A folder inside `target` to write files into, which are moved up into `target` when the block ends without an error.
 
-    After an error `target` is as it was: what this block wrote is gone, and what somebody else wrote is untouched.
+    After an error `target` is as it was: the files of this block are gone, and files of other programs are untouched.
 
     Args:
         target: a folder that is empty or does not exist.

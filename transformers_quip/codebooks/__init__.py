@@ -17,7 +17,7 @@ from .residual import ResidualE8P
 from .scalar import Scalar
 from .trellis import Trellis
 
-__all__ = ["Codebook", "Grid", "default_for_bits", "get", "names", "register", "spec"]
+__all__ = ["Codebook", "Grid", "default_for_bits", "get", "is_read_only", "names", "register", "spec"]
 
 _CODEBOOKS: Registry[Callable[[], Codebook]] = Registry("codebook")
 _DEFAULTS: dict[float, str] = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4", 8: "scalar8"}
@@ -34,7 +34,7 @@ def register(name: str, codebook: Codebook | Callable[[], Codebook]) -> None:
 
     Raises:
         ValueError: the name is taken or has one of the characters ":" and "@"; the codebook has another name, or stores
-            tensors of names that it cannot (see [`Codebook.tensors`]). What a function makes is checked when it is made.
+            tensors under reserved names (see [`Codebook.tensors`]). A codebook from a function is checked when it is made.
 
     Example: weights of one bit, which are −1 or 1; eight of them are a byte.
 
@@ -99,7 +99,7 @@ def spec(name: str, residual_scale: float | None = None) -> str:
 
     Args:
         name: see [`get`].
-        residual_scale: what multiplies its second stage; None: its own (`Codebook.residual_scale`).
+        residual_scale: factor of its second stage; None: its own (`Codebook.residual_scale`).
 
     Raises:
         ValueError: see [`get`].
@@ -136,8 +136,18 @@ def _get(name: str) -> Codebook:
     return _CODEBOOKS[known]().with_residual_scale(residual_scale)
 
 
+def is_read_only(name: object) -> bool:
+    """Whether this names a codebook that is only for checkpoints made elsewhere; [`names`] lists none of them."""
+    if not isinstance(name, str):
+        return False
+    try:
+        return get(name).is_read_only
+    except ValueError:
+        return False
+
+
 def default_for_bits(bits: float) -> str:
-    """The codebook that `bits` alone chooses. Raises `ValueError` where there is none."""
+    """The default codebook for `bits`. Raises `ValueError` if there is none."""
     if bits not in _DEFAULTS:
         raise ValueError(f"bits={bits} has no codebook, choose one of {', '.join(map(str, _DEFAULTS))}")
     return _DEFAULTS[bits]

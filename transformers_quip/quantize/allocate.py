@@ -1,16 +1,17 @@
-"""Which modules get how many bits, where an average is asked for that no codebook has.
+"""Choose the bits of each module for an average that no codebook has.
 
 The perplexity of a quantized model grows by about Σ a_l t_l² over its modules, where t_l² is the relative squared error of
 module l's weight and a_l its sensitivity (the linearity theorem of HIGGS, arXiv 2411.17525, section 3). So a_l is
-measured once, with noise. Errors of rounding with feedback are no such noise: they avoid what the inputs have most of, in
-some modules much more than in others, so that the recipe (`model.py`) multiplies a_l by what is left of the loss then
-(`layer.loss_of_rounding`). What remains is a knapsack problem.
+measured once, with noise. Errors of feedback rounding are not white: they avoid the inputs' dominant directions, in some
+modules much more than in others. So `mixed_bits` multiplies a_l by the share of the loss that is left then
+(`layer.loss_of_rounding`). The rest is a knapsack problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +26,16 @@ from ..nn import replace
 # Relative squared error of the noise: large enough to be seen in a short text, of the size of a 2-bit codebook's error.
 NOISE = 0.05
 SEQUENCES, TOKENS = 4, 128
-# The budget is counted in at most so many units; sizes are rounded up to them, so that it is never exceeded.
+# The budget is counted in at most this many units; sizes are rounded up to them, so that it is never exceeded.
 _UNITS = 1 << 14
 
 
 @torch.no_grad()
 def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Tensor, seed: int = 0) -> dict[str, float]:
-    """How much the model's predictions suffer from errors in each module.
+    """The sensitivity of the model's predictions to errors in each module.
 
     Args:
-        model: dense, in memory; its weights are put back as they were.
+        model: dense, in memory; its weights are restored.
         names: of its dense linears.
         ids: token ids [N, T]; the first `SEQUENCES` sequences are read, up to `TOKENS` tokens of each.
         seed: of the noise.
@@ -46,7 +47,8 @@ def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Ten
     Raises:
         ValueError: the model's logits are NaN or Inf.
     """
-    ids = ids[:SEQUENCES, :TOKENS].to(execution_device(model.get_input_embeddings()))
+    find_table: Any = model.get_input_embeddings
+    ids = ids[:SEQUENCES, :TOKENS].to(execution_device(find_table()))
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
         expected = model(input_ids=ids, **without_cache(model)).logits.float().log_softmax(-1)
@@ -63,7 +65,7 @@ def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Ten
 
 @contextmanager
 def _disturbed(linear: nn.Module, generator: torch.Generator):
-    """Add Gaussian noise to a dense linear's weight for the time of a `with` block."""
+    """Add Gaussian noise to a dense linear's weight within a `with` block."""
     weight = replace.dense_weight(linear).detach()
     kept = weight.clone()
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
@@ -78,7 +80,7 @@ def _disturbed(linear: nn.Module, generator: torch.Generator):
 def gaussian_error(codebook: str) -> float:
     """The mean squared error of a codebook on the unit Gaussian, measured on 4096 blocks."""
     book = codebooks.get(codebook)
-    blocks = torch.randn(4096, book.block_size, generator=torch.Generator().manual_seed(0))
+    blocks = torch.randn(4096, book.rows_together * book.block_size, generator=torch.Generator().manual_seed(0))
     points = book.encode(blocks * book.gaussian_scale)[1] / book.gaussian_scale
     return (points - blocks).square().mean().item()
 
@@ -94,20 +96,20 @@ def allocate(
     Args:
         sizes: name → weights in the module.
         sensitivities: name → loss for each unit of relative squared error, not negative.
-        errors: bits → relative squared error of the codebook with so many, the choices there are.
-        bits: the most bits a weight on the average.
+        errors: bits → relative squared error of the codebook with that many bits, for every choice.
+        bits: the largest allowed average of bits per weight.
 
     Returns:
-        name → bits. The best choice for sizes in units of their greatest common divisor, or of 1/16384 of the budget
-        where that is larger (rounded up).
+        name → bits. The best choice for sizes in units of their greatest common divisor, or (rounded up) of 1/16384 of
+        the budget if that is larger.
 
     Raises:
-        ValueError: the budget is below the fewest bits there are.
+        ValueError: the budget is below the smallest number of bits.
     """
     choices = sorted(errors)
     if bits < choices[0]:
         raise ValueError(f"bits={bits} is below the fewest that a codebook has, {choices[0]}")
-    # What every module has at least needs no deciding: the budget is what lies above it.
+    # Every module gets the minimum; the budget is the rest above it.
     budget = (bits - choices[0]) * sum(sizes.values())
     unit = max(int(np.gcd.reduce(list(sizes.values()))), int(budget // _UNITS), 1)
     room = int(budget / unit + 1e-9)

@@ -1,4 +1,4 @@
-"""What will be quantized and what not, and why: settled from names and shapes before any work is done."""
+"""The plan: which modules are quantized, and why others are not. It needs only names and shapes, before any work."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .. import codebooks, incoherence
 from ..calibration.capture import find_blocks
-from ..config import matches
+from ..config.patterns import is_called, is_named, matches
 from ..nn.linear import QuipLinear
-from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, is_named, linear_shape
+from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, linear_shape
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -27,6 +27,7 @@ SHARED = "one module used in several places"
 NOT_CONVERTED = "in modules_to_not_convert"
 FLOAT32 = "kept in float32 by the model"
 OUTSIDE_BLOCKS = "outside the decoder blocks"
+TASK_HEAD = "a head outside the base model"
 EXPERTS = "fused 3-D experts are not supported yet"
 EMBEDDING = "embedding"
 VECTORS = "norms, biases and other vectors"
@@ -34,15 +35,15 @@ VECTORS = "norms, biases and other vectors"
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What happens to one module (or, for what is neither linear nor quantized, to one parameter).
+    """The decision on one module (or on one parameter, if it is neither linear nor quantized).
 
     Attributes:
         name: of the module or parameter.
         shape: (out_features, in_features) of a linear, else the parameter's own.
-        parameters: how many the weight has.
+        parameters: number of entries of the weight.
         linear: whether it is the weight of a dense linear.
-        quantized: whether it is going to be quantized.
-        reason: why not; "" if it is.
+        quantized: whether it will be quantized.
+        reason: why it is not quantized; "" if it is.
         packed_bytes: of the quantized weight: codes, su and sv; 0 if it stays dense.
     """
 
@@ -57,11 +58,11 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """All weights of a model, each with its fate.
+    """All weights of a model, each with its decision.
 
     Attributes:
         entries: linears in the order of the model, then everything else that is not quantized.
-        codebooks: the ones that are used.
+        codebooks: those that are used.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -71,6 +72,10 @@ class QuantizationPlan:
     def names(self) -> tuple[str, ...]:
         """The modules to quantize: linears in the order of the model, then embeddings."""
         return tuple(entry.name for entry in self.entries if entry.quantized)
+
+    def inside(self, prefix: str) -> tuple[str, ...]:
+        """The modules to quantize whose name begins with this prefix, without it."""
+        return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
 
     @property
     def parameters(self) -> int:
@@ -89,7 +94,7 @@ class QuantizationPlan:
         return 8 * sum(entry.packed_bytes for entry in quantized) / sum(entry.parameters for entry in quantized)
 
     def left_dense(self) -> dict[str, list[PlanEntry]]:
-        """What stays dense, by reason."""
+        """The dense entries, by reason."""
         groups: dict[str, list[PlanEntry]] = {}
         for entry in self.entries:
             if not entry.quantized:
@@ -110,8 +115,8 @@ class QuantizationPlan:
             share = sum(entry.parameters for entry in entries) / self.parameters
             some = ", ".join(entry.name for entry in entries[:3])
             more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
-            what = f"{len(entries)} {reason}" if reason == VECTORS else f"{some}{more} ({reason})"
-            lines.append(f"  left dense, {share:.1%}: {what}")
+            shown = f"{len(entries)} {reason}" if reason == VECTORS else f"{some}{more} ({reason})"
+            lines.append(f"  left dense, {share:.1%}: {shown}")
         return "\n".join(lines)
 
 
@@ -119,14 +124,15 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     """Decide for every weight of the model, on the meta device or not, whether it is quantized.
 
     A calibrated run quantizes the linears inside the decoder blocks; a run without calibration all linears. Left out
-    are the output embeddings, weights that are tied, modules that the model keeps in float32 and those that
-    `config.modules_to_not_convert` names: a prefix up to a dot, a suffix, or a regular expression, as everywhere in
-    Transformers (there the list replaces the default, here it adds to it). Output embeddings, and embeddings, are
-    quantized on request: where a pattern of `config.modules` calls them by name ([`is_called`]).
+    are the output embeddings, heads of other tasks (every linear outside the base model), weights that are tied, modules
+    that the model keeps in float32 and those that `config.modules_to_not_convert` names: a prefix up to a dot, a suffix,
+    or a regular expression, as everywhere in Transformers (there the list replaces the default, here it adds to it).
+    Output embeddings, embeddings, and without calibration heads of other tasks, are quantized on request: if a pattern
+    of `config.modules` calls them by name ([`is_called`]).
 
     Raises:
-        ValueError: there is nothing to quantize, a size cannot be quantized, a pattern is no regular expression, or
-            embeddings that `config.modules` names are tied, or cannot be quantized as it says.
+        ValueError: there is nothing to quantize, a size cannot be quantized, a pattern is not a regular expression, or
+            embeddings that `config.modules` names are tied, or cannot be quantized in that way.
     """
     if any(isinstance(module, QuipLinear) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is quantized already: start from the original, dense model")
@@ -135,9 +141,7 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     entries = []
     linears = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
     if not linears:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear (or Conv1D) layer, so there is nothing that QuIP# can quantize"
-        )
+        raise ValueError(f"{type(model).__name__} has no nn.Linear (or Conv1D) layer, so QuIP# cannot quantize it")
     dense = _reasons(model, linears, config)
     for name, module in linears.items():
         shape = linear_shape(module)
@@ -152,18 +156,12 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     entries = _without_repetitions(model, entries)
     entries += _rest(model, [entry.name for entry in entries])
     configs = (config.for_module(entry.name) for entry in entries if entry.quantized)
-    used = {"chosen for each module" if found.is_mixed else found.codebook: None for found in configs}
+    used = {"chosen for each module" if found.is_mixed else str(found.codebook): None for found in configs}
     return QuantizationPlan(tuple(entries), tuple(used))
 
 
-def is_called(name: str, config: QuipConfig) -> bool:
-    """Whether `config.modules` means this module by name: a pattern matches, and its last part has no wildcard."""
-    last = name.rpartition(".")[2]
-    return any(matches(name, pattern) and pattern.rpartition(".")[2] == last for pattern in config.modules or {})
-
-
 def unmatched_patterns(model: nn.Module, config: QuipConfig) -> list[str]:
-    """The patterns of `modules_to_not_convert` and `modules` that mean no module of the model (a misspelling?)."""
+    """The patterns of `modules_to_not_convert` and `modules` that match no module of the model (misspelled?)."""
     names = [name for name, _ in model.named_modules()]
     left = config.modules_to_not_convert or []
     return [pattern for pattern in left if not any(is_named(name, [pattern]) for name in names)] + [
@@ -176,19 +174,21 @@ def _check_patterns(patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"modules_to_not_convert: {pattern!r} is no regular expression ({error})") from None
+            raise ValueError(f"modules_to_not_convert: {pattern!r} is not a regular expression ({error})") from None
 
 
 def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
-    """Why a linear stays dense, for those that do."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    """The reason for each linear that stays dense."""
+    find_output: Any = getattr(model, "get_output_embeddings", None)
+    output = None if find_output is None else find_output()
     tied = _tied_modules(model)
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *_strict_float32(model)]
     blocks = find_blocks(model)[0] + "." if config.is_calibrated else ""
+    base = {id(module) for module in getattr(model, "base_model", model).modules()}
     reasons = {}
     for name, module in linears.items():
-        if module is output and is_called(name, config):
+        if module is output and is_called(name, config.modules or {}):
             if name in tied:
                 raise _tied_error(name)
         elif module is output:
@@ -203,6 +203,8 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
             reasons[name] = FLOAT32
         elif not name.startswith(blocks):
             reasons[name] = OUTSIDE_BLOCKS
+        elif id(module) not in base and not is_called(name, config.modules or {}):
+            reasons[name] = TASK_HEAD
     return reasons
 
 
@@ -217,12 +219,12 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
     """The embeddings that `config.modules` asks to quantize."""
     entries, tied = [], None
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or not is_called(name, config):
+        if not isinstance(module, nn.Embedding) or not is_called(name, config.modules or {}):
             continue
         if not is_dense_embedding(module):
-            what = "limits the norm of its rows" if type(module) is nn.Embedding else f"is a {type(module).__name__}"
+            why = "limits the norm of its rows" if type(module) is nn.Embedding else f"is a {type(module).__name__}"
             raise ValueError(
-                f"modules names {name!r}, which {what}: only a plain nn.Embedding can be quantized, leave it dense"
+                f"modules names {name!r}, which {why}: only a plain nn.Embedding can be quantized, leave it dense"
             )
         tied = _tied_modules(model) if tied is None else tied
         if name in tied:
@@ -235,8 +237,20 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
             )
         sides = (incoherence.sides(own.incoherence)[0], "none")
         size = _packed_bytes(name, shape, module.weight.dtype, own, sides)
+        _check_lookup(name, own)
         entries.append(PlanEntry(name, shape, module.weight.numel(), quantized=True, packed_bytes=size))
     return entries
+
+
+def _check_lookup(name: str, config: QuipConfig) -> None:
+    """Raise `ValueError` for a codebook whose rows cannot be looked up one by one."""
+    # an average chooses among codebooks that have single rows
+    book = None if config.is_mixed else codebooks.get(config.codebook_spec)
+    if book is not None and not book.has_single_rows:
+        raise ValueError(
+            f"modules names the embedding {name!r}, but codebook {book.name!r} codes {book.rows_together} rows together, "
+            "so that a row cannot be looked up alone: choose another codebook for it"
+        )
 
 
 def _strict_float32(model: nn.Module) -> Iterable[str]:
@@ -244,7 +258,7 @@ def _strict_float32(model: nn.Module) -> Iterable[str]:
 
 
 def _tied_modules(model: nn.Module) -> set[str]:
-    """Modules whose weight is another module's too: by Transformers' table (on the meta device), or by identity."""
+    """Modules that share their weight with another module: by Transformers' table (on the meta device), or by identity."""
     keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {name.rpartition(".")[0] for name in (*keys.keys(), *keys.values())}
     owners: dict[int, list[str]] = {}
@@ -267,16 +281,19 @@ def _packed_bytes(
             incoherence.get(side, size, config.seed)
         except ValueError as error:
             raise ValueError(f"{name} has shape {list(shape)}: {error}") from None
-    if config.is_mixed:  # what it gets is decided later; the average is what it will be about
+    if config.is_mixed:  # its bits are decided later and will be near the average
         return math.ceil(shape[0] * shape[1] * config.bits / 8) + sum(shape) * dtype.itemsize
-    book = codebooks.get(config.codebook)
+    book = codebooks.get(config.codebook_spec)
     if book.is_read_only:
         raise ValueError(
             f"{name} cannot be quantized with codebook {book.name!r}: it is for checkpoints that were quantized with it "
             f"elsewhere. Choose one of {', '.join(map(repr, codebooks.names()))}"
         )
-    stored = sum(grid.nbytes(dtype) for grid in book.tensors(*shape).values())
-    return stored + sum(shape) * dtype.itemsize
+    try:
+        grids = book.tensors(*shape)
+    except ValueError as error:
+        raise ValueError(f"{name} has shape {list(shape)}: {error}") from None
+    return sum(grid.nbytes(dtype) for grid in grids.values()) + sum(shape) * dtype.itemsize
 
 
 def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[PlanEntry]:
@@ -292,7 +309,7 @@ def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[Pla
 
 
 def _rest(model: nn.Module, listed: Iterable[str]) -> Iterator[PlanEntry]:
-    """Parameters that are no weight of these modules."""
+    """Parameters other than the weights of these modules."""
     weights = {f"{name}.weight" for name in listed}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, parameter in model.named_parameters():

@@ -6,38 +6,39 @@ import logging
 
 import torch
 
-from ..codebooks import Codebook
-from .base import Rounded, Rounding
+from .base import Problem, Rounded, Rounding
 from .sequential import round_with_feedback
 from .stochastic import dither
 
 logger = logging.getLogger(__name__)
 
-# The c of the program: how much feedback may add to the variance of one weight's error. The paper's experiments use 1.
+# The c of the program: the variance that feedback may add to one weight's error. The paper's experiments use 1.
 BOUND = 1.0
 _TOLERANCE = 1e-3
 _ITERATIONS = 200
-# The dual value may fall below the last few, but not below all of them (Grippo, Lampariello and Lucidi's line search).
+# The dual value may fall below some of the last values, but not below all (Grippo, Lampariello and Lucidi's line search).
 _MEMORY = 5
 
 
 class Convex(Rounding):
     """The method of QuIP's guarantee for finite grids.
 
-    LDLQ's feedback can add up, and push what is to be rounded beyond the ends of the grid. Here the feedback is the best
-    among those with which no weight moves much further than by its own rounding; that is drawn by lot, so that errors
-    do not conspire.
+    LDLQ's feedback can add up, and push a weight beyond the ends of the grid. Here the feedback is the best among those
+    with which no weight moves much further than by its own rounding. Rounding is stochastic, so that errors do not align.
     """
 
     name = "convex"
     needs_hessian = True
     scalar_only = True
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int = 0, seed: int = 0
-    ) -> Rounded:
-        """See [`Rounding.round`]; `sweeps` is without effect."""
-        return round_with_feedback(weight, bounded_feedback(hessian), codebook, offset=dither(weight, seed))
+    def round(self, problem: Problem) -> Rounded:
+        """See [`Rounding.round`]; `sweeps` has no effect."""
+        return round_with_feedback(
+            problem.weight,
+            bounded_feedback(problem.required_hessian),
+            problem.codebook,
+            offset=dither(problem.weight, problem.seed),
+        )
 
 
 def bounded_feedback(hessian: torch.Tensor, bound: float = BOUND) -> torch.Tensor:

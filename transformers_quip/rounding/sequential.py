@@ -1,4 +1,4 @@
-"""The two loops that sequential methods are made of: rounding with linear feedback, and coordinate descent.
+"""The two loops of all sequential methods: rounding with linear feedback, and coordinate descent.
 
 Both go through the columns from the last to the first, in panels: within a panel the codebook's own loop runs
 ([`Codebook.round_panel`]), between panels one large matrix product. The result does not depend on the panels.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..codebooks import Codebook
-from .base import Rounded
+from .base import Problem, Rounded
 
 # Columns rounded between two large matrix products.
 PANEL = 128
@@ -23,8 +23,8 @@ def round_with_feedback(
     Args:
         weight: float32 [m, n].
         feedback: float32 [n, n]; only blocks below the diagonal are read.
-        codebook: whose points are the choice.
-        offset: float32 [m, n], added to what is rounded but not counted as its error (a dither).
+        codebook: the codebook of the points to choose from.
+        offset: float32 [m, n], added before rounding but not counted as an error (a dither).
     """
     codes = torch.empty(codebook.codes_shape(*weight.shape), dtype=codebook.code_dtype, device=weight.device)
     points = torch.zeros_like(weight)
@@ -39,28 +39,25 @@ def round_with_feedback(
 
 
 def start(weight: torch.Tensor, codebook: Codebook) -> Rounded:
-    """Where coordinate descent begins that nothing was rounded for: Ŵ = W, and codes without a meaning."""
+    """The start of coordinate descent, before any rounding: Ŵ = W, and codes without a meaning."""
     codes = torch.zeros(codebook.codes_shape(*weight.shape), dtype=codebook.code_dtype, device=weight.device)
     return Rounded(codes, weight.clone())
 
 
-def sweep(
-    weight: torch.Tensor, hessian: torch.Tensor, conditional: torch.Tensor, codebook: Codebook, rounded: Rounded
-) -> bool:
+def sweep(problem: Problem, conditional: torch.Tensor, rounded: Rounded) -> bool:
     """One pass of coordinate descent, in place: every block k to the point nearest to its conditional optimum.
 
     That is Ŵ_k + (W − Ŵ) H_{:,k} H_{kk}⁻¹, for the other blocks as they are at that moment.
 
     Args:
-        weight: float32 [m, n].
-        hessian: float32 [n, n].
+        problem: weight, Hessian and codebook.
         conditional: float32 [n / block, block, block], see [`inverse_of_blocks`].
-        codebook: of the codes.
         rounded: the current codes and points; replaced.
 
     Returns:
         Whether any code changed.
     """
+    weight, hessian, codebook = problem.weight, problem.required_hessian, problem.codebook
     size, changed = codebook.block_size, False
     for begin, end in _panels(weight.shape[1], size):
         part = slice(begin // size, end // size)

@@ -1,8 +1,8 @@
-"""Checkpoints of ExLlamaV3 ("exl3"): trellis codes of 1 to 8 bits, each linear with its own number of them.
+"""Checkpoints of ExLlamaV3 ("exl3"): trellis codes of 1 to 8 bits, chosen for each linear.
 
-The format was read off the published package; `config.json` has a "quantization_config" with quant_method "exl3", but only
-the tensors tell how each linear is stored. With n' and m' the next multiples of 128, and H the Hadamard transform of blocks
-of 128 numbers,
+The format was derived from the published package. `config.json` has a "quantization_config" with quant_method "exl3", but
+only the tensors tell how each linear is stored. With n' and m' the next multiples of 128, and H the Hadamard transform of
+blocks of 128 numbers,
 
     y = C_m ( svh ⊙ H Ŵ H C_nᵀ ( suh ⊙ x ) ) + bias
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...config.storage import Layout
+from ...config.storage import Storage
 from ..headers import DAMAGED
 from . import exl3_folded, trellis_bits
 from .family import FLOATING, Family, Form, Source
@@ -30,7 +30,7 @@ class Exl3(Family):
     kinds = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "scale")
 
     def check(self, parameters: Mapping[str, Any]) -> None:
-        """See [`Family.check`]. Nothing: versions differ in the tensors only."""
+        """See [`Family.check`]. Accepts everything: versions differ in the tensors only."""
 
     def folded_factor(self, config: Any, name: str) -> float:
         """See [`Family.folded_factor`]."""
@@ -61,7 +61,7 @@ class Exl3(Family):
             columns,
             f"trellis:{code}:k{shape[2] // 16}:exl3",
             ("hadamard-128", "hadamard-128"),
-            layout=Layout(None if padded == (rows, columns) else padded, scales_dtype="float32"),
+            storage=Storage(None if padded == (rows, columns) else padded, scales_dtype="float32"),
         )
 
     def repack(self, tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torch.Tensor]:
