@@ -79,6 +79,10 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
                 setattr(self, name, option.check(value))
             except ValueError as error:
                 raise ValueError(f"QuipConfig: {name}={short(value)} {error}") from None
+        if self.tune != "none" and self.dataset is None:
+            raise ValueError(
+                f"QuipConfig: tune={short(self.tune)} needs text, and dataset=None gives none: choose a data set or 'self'"
+            )
         if self.is_mixed:
             self._validate_mixed()
         else:

@@ -11,6 +11,7 @@ from .. import rounding
 from . import checks as check
 from .data import describe_dataset
 from .patterns import check_patterns
+from .tune import TuneOptions
 
 # The options that `modules` may set for single modules, as format version 1 knows them.
 MODULE_OPTIONS = (
@@ -66,6 +67,14 @@ def _modules(value: Any) -> dict[str, dict] | None:
             except ValueError as error:
                 raise ValueError(f"has {pattern!r}: {name}={check.short(item)}, which {error}") from None
     return checked
+
+
+def _tune(value: Any) -> str | dict[str, Any]:
+    try:
+        options = TuneOptions.parse(value)
+    except ValueError as error:
+        raise ValueError(f"cannot be used: {error}") from None
+    return value if isinstance(value, str) else options.to_dict()
 
 
 # Every option once: the signature, the checks, the documentation and the JSON form come from this table.
@@ -146,6 +155,13 @@ OPTIONS: dict[str, Option] = {
         "Options for single modules: {pattern: {option: value}}. A shell pattern such as '*.down_proj' or 'down_proj' "
         "means a module's whole name or its end after a dot; if several match, later ones win. Output embeddings and "
         "embeddings that are not tied are quantized if a pattern calls them by name: {'lm_head': …, 'embed_tokens': …}.",
+    ),
+    "tune": Option(
+        "none",
+        _tune,
+        "Training after rounding: 'none', 'vectors' (su, sv and the norms learn the dense model's predictions on the "
+        "calibration text; the result is kept only if it is better on windows that were held out), or a dictionary of "
+        "the attributes of `config.tune.TuneOptions`. The dense model's memory is needed a second time meanwhile.",
     ),
     "seed": Option(0, check.integer(0), "Random seed."),
 }

@@ -80,6 +80,14 @@ class TuneOptions:
         """JSON-serializable."""
         return asdict(self)
 
+    def check_windows(self, count: int) -> None:
+        """Raise `ValueError` if this number of windows of text is too small to train on some and hold out others."""
+        if count < self.batch_size + self.held_out:
+            raise ValueError(
+                f"Tuning needs at least {self.batch_size} windows to train on and {self.held_out} held out, got {count}: "
+                "give more text, or a smaller batch_size or held_out"
+            )
+
     def steps(self, windows: int) -> int:
         """The number of steps of all epochs over this number of windows, at least one."""
         return max(1, round(self.epochs * windows / self.batch_size))

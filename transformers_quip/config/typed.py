@@ -30,6 +30,7 @@ class TypedOptions:
     scale: str | float
     modules_to_not_convert: list[str] | None
     modules: dict[str, dict[str, Any]] | None
+    tune: str | dict[str, Any]
     seed: int
 
     def __init__(
@@ -53,6 +54,7 @@ class TypedOptions:
         scale: str | float = "auto",
         modules_to_not_convert: Sequence[str] | None = None,
         modules: dict[str, dict[str, Any]] | None = None,
+        tune: str | dict[str, Any] = "none",
         seed: int = 0,
     ) -> None:
         raise NotImplementedError("QuipConfig has an __init__ of its own, which reads the table of options")

@@ -17,19 +17,20 @@ from transformers.core_model_loading import ConversionOps
 
 from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import native
-from ..checkpoints.complete import check_complete
+from ..checkpoints.complete import check_complete, check_types
 from ..checkpoints.files import Files, check_inside
 from ..checkpoints.finite import check_finite
 from ..checkpoints.headers import read_headers
 from ..checkpoints.memory import PageReleaser
 from ..checkpoints.names import compress_names, expand_names
 from ..config import QuipConfig
+from ..config.tune import TuneOptions
+from ..finetune.recipe import held_out_windows, quantize_and_tune
 from ..hub import origin
 from ..nn import replace
 from ..nn.place import place_all
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
-from ..quantize.recipe import quantize_model
 from .foreign import RepackingConverter, check_plan, plan_for
 from .loader import names_in_model
 from .quantize_weight import QuantizeWeight
@@ -132,6 +133,7 @@ class Prequantized(Mode):
         kinds = (replace.is_dense_linear, replace.is_dense_embedding)
         dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
         native.check_tensors(modules, dense, names)
+        check_types(names)
         check_complete(model, names)
         check_finite(modules, names, files.read)
         return rules
@@ -241,12 +243,14 @@ class Calibrated(_Planned):
         self._data: tuple[torch.Tensor, str] | None = None
         if not is_written_by_the_model(config):
             with torch.device("cpu"):  # the model is made on the meta device, and this is not a part of it
-                self._data = load_token_ids(config, model, source=source_of(model))
+                self._data = load_token_ids(config, model, source=source_of(model), held_out=held_out_windows(config))
+            if config.tune != "none":
+                TuneOptions.parse(config.tune).check_windows(len(self._data[0]))
         self._tell(model)
 
     def finish(self, model: PreTrainedModel) -> QuantizationReport:
         """See [`Mode.finish`]."""
-        report = quantize_model(model, self.config, data=self._data)
+        report = quantize_and_tune(model, self.config, data=self._data)
         self.config = report.config
         if not replace.quantized_modules(model):
             raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")

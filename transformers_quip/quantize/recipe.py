@@ -39,7 +39,8 @@ class QuantizationReport:
         config: the final config: the caller's, with the bits of each module if an average was asked for, and with
             `calibration`, a record of the data and of the mean relative error. It does not hold the data itself.
         modules: a record for each quantized module, see [`ModuleResult.record`].
-        seconds: wall time of each stage: "data", "allocate", "capture", "observe", "round", "replay".
+        seconds: wall time of each stage: "data", "allocate", "capture", "observe", "round", "replay", "tune".
+        tuning: the result of tuning afterwards (`finetune.TuneReport`) as a dictionary with its "history"; None without.
     """
 
     data: str
@@ -47,6 +48,7 @@ class QuantizationReport:
     config: QuipConfig
     modules: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    tuning: dict[str, Any] | None = None
 
     @property
     def mean_relative_error(self) -> float:
