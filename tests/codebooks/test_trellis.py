@@ -208,7 +208,7 @@ def test_golden_exl3(golden):
     ],
 )
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ValueError, match="no codebook"):
+    with pytest.raises(ValueError, match="is not a codebook"):
         codebooks.get(name)
 
 

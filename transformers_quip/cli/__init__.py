@@ -21,7 +21,9 @@ import click
 from ..version import __version__
 
 USAGE, UNUSABLE, UNREACHABLE, STOPPED, TERMINATED = 2, 3, 4, 130, 143
-COMMANDS = ("quantize", "evaluate", "inspect", "compare", "convert", "push", "chat")
+COMMANDS = ("quantize", "tune", "evaluate", "inspect", "compare", "convert", "push", "chat", "serve", "run")
+# `run` is a name of this module already.
+_MODULES = {"run": "run_program"}
 # A command is there if what it calls is.
 _NEEDS = {"convert": "transformers_quip.checkpoints.convert"}
 
@@ -35,7 +37,7 @@ class _Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in self.list_commands(context):
             return None
-        return importlib.import_module(f"{__name__}.{name}").command
+        return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}").command
 
 
 @click.group(

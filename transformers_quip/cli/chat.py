@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..text import printable
-from .console import json_option, revision_option, show_json, tell, token_option
-from .loading import device_option, dtype_option, find_tokenizer, load_model
+from .console import json_option, show_json, tell
+from .loading import find_tokenizer, load_model, running_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,11 +23,7 @@ _HELP = "Type to talk.  /reset forgets, /exit or Ctrl-D leaves, Ctrl-C stops a r
 @click.option("--system", help="What the model is told before everything else.")
 @click.option("--max-new-tokens", default=512, show_default=True, help="Tokens in one reply at most.")
 @click.option("--temperature", default=0.7, show_default=True, help="0: always the likeliest token.")
-@click.option("--seed", type=int, help="Makes replies repeatable.")
-@dtype_option
-@device_option
-@revision_option
-@token_option
+@running_options
 @json_option
 def command(
     model: str,

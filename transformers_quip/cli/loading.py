@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import tell
+from .console import revision_option, tell, token_option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 dtype_option = click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
 device_option = click.option("--device-map", help="As of from_pretrained: auto, cpu, cuda:0, …")
+
+seed_option = click.option("--seed", type=int, help="Makes replies repeatable.")
+
+
+def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that runs a model for people: dtype, device_map, seed, revision and token."""
+    for option in (token_option, revision_option, seed_option, device_option, dtype_option):
+        command = option(command)
+    return command
 
 
 def load_model(source: str, **options: Any) -> PreTrainedModel:

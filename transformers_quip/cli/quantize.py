@@ -125,7 +125,7 @@ def config_options(
     Raises:
         ValueError: an --option without "=", or a text file that is not there or empty.
     """
-    result: dict[str, Any] = {"dataset": _dataset(dataset), **others}
+    result: dict[str, Any] = {"dataset": dataset_of(dataset), **others}
     if bits is not None:
         result["bits"] = int(bits) if bits == int(bits) else bits
     if codebook is not None:
@@ -143,7 +143,7 @@ def config_options(
     return result
 
 
-def _dataset(value: str) -> Any:
+def dataset_of(value: str) -> Any:
     """None for "none", the documents of a text file, else the name as it is."""
     if value == "none":
         return None

@@ -11,10 +11,10 @@ from quip_kernels import cpu as cpu_kernels
 
 from .base import Codebook, Grid
 
-# QuIP's grid ends at so many times the rms of the weights, whatever the bits (its section 4 and supplement).
+# QuIP's grid ends at this multiple of the rms of the weights, for any number of bits (its section 4 and supplement).
 QUIP_RANGE = 2.4
-# Steps of the best uniform quantizer of a unit Gaussian, found by `benchmarks/codebooks.py`; to 4 bits they are those of
-# Max (Quantizing for minimum distortion, IRE Trans. Inf. Theory 6, 1960).
+# Steps of the best uniform quantizer of a unit Gaussian, found by `benchmarks/codebooks.py`; up to 4 bits they are
+# the steps of Max (Quantizing for minimum distortion, IRE Trans. Inf. Theory 6, 1960).
 GAUSSIAN_STEPS = {2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.03076}
 
 # Columns that are rounded before their errors are passed on to the rest of a panel by one matrix product.

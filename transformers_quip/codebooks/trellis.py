@@ -89,17 +89,17 @@ class Trellis(Codebook):
         size = "" if table_shape is None else f"-q{table_shape[0].bit_length() - 1}v{table_shape[1]}"
         self.name = f"trellis:{code}{size}:k{k}:{order}"
         if code not in COMPUTED + TABULATED or order not in ORDERS or k not in range(1, 9):
-            raise ValueError(f"{self.name!r} is no codebook: {_USAGE}")
+            raise ValueError(f"{self.name!r} is not a codebook: {_USAGE}")
         if (table_shape is not None) != (code in TABULATED):
             has = "a" if code in TABULATED else "no"
-            raise ValueError(f"{self.name!r} is no codebook, {code} has {has} table: {_USAGE}")
+            raise ValueError(f"{self.name!r} is not a codebook, {code} has {has} table: {_USAGE}")
         if table_shape is not None:
             rows, self.step = table_shape
             fewest, most = {"hyb": (1, 15), "quantlut": (1, 16), "lut": (16, 16)}[code]
             if rows not in [1 << q for q in range(fewest, most + 1)] or self.step not in (1, 2):
                 raise ValueError(
-                    f"{self.name!r} is no codebook: the table of {code} has 2^Q rows, Q from {fewest} to {most}, and 1 or "
-                    f"2 columns, got {list(table_shape)}"
+                    f"{self.name!r} is not a codebook: the table of {code} has 2^Q rows, Q from {fewest} to {most}, and 1 "
+                    f"or 2 columns, got {list(table_shape)}"
                 )
         else:
             self.step = 1
@@ -107,10 +107,10 @@ class Trellis(Codebook):
 
     @classmethod
     def parse(cls, name: str) -> Trellis:
-        """The codebook of this name. Raises `ValueError` where it is none."""
+        """The codebook of this name. Raises `ValueError` if there is none."""
         match = _NAME.fullmatch(name)
         if match is None:
-            raise ValueError(f"{name!r} is no codebook: {_USAGE}")
+            raise ValueError(f"{name!r} is not a codebook: {_USAGE}")
         code, q, v, k, order = match.groups()
         return cls(code, int(k), order, None if q is None else (1 << min(int(q), 17), int(v)))
 

@@ -125,7 +125,7 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense table [m, n], in this dtype or that of su."""
+        """The dense table [m, n], in this dtype; None: the dtype of su."""
         return self._rows(self.stored(), self.sv, dtype or self.su.dtype)
 
     def _rows(self, tensors: Mapping[str, torch.Tensor], sv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -119,7 +119,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def pack(model: nn.Module) -> None:
-    """Bring the codes of every quantized linear that Triton kernels will compute into their layout, for all calls at once.
+    """Bring the codes of every quantized linear that Triton kernels will compute into their form, once for all calls.
 
     A module does that by itself when it is first called, but not while it is being compiled.
     """

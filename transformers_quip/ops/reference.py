@@ -66,7 +66,7 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
     Args:
         x: floating point [..., n].
-        arguments: those of a [`Layer`].
+        arguments: the fields of a [`Layer`].
 
     Returns:
         [..., m] in the dtype of x, computed in [`compute_dtype`].

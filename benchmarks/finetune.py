@@ -1,0 +1,125 @@
+"""What tuning after rounding gains on SmolLM2: perplexity, KL divergence and generation against minutes.
+
+    python benchmarks/finetune.py [FOLDER] [--settings text self] [--bits 2] [--epochs 0 1 2 4] [--seed N]
+
+Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
+the dense model writes. `epochs 0` is the quantized model without tuning. 16 further windows of the same source decide about
+every state; neither the Hessians nor the tuning see them, and the evaluation text is other text again. Everything is kept
+in .cache/finetune, so that a series can be made in parts. Rows that results/finetune.json has already are made again with
+--again alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import machine
+import torch
+from protocol import load_windows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transformers_quip import QuipConfig
+from transformers_quip.calibration.dataset import load_token_ids
+from transformers_quip.evaluation import divergence, generation_quality, perplexity, true_bits_per_weight
+from transformers_quip.finetune import TuneOptions, record, tune_vectors
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from smollm2 import dense_folder
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache/finetune"
+HELD_OUT = 16
+PROMPTS, PROMPT_LENGTH, WRITTEN = 8, 32, 128
+
+
+def text(options: argparse.Namespace, setting: str, tokenizer) -> torch.Tensor:
+    """Token ids [samples + HELD_OUT, 512]; made once for each setting and seed."""
+    count = options.num_samples + HELD_OUT
+    if setting == "text":
+        return load_windows(tokenizer, calibration=count).calibration
+    path = CACHE / f"self-{count}-{options.seed}.pt"
+    if not path.is_file():
+        model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+        ids, _ = load_token_ids(QuipConfig(num_samples=count, seed=options.seed), model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(ids, path)
+    return torch.load(path)
+
+
+def quantized(options: argparse.Namespace, setting: str, bits: float, ids: torch.Tensor) -> Path:
+    """The folder of the quantized model without tuning; made once."""
+    folder = CACHE / f"{setting}-{bits:g}-{options.num_samples}-{options.seed}"
+    if not (folder / "config.json").is_file():
+        config = QuipConfig(bits=bits, dataset=ids[:-HELD_OUT], num_samples=options.num_samples, seed=options.seed)
+        started = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, quantization_config=config)
+        seconds = time.perf_counter() - started
+        model.save_pretrained(folder)
+        (folder / "seconds.json").write_text(json.dumps(seconds))
+    return folder
+
+
+def measure(options: argparse.Namespace, model, dense, evaluation: dict[str, torch.Tensor]) -> dict:
+    """Everything that is known of a model."""
+    prompts = evaluation["wiki"][:PROMPTS, :PROMPT_LENGTH]
+    written = generation_quality(model, dense, prompts, WRITTEN, options.seed)
+    return {
+        "true_bits": true_bits_per_weight(model),
+        "perplexity": {name: perplexity(model, ids) for name, ids in evaluation.items()},
+        "divergence": {name: divergence(model, dense, ids[:8]).mean for name, ids in evaluation.items()},
+        "sampled_perplexity": written.perplexity / written.own_perplexity,
+        "repetition": written.repetition,
+        "own_repetition": written.own_repetition,
+    }
+
+
+def run(options: argparse.Namespace, setting: str, bits: float, epochs: float) -> dict:
+    """One row of results/finetune.json."""
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    ids = text(options, setting, tokenizer)
+    folder = quantized(options, setting, bits, ids)
+    dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    row = {"setting": setting, "bits": bits, "epochs": epochs, "seed": options.seed, "num_samples": options.num_samples}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if epochs:
+        wall, cpu = time.perf_counter(), time.process_time()
+        teacher = record(dense, ids, CACHE / f"{setting}-{options.num_samples}-{options.seed}.bin")
+        row["teacher_cpu_seconds"] = time.process_time() - cpu
+        report = tune_vectors(model, teacher, TuneOptions(epochs=epochs, held_out=HELD_OUT, seed=options.seed))
+        row |= {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        row |= {"threads": torch.get_num_threads(), **report.to_dict(), "history": report.history}
+    return row | measure(options, model, dense, load_windows(tokenizer, evaluation=options.windows).evaluation)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="a dense model; SmolLM2 by default")
+    parser.add_argument("--settings", nargs="+", choices=("text", "self"), default=["text", "self"])
+    parser.add_argument("--bits", type=float, nargs="+", default=[2])
+    parser.add_argument("--epochs", type=float, nargs="+", default=[0, 2])
+    parser.add_argument("--num-samples", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true")
+    options = parser.parse_args()
+    options.folder = options.folder or dense_folder()
+    path = machine.RESULTS / "finetune.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    keys = ("setting", "bits", "epochs", "seed", "num_samples")
+    for setting in options.settings:
+        for bits in options.bits:
+            for epochs in options.epochs:
+                key = (setting, bits, epochs, options.seed, options.num_samples)
+                old = [row for row in rows if tuple(row[name] for name in keys) == key]
+                if old and not options.again:
+                    continue
+                rows = [row for row in rows if row not in old] + [run(options, setting, bits, epochs)]
+                machine.save("finetune", {"rows": rows})
+                print(json.dumps(rows[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""tune MODEL OUT: bring a quantized model nearer to the dense one, and save it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import json_option, show, show_json, tell, token_option
+from .destination import check_not_source, new_folder
+from .loading import device_option, dtype_option, find_tokenizer, load_model
+from .quantize import dataset_of
+
+
+@click.command(short_help="Train su, sv and the norms of a quantized model.")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dense", required=True, help="The model that was quantized: a folder or an id on the Hub.")
+@click.option(
+    "--dataset",
+    default="self",
+    show_default=True,
+    help="What to train on: self (text that the dense model writes), a text file (documents between blank lines), or the "
+    "name of a data set that Optimum knows.",
+)
+@click.option("--num-samples", default=256, show_default=True, help="Token sequences to train on.")
+@click.option("--sequence-length", default=512, show_default=True, help="Tokens in each of them.")
+@click.option("--held-out", default=16, show_default=True, help="Further sequences that decide whether the result is kept.")
+@click.option("--epochs", default=2.0, show_default=True, help="How often each sequence is read.")
+@click.option("--batch-size", default=4, show_default=True, help="Sequences in one step.")
+@click.option("--learning-rate", default=5e-3, show_default=True, help="Of factors that begin at 1.")
+@click.option("--seed", default=0, show_default=True, help="Of the text and its order.")
+@click.option(
+    "--state",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder in which the run is kept: a run that was stopped goes on there.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there, once the new model is complete.")
+@dtype_option
+@device_option
+@token_option
+@json_option
+def command(
+    model: str,
+    out: Path,
+    dense: str,
+    dataset: str,
+    num_samples: int,
+    sequence_length: int,
+    held_out: int,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    state: Path | None,
+    overwrite: bool,
+    dtype: str,
+    device_map: str | None,
+    token: str | None,
+    as_json: bool,
+) -> None:
+    """Train su, sv and the norms of MODEL, a quantized model, to predict what the dense model predicts; save it in OUT.
+
+    The codes stay as they are, so OUT has the size and the speed of MODEL. If the result is not better on held-out text,
+    OUT is MODEL as it was, and a message says so.
+    """
+    from ..config import QuipConfig
+    from ..finetune import TuneOptions
+
+    options = TuneOptions(learning_rate=learning_rate, epochs=epochs, batch_size=batch_size, held_out=held_out, seed=seed)
+    data = QuipConfig(
+        dataset=dataset_of(dataset), num_samples=num_samples + held_out, sequence_length=sequence_length, seed=seed
+    )
+    if data.dataset is None:
+        raise click.UsageError("--dataset none: tuning needs text")
+    check_not_source(out, model)
+    with new_folder(out, overwrite) as folder:
+        report = tune_folder(model, dense, folder, options, data, state, dtype=dtype, device_map=device_map, token=token)
+    _conclude(out, report, as_json)
+
+
+def tune_folder(source: str, dense: str, folder: Path, options: Any, data: Any, state: Path | None, **loading: Any) -> Any:
+    """Read with the dense model, tune the quantized one and write it to the folder; returns the report.
+
+    Only one of the two models is in memory at a time.
+    """
+    from ..calibration.dataset import load_token_ids
+    from ..finetune import record, tune_vectors
+
+    reasons: list[str] = []
+    tokenizer = find_tokenizer(source, reasons.append, token=loading["token"])
+    teacher_model = load_model(dense, **loading)
+    ids, description = load_token_ids(data, teacher_model, tokenizer)
+    tell(f"tuning on {description}")
+    teacher = record(teacher_model, ids, None if state is None else state / "teacher.bin")
+    del teacher_model
+    quantized = load_model(source, **loading)
+    report = tune_vectors(quantized, teacher, options, state)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for reason in reasons:
+        tell(reason)
+    quantized.save_pretrained(folder)
+    return report
+
+
+def _conclude(out: Path, report: Any, as_json: bool) -> None:
+    if as_json:
+        show_json({"folder": str(out), **report.to_dict()})
+        return
+    kept = "" if report.verdict.accepted else "; not better, so the model was left as it was"
+    show(
+        f"{out}: KL divergence to the dense model {report.verdict.before:.4f} before, {report.verdict.after:.4f} after, "
+        f"on {report.tokens} tokens in {report.seconds:.0f} s{kept}"
+    )

@@ -1,0 +1,90 @@
+"""How a quantized model is tuned: the values of the option `tune` and their defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+MODES = ("none", "vectors")
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """How the vectors of a quantized model are tuned end to end.
+
+    Attributes:
+        mode: "none", or "vectors": su, sv and the norms are trained, the codes are fixed.
+        learning_rate: of multipliers, which begin at 1; the highest of a schedule that warms up and then falls as a cosine.
+        epochs: how often every window is read.
+        batch_size: windows in one step.
+        held_out: windows that are never trained on; the best state is chosen by them, and they decide whether the result is
+            kept.
+        warmup: steps until the learning rate is at its highest.
+        looks: how often the held-out windows are read during training.
+        clip: largest norm of the gradient of all multipliers together.
+        norms: whether the weights of norms are trained as well.
+        seed: of the order of the windows.
+    """
+
+    mode: str = "vectors"
+    learning_rate: float = 5e-3
+    epochs: float = 2.0
+    batch_size: int = 4
+    held_out: int = 16
+    warmup: int = 4
+    looks: int = 8
+    clip: float = 1.0
+    norms: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"tune={self.mode!r} is not known, choose one of {', '.join(map(repr, MODES))}")
+        for name, least in (("batch_size", 1), ("held_out", 2), ("warmup", 0), ("looks", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"tune: {name}={value!r} must be an integer of at least {least}")
+        for name in ("learning_rate", "epochs", "clip"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"tune: {name}={value!r} must be a number above 0")
+        if not isinstance(self.norms, bool):
+            raise ValueError(f"tune: norms={self.norms!r} must be True or False")
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any] | TuneOptions | None) -> TuneOptions:
+        """The options that the option `tune` of a config stands for.
+
+        Args:
+            value: a mode, or a dictionary of the attributes above.
+
+        Raises:
+            ValueError: an unknown mode or option, or a value that cannot be used.
+        """
+        if isinstance(value, TuneOptions):
+            return value
+        if value is None:
+            return cls(mode="none")
+        if isinstance(value, str):
+            return cls(mode=value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"tune={value!r} must be one of {', '.join(map(repr, MODES))} or a dictionary of options")
+        known = [entry.name for entry in fields(cls)]
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise ValueError(f"tune has no option {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serializable."""
+        return asdict(self)
+
+    def steps(self, windows: int) -> int:
+        """How many steps the epochs over this number of windows are, at least one."""
+        return max(1, round(self.epochs * windows / self.batch_size))
+
+    def factor(self, step: int, steps: int) -> float:
+        """The learning rate of a step, as a share of the highest one: a linear warm-up, then half a cosine."""
+        return min(1.0, (step + 1) / max(self.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))

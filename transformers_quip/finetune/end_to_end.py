@@ -1,0 +1,249 @@
+"""End-to-end tuning: su, sv and the norms of a quantized model follow the output distribution of the dense model.
+
+The loss is the mean of KL(dense ‖ quantized) over all tokens, as in QuIP# (arXiv 2402.04396, section 5) and in knowledge
+distillation. Only vectors are trained, so that Adam's state is small and the stored codes do not change.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..calibration.device import evaluating
+from ..config.tune import TuneOptions
+from ..nn.shared import share_inputs
+from .guard import Verdict, restored_unless_kept, window_divergences
+from .head import Head, divergence_sum, hidden_states, logit_map
+from .product import FrozenProduct, product_dtype
+from .state import Run, fingerprint, load, save
+from .student import Student, tuned
+from .teacher import Teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Tokens of the forward that finds out which linears read which tensors.
+_PROBE_TOKENS = 8
+
+
+@dataclass
+class TuneReport:
+    """What tuning did.
+
+    Attributes:
+        verdict: the comparison on held-out windows; whether the result was kept.
+        trained: how many numbers were trained.
+        windows, tokens: how many were trained on, each counted once.
+        steps: how many steps were made.
+        history: [{"step", "windows", "seconds", "train", "held_out"}], divergences in nats per token.
+        seconds: wall time of all.
+    """
+
+    verdict: Verdict
+    trained: int
+    windows: int
+    tokens: int
+    steps: int
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json and reports: JSON-serializable."""
+        return {
+            "held_out_before": round(self.verdict.before, 5),
+            "held_out_after": round(self.verdict.after, 5),
+            "kept": self.verdict.accepted,
+            "trained": self.trained,
+            "tokens": self.tokens,
+            "steps": self.steps,
+        }
+
+
+def tune_vectors(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    options: TuneOptions,
+    state: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> TuneReport:
+    """Tune the vectors of a quantized model, in place.
+
+    The last `options.held_out` windows of the teacher are never trained on. The tuned model, merged and in its stored
+    dtype, is compared with the model before on them. Unless it is better by more than the noise, the model stays as it was.
+
+    Args:
+        model: quantized by this package.
+        teacher: the dense model's states over windows of text.
+        options: how.
+        state: a folder in which the run is kept while it goes on. A run that was stopped there goes on, if model, text and
+            options are the same, with the same result.
+        progress: show a tqdm bar.
+
+    Raises:
+        ValueError: too few windows, no quantized linears, other vocabularies, or a model whose logits are not understood.
+    """
+    started = time.perf_counter()
+    count = len(teacher.ids) - options.held_out
+    if count < options.batch_size:
+        raise ValueError(
+            f"Tuning needs at least {options.batch_size} windows to train on and {options.held_out} held out, got "
+            f"{len(teacher.ids)}: give more text, or a smaller batch_size or held_out"
+        )
+    held_out = range(count, len(teacher.ids))
+    probe = teacher.ids[:1, :_PROBE_TOKENS].to(model.device)
+    head = student_head(model, teacher, probe)
+    before = window_divergences(model, teacher, head, held_out)
+    report = TuneReport(Verdict.of(before, before), 0, count, count * teacher.ids.shape[1], options.steps(count))
+    folder = None if state is None else Path(state)
+    mark = "" if folder is None else fingerprint(model, teacher, options)
+    with restored_unless_kept(model) as result:
+        with tuned(model, probe, options.norms) as student:
+            report.trained = sum(value.numel() for value in student.trained().values())
+            _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
+        share_inputs(model)  # su has changed
+        report.verdict = Verdict.of(before, window_divergences(model, teacher, head, held_out))
+        if report.verdict.accepted:
+            result.keep()
+    if not report.verdict.accepted:
+        share_inputs(model)
+        logger.warning("Tuning did not help, so the model is left as it was. %s.", report.verdict)
+    else:
+        logger.info("%s.", report.verdict)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) -> Head:
+    """What makes the logits of the quantized model.
+
+    Raises:
+        ValueError: they have another size than the teacher's, or are made in an unknown way.
+    """
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ValueError(f"{type(model).__name__} has no language modelling head, so it cannot be tuned")
+    rows = output.weight.shape[0]
+    if rows != len(teacher.weight):
+        raise ValueError(
+            f"the model predicts {rows} tokens and its teacher {len(teacher.weight)}: both must have one vocabulary"
+        )
+    if type(output) is nn.Linear:  # the product as a teacher's is computed, without its rounding twice
+        weight, bias = output.weight.detach().to(product_dtype(output.weight.device)), output.bias
+
+        def project(hidden: torch.Tensor) -> torch.Tensor:
+            z = FrozenProduct.apply(hidden, weight)
+            return z if bias is None else z + bias
+
+        return Head(project, logit_map(model, probe))
+    return Head(output, logit_map(model, probe))
+
+
+class _Trainer:
+    """All steps of one run; see [`tune_vectors`]."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        student: Student,
+        teacher: Teacher,
+        head: Head,
+        options: TuneOptions,
+        report: TuneReport,
+        folder: Path | None,
+        mark: str,
+    ):
+        self.model, self.student, self.teacher, self.head = model, student, teacher, head
+        self.options, self.report, self.folder, self.mark = options, report, folder, mark
+        self.groups = student.groups(options.learning_rate)
+        self.highest = [group["lr"] for group in self.groups]
+        self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.95))
+        self.best, self.best_loss = student.snapshot(), math.inf
+        self.recent: list[float] = []
+
+    def run(self, progress: bool) -> None:
+        """Train; the student is left in the state that was best on the held-out windows."""
+        steps, size = self.report.steps, self.options.batch_size
+        order = _order(self.report.windows, steps * size, self.options.seed)
+        looks = {round(steps * (look + 1) / self.options.looks) for look in range(self.options.looks)}
+        first = self._resume()
+        with (
+            evaluating(self.model),
+            tqdm(total=steps, initial=first, desc="Tuning", unit="step", disable=not progress) as bar,
+        ):
+            started = time.perf_counter()
+            for step in range(first, steps):
+                self._step(step, order[step * size : (step + 1) * size])
+                if step + 1 in looks:
+                    self._look(step + 1, time.perf_counter() - started, bar)
+                bar.update()
+        self.student.load(self.best)
+
+    def _step(self, step: int, chosen: list[int]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = rate * self.options.factor(step, self.report.steps)
+        tokens = len(chosen) * self.teacher.ids.shape[1]
+        loss = divergence_of(self.model, self.teacher, self.head, chosen) / tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.student.trained().values()), self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.recent.append(loss.item())
+
+    def _look(self, step: int, seconds: float, bar: tqdm) -> None:
+        """Read the held-out windows, keep the best state, and write the run down."""
+        held_out = range(self.report.windows, len(self.teacher.ids))
+        held = window_divergences(self.model, self.teacher, self.head, held_out).mean().item()
+        if held < self.best_loss:
+            self.best, self.best_loss = self.student.snapshot(), held
+        train = sum(self.recent) / len(self.recent)
+        windows = step * self.options.batch_size
+        self.report.history.append({"step": step, "windows": windows, "seconds": seconds, "train": train, "held_out": held})
+        self.recent = []
+        bar.set_postfix_str(f"KL divergence {train:.3f}, held out {held:.3f}")
+        if self.folder is not None:
+            states = {name: self.optimizer.state[value] for name, value in self.student.trained().items()}
+            moments = {name: (state["exp_avg"], state["exp_avg_sq"]) for name, state in states.items()}
+            values = self.student.snapshot()
+            save(self.folder, Run(step, values, self.best, moments, self.best_loss, self.report.history), self.mark)
+
+    def _resume(self) -> int:
+        """The first step to make: after those of the run in the folder, whose state is taken over."""
+        run = None if self.folder is None else load(self.folder, self.mark)
+        if run is None:
+            return 0
+        self.student.load(run.values)
+        for name, value in self.student.trained().items():
+            first, second = (moment.to(value.device) for moment in run.moments[name])
+            step = torch.tensor(float(run.step))
+            self.optimizer.state[value] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        self.best, self.best_loss = run.best, run.best_loss
+        self.report.history = run.history
+        logger.info("Tuning goes on after step %d of %d.", run.step, self.report.steps)
+        return run.step
+
+
+def divergence_of(model: PreTrainedModel, teacher: Teacher, head: Head, chosen: list[int]) -> torch.Tensor:
+    """Σ over the tokens of these windows of KL(teacher ‖ model), with a graph."""
+    hidden = hidden_states(model, teacher.ids[chosen].to(model.device)).flatten(0, 1)
+    states = teacher.states[chosen].flatten(0, 1).to(hidden)
+    return divergence_sum(hidden, states, head, teacher.head())
+
+
+def _order(count: int, reads: int, seed: int) -> list[int]:
+    """Numbers of windows in the order in which they are read: one permutation after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < reads:
+        order += torch.randperm(count, generator=generator).tolist()
+    return order[:reads]

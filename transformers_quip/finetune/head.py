@@ -1,0 +1,166 @@
+"""From a model's last hidden states to its logits, and the KL divergence between two models without a graph of logits.
+
+The logits of a token take as many numbers as there are tokens in the vocabulary, its last hidden state a hundredth of them.
+So hidden states are what a teacher keeps, and all logits are made from them again, a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Tokens whose logits exist at one time.
+CHUNK = 256
+# How exactly logits must be made from hidden states, relative to their largest magnitude.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model does to the output of its head: logits = cap · tanh(scale · z / cap), or scale · z without a cap.
+
+    Attributes:
+        scale: a factor (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        cap: Gemma's `final_logit_softcapping`, None for none.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        """The logits of these outputs of the head."""
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.cap is None else (z / self.cap).tanh() * self.cap
+
+
+@torch.no_grad()
+def last_hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """What the head reads, [B, T, n], for token ids [B, T]."""
+    return _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The same with a graph for derivatives."""
+    return _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    return model.base_model
+
+
+@torch.no_grad()
+def logit_map(model: PreTrainedModel, ids: torch.Tensor) -> LogitMap:
+    """How this model's logits follow from its head, found by its config and confirmed by one forward.
+
+    Args:
+        model: a causal language model.
+        ids: token ids [1, T], a few.
+
+    Raises:
+        ValueError: they do not follow in a known way.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    z = model.get_output_embeddings()(last_hidden_states(model, ids)).float()
+    config = model.config.get_text_config(decoder=True)
+    cap = getattr(config, "final_logit_softcapping", None)
+    scales = [1.0]
+    if getattr(config, "logit_scale", None):
+        scales.append(float(config.logit_scale))
+    if getattr(config, "logits_scaling", None):
+        scales.append(1 / float(config.logits_scaling))
+    limit = _TOLERANCE * logits.abs().max().clamp_min(1e-6)
+    for scale in scales:
+        for found in (LogitMap(scale, cap), LogitMap(scale)):
+            if (found(z) - logits).abs().max() <= limit:
+                return found
+    raise ValueError(
+        f"{type(model).__name__} computes its logits from its output embeddings in an unknown way, so it cannot be tuned "
+        "end to end (tune='vectors')"
+    )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of last hidden states.
+
+    Attributes:
+        project: hidden states [T, n] → [T, vocabulary]; differentiable.
+        logits: what the model does with that.
+    """
+
+    project: Callable[[torch.Tensor], torch.Tensor]
+    logits: LogitMap
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of hidden states [T, n], float32."""
+        return self.logits(self.project(hidden).float())
+
+
+def divergence_sum(hidden: torch.Tensor, states: torch.Tensor, student: Head, teacher: Head) -> torch.Tensor:
+    """Σ over tokens of KL(teacher ‖ student), with a gradient for `hidden` and for what `student.project` trains.
+
+    Args:
+        hidden: the student's last hidden states [T, n].
+        states: the teacher's [T, n'].
+
+    Returns:
+        A float32 scalar.
+    """
+    return _Divergence.apply(hidden, states, student, teacher, *_trained(student))
+
+
+@torch.no_grad()
+def divergence_per_token(hidden: torch.Tensor, states: torch.Tensor, student: Head, teacher: Head) -> torch.Tensor:
+    """KL(teacher ‖ student) of each token, float32 [T]."""
+    pairs = zip(hidden.split(CHUNK), states.split(CHUNK), strict=True)
+    return torch.cat([_divergence(student(h), teacher(s)) for h, s in pairs])
+
+
+def _divergence(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """KL(softmax p ‖ softmax q) along the last dimension."""
+    q, p = q.log_softmax(-1), p.log_softmax(-1)
+    # p log p is 0 where p is: a token that only the teacher rules out costs nothing
+    return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
+
+
+def _trained(head: Head) -> list[nn.Parameter]:
+    module = head.project
+    if not isinstance(module, nn.Module):
+        return []
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+class _Divergence(torch.autograd.Function):
+    """Each chunk's gradient is taken while its logits exist, so that no others do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, states: torch.Tensor, student: Head, teacher: Head, *trained: torch.Tensor
+    ) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden)
+        others = [torch.zeros_like(parameter) for parameter in trained]
+        for begin in range(0, len(hidden), CHUNK):
+            part = slice(begin, begin + CHUNK)
+            with torch.enable_grad():
+                h = hidden[part].detach().requires_grad_()
+                loss = _divergence(student(h), teacher(states[part]).detach()).sum()
+            found = torch.autograd.grad(loss, [h, *trained])
+            gradient[part] = found[0]
+            for total_of_one, more in zip(others, found[1:], strict=True):
+                total_of_one += more
+            total += loss.detach()
+        ctx.save_for_backward(gradient, *others)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, *others = ctx.saved_tensors
+        return (gradient * factor, None, None, None, *(other * factor for other in others))

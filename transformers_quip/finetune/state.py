@@ -1,0 +1,112 @@
+"""A tuning run on disk, so that a run that was stopped goes on where it was.
+
+One safetensors file holds the trained values, the state of the optimizer and the best values so far. It is written under
+another name, flushed to the disk and renamed, so that it is always whole. A fingerprint says of which run it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..config.tune import TuneOptions
+from .teacher import Teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+FILE = "tuning.safetensors"
+
+
+@dataclass
+class Run:
+    """How far a run is.
+
+    Attributes:
+        step: steps that were made.
+        values, best: what is trained by name, now and in the best state so far.
+        moments: Adam's first and second moments by name.
+        best_loss: on the held-out windows.
+        history: see `TuneReport`.
+    """
+
+    step: int
+    values: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor]
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    best_loss: float
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fingerprint(model: PreTrainedModel, teacher: Teacher, options: TuneOptions) -> str:
+    """What must be the same for a run to go on: the model's tensors, the teacher's text and states, and the options."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(options.to_dict(), sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.ndim == 1 or not parameter.is_floating_point():
+            digest.update(_bytes(parameter))
+    digest.update(_bytes(teacher.ids))
+    digest.update(_bytes(teacher.states[-1]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def save(folder: Path, run: Run, mark: str) -> None:
+    """Write the run to the folder, all or nothing."""
+    tensors = {f"value.{name}": value for name, value in run.values.items()}
+    tensors |= {f"best.{name}": value for name, value in run.best.items()}
+    for name, (first, second) in run.moments.items():
+        tensors |= {f"first.{name}": first, f"second.{name}": second}
+    about = {"fingerprint": mark, "step": run.step, "best_loss": run.best_loss, "history": run.history}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{FILE}.{os.getpid()}.tmp"
+    try:
+        save_file(
+            {name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, {"run": json.dumps(about)}
+        )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(folder: Path, mark: str) -> Run | None:
+    """The run that the folder holds, if it is this one; a message where it is another.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})["run"])
+            if about["fingerprint"] != mark:
+                logger.warning("%s is of another model, text or options: tuning starts from the beginning", path)
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except Exception as error:  # the reader raises many kinds for a damaged file
+        raise ValueError(f"{path} is damaged ({error}): remove it to start from the beginning") from error
+    parts: dict[str, dict[str, torch.Tensor]] = {"value": {}, "best": {}, "first": {}, "second": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = tensor
+    moments = {name: (first, parts["second"][name]) for name, first in parts["first"].items()}
+    return Run(about["step"], parts["value"], parts["best"], moments, about["best_loss"], about["history"])

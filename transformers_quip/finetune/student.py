@@ -1,0 +1,272 @@
+"""A quantized model while its vectors are tuned: the codes are fixed, everything around them is trained.
+
+su and sv are the outermost factors of a quantized linear, so tuning them needs no transform. Let W be the dense weight that
+the linear stands for now. Then multipliers a of sv and b of su give
+
+    y = a ⊙ ( W ( b ⊙ x ) ) + bias
+
+exactly, and one plain matrix product computes it. Multipliers begin at 1, so one learning rate fits all layers whatever the
+size of their sv. Afterwards su ⊙ b and sv ⊙ a take the places of su and sv; the codes are never looked at.
+
+The weight of a norm and su of the linears that read its output are the same thing twice. There the norm is trained and su
+stays. Linears that read one input share one b, so that their su stay equal, and kernels transform that input once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..nn import QuipLinear
+from .product import FrozenProduct, product_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TunedLinear(nn.Module):
+    """y = a ⊙ (W (b ⊙ x)) + bias with W frozen.
+
+    Args:
+        quantized: the linear that it stands for; kept, so that what was trained can be merged into it.
+        b: multipliers of the inputs [n], shared with other linears, or None.
+    """
+
+    def __init__(self, quantized: QuipLinear, b: nn.Parameter | None):
+        super().__init__()
+        self._quantized = (quantized,)  # in a tuple it is no part of this module
+        device = quantized.su.device
+        self.in_features, self.out_features = quantized.in_features, quantized.out_features
+        self.weight = nn.Parameter(quantized.dequantize(torch.float32).to(product_dtype(device)), requires_grad=False)
+        self.a = nn.Parameter(torch.ones(quantized.out_features, device=device))
+        self.b = b
+        self.bias = quantized.bias
+
+    @property
+    def base_layer(self) -> QuipLinear:
+        """The linear that it stands for, under the name that PEFT gives to what it wraps."""
+        return self._quantized[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Floating point [..., n] → [..., m] in the same dtype."""
+        if self.b is not None:
+            x = x * self.b.to(x.dtype)
+        y = FrozenProduct.apply(x, self.weight) * self.a.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@dataclass
+class Student:
+    """The parts of a model that are trained.
+
+    Attributes:
+        linears: by name, those that stand in for quantized ones.
+        norms: by name, one-dimensional parameters of the model that are trained as they are.
+        scales: by name of such a parameter, the size of its entries: its learning rate is that many times the one of a
+            multiplier.
+    """
+
+    linears: dict[str, TunedLinear]
+    norms: dict[str, nn.Parameter]
+    scales: dict[str, float]
+    _originals: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every parameter that is trained, once, by a name that is the same in every run."""
+        result, seen = {}, set()
+        for name, linear in self.linears.items():
+            for kind, value in (("a", linear.a), ("b", linear.b)):
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    result[f"{name}.{kind}"] = value
+        return result | self.norms
+
+    def groups(self, learning_rate: float) -> list[dict]:
+        """Parameter groups for an optimizer, with the learning rate that suits the size of each."""
+        named = self.trained()
+        multipliers = [value for name, value in named.items() if name not in self.norms]
+        result = [{"params": multipliers, "lr": learning_rate}] if multipliers else []
+        result += [{"params": [value], "lr": learning_rate * self.scales[name]} for name, value in self.norms.items()]
+        return result
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of what is trained."""
+        return {name: value.detach().clone() for name, value in self.trained().items()}
+
+    @torch.no_grad()
+    def load(self, values: dict[str, torch.Tensor]) -> None:
+        """Put a [`snapshot`] back."""
+        for name, parameter in self.trained().items():
+            parameter.copy_(values[name])
+
+
+@contextmanager
+def tuned(model: PreTrainedModel, ids: torch.Tensor, norms: bool = True) -> Iterator[Student]:
+    """While this is entered, the model's quantized linears are trainable stand-ins; afterwards they are quantized again.
+
+    On leaving, what was trained is merged into su, sv and the norms. After an error the model is as it was.
+
+    Args:
+        model: with quantized linears.
+        ids: token ids [B, T], a few: one forward finds out which linears read one input, and which a norm's output.
+        norms: whether the weights of norms, and the biases beside quantized weights, are trained as well.
+
+    Raises:
+        ValueError: the model has no quantized linears.
+    """
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuipLinear)}
+    if not quantized:
+        raise ValueError(f"{type(model).__name__} has no quantized linears, so there is nothing to tune")
+    readers = _readers(model, quantized, ids)
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    linears = {name: TunedLinear(module, readers.multipliers[name]) for name, module in quantized.items()}
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
+    student = Student(linears, {}, {})
+    try:
+        if norms:
+            _train_norms(model, readers.norms, student)
+        yield student
+    except BaseException:
+        _restore(model, quantized, student, merge=False)
+        raise
+    else:
+        _restore(model, quantized, student, merge=True)
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen.get(name, False))
+            parameter.grad = None
+
+
+@dataclass
+class _Readers:
+    multipliers: dict[str, nn.Parameter | None]  # of the inputs of each linear
+    norms: list[tuple[str, nn.Module]]
+
+
+@torch.no_grad()
+def _readers(model: PreTrainedModel, quantized: dict[str, QuipLinear], ids: torch.Tensor) -> _Readers:
+    """Which linears read one tensor, and which of these tensors a norm has written."""
+    norms = [(name, module) for name, module in model.named_modules() if _is_norm(module)]
+    held: list[torch.Tensor] = []  # kept alive, so that equal identity means the same tensor
+    written: set[int] = set()
+    read: dict[str, int] = {}
+    hooks = []
+
+    def note_output(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
+        if isinstance(output, torch.Tensor):
+            held.append(output)
+            written.add(id(output))
+
+    def reader(name: str):
+        def note_input(_: nn.Module, arguments: tuple, keywords: dict) -> None:
+            x = arguments[0] if arguments else next(iter(keywords.values()))
+            held.append(x)
+            read.setdefault(name, id(x))
+
+        return note_input
+
+    try:
+        hooks += [module.register_forward_hook(note_output) for _, module in norms]
+        hooks += [m.register_forward_pre_hook(reader(n), with_kwargs=True) for n, m in quantized.items()]
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    multipliers: dict[str, nn.Parameter | None] = {}
+    leaders: dict[int, list[str]] = {}
+    for name, module in quantized.items():
+        source = read.get(name)
+        if source is not None and source in written:
+            multipliers[name] = None
+            continue
+        alike = [other for other in leaders.get(source or 0, []) if _same_su(quantized[other], module)] if source else []
+        multipliers[name] = multipliers[alike[0]] if alike else _ones(module)
+        if source:
+            leaders.setdefault(source, []).append(name)
+    return _Readers(multipliers, norms)
+
+
+def _ones(module: QuipLinear) -> nn.Parameter:
+    return nn.Parameter(torch.ones(module.in_features, device=module.su.device))
+
+
+def _same_su(first: QuipLinear, second: QuipLinear) -> bool:
+    return torch.equal(first.su, second.su)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether this is a norm over the last dimension: with a weight [n] and maybe a bias [n]."""
+    own = dict(module.named_parameters())
+    weight = own.get("weight")
+    if weight is None or weight.ndim != 1 or not weight.is_floating_point() or not set(own) <= {"weight", "bias"}:
+        return False
+    return "norm" in type(module).__name__.lower()
+
+
+def _train_norms(model: PreTrainedModel, norms: list[tuple[str, nn.Module]], student: Student) -> None:
+    """Make the weights and biases of norms, and the biases of quantized linears, float32 parameters that are trained."""
+    for prefix, module in norms:
+        for name, parameter in module.named_parameters(recurse=False):
+            offset = 1.0 if name == "weight" and _adds_one(module) else 0.0
+            _train(f"{prefix}.{name}", parameter, offset, student)
+    for prefix, linear in student.linears.items():
+        if linear.bias is not None:
+            _train(f"{prefix}.bias", linear.bias, 0.0, student)
+
+
+def _train(name: str, parameter: nn.Parameter, offset: float, student: Student) -> None:
+    size = (parameter.detach().float() + offset).square().mean().sqrt().item()
+    if size == 0:
+        return  # nothing says how large its entries should be
+    student._originals[name] = parameter.data
+    parameter.data = parameter.data.to(torch.float32, copy=True)
+    parameter.requires_grad_(True)
+    student.norms[name] = parameter
+    student.scales[name] = size
+
+
+@torch.no_grad()
+def _adds_one(module: nn.Module) -> bool:
+    """Whether a norm multiplies by 1 + weight (Gemma's), so that a weight of zeros does not silence it."""
+    weight = module.get_parameter("weight")
+    before = weight.data
+    weight.data = torch.zeros_like(before)
+    try:
+        x = torch.linspace(-1, 1, before.numel(), dtype=before.dtype, device=before.device)
+        y = module(x[None])
+        bias = getattr(module, "bias", None)
+        return bool((y if bias is None else y - bias).abs().sum() > 0)
+    finally:
+        weight.data = before
+
+
+@torch.no_grad()
+def _restore(model: PreTrainedModel, quantized: dict[str, QuipLinear], student: Student, merge: bool) -> None:
+    """Put the quantized linears back, with what was trained merged into them, or everything as it was."""
+    for name, module in quantized.items():
+        model.set_submodule(name, module)
+    for name, parameter in student.norms.items():
+        before = student._originals[name]
+        parameter.data = parameter.data.to(before.dtype) if merge else before
+    if not merge:
+        return
+    for name, linear in student.linears.items():
+        module = quantized[name]
+        _multiply(module.sv, linear.a)
+        if linear.b is not None:
+            _multiply(module.su, linear.b)
+
+
+def _multiply(vector: nn.Parameter, factors: torch.Tensor) -> None:
+    """Scale the first entries of su or sv, which may be longer where a linear is padded; rounded once to its dtype."""
+    part = vector.data[: len(factors)]
+    part.copy_(part.float() * factors)
