@@ -133,8 +133,20 @@ def _write_foreign(name: str, arch: str, make: Callable[[], foreign.Make], confi
     work = out / f".{name}"
     work.mkdir()
     folder, _ = foreign.write_checkpoints(arch, work, make(), config, num_hidden_layers=1, **options)
+    if name.startswith("exl3"):
+        _write_storage(folder)
     folder.rename(out / f"foreign-{name}")
     shutil.rmtree(work)
+
+
+def _write_storage(folder: Path) -> None:
+    """The list of tensors that exllamav3 writes beside its checkpoints."""
+    storage: dict[str, dict] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored = {"shape": list(tensor.shape), "n_bytes": tensor.nbytes, "dtype": str(tensor.dtype)}
+        storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})["stored_tensors"][name] = stored
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (folder / "quantization_config.json").write_text(json.dumps(config | {"tensor_storage": storage}, indent=1))
 
 
 def _quantized(target: Path, **options) -> None:

@@ -219,7 +219,14 @@ def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def _names(source: Path, folder: Path) -> set[str]:
     """What a clear error may name: files, tensors, modules and options of the sound and of the changed checkpoint."""
-    result = {str(folder), str(folder.parent / "converted"), "config.json", "quantization_config", "quip_params"}
+    result = {
+        str(source),
+        str(folder),
+        str(folder.parent / "converted"),
+        "config.json",
+        "quantization_config",
+        "quip_params",
+    }
     for place_ in (source, folder):
         result |= {path.name for path in place_.iterdir()}
         for path in place_.glob("*.json"):
@@ -227,7 +234,7 @@ def _names(source: Path, folder: Path) -> set[str]:
                 result |= set(_keys(json.loads(path.read_bytes())))
         for path in place_.glob("*.safetensors"):
             with contextlib.suppress(Exception):  # a damaged one has no names
-                result |= {part for name in RawFile(path).names for part in (name, name.rpartition(".")[0])}
+                result |= {name.rsplit(".", drop)[0] for name in RawFile(path).names for drop in range(name.count("."))}
     return result
 
 

@@ -42,6 +42,7 @@ def check_complete(model: nn.Module, names: Mapping[str, TensorInfo], made: Coll
         ValueError: with all that is wrong, the first few by name.
     """
     problems = [f"{key} belongs to no module of {type(model).__name__}" for key in untaken(model, names, made)]
+    problems += [f"{key} is there, and is also made of other tensors" for key in sorted(set(made) & names.keys())]
     problems += [f"{key} is missing" for key in not_given(model, {*names, *made})]
     if problems:
         raise ValueError(

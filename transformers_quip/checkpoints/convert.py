@@ -15,9 +15,10 @@ from .claimed import claimed_folder
 from .companions import companions
 from .files import Files, expand_weights, find_weights
 from .foreign.plan import ForeignLinear
-from .headers import is_supported, read_json, supported_types, torch_dtype
+from .headers import DAMAGED, is_supported, read_json, supported_types, torch_dtype
 from .memory import PageReleaser
 from .names import expand_names
+from .sizes import check_layers
 from .writer import Step, write
 
 if TYPE_CHECKING:
@@ -58,12 +59,20 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
 
     from ..hf.foreign import check_plan, plan_for, repack
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    parameters = _parameters(folder, config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    read_json(folder / "config.json")  # Transformers' own errors do not say which file it is, or what to do
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_layers(config)
+        parameters = _parameters(folder, config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (MemoryError, OSError, ImportError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"[:500]
+        raise ValueError(f"No model can be built from {folder / 'config.json'} ({said}): {DAMAGED}") from error
     paths = _weight_files(folder)
     files, releaser = Files(paths), PageReleaser(paths)
     plan = plan_for(model, parameters, files)

@@ -22,10 +22,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoints import memory
 from ..checkpoints.complete import check_complete
 from ..checkpoints.files import Files, expand_weights, find_weights, unreadable
+from ..checkpoints.finite import check_small_finite
+from ..checkpoints.foreign.exl3 import Exl3
+from ..checkpoints.foreign.exl3_storage import check_codes
 from ..checkpoints.foreign.family import is_one_of
 from ..checkpoints.foreign.plan import METHODS, ForeignLinear, ForeignPlan, make_plan
 from ..checkpoints.headers import DAMAGED, read_json
+from ..checkpoints.sizes import check_layers
 from ..config import QUANT_METHOD, QuipConfig
+from .undescribed import check_described
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -131,7 +136,8 @@ def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
         model: with the empty quantized modules of the plan in their places.
 
     Raises:
-        ValueError: a tensor of a quantizer has no place, or a weight is missing; see `checkpoints.complete`.
+        ValueError: a tensor of a quantizer has no place, or a weight is missing (see `checkpoints.complete`); or a bias or
+            the weight of a norm is not finite.
     """
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
     rest = {key: info for key, info in files.headers.items() if key not in used}
@@ -139,7 +145,11 @@ def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
     for linear in plan.linears:
         module = None if linear.dense else model.get_submodule(linear.name)
         made += [linear.first] if module is None else [f"{linear.name}.{key}" for key, _ in module.named_parameters()]
-    check_complete(model, names_in_model(model, rest, get_model_conversion_mapping(model), whole=True), made)
+    names = names_in_model(model, rest, get_model_conversion_mapping(model), whole=True)
+    check_complete(model, names, made)
+    check_small_finite(model, names, files.read)
+    if any(isinstance(linear.family, Exl3) for linear in plan.linears):
+        check_codes(files.headers)
 
 
 class Repack(ConversionOps):
@@ -319,6 +329,7 @@ def recognise_foreign() -> None:
         settings = getattr(found[0], "quantization_config", None)
         _loads_foreign.set(getattr(settings, "foreign", None) is not None)
         if isinstance(settings, QuipConfig):
+            check_layers(config)
             check_files(name, arguments)
         return found
 
@@ -344,8 +355,11 @@ def recognise_foreign() -> None:
         name = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
         token = _source.set((name, kwargs))
         try:
-            return loader(cls, pretrained_model_name_or_path, *args, **kwargs)
+            asked = {**kwargs, "output_loading_info": True}
+            model, info = loader(cls, pretrained_model_name_or_path, *args, **asked)
         finally:
             _source.reset(token)
+        check_described(model, info["missing_keys"], info["unexpected_keys"], name)
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     modeling_utils.PreTrainedModel.from_pretrained = classmethod(from_pretrained)

@@ -21,7 +21,7 @@ from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import memory, native
 from ..checkpoints.complete import check_complete
 from ..checkpoints.files import Files, check_inside
-from ..checkpoints.finite import check_finite
+from ..checkpoints.finite import check_finite, check_small_finite
 from ..checkpoints.foreign.plan import METHODS, ForeignPlan
 from ..checkpoints.headers import read_headers
 from ..checkpoints.names import compress_names, expand_names
@@ -179,6 +179,7 @@ class QuipQuantizer(HfQuantizer):
         native.check_tensors(modules, dense, names)
         check_complete(model, names)
         check_finite(modules, names, files.read)
+        check_small_finite(model, names, files.read)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """su, sv and everything dense have the model's dtype, whichever floating type that is."""

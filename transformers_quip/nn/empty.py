@@ -27,7 +27,7 @@ def empty_linear(
         conv1d: see [`QuipLinear`].
 
     Raises:
-        ValueError: the layout does not fit; the message names the module.
+        ValueError: the codebook, the transforms or the layout do not fit these sizes; the message names the module.
     """
     options, layout = config.for_module(name), config.layout_of(name)
     arguments: dict[str, Any] = {
@@ -39,12 +39,12 @@ def empty_linear(
         "dtype": dtype,
         "scales_dtype": None if layout.scales_dtype is None else getattr(torch, layout.scales_dtype),
     }
-    if layout.padded or layout.row_scales or STORED in sides(options.incoherence):
-        try:
+    try:
+        if layout.padded or layout.row_scales or STORED in sides(options.incoherence):
             return GeneralLinear(columns, rows, bias, padded=layout.padded, row_scales=layout.row_scales, **arguments)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return QuipLinear(columns, rows, bias, **arguments)
+        return QuipLinear(columns, rows, bias, **arguments)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def empty_like(linear: nn.Module, config: Any, name: str) -> QuipLinear:
