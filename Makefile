@@ -102,7 +102,6 @@ bench-all: bench ## every table of docs/results.md that needs no GPU and no othe
 	$(BIN)/python benchmarks/memory.py $(MODEL)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/loading.py
-	$(BIN)/python benchmarks/shared_input.py
 	$(BIN)/python benchmarks/cpu_kernels.py
 	$(BIN)/python benchmarks/cpu_kernels.py --trellis $(TRELLIS:%=trellis:%)
 	$(BIN)/transformers-quip quantize $(MODEL) $(MODEL)-quip-2bit --overwrite
@@ -121,7 +120,6 @@ bench-quick: $(VENV)/.smollm2 $(MODEL)/config.json ## a short run of the benchma
 	$(BIN)/python benchmarks/memory.py $(MODEL) --num-samples 4 --modes import dense none
 	$(BIN)/python benchmarks/startup.py --runs 1
 	$(BIN)/python benchmarks/loading.py --families "QuIP# 2 bits" --megabytes 50
-	$(BIN)/python benchmarks/shared_input.py --seconds 0.2
 	$(BIN)/python benchmarks/cpu_kernels.py --seconds 0.05
 	$(BIN)/python benchmarks/methods.py $(MODEL) --quick --bits 2 --only "scalar2, ldlq + 0 sweeps"
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import transformers_quip
 from quip_kernels import cpu_many as many_kernels
 from transformers_quip.evaluation import perplexity
-from transformers_quip.ops.cpu import run as cpu
+from transformers_quip.ops.cpu import route
 
 
 def main() -> None:
@@ -29,13 +29,13 @@ def main() -> None:
     transformers_quip.set_backend("cpu")  # an error where there is no compiled library
 
     windows = load_windows(AutoTokenizer.from_pretrained(options.folder), calibration=1, evaluation=options.windows)
-    usual = dict(cpu.MOST_VECTORS)
+    usual = route.MOST_VECTORS["e8p"]
     rows = []
     for kernels, dtype, most in (
         ("of generation", torch.float32, dict.fromkeys(usual, 1 << 30)),
         ("of prompts", torch.bfloat16, usual),
     ):
-        cpu.MOST_VECTORS = most
+        route.MOST_VECTORS["e8p"] = most
         model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype)
         found: dict[str, dict[str, float]] = {}
         for activations in ("exact", "int8"):

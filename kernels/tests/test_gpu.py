@@ -6,12 +6,11 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 from quip_kernels import e8p, layout
 from tests import truth
 from transformers_quip import QuipLinear, codebooks, incoherence, set_activations, set_backend
-from transformers_quip.nn.shared import share_inputs
+from transformers_quip.ops.same_input import SameInput
 from transformers_quip.ops.triton import run as ops
 
 pytestmark = pytest.mark.gpu
@@ -209,31 +208,34 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("dtype", list(ERROR))
-def test_linears_of_one_input(dtype, device):
-    """One transform for all, by each kernel, computes what each linear computes for itself; eager, compiled, as a graph."""
-    module = nn.Module()
-    for seed, name in enumerate(("q_proj", "k_proj", "v_proj")):
-        parts = truth.random_linear(256, 576, seed)
-        module.add_module(name, QuipLinear(576, 256))
-        module.get_submodule(name).load_state_dict({**parts, "su": truth.random_linear(8, 576)["su"]})
-    module.to(device, dtype)
-    linears = list(module.children())
-    assert share_inputs(module) == [("q_proj", "k_proj", "v_proj")]
+def test_modules_eager_compiled_and_as_a_graph(dtype, device):
+    """Linears that read one input, by each kernel."""
+    linears = []
+    for seed in range(3):
+        linears.append(QuipLinear(576, 256))
+        linears[-1].load_state_dict({**truth.random_linear(256, 576, seed), "su": truth.random_linear(8, 576)["su"]})
+        linears[-1].to(device, dtype)
     with torch.no_grad():
         torch._dynamo.reset()
         compiled = torch.compile(lambda x: [linear(x) for linear in linears], fullgraph=True, mode="reduce-overhead")
         for vectors in (1, 4, 5, 64, 65):
             x = torch.randn(vectors, 576, device=device, dtype=dtype) / 16
-            rotate = (x, linears[0].su, "e8p", "hadamard", 0, "auto")
-            torch.library.opcheck(torch.ops.quip.rotate.default, rotate)
-            rotated = torch.ops.quip.rotate(*rotate)
-            torch.library.opcheck(torch.ops.quip.rotated_linear.default, (x, rotated, *linears[0].layer()))
-            shared = [linear(x) for linear in linears]
-            assert all(linear._shared is not None for linear in linears)
-            replayed = [[y.clone() for y in compiled(x)] for _ in range(4)]
-            apart = [torch.ops.quip.linear(x, *linear.layer()) for linear in linears]
-            for found in (shared, *replayed):
-                assert all(torch.equal(y, wanted) for y, wanted in zip(found, apart, strict=True)), vectors
+            eager = [linear(x) for linear in linears]
+            assert all(linear.is_packed for linear in linears)
+            for found in [eager] + [[y.clone() for y in compiled(x)] for _ in range(4)]:
+                for y, linear in zip(found, linears, strict=True):
+                    assert torch.equal(y, torch.ops.quip.linear(x, *linear.layer())), vectors
+
+
+def test_the_same_input_is_compared_on_the_device(device):
+    for write in (None, torch.Tensor.zero_, lambda x: x.data.zero_(), lambda x: torch.from_dlpack(x).zero_()):
+        x = torch.randn(3, 8, device=device)
+        shared = SameInput()
+        assert shared.take("q", (x,), "key") is None
+        shared.keep("q", (x,), "key", "result")
+        if write is not None:
+            write(x)
+        assert shared.take("k", (x,), "key") == ("result" if write is None else None)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -8,17 +8,17 @@ from transformers import AutoModelForCausalLM
 
 from transformers_quip import QuipConfig
 from transformers_quip.nn.replace import quantized_linears
-from transformers_quip.ops import backend, packing
+from transformers_quip.ops import backend
 
 PARTS = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
 DISK = {**dict.fromkeys(PARTS, "cpu"), "model.layers.1": "disk"}
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch):
+def on_a_gpu():
     """Kernels themselves need the interpreter; here the ops compute by the reference, from either layout."""
-    monkeypatch.setattr(packing, "DEVICES", ("cpu",))
-    monkeypatch.setitem(backend._chosen, "backend", "triton")
+    with backend.overridden(devices={"cpu": "triton"}):
+        yield
 
 
 def packed(model):
@@ -35,14 +35,14 @@ def test_a_model_is_packed_when_loaded_and_saved_as_ever(on_a_gpu, dense, quanti
     while_loading = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=QuipConfig(dataset=None))
     assert packed(while_loading) == {True}
     assert torch.equal(while_loading(ids).logits, logits)
-    backend._chosen["backend"] = "reference"
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert packed(reloaded) == {False}
-    assert torch.equal(reloaded(ids).logits, logits)
-    for name, parameter in reloaded.state_dict().items():
-        assert torch.equal(model.state_dict()[name], parameter)
-    assert torch.equal(copy.deepcopy(model)(ids).logits, logits)
-    assert torch.equal(model.dequantize().lm_head.weight, reloaded.lm_head.weight)
+    with backend.overridden(devices={"cpu": "reference"}):
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert packed(reloaded) == {False}
+        assert torch.equal(reloaded(ids).logits, logits)
+        for name, parameter in reloaded.state_dict().items():
+            assert torch.equal(model.state_dict()[name], parameter)
+        assert torch.equal(copy.deepcopy(model)(ids).logits, logits)
+        assert torch.equal(model.dequantize().lm_head.weight, reloaded.lm_head.weight)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from quip_kernels import e8p
 from tests import truth
 from transformers_quip import QuipLinear
 from transformers_quip.nn import replace
-from transformers_quip.ops import backend, packing
+from transformers_quip.ops import backend
 
 
 @pytest.fixture(params=["e8p", "e8p-rvq3", "e8p-rvq4"])
@@ -121,33 +121,35 @@ def test_off_the_gpu_it_is_logical(codebook):
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch):
+def on_a_gpu():
     """The CPU stands for a GPU that runs the Triton kernels."""
-    monkeypatch.setattr(packing, "DEVICES", ("cpu",))
-    monkeypatch.setitem(backend._chosen, "backend", "triton")
+    with backend.overridden(devices={"cpu": "triton"}):
+        yield
 
 
-def test_a_model_is_packed_where_kernels_will_run(on_a_gpu, monkeypatch):
+def test_a_model_is_packed_where_kernels_will_run(on_a_gpu):
     model = nn.Sequential(*(packed()[0] for _ in range(2)), nn.Linear(12, 12))
     replace.pack(model)
     assert model[0].is_packed
     assert model[1].is_packed
     assert model.to(torch.float64)[0].is_packed
     assert not QuipLinear(72, 12, device="meta").is_packed
-    monkeypatch.setitem(backend._chosen, "backend", "auto")
-    module, _ = packed()
-    module.pack_if_wanted()
-    assert not module.is_packed
+    with backend.overridden(devices={}):
+        module, _ = packed()
+        module.pack_if_wanted()
+        assert not module.is_packed
 
 
-def test_a_module_is_packed_when_it_is_first_called(on_a_gpu, monkeypatch):
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_a_module_is_packed_when_it_is_first_called(context):
     logical, _ = packed()
     x = torch.randn(3, 72)
-    expected = logical(x)
-    assert not logical.is_packed  # a tensor on the CPU asks no question
-    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    assert torch.equal(logical(x), expected)
-    assert logical.is_packed
+    with backend.overridden(devices={"cpu": "reference"}), context():
+        expected = logical(x)
+        assert not logical.is_packed
+    with backend.overridden(devices={"cpu": "triton"}), context():
+        assert torch.equal(logical(x), expected)
+        assert logical.is_packed
 
 
 @pytest.mark.parametrize("hook", [SimpleNamespace(offload=True), SimpleNamespace(hooks=[SimpleNamespace(offload=True)])])

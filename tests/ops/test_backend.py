@@ -79,11 +79,32 @@ def test_a_wrong_environment_variable_is_an_error_at_import_that_names_it(variab
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
-    before = dict(backend._chosen)
+    before = backend.settings()
     with pytest.raises((ValueError, RuntimeError), match=f"environment variable {variable}={value}: {said}"):
         backend.read_environment()
-    assert backend._chosen == before
+    assert backend.settings() == before
     if value == "fast":
         run = imported()
         assert run.returncode != 0
         assert f"environment variable {variable}={value}: {said}" in run.stderr
+
+
+def test_for_device():
+    for name, expected in (
+        ("auto", ("cpu", "reference", "reference")),
+        ("cpu", ("cpu", "reference", "reference")),
+        ("reference", ("reference", "reference", "reference")),
+        ("triton", ("reference", "triton", "reference")),
+    ):
+        with backend.overridden(backend=name):
+            found = tuple(backend.for_device(device) for device in ("cpu", torch.device("cuda", 0), "meta"))
+        assert found == expected, name
+
+
+def test_overridden_settings_are_put_back():
+    before = backend.settings()
+    with backend.overridden(activations="int8", devices={"cpu": "triton"}):
+        assert backend.get_activations() == "int8"
+        assert backend.for_device("cpu") == "triton"
+        transformers_quip.set_activations("exact")
+    assert backend.settings() is before

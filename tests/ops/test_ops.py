@@ -56,11 +56,11 @@ def test_linear_against_matrices_written_down_here():
 
 @pytest.mark.parametrize("x_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_computes_in_float32_or_more_and_returns_the_dtype_of_x(x_dtype, dtype, monkeypatch):
-    monkeypatch.setitem(backend._chosen, "activations", "exact")
+def test_linear_computes_in_float32_or_more_and_returns_the_dtype_of_x(x_dtype, dtype):
     args = arguments(12, 64, x_dtype, dtype)
     args[2] = args[2] / 20  # keep float16 in its range
-    y = torch.ops.quip.linear(*args)
+    with backend.overridden(activations="exact"):
+        y = torch.ops.quip.linear(*args)
     assert y.dtype == x_dtype
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(x_dtype, torch.finfo(x_dtype).eps)
     torch.testing.assert_close(y.double(), expected(*args), rtol=tolerance, atol=tolerance)

@@ -9,10 +9,11 @@ from tests.models import tiny_model
 from transformers_quip import QuipConfig, codebooks, set_backend
 from transformers_quip.nn.linear import QuipLinear
 from transformers_quip.ops.cpu import run as cpu
+from transformers_quip.ops.cpu.route import MOST_VECTORS
 from transformers_quip.quantize.plan import make_plan
 
 M, N = 48, 96
-MANY = cpu.MOST_TRELLIS_VECTORS + 3
+MANY = MOST_VECTORS["trellis"][3] + 3
 NAMES = ["trellis:mul1:k2:exl3", "trellis:1mad:k3:rows", "trellis:hyb-q9v2:k2:qtip"]
 # Relative to the size of the output. Products with decoded weights are in the dtype of x if that is bfloat16.
 ACCURACY = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -159,17 +160,16 @@ def test_config_reads_trellis_codebooks_and_does_not_quantize_with_them():
 @pytest.mark.skipif(not cpu_kernels.is_available(), reason="the CPU library was not compiled")
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
-def test_a_module_is_prepared_once(name, monkeypatch):
+def test_a_module_is_prepared_once(name):
     """Few vectors are looked up once; another table, more vectors and another backend are seen."""
     stored, su, sv, bias, weight = tensors(name)
     module, table = QuipLinear(N, M, codebook=name), stored.get("table")
     module.load_state_dict({**stored, "su": su, "sv": sv, "bias": bias})
-    looked_up, function = [], cpu.eager_linear
-    monkeypatch.setattr(cpu, "eager_linear", lambda *args: looked_up.append(len(args[0])) or function(*args))
-    for batch in (3, 3, 1, MANY, cpu.MOST_TRELLIS_VECTORS, 2):
+    for batch in (3, 3, 1, MANY, MOST_VECTORS["trellis"][3], 2):
         x = vectors(batch, N)
         assert relative(module(x), x.double() @ weight.T + bias.double()) < 1e-6
-    assert looked_up == [3, MANY]
+        is_prepared = module._prepared(x, module._parameters) is not None
+        assert is_prepared == (batch <= MOST_VECTORS["trellis"][3])
     x = vectors(2, N)
     assert relative(module(x.half()), x.half().double() @ weight.T + bias.double()) < 5e-4
     assert module(vectors(2, 1, N).double()).dtype == torch.float64

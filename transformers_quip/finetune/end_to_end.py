@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from ..calibration.device import evaluating
 from ..config.tune import TuneOptions
-from ..nn.shared import share_inputs
 from .guard import Verdict, restored_unless_kept, window_divergences
 from .head import Head, divergence_sum, hidden_states, logit_map
 from .product import FrozenProduct, product_dtype
@@ -111,12 +110,10 @@ def tune_vectors(
         with tuned(model, probe, options.norms) as student:
             report.trained = sum(value.numel() for value in student.trained().values())
             _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
-        share_inputs(model)  # su has changed
         report.verdict = Verdict.of(before, window_divergences(model, teacher, head, held_out))
         if report.verdict.accepted:
             result.keep()
     if not report.verdict.accepted:
-        share_inputs(model)
         logger.warning("Tuning did not help, so the model is left as it was. %s.", report.verdict)
     else:
         logger.info("%s.", report.verdict)

@@ -29,7 +29,6 @@ from ..config import QUANT_METHOD, QuipConfig
 from ..hub import origin
 from ..nn import collectives, replace
 from ..nn.place import place_all, restore_structure
-from ..nn.shared import share_inputs
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from . import resizing, saving
@@ -228,7 +227,6 @@ class QuipQuantizer(HfQuantizer):
         self._foreign = None
         replace.freeze(model)
         replace.pack(model)
-        share_inputs(model)
         return model
 
     def _calibrate(self, model: PreTrainedModel) -> None:

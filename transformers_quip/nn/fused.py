@@ -11,6 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..ops.backend import get_activations, get_backend
+from ..ops.cpu import torch_private
+from ..ops.same_input import SameInput
 from .linear import QuipLinear
 from .stand_in import PackedWeight
 
@@ -18,9 +21,9 @@ from .stand_in import PackedWeight
 class FusedRows(nn.Linear):
     """Some of the outputs of a fused linear that stands beside this module in its parent; it has no weights.
 
-    The first module that is called with an input computes the outputs for all and leaves them in the parent's
-    [`Fusion`]; those that are called with the same tensor take theirs from there, and the last one clears it. Whatever the
-    order or number of calls, the result is that of a linear of its own.
+    The first module that is called with an input computes the outputs for all and leaves them in the [`Fusion`]; the others
+    take theirs from there if they are called with the same tensor and it still holds the same values, and the last one
+    clears it. Whatever the order or number of calls, the result equals that of a separate linear.
 
     Args:
         fusion: shared by all that hand out the outputs of one linear.
@@ -56,14 +59,19 @@ class FusedRows(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floating point [..., n] → [..., end − begin]."""
-        return self.fusion.take(x)[..., self.begin : self.end]
+        return self.fusion.take(self, x)[..., self.begin : self.end]
 
     def extra_repr(self) -> str:
         return f"outputs {self.begin} to {self.end} of {self.fusion.name}"
 
 
 class Fusion:
-    """What the modules that share a fused linear share: the linear, and its last outputs until all have taken theirs.
+    """What the modules that share a fused linear have in common: the linear, and its last outputs until all took theirs.
+
+    The outputs are reused under the rule of `ops.same_input`. The weights are too large to be compared byte by byte: they
+    count as unchanged if they are the same tensors, at the same addresses, of the same versions. So weights that NumPy,
+    DLPack or `.data` write to between two siblings of one call are seen by the next call. Under torch.compile nothing is
+    reused, as nothing can be compared there: each of the modules computes all outputs.
 
     Args:
         parent: the module that holds them all. The linear is looked up in it at every call, so that an adapter that was
@@ -74,7 +82,7 @@ class Fusion:
 
     def __init__(self, parent: nn.Module, name: str, shares: int):
         self.parent, self.name, self.shares = parent, name, shares
-        self._held: tuple[torch.Tensor, int, torch.Tensor, int] | None = None
+        self._outputs: SameInput[torch.Tensor] = SameInput()
 
     @property
     def linear(self) -> QuipLinear:
@@ -82,18 +90,20 @@ class Fusion:
         module = getattr(self.parent, self.name)
         return module if isinstance(module, QuipLinear) else module.base_layer  # PEFT's name for what it wraps
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """All outputs for x."""
-        # Read once: another thread may replace it at any time. The input itself is held, so that `is` cannot mean another
-        # tensor at the same address; its version tells that it was not changed in between.
-        held = self._held
-        if held is not None and held[0] is x and held[1] == _version(x):
-            y, left = held[2], held[3] - 1
-            if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
-                y = getattr(self.parent, self.name)(x)  # computed where no gradient was wanted
-        else:
-            y, left = getattr(self.parent, self.name)(x), self.shares - 1
-        self._held = (x, _version(x), y, left) if left > 0 else None
+    def take(self, taker: FusedRows, x: torch.Tensor) -> torch.Tensor:
+        """All outputs for x, of which `taker` hands out its own."""
+        module = getattr(self.parent, self.name)
+        if torch.compiler.is_compiling() or torch_private.is_recorded():
+            return module(x)
+        key = _state(module, x)
+        if key is None:
+            return module(x)
+        y = self._outputs.take(taker, (x,), key)
+        if y is None:
+            y = module(x)
+            self._outputs.keep(taker, (x,), key, y)
+        elif self._outputs.takers == self.shares:
+            self._outputs.forget()
         return y
 
     def __deepcopy__(self, memo: dict) -> Fusion:
@@ -101,13 +111,17 @@ class Fusion:
         parent = memo.get(id(self.parent))
         return Fusion(self.parent if parent is None else parent, self.name, self.shares)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_held": None}
 
-
-def _version(x: torch.Tensor) -> int:
-    # inference tensors count no versions; a compiler's tensors are not changed behind its back
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _state(module: nn.Module, x: torch.Tensor) -> tuple | None:
+    """All but the values of x that decides what a module computes from it; None if that cannot be known."""
+    weights = []
+    for weight in module.parameters():
+        if weight.is_inference():
+            return None  # counts no changes
+        weights.append((id(weight), weight.data_ptr(), weight._version))
+    version = None if x.is_inference() else x._version
+    settings = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type))
+    return id(module), module.training, x.requires_grad, version, settings, get_backend(), get_activations(), *weights
 
 
 class JoinedLinear(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +14,6 @@ from ..ops import Layer, packing
 from .packing import PackedCodes
 from .stand_in import PackedWeight
 from .stored import zeros
-
-if TYPE_CHECKING:
-    from .shared import SharedInput
 
 
 class QuipLinear(PackedCodes, nn.Linear):
@@ -67,7 +64,6 @@ class QuipLinear(PackedCodes, nn.Linear):
         self._add_empty(out_features, in_features, device, scales_dtype or dtype)
         self.register_parameter("bias", zeros((out_features,), dtype, device) if bias else None)
         self.weight_dtype = dtype or torch.get_default_dtype()
-        self.share_input(None)
         self._prepared: _ops.prepared.Prepared | None = None
         # Transformers' weight initialisation leaves such a module alone.
         self._is_hf_initialized = True
@@ -104,22 +100,23 @@ class QuipLinear(PackedCodes, nn.Linear):
         """Floating point [..., n] → [..., m] in the same dtype. Raises `ValueError` for any other input."""
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f"expected floating point [..., {self.in_features}], got {x.dtype} {list(x.shape)} in {self}")
-        tensors = self._parameters  # asking the module for each of them takes five times as long
-        if not torch.compiler.is_compiling() and self._prepared is not None:
-            y = self._prepared(x, tensors)
+        if torch.compiler.is_compiling():
+            return torch.ops.quip.linear(x, *self.layer())
+        if self._prepared is not None:
+            # `_parameters`, because asking the module for each of them takes five times as long
+            y = self._prepared(x, self._parameters)
             if y is not None:
                 return y
-        if not tensors["codes"].is_cpu and not torch.compiler.is_compiling():
-            self.pack_if_wanted()
+        return self._look_up(x)
+
+    def _look_up(self, x: torch.Tensor) -> torch.Tensor:
+        """The output; the next call of this kind is prepared, if it can be."""
+        self.pack_if_wanted()
         layer = self.layer()
         if torch.is_grad_enabled():
             return torch.ops.quip.linear(x, *layer)
-        if self._shared is not None and self._shares_now(x):
-            return torch.ops.quip.rotated_linear(x, self._shared.take(self, x), *layer)
-        if torch.compiler.is_compiling():
-            return torch.ops.quip.linear(x, *layer)
         y = _ops.prepared.linear(x, layer)
-        self._prepared = _ops.prepared.prepare(x, tensors, self.tensor_names, layer) or self._prepared
+        self._prepared = _ops.prepared.prepare(x, self._parameters, self.tensor_names, layer) or self._prepared
         return y
 
     def layer(self) -> Layer:
@@ -128,29 +125,6 @@ class QuipLinear(PackedCodes, nn.Linear):
         weight = [tensors[name] for name in self.tensor_names]
         names = (self.codebook, self.incoherence_in, self.incoherence_out, self.seed)
         return Layer(weight, tensors["su"], tensors["sv"], tensors["bias"], *names)
-
-    def rotate(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The first step of the forward, Q_inᵀ( su ⊙ x ), as the second step takes it (see `ops.schemas`)."""
-        activations = _ops.backend.get_activations()
-        return torch.ops.quip.rotate(x, self.su, self.codebook, self.incoherence_in, self.seed, activations)
-
-    def share_input(self, shared: SharedInput | None) -> None:
-        """Take the transformed input from there, where kernels compute this on a GPU, as long as su stays as it is."""
-        self._shared = shared
-        self._su_version = None if shared is None or self.su.is_inference() else (self.su, self.su._version)
-
-    def _shares_now(self, x: torch.Tensor) -> bool:
-        """Whether the first step is computed apart; without gradients, which only the whole op has."""
-        if not packing.is_run_by_kernels(self.weight_tensors()) or x.device != self.su.device or x.numel() == 0:
-            return False
-        return torch.compiler.is_compiling() or self._drop_share_if_changed() is not None
-
-    def _drop_share_if_changed(self) -> SharedInput | None:
-        """The shared input; None from now on if su is not what it was."""
-        known = self._su_version
-        if known is None or known[0] is not self._parameters["su"] or known[1] != known[0]._version:
-            self.share_input(None)
-        return self._shared
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -175,24 +149,14 @@ class QuipLinear(PackedCodes, nn.Linear):
         return torch.ops.quip.decode(self.weight_tensors(), self.codebook, self.sv.shape[0], self.su.shape[0], dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> QuipLinear:
-        shared = self._drop_share_if_changed()
         super()._apply(fn, recurse)
         # a change of dtype (`module.to`, `.bfloat16()`) is one of the stand-in for the weight too
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
         self._unpack_off_the_gpu()
-        self.share_input(shared)  # every su is changed alike
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        self.share_input(None)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_prepared": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.share_input(state.get("_shared"))
 
     def extra_repr(self) -> str:
         return (

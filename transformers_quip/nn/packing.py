@@ -56,7 +56,7 @@ class PackedCodes(StoredTensors):
             self._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def _unpack_off_the_gpu(self) -> None:
-        if self.is_packed and self.weight_tensors()[0].device.type not in packing.DEVICES:
+        if self.is_packed and not packing.is_run_by_kernels(self.weight_tensors()):
             self.unpack()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -1,15 +1,16 @@
 """`torch.ops.quip.*`: what a quantized linear computes. Importing this registers the ops.
 
 `schemas` says what the ops take and return, `reference` computes them with plain PyTorch on any device, `autograd`
-differentiates them. A faster version for a device (`cpu`, `triton`) is registered beside the reference and tested
-against it; `backend` lets the user choose; `cpu.prepared` calls the CPU's version without the dispatcher.
+differentiates them, `batching` maps them over a dimension. A faster version for a device (`cpu`, `triton`) is registered
+beside the reference and tested against it; `backend` lets the user choose; `cpu.prepared` calls the CPU's version without
+the dispatcher.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import autograd, backend, reference, schemas
+from . import autograd, backend, batching, reference, schemas
 from .cpu import prepared
 from .cpu import run as cpu_run
 from .layer import Layer
@@ -25,4 +26,5 @@ if not hasattr(torch.ops.quip, "linear"):
     reference.register()
     cpu_run.register()
     autograd.register()
+    batching.register()
     triton_run.register()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+from .cpu import torch_private
 from .layer import Layer
-from .reference import compute_dtype
+from .reference import compute_dtype, linear_formula, transform_formula
 
 
-def _transform_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+def _transform_setup(ctx: Any, inputs: tuple, output: torch.Tensor | None = None) -> None:
     _, ctx.incoherence, ctx.seed, ctx.transpose = inputs
 
 
@@ -19,7 +21,7 @@ def _transform_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return torch.ops.quip.transform(grad, ctx.incoherence, ctx.seed, not ctx.transpose), None, None, None
 
 
-def _linear_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+def _linear_setup(ctx: Any, inputs: tuple, output: torch.Tensor | None = None) -> None:
     x, *arguments = inputs
     layer = Layer(*arguments)
     ctx.names = (layer.codebook, layer.incoherence_in, layer.incoherence_out, layer.seed)
@@ -27,10 +29,12 @@ def _linear_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.save_for_backward(x, layer.su, layer.sv, *layer.weight)
 
 
-def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
+def _linear_backward(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...] | None = None) -> tuple:
     """The gradients with respect to x, su, sv and bias. Stored tensors are given none: codes are integers."""
     x, su, sv, *stored = ctx.saved_tensors
-    needs_x, _, needs_su, needs_sv, needs_bias, *_ = ctx.needs_input_grad
+    if needed is None:
+        needed = tuple(ctx.needs_input_grad[i] for i in (0, 2, 3, 4))
+    needs_x, needs_su, needs_sv, needs_bias = needed
     codebook, incoherence_in, incoherence_out, seed = ctx.names
     dtype = compute_dtype(x.dtype)
     grad = grad.to(dtype)
@@ -54,7 +58,96 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return grad_x, [None] * len(stored), grad_su, grad_sv, grad_bias, None, None, None, None
 
 
+class _Linear(torch.autograd.Function):
+    """quip::linear with a graph. Its inputs are those of the op, with the list of stored tensors at the end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        inputs = _in_order(x, *arguments)
+        _linear_setup(ctx, inputs)
+        return _linear_below(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        needed = ctx.needs_input_grad
+        grad_x, stored, *others = _linear_backward(ctx, grads[0], (needed[0], *needed[1:4]))
+        return grad_x, *others, *stored
+
+
+class _Transform(torch.autograd.Function):
+    """quip::transform with a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        _transform_setup(ctx, inputs)
+        return _transform_below(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        return _transform_backward(ctx, grads[0])
+
+
+def _in_order(x: torch.Tensor, *others: Any) -> tuple:
+    """The op's arguments: the stored tensors, which come last, are its second."""
+    count = len(Layer._fields) - 1
+    return x, list(others[count:]), *others[:count]
+
+
+def _linear_below(*inputs: Any) -> torch.Tensor:
+    with torch_private.below_autograd():
+        return torch.ops.quip.linear(*inputs)
+
+
+def _transform_below(*inputs: Any) -> torch.Tensor:
+    with torch_private.below_autograd():
+        return torch.ops.quip.transform(*inputs)
+
+
+def _linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """quip::linear above its kernels: with derivatives where some are wanted.
+
+    In forward mode and in function transforms (torch.func), PyTorch differentiates the formula: the op is linear in x, and
+    in each of su, sv and bias.
+    """
+    layer = Layer(*arguments)
+    floats = (x, layer.su, layer.sv) if layer.bias is None else (x, layer.su, layer.sv, layer.bias)
+    if _wants_formula(floats):
+        weight = torch.ops.quip.decode(layer.weight, layer.codebook, layer.m, layer.n, compute_dtype(x.dtype))
+        return linear_formula(x, layer, weight)
+    if torch.is_grad_enabled() and any(v.requires_grad for v in floats):
+        return _Linear.apply(x, *layer[1:], *layer.weight)
+    return _linear_below(x, *layer)
+
+
+def _transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
+    """quip::transform above its kernels; see [`_linear`]."""
+    if _wants_formula((x,)):
+        return transform_formula(x, incoherence, seed, transpose).clone()
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Transform.apply(x, incoherence, seed, transpose)
+    return _transform_below(x, incoherence, seed, transpose)
+
+
+def _wants_formula(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether derivatives of these are wanted that an `autograd.Function` does not give."""
+    if torch_private.may_be_dual() and any(forward_ad.unpack_dual(v).tangent is not None for v in tensors):
+        return True
+    return torch_private.is_transformed() and torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
+
+
+_library: list[torch.library.Library] = []  # what is registered through one is gone with it
+
+
 def register() -> None:
-    """Register the derivatives of quip::transform and quip::linear; quip::decode has none."""
-    torch.library.register_autograd("quip::transform", _transform_backward, setup_context=_transform_setup)
-    torch.library.register_autograd("quip::linear", _linear_backward, setup_context=_linear_setup)
+    """Register the derivatives of quip::transform and quip::linear; quip::decode has none.
+
+    Where PyTorch lacks what forward mode needs (see `cpu.torch_private`), only backward mode is registered.
+    """
+    if not torch_private.is_usable():
+        torch.library.register_autograd("quip::transform", _transform_backward, setup_context=_transform_setup)
+        torch.library.register_autograd("quip::linear", _linear_backward, setup_context=_linear_setup)
+        return
+    library = torch.library.Library("quip", "FRAGMENT")
+    library.impl("linear", _linear, "Autograd")
+    library.impl("transform", _transform, "Autograd")
+    _library.append(library)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +15,8 @@ from quip_kernels import cpu as cpu_kernels
 
 BACKEND_VARIABLE = "TRANSFORMERS_QUIP_BACKEND"
 ACTIVATIONS_VARIABLE = "TRANSFORMERS_QUIP_ACTIVATIONS"
+# Types of devices that the Triton kernels are for.
+TRITON_DEVICES = ("cuda", "xpu")
 ACTIVATIONS = ("auto", "exact", "int8")
 
 
@@ -42,7 +47,64 @@ _MISSING: dict[str, Callable[[], str | None]] = {
     "reference": _nothing,
     "triton": _missing_for_triton,
 }
-_chosen = {"backend": "auto", "activations": "auto"}
+
+
+class Settings(NamedTuple):
+    """What was chosen. An object is never changed: another choice makes another one.
+
+    devices: implementations by the type of device, in the place of those that the backend gives it. Only tests set it.
+    """
+
+    backend: str = "auto"
+    activations: str = "auto"
+    devices: Mapping[str, str] = MappingProxyType({})
+
+
+_settings = Settings()
+
+
+def settings() -> Settings:
+    """All that was chosen, for whoever has to see that it changed."""
+    return _settings
+
+
+def _change(**values: Any) -> None:
+    global _settings
+    _settings = _settings._replace(**values)
+
+
+@contextmanager
+def overridden(
+    backend: str | None = None, activations: str | None = None, devices: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Other settings for a while, for tests: nothing is checked, so that the CPU can stand for a GPU.
+
+    Args:
+        backend, activations: see [`set_backend`] and [`set_activations`]; None: as they are.
+        devices: what [`for_device`] answers, by type of device; None: as it is.
+    """
+    global _settings
+    before = _settings
+    values = {"backend": backend, "activations": activations, "devices": devices}
+    _change(**{name: value for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        _settings = before
+
+
+def for_device(device: torch.device | str) -> str:
+    """The implementation that computes on a device: "cpu" (the compiled library), "triton" or "reference".
+
+    Whether it is there, and what of a layer it covers, is another question, which `route` answers for each device.
+    """
+    kind = device if isinstance(device, str) else device.type
+    chosen = _settings.devices.get(kind)
+    if chosen is not None:
+        return chosen
+    if kind == "cpu":
+        return "cpu" if _settings.backend in ("auto", "cpu") else "reference"
+    return "triton" if _settings.backend == "triton" and kind in TRITON_DEVICES else "reference"
 
 
 def set_backend(name: str) -> None:
@@ -66,17 +128,12 @@ def set_backend(name: str) -> None:
     missing = _MISSING[name]()
     if missing:
         raise RuntimeError(f"The backend {name!r} is not available here: it needs {missing}.")
-    _chosen["backend"] = name
+    _change(backend=name)
 
 
 def get_backend() -> str:
     """The backend that was chosen, "auto" if none was."""
-    return _chosen["backend"]
-
-
-def uses_triton() -> bool:
-    """Whether Triton kernels compute what lies on a GPU."""
-    return _chosen["backend"] == "triton"
+    return _settings.backend
 
 
 def set_activations(name: str) -> None:
@@ -94,12 +151,12 @@ def set_activations(name: str) -> None:
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"activations={name!r} is not known, choose one of {', '.join(map(repr, ACTIVATIONS))}")
-    _chosen["activations"] = name
+    _change(activations=name)
 
 
 def get_activations() -> str:
     """The precision that was chosen, "auto" if none was."""
-    return _chosen["activations"]
+    return _settings.activations
 
 
 def read_environment() -> None:

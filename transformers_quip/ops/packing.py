@@ -13,9 +13,7 @@ import torch
 from quip_kernels import layout as kernels
 
 from .. import codebooks
-from .backend import uses_triton
-
-DEVICES = ("cuda", "xpu")
+from .backend import for_device
 
 
 def has_packed_form(codebook: str) -> bool:
@@ -38,7 +36,7 @@ def is_wanted(weight: Sequence[torch.Tensor], codebook: str) -> bool:
 
 def is_run_by_kernels(weight: Sequence[torch.Tensor]) -> bool:
     """Whether Triton kernels compute on the device of these tensors."""
-    return weight[0].device.type in DEVICES and uses_triton()
+    return for_device(weight[0].device) == "triton"
 
 
 def pack(weight: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,6 @@ from .. import codebooks
 from .. import incoherence as transforms
 from . import packing
 from .layer import Layer, named
-
-# In the place of a precision of activations: rotated inputs as the reference takes them, on every device.
-REFERENCE = "reference"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,11 +32,16 @@ def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> 
     """
     if x.numel() == 0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    q = transforms.get(incoherence, x.shape[-1], seed)
-    y = x.to(compute_dtype(x.dtype)).contiguous()
-    y = (q.apply_transpose(y) if transpose else q.apply(y)).to(x.dtype)
+    y = transform_formula(x, incoherence, seed, transpose)
     # An op may not return its input, which the identity transform does.
     return y.clone() if y.data_ptr() == x.data_ptr() else y.contiguous()
+
+
+def transform_formula(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
+    """[`transform`] as PyTorch's own operations, all of which PyTorch can differentiate; it may return x itself."""
+    q = transforms.get(incoherence, x.shape[-1], seed)
+    y = x.to(compute_dtype(x.dtype)).contiguous()
+    return (q.apply_transpose(y) if transpose else q.apply(y)).to(x.dtype)
 
 
 def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,24 +73,18 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     Returns:
         [..., m] in the dtype of x, computed in [`compute_dtype`].
     """
-    layer = Layer(*arguments)
-    return rotated_linear(x, rotate(x, layer.su, layer.codebook, layer.incoherence_in, layer.seed, REFERENCE), *layer)
-
-
-def rotate(
-    x: torch.Tensor, su: torch.Tensor, codebook: str, incoherence: str, seed: int, activations: str
-) -> list[torch.Tensor]:
-    """The first step of [`linear`]: [Q_inᵀ( su ⊙ x )], one tensor [..., n] in [`compute_dtype`]."""
-    dtype = compute_dtype(x.dtype)
-    return [transform(x.to(dtype) * su.to(dtype), incoherence, seed, True)]
-
-
-def rotated_linear(x: torch.Tensor, rotated: list[torch.Tensor], *arguments: Any) -> torch.Tensor:
-    """The second step of [`linear`], from the result of [`rotate`]; x itself tells the shape and the dtype."""
     layer, dtype = Layer(*arguments), compute_dtype(x.dtype)
-    weight = decode(layer.weight, layer.codebook, layer.m, x.shape[-1], dtype)
-    y = torch.nn.functional.linear(rotated[0], weight)
-    y = transform(y, layer.incoherence_out, layer.seed, False) * layer.sv.to(dtype)
+    weight = decode(layer.weight, layer.codebook, layer.m, layer.n, dtype)
+    return linear_formula(x, layer, weight, transform)
+
+
+def linear_formula(
+    x: torch.Tensor, layer: Layer, weight: torch.Tensor, transform: Callable[..., torch.Tensor] = transform_formula
+) -> torch.Tensor:
+    """[`linear`] with the decoded weight Ŵ [m, n]; with the default `transform`, PyTorch can differentiate all of it."""
+    dtype = compute_dtype(x.dtype)
+    t = transform(x.to(dtype) * layer.su.to(dtype), layer.incoherence_in, layer.seed, True)
+    y = transform(torch.nn.functional.linear(t, weight), layer.incoherence_out, layer.seed, False) * layer.sv.to(dtype)
     if layer.bias is not None:
         y = y + layer.bias.to(dtype)
     return y.to(x.dtype)
@@ -96,5 +92,5 @@ def rotated_linear(x: torch.Tensor, rotated: list[torch.Tensor], *arguments: Any
 
 def register() -> None:
     """Make these the implementation on every device that has none of its own."""
-    for function in (transform, decode, linear, rotate, rotated_linear):
+    for function in (transform, decode, linear):
         torch.library.impl(f"quip::{function.__name__}", "default", function)

@@ -9,7 +9,6 @@ import torch
 
 from .layer import SCHEMA as LAYER
 from .layer import Layer
-from .triton import run as triton
 
 SCHEMAS = {
     # Q x along the last dimension (Qᵀ x if transpose); Q = incoherence.get(incoherence, x.shape[-1], seed).
@@ -18,12 +17,6 @@ SCHEMAS = {
     "decode": "(Tensor[] weight, str codebook, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     # sv ⊙ Q_out(Ŵ Q_inᵀ(su ⊙ x)) + bias for x [..., n]: [..., m] in the dtype of x.
     "linear": f"(Tensor x, {LAYER}) -> Tensor",
-    # linear in two steps, so that linears of one input and equal su do the first once. Q_inᵀ(su ⊙ x) in the form that the
-    # second step of this device takes, with activations ("exact", "int8") as they were when it was made; or, with
-    # activations "reference", in that of the reference.
-    "rotate": "(Tensor x, Tensor su, str codebook, str incoherence, int seed, str activations) -> Tensor[]",
-    # The rest of linear for the x that was rotated. Neither su nor the input's transform is used again.
-    "rotated_linear": f"(Tensor x, Tensor[] rotated, {LAYER}) -> Tensor",
 }
 
 
@@ -42,21 +35,9 @@ def linear(x: torch.Tensor, *layer: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], Layer(*layer).m))
 
 
-def rotate(
-    x: torch.Tensor, su: torch.Tensor, codebook: str, incoherence: str, seed: int, activations: str
-) -> list[torch.Tensor]:
-    """Fake of quip::rotate."""
-    return [x.new_empty(shape, dtype=dtype) for shape, dtype in triton.rotated_form(x, codebook, activations)]
-
-
-def rotated_linear(x: torch.Tensor, rotated: list[torch.Tensor], *layer: Any) -> torch.Tensor:
-    """Fake of quip::rotated_linear."""
-    return x.new_empty((*x.shape[:-1], Layer(*layer).m))
-
-
 def define() -> None:
     """Define every op and its fake."""
     for name, schema in SCHEMAS.items():
         torch.library.define(f"quip::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for fake in (transform, decode, linear, rotate, rotated_linear):
+    for fake in (transform, decode, linear):
         torch.library.register_fake(f"quip::{fake.__name__}", fake)

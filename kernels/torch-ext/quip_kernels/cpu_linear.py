@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from .cpu import SECOND_STAGES
+from .cpu_layers import description
 from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, TransformCall, default_level, loaded
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -100,7 +101,8 @@ def linear(
     codes, su, sv, bias = contiguous(codes), contiguous(su), contiguous(sv), contiguous(bias)
     codes_residual = contiguous(codes_residual)
     tensors = (codes, codes_residual, su, sv, bias)
-    layer, address, m, n = layer_of(vectors, tensors, transform_in, transform_out, residual_scale)
+    n, m = x.shape[-1], codes.shape[0]
+    layer, address = layer_of(n, tensors, transform_in, transform_out, residual_scale)
     if planes not in PLANES:
         raise ValueError(f"planes={planes} must be 1, 2 or 3")
     y = x.new_empty(*x.shape[:-1], m) if dtype is None else x.new_empty((*x.shape[:-1], m), dtype=dtype)
@@ -127,36 +129,32 @@ def contiguous(v: _Tensor) -> _Tensor:
     return v if v is None or v.is_contiguous() else v.contiguous()
 
 
-_layers: dict[tuple, tuple[LayerArguments, int, int, int]] = {}
-_MOST_LAYERS = 4096
-
-
 def layer_of(
-    x: torch.Tensor,
+    n: int,
     tensors: LayerTensors,
     transform_in: Transform | None,
     transform_out: Transform | None,
     residual_scale: float,
-) -> tuple[LayerArguments, int, int, int]:
-    """The layer's description for the library, its address, m and n; tensors: codes, codes_residual, su, sv, bias.
+) -> tuple[LayerArguments, int]:
+    """The layer's description for the library and its address (`cpu_layers.description`).
 
-    Descriptions are kept: to make and check one takes longer than to compute a small layer. They hold nothing but what
-    is in their key, so that one is right for any tensors which have the same key.
+    Args:
+        tensors: codes, codes_residual, su, sv, bias, all contiguous.
     """
-    # Written out, because this is a good part of the time that a small layer takes. A device needs no mention: addresses of
-    # different devices differ.
+    names = (n, transform_in, transform_out, residual_scale)
+    return description(names, tensors, lambda: _describe(n, tensors, transform_in, transform_out, residual_scale))
+
+
+def _describe(
+    n: int,
+    tensors: LayerTensors,
+    transform_in: Transform | None,
+    transform_out: Transform | None,
+    residual_scale: float,
+) -> LayerArguments:
+    """See [`layer_of`]. Raises `ValueError` for a tensor that is not as [`linear`] describes it."""
     codes, codes_residual, su, sv, bias = tensors
-    key = (
-        x.shape[-1], transform_in, transform_out, residual_scale, codes.data_ptr(), codes.shape, codes.dtype,
-        None if codes_residual is None else (codes_residual.data_ptr(), codes_residual.shape, codes_residual.dtype),
-        None if su is None else (su.data_ptr(), su.shape, su.dtype),
-        None if sv is None else (sv.data_ptr(), sv.shape, sv.dtype),
-        None if bias is None else (bias.data_ptr(), bias.shape, bias.dtype),
-    )  # fmt: skip
-    found = _layers.get(key)
-    if found is not None:
-        return found
-    m, n = codes.shape[0], x.shape[-1]
+    m = codes.shape[0]
     if codes.dtype != torch.int16 or codes.dim() != 2 or codes.shape[1] != -(-n // 8) or not m or not codes.is_cpu:
         raise ValueError(
             f"codes for {n} inputs must be int16 [m, {-(-n // 8)}] on the CPU, got {codes.dtype} {list(codes.shape)} on "
@@ -169,7 +167,7 @@ def layer_of(
         if transform is not None and transform.size != size:
             raise ValueError(f"a transform of size {transform.size} was given for {size} features")
     types = [vector_type(v, size, name) for v, size, name in ((su, n, "su"), (sv, m, "sv"), (bias, m, "bias"))]
-    arguments = LayerArguments(
+    return LayerArguments(
         *(None if v is None else v.data_ptr() for v in tensors),
         *(None if q is None else q.address for q in (transform_in, transform_out)),
         n,
@@ -178,11 +176,6 @@ def layer_of(
         *types,
         second,
     )
-    if len(_layers) >= _MOST_LAYERS:
-        _layers.clear()
-    # the key keeps the transforms alive
-    found = _layers[key] = (arguments, ctypes.addressof(arguments), m, n)
-    return found
 
 
 def transform(

@@ -110,7 +110,8 @@ def linear(
     n = x.shape[-1]
     rows = rows_of(x, n)
     tensors = (contiguous(codes), contiguous(codes_residual), contiguous(su), contiguous(sv), contiguous(bias))
-    layer, address, m, n = layer_of(rows, tensors, transform_in, transform_out, residual_scale)
+    m = codes.shape[0]
+    layer, address = layer_of(n, tensors, transform_in, transform_out, residual_scale)
     if x.dtype not in _DTYPES[int8] or not x.is_cpu or m % WHOLE or n % WHOLE:
         raise ValueError(
             f"x must be bfloat16, or float16 with int8, on the CPU, inputs and outputs multiples of {WHOLE}, got {x.dtype} "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .cpu_layers import description
 from .cpu_library import LayerArguments, TrellisArguments, default_level, loaded
 from .cpu_linear import DTYPES, Transform, contiguous, rows_of, type_of, vector_type
 
@@ -64,7 +65,8 @@ def linear(
     n = x.shape[-1]
     vectors = x if x.is_contiguous() else rows_of(x, n)
     tensors = (contiguous(codes), contiguous(su), contiguous(sv), contiguous(bias), contiguous(table))
-    layer, address, m = layer_of(n, tensors, transform_in, transform_out, layout)
+    layer, address = layer_of(n, tensors, transform_in, transform_out, layout)
+    m = codes.shape[0]
     kind = type_of(x, "x")
     y = x.new_empty(*x.shape[:-1], m)
     stride = n if vectors is x else vectors.stride(0)
@@ -126,37 +128,20 @@ def decode(
     return weight
 
 
-_layers: dict[tuple, tuple[TrellisArguments, int, int]] = {}
-_MOST_LAYERS = 4096
-
-
 def layer_of(
     n: int,
     tensors: TrellisTensors,
     transform_in: Transform | None,
     transform_out: Transform | None,
     layout: Layout,
-) -> tuple[TrellisArguments, int, int]:
-    """The layer's description for the library, its address and m; tensors: codes, su, sv, bias, table, all contiguous.
+) -> tuple[TrellisArguments, int]:
+    """The layer's description for the library and its address (`cpu_layers.description`).
 
-    Descriptions are kept, as those of `cpu_linear.layer_of` are, and for the same reason.
+    Args:
+        tensors: codes, su, sv, bias, table, all contiguous.
     """
-    codes, su, sv, bias, table = tensors
-    key = (
-        n, transform_in, transform_out, layout, codes.data_ptr(), codes.shape, codes.dtype,
-        None if su is None else (su.data_ptr(), su.shape, su.dtype),
-        None if sv is None else (sv.data_ptr(), sv.shape, sv.dtype),
-        None if bias is None else (bias.data_ptr(), bias.shape, bias.dtype),
-        None if table is None else (table.data_ptr(), table.shape, table.dtype),
-    )  # fmt: skip
-    found = _layers.get(key)
-    if found is None:
-        arguments = _arguments(n, tensors, transform_in, transform_out, layout)
-        if len(_layers) >= _MOST_LAYERS:
-            _layers.clear()
-        # the key keeps the transforms alive
-        found = _layers[key] = (arguments, ctypes.addressof(arguments), codes.shape[0])
-    return found
+    names = (n, transform_in, transform_out, layout)
+    return description(names, tensors, lambda: _arguments(n, tensors, transform_in, transform_out, layout))
 
 
 def _arguments(

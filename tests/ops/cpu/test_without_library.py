@@ -8,7 +8,7 @@ import torch
 
 from quip_kernels import cpu_library
 from tests import truth
-from transformers_quip import QuipLinear, codebooks, incoherence
+from transformers_quip import QuipLinear, codebooks, incoherence, set_activations
 from transformers_quip.ops import backend
 from transformers_quip.ops.cpu import run as cpu
 
@@ -22,18 +22,18 @@ def found(request, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cpu_library, "PATH", path)
     for function in (cpu_library.library, cpu._tell):
         function.cache_clear()
-    monkeypatch.setitem(backend._chosen, "backend", "auto")
     for name in ("transformers_quip", "quip_kernels"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
         caplog.set_level(logging.INFO, name)
-    yield request.param
+    with backend.overridden(backend="auto"):
+        yield request.param
     cpu_library.library.cache_clear()
 
 
 @pytest.mark.parametrize("activations", ["auto", "int8"])
 @torch.no_grad()
-def test_layers_are_exact_and_one_line_says_that_they_are_slower(found, activations, monkeypatch, caplog):
-    monkeypatch.setitem(backend._chosen, "activations", activations)
+def test_layers_are_exact_and_one_line_says_that_they_are_slower(found, activations, caplog):
+    set_activations(activations)
     for codebook in ("e8p", "e8p-rvq3", "e8p-rvq4"):
         parts = truth.random_linear(24, 96, codebook=codebook)
         module = QuipLinear(96, 24, codebook=codebook)

@@ -1,0 +1,121 @@
+"""The codes of a layer as the CPU library takes them: one class for each family of kernels, with the same methods."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from quip_kernels import cpu_linear, cpu_trellis
+from quip_kernels.cpu_library import default_level, loaded
+
+from ... import codebooks
+from ..layer import Layer, integer_dtypes, named, stages
+
+Vectors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # su, sv, bias
+Transforms = tuple[cpu_linear.Transform | None, cpu_linear.Transform | None]  # of inputs and outputs
+
+
+class Call(NamedTuple):
+    """A call of the library: function(address, x, y, number of vectors, *arguments, threads), which returns 0."""
+
+    function: Callable[..., int]
+    address: int
+    arguments: tuple[int, ...]
+    keep: object  # what is at the address, and what that points to
+
+
+class E8PCodes:
+    """E8P codes, of one or two stages.
+
+    Args:
+        planes: bytes of an activation.
+    """
+
+    def __init__(self, layer: Layer, planes: int):
+        self.codes, self.second = stages(layer.weight)
+        self.scale = layer.book.residual_scale or 1.0
+        self.planes = planes
+
+    def multiply(self, x: torch.Tensor, vectors: Vectors, transforms: Transforms) -> torch.Tensor:
+        """The layer for few vectors; what is None is left out."""
+        return cpu_linear.linear(x, self.codes, *vectors, *transforms, self.planes, None, None, self.second, self.scale)
+
+    def decode(self, rows: slice, out: torch.Tensor) -> torch.Tensor:
+        """Some rows of the weight, written to `out`."""
+        second = None if self.second is None else self.second[rows]
+        return cpu_linear.decode(self.codes[rows], out.shape[1], out.dtype, None, out, second, self.scale)
+
+    def describe(self, n: int, vectors: Vectors, transforms: Transforms) -> tuple[Any, int]:
+        """The layer's description for the library, which must be kept, and its address."""
+        su, sv, bias = map(cpu_linear.contiguous, vectors)
+        tensors = (cpu_linear.contiguous(self.codes), cpu_linear.contiguous(self.second), su, sv, bias)
+        description, address = cpu_linear.layer_of(n, tensors, *transforms, self.scale)
+        return (description, tensors), address
+
+    def call(self, n: int, dtype: torch.dtype, vectors: Vectors, transforms: Transforms) -> Call:
+        """The call that [`multiply`] makes for contiguous vectors of this dtype."""
+        (keep, _), address = self.describe(n, vectors, transforms)
+        kind = cpu_linear.DTYPES[dtype]
+        arguments = (n, kind, kind, self.planes, default_level())
+        return Call(loaded().quip_linear, address, arguments, (keep, transforms))
+
+
+class TrellisCodes:
+    """Trellis codes. Between the transforms activations are float32, whatever they are outside."""
+
+    def __init__(self, layer: Layer):
+        tensors = named(layer.weight, layer.book, layer.m, layer.n)
+        self.codes, self.table = tensors["codes"], tensors.get("table")
+        self.layout = trellis_layout(layer.codebook)
+
+    def multiply(self, x: torch.Tensor, vectors: Vectors, transforms: Transforms) -> torch.Tensor:
+        """See [`E8PCodes.multiply`]."""
+        return cpu_trellis.linear(x, self.codes, *vectors, *transforms, self.layout, self.table)
+
+    def decode(self, rows: slice, out: torch.Tensor) -> torch.Tensor:
+        """See [`E8PCodes.decode`]."""
+        return cpu_trellis.decode(self.codes[rows], out.shape[1], out.dtype, self.layout, self.table, out=out)
+
+    def call(self, n: int, dtype: torch.dtype, vectors: Vectors, transforms: Transforms) -> Call:
+        """See [`E8PCodes.call`]."""
+        tensors = (self.codes, *vectors, self.table)
+        keep, address = cpu_trellis.layer_of(n, tensors, *transforms, self.layout)
+        kind = cpu_linear.DTYPES[dtype]
+        arguments = (n, kind, kind, default_level())
+        return Call(loaded().quip_trellis_linear, address, arguments, (keep, transforms))
+
+
+def codes_of(layer: Layer, planes: int) -> E8PCodes | TrellisCodes:
+    """The codes of a layer whose codebook the library has kernels for."""
+    return TrellisCodes(layer) if layer.book.kernels == "trellis" else E8PCodes(layer, planes)
+
+
+@functools.cache
+def trellis_layout(codebook: str) -> cpu_trellis.Layout:
+    """The codes of a trellis codebook as the library takes them."""
+    book: Any = codebooks.get(codebook)
+    return cpu_trellis.Layout(book.code, book.k, book.order)
+
+
+def dtypes_are_known(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the library takes the types of all of these that are floating point."""
+    return all(v.dtype in cpu_linear.DTYPES or not v.is_floating_point() for v in tensors)
+
+
+def tensors_fit(layer: Layer) -> bool:
+    """Whether a layer has the number and the types of tensors that its codebook stores and the library takes.
+
+    The sizes are not looked at.
+    """
+    known, bias, wanted = cpu_linear.DTYPES, layer.bias, integer_dtypes(layer.codebook)
+    if layer.su.dtype not in known or layer.sv.dtype not in known or (bias is not None and bias.dtype not in known):
+        return False
+    if len(layer.weight) != len(wanted):
+        return False
+    for tensor, dtype in zip(layer.weight, wanted, strict=True):
+        if tensor.dtype not in known if dtype is None else tensor.dtype is not dtype:
+            return False
+    return True
