@@ -136,7 +136,6 @@ def main() -> int:
     parser.add_argument("--route", help="load, inspect, convert, convert(), card or compare")
     parser.add_argument("--replay", type=int, help="repeat one mutation, and print everything of it")
     parser.add_argument("--log", type=Path, help="a file to which every record is added, one line of JSON each")
-    parser.add_argument("--results", type=Path, help="a file for the counts")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quip-fuzz-") as work:
         records = run(options, Path(work))
@@ -147,8 +146,6 @@ def main() -> int:
         print("\n" + table(records, key), end="\n\n")
     for word in (*FAULTS, "cryptic, theirs"):
         print(groups(records, word), end="\n" if any(record["verdict"] == word for record in records) else "")
-    if options.results:
-        options.results.write_text(json.dumps(summary(records), indent=1) + "\n")
     return int(any(record["verdict"] in FAULTS for record in records))
 
 

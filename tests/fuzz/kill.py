@@ -275,13 +275,25 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The counts that are published."""
+    kills = [record for record in records if record["killed"]]
+    return {
+        "kills": len(kills),
+        "jobs": {name: sum(record["job"] == name for record in kills) for name in sorted({r["job"] for r in kills})},
+        "found": dict(Counter(record["found"] for record in kills)),
+        "left_something": sum(record["left"] > 0 for record in kills),
+        "faults": sum(bool(record["faults"]) for record in records),
+    }
+
+
 def main() -> int:
     """Returns 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.kill", description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=44)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="part of a job's name")
-    parser.add_argument("--results", type=Path, help="a file for the counts")
+    parser.add_argument("--log", type=Path, help="a file for every record, one line of JSON each")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quip-kill-") as work:
         records = run(options.count, options.seed, Path(work), options.only)
@@ -289,12 +301,8 @@ def main() -> int:
     faults = Counter(f"{record['job']}: {fault}" for record in records for fault in record["faults"])
     for fault, times in faults.most_common():
         print(f"{times} × {fault}")
-    if options.results:
-        kills = [record for record in records if record["killed"]]
-        jobs = {name: sum(record["job"] == name for record in kills) for name in dict.fromkeys(r["job"] for r in kills)}
-        found = dict(Counter(record["found"] for record in kills))
-        counts = {"kills": len(kills), "jobs": jobs, "found": found, "faults": sum(bool(r["faults"]) for r in kills)}
-        options.results.write_text(json.dumps(counts, indent=1) + "\n")
+    if options.log:
+        options.log.write_text("".join(json.dumps(record) + "\n" for record in records))
     return int(bool(faults))
 
 

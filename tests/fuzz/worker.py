@@ -63,6 +63,8 @@ def one(number: int, seed: int, specimens: dict[Path, torch.Tensor], work: Path,
     shutil.copytree(source, folder)
     mutator, what = mutate(folder, rng, only)
     chosen = rng.choice(ROUTES)
+    if mutator.startswith(("card", "evaluation")):
+        chosen = "card"  # nothing else reads them
     if (chosen == "card" and "foreign" in source.name) or (chosen.startswith("convert") and "native" in source.name):
         chosen = "load"
     record: dict[str, Any] = {"number": number, "seed": seed, "specimen": source.name, "mutation": mutator, "what": what}

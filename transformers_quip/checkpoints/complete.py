@@ -124,7 +124,8 @@ def _is_new(model: nn.Module, name: str) -> bool:
         return False
     if name.startswith(f"{base}."):
         return False
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", None)
+    head = None if output is None else output()
     if head is not None and model.get_submodule(name.rpartition(".")[0]) is head:
         return not any(architecture.endswith(_GENERATES) for architecture in saved)
     return True
