@@ -366,6 +366,18 @@ def test_dense_models_load_as_ever(dense):
     assert model.config.num_labels == 2
 
 
+@pytest.mark.parametrize("kind", ["hadamard-128", ["hadamard", "hadamard-128"], ["hadamard-128", "none"]])
+def test_a_transform_that_there_is_not_for_a_size(kind, quantized, changed):
+    """The message names the module, and comes before a forward needs the transform."""
+    folder = changed(quantized("llama"), config=lambda config: config["quantization_config"].update(incoherence=kind))
+    refuses(folder, r"model\.layers\.0\.\S+: the transform hadamard-128 needs a multiple of 128 numbers, and there are")
+
+
+def test_a_scale_that_is_not_a_float(quantized, changed):
+    folder = changed(quantized("llama"), config=lambda config: config["quantization_config"].update(residual_scale=10**400))
+    refuses(folder, "residual_scale=10+.* must be None or a finite number other than 0")
+
+
 def test_a_number_of_layers_that_no_model_has(quantized, changed, tmp_path):
     folder = changed(quantized("llama"), config=lambda config: config.update(num_hidden_layers=2**63))
     refuses(folder, "config.json has num_hidden_layers=9223372036854775808, more than any model")

@@ -161,10 +161,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _parse(raw: bytes) -> ModelCard | None:
-    """A card; None for what no program wrote: other encodings, and metadata that is not YAML."""
+    """A card; None for what no program wrote: other encodings, and metadata that is not YAML or is nested too deeply."""
     try:
         return ModelCard(raw.decode(), ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         return None
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..incoherence import STORED, sides
+from ..incoherence import IN_BLOCKS, STORED, sides
 from .general import GeneralLinear
 from .linear import QuipLinear
 
@@ -39,6 +40,8 @@ def empty_linear(
         "dtype": dtype,
         "scales_dtype": None if layout.scales_dtype is None else getattr(torch, layout.scales_dtype),
     }
+    padded = layout.padded or (rows, columns)
+    check_transforms(name, options.incoherence, *padded)
     try:
         if layout.padded or layout.row_scales or STORED in sides(options.incoherence):
             return GeneralLinear(columns, rows, bias, padded=layout.padded, row_scales=layout.row_scales, **arguments)
@@ -61,3 +64,16 @@ def empty_like(linear: nn.Module, config: Any, name: str) -> QuipLinear:
     if biased:
         module.bias = linear.bias
     return module.train(linear.training)
+
+
+def check_transforms(name: str, incoherence: str | Sequence[str], rows: int, columns: int) -> None:
+    """Refuse transforms that there are not for these sizes, before a forward needs them.
+
+    Raises:
+        ValueError: it names the module.
+    """
+    for side, size in zip(sides(incoherence), (columns, rows), strict=True):
+        if size % IN_BLOCKS.get(side, 1):
+            raise ValueError(
+                f"{name}: the transform {side} needs a multiple of {IN_BLOCKS[side]} numbers, and there are {size}"
+            )
