@@ -31,9 +31,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_quip import QuipConfig
-from transformers_quip.calibration import HessianAccumulator, capture_inputs, find_blocks, observe_linears
+from transformers_quip.calibration import BlockHessians, capture_inputs, find_blocks
 from transformers_quip.calibration.capture import linear_names
-from transformers_quip.calibration.device import cpu_matmul_precision, fast_cpu_linears
+from transformers_quip.calibration.precision import cpu_matmul_precision, fast_cpu_linears
 from transformers_quip.evaluation import perplexity, true_bits_per_weight
 from transformers_quip.nn import replace
 from transformers_quip.quantize.layer import quantize_weights
@@ -128,15 +128,8 @@ def hessian_files(model, name: str, windows: Windows) -> list[Path]:
 
 @torch.no_grad()
 def _observe(index: int, block: torch.nn.Module, inputs) -> dict[str, torch.Tensor]:
-    sums: dict[str, HessianAccumulator] = {}
-
-    def add(leader: str, x: torch.Tensor) -> None:
-        sums.setdefault(leader, HessianAccumulator(x.shape[-1])).add(x)
-
-    with observe_linears(block, linear_names(block), add) as observer:
-        for batch in range(inputs.num_batches):
-            inputs.hidden[batch] = inputs.call(index, block, batch)
-    return {" ".join(names): sums[leader].hessian() for leader, names in observer.groups.items()}
+    hessians = BlockHessians().collect(block, linear_names(block), inputs.of_block(index), inputs.store)
+    return {" ".join(names): hessians.pop(leader) for leader, names in hessians.groups.items()}
 
 
 def evaluate(model, windows: Windows) -> dict[str, float]:

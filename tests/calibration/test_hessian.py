@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from transformers_quip.calibration import HessianAccumulator
-from transformers_quip.calibration.device import cpu_matmul_precision
+from transformers_quip.calibration.precision import cpu_matmul_precision
 
 # float32 sums over a chunk of thousands of tokens; TF32 products would be off by 1e-4, bfloat16 ones by 1e-3
 TOLERANCE = 2e-6

@@ -75,7 +75,7 @@ def test_decode_is_the_description(name):
     assert book.name == name
     streams, table = some_streams(6, book.k), some_table(book)
     codes = as_int16([words(bits) for bits in streams]).view(m, -1)
-    assert codes.shape == book.codes_shape(m, n)
+    assert codes.shape == book.tensors(m, n)["codes"].shape
     assert torch.equal(book.decode(tensors(codes, table), n).double(), brute_force(book, streams, m, n, table))
 
 
@@ -238,7 +238,7 @@ def test_stored_tensors(name):
 def test_what_does_not_fit_is_refused():
     book, hyb = Trellis("mul1", 2, "exl3"), Trellis("hyb", 2, "qtip", (512, 2))
     with pytest.raises(ValueError, match=r"tiles of 16x16.*\[16, 24\]"):
-        book.codes_shape(16, 24)
+        book.tensors(16, 24)
     with pytest.raises(ValueError, match=r"are int16 \[16, 4\], got torch.int16 \[16, 6\]"):
         book.decode(tensors(torch.zeros(16, 6, dtype=torch.int16)), 32)
     with pytest.raises(ValueError, match=r"has no table, got \[512, 2\]"):

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import POSITIONS, VOCABULARY, tiny_ids, tiny_tokenizer
 from transformers_quip import QuipConfig
-from transformers_quip.quantize import recipe as recipe
+from transformers_quip.quantize import block
 
 
 class Begun(Exception):
@@ -20,7 +20,7 @@ def quantize(dense, monkeypatch):
     def begin(*args, **kwargs):
         raise Begun
 
-    monkeypatch.setattr(recipe, "quantize_weights", begin)
+    monkeypatch.setattr(block, "quantize_weights", begin)
 
     def run(**options):
         config = QuipConfig(**{"num_samples": 2, "sequence_length": 16, **options})

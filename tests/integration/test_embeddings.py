@@ -53,16 +53,16 @@ def test_the_whole_way(options, dense, ids, tmp_path):
 
 @pytest.mark.parametrize("follow", ["dense", "quantized", "mixed"])
 def test_which_batches_come_from_the_quantized_table(follow, dense, monkeypatch):
-    from transformers_quip.quantize import recipe as recipe
+    from transformers_quip.quantize import recipe
 
     entering = {}
 
-    def first_block(self, block, index, prefix, names, inputs):
+    def remember(block, inputs, *arguments):
         entering.setdefault("hidden", [hidden.clone() for hidden in inputs.hidden])
-        original(self, block, index, prefix, names, inputs)
+        return quantize_block(block, inputs, *arguments)
 
-    original = recipe._Recipe._quantize_block
-    monkeypatch.setattr(recipe._Recipe, "_quantize_block", first_block)
+    quantize_block = recipe.quantize_block
+    monkeypatch.setattr(recipe, "quantize_block", remember)
     config = QuipConfig(**DATA, batch_size=1, calibrate_on=follow, modules={"embed_tokens": {"bits": 4}})
     quantized = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=config)
     plain = AutoModelForCausalLM.from_pretrained(dense("llama"))

@@ -119,6 +119,23 @@ def test_nothing_outlives_the_input():
     assert shared.is_empty
 
 
+def test_a_result_that_nobody_takes_is_soon_not_kept():
+    shared, kept = SameInput(), []
+    for _ in range(140):
+        x = torch.randn(3, 8)
+        assert shared.take("o", (x,), "key") is None
+        shared.keep("o", (x,), "key", "result")
+        kept.append(not shared.is_empty)
+    assert kept[:2] == [True, True]
+    assert not any(kept[2:60])
+    assert 3 <= sum(kept) <= 6  # it is tried again now and then
+    for _ in range(140):  # one with siblings is always kept
+        x = torch.randn(3, 8)
+        assert shared.take("q", (x,), "key") is None
+        shared.keep("q", (x,), "key", "result")
+        assert shared.take("k", (x,), "key") == "result"
+
+
 def test_copies_hold_nothing():
     x = torch.randn(3, 8)
     shared = held(x)

@@ -31,7 +31,7 @@ def backend(request):
 def tensors(name, dtype=torch.float32):
     """Stored tensors, su, sv and bias of a random layer, and its weight by the definition, in float64."""
     book, generator = codebooks.get(name), torch.Generator().manual_seed(0)
-    codes = torch.randint(-(2**15), 2**15, book.codes_shape(M, N), generator=generator).to(torch.int16)
+    codes = torch.randint(-(2**15), 2**15, book.tensors(M, N)["codes"].shape, generator=generator).to(torch.int16)
     su, sv, bias = (torch.randn(size, generator=generator).to(dtype) for size in (N, M, M))
     table = None if book.table_shape is None else torch.randn(book.table_shape, generator=generator).half()
     stored = {"codes": codes} if table is None else {"codes": codes, "table": table}

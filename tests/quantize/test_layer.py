@@ -148,7 +148,7 @@ def test_without_a_cholesky_factor_another_method_rounds(caplog):
         with caplog.at_level(logging.WARNING):
             result = quantize_weights(weight, hessian, options())["block.0"]
         assert "block.0: the Hessian is not positive definite even with damping 1000" in caplog.text
-        assert "rounding='ldlq' is replaced by 'quantease'" in caplog.text
+        assert "falling back from rounding='ldlq' to 'quantease'" in caplog.text
         dense = dense_from_codes(result.tensors["codes"], result.su, result.sv)
         assert ((dense - weight["block.0"]).square().sum() / weight["block.0"].square().sum()).item() < 0.12
 

@@ -10,7 +10,7 @@ import torch
 from tests.models import tiny_ids, tiny_model
 from transformers_quip import QuipConfig
 from transformers_quip.nn import QuipLinear, replace
-from transformers_quip.quantize import recipe as recipe
+from transformers_quip.quantize import mixed_bits
 from transformers_quip.quantize.allocate import allocate, measure_sensitivities
 from transformers_quip.quantize.layer import loss_of_rounding, quantize_weight, quantize_weights
 from transformers_quip.quantize.recipe import quantize_model
@@ -46,7 +46,8 @@ def same_codes(a, b):
 
 @pytest.mark.parametrize("calibrate_on", ["quantized", "dense", "mixed"])
 def test_second_block_is_calibrated_on_what_the_option_says(calibrate_on, monkeypatch):
-    monkeypatch.setattr("transformers_quip.quantize.recipe.calibration_autocast", lambda block: nullcontext())
+    for module in ("block", "recipe"):
+        monkeypatch.setattr(f"transformers_quip.quantize.{module}.calibration_autocast", lambda block: nullcontext())
     dense = tiny_model("llama")
     model = copy.deepcopy(dense)
     config = options(calibrate_on=calibrate_on)
@@ -81,9 +82,10 @@ def test_report_and_record():
         assert 0 < record["relative_error"] < 0.2
         assert record["shape"] == [linears[record["name"]].out_features, linears[record["name"]].in_features]
     assert report.tokens == IDS.numel()
-    assert config.calibration["tokens"] == IDS.numel()
-    assert config.calibration["sequences"] == len(IDS)
-    assert config.calibration["mean_relative_error"] == pytest.approx(report.mean_relative_error, abs=1e-6)
+    calibration = report.config.calibration
+    assert calibration["tokens"] == IDS.numel()
+    assert calibration["sequences"] == len(IDS)
+    assert calibration["mean_relative_error"] == pytest.approx(report.mean_relative_error, abs=1e-6)
     assert {"data", "capture", "observe", "round", "replay"} <= report.seconds.keys()
 
 
@@ -188,7 +190,7 @@ def test_bits_are_chosen_by_what_feedback_leaves_of_the_loss(monkeypatch):
         given.update(sensitivities)
         return allocate(sizes, sensitivities, errors, bits)
 
-    monkeypatch.setattr(recipe, "allocate", remember)
+    monkeypatch.setattr(mixed_bits, "allocate", remember)
     options = {"dataset": ids, "num_samples": 4, "sequence_length": 96, "refinement_sweeps": 0}
     config = QuipConfig(bits=2.5, modules={"lm_head": {"damping": 0.01}}, **options)
     model = tiny_model("llama")

@@ -6,6 +6,7 @@ import torch
 
 from tests.problems import problem
 from transformers_quip import codebooks, rounding
+from transformers_quip.rounding import Problem
 from transformers_quip.rounding.convex import bounded_feedback
 from transformers_quip.rounding.ldlq import block_ldl
 
@@ -76,7 +77,7 @@ def test_without_a_bound_it_is_ldlq():
 def test_errors_pass_through_the_feedback_and_are_unbiased():
     book = codebooks.get("scalar8")  # wide enough that no weight meets the ends
     weight, hessian = problem(3000, 24)
-    points = rounding.get("convex").round(20 * weight, hessian, book, 0, seed=1).points
+    points = rounding.get("convex").round(Problem(20 * weight, hessian, book, seed=1)).points
     own = (20 * weight - points).double() @ bounded_feedback(hessian.double())
     assert own.abs().max() < 1 + 1e-4
     # Hoeffding: each lies within one unit of what was rounded; failure has probability below 1e-9.

@@ -5,7 +5,7 @@ import torch
 
 from tests.problems import problem
 from transformers_quip import codebooks, rounding
-from transformers_quip.rounding import proxy_loss
+from transformers_quip.rounding import Problem, proxy_loss
 from transformers_quip.rounding.sequential import PANEL
 
 
@@ -26,7 +26,7 @@ def test_equals_the_definition(book, sweeps):
     book = codebooks.get(book)
     weight, hessian = problem(48, PANEL + 24, seed=1)
     weight = weight * book.gaussian_scale
-    points = rounding.get("greedy").round(weight, hessian, book, sweeps).points
+    points = rounding.get("greedy").round(Problem(weight, hessian, book, sweeps)).points
     wanted = naive(weight, hessian, book, 1 + sweeps)
     assert (points.double() == wanted).all(1).float().mean() > 0.85  # ties, as in test_ldlq.py
     loss, wanted_loss = (proxy_loss(weight - p.float(), hessian).item() for p in (points, wanted))
@@ -36,7 +36,7 @@ def test_equals_the_definition(book, sweeps):
 def test_ends_where_no_single_change_helps():
     book = codebooks.get("scalar2")
     weight, hessian = problem(16, 40)
-    points = rounding.get("greedy").round(weight, hessian, book, 100).points.double()
+    points = rounding.get("greedy").round(Problem(weight, hessian, book, 100)).points.double()
     error, hessian = weight.double() - points, hessian.double()
     gradient = error @ hessian
     for value in (-1.5, -0.5, 0.5, 1.5):

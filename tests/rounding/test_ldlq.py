@@ -5,7 +5,7 @@ import torch
 
 from tests.problems import problem
 from transformers_quip import codebooks, rounding
-from transformers_quip.rounding import proxy_loss
+from transformers_quip.rounding import Problem, proxy_loss
 from transformers_quip.rounding.ldlq import block_ldl
 from transformers_quip.rounding.sequential import PANEL
 
@@ -35,7 +35,7 @@ def naive_ldlq(weight, hessian, sweeps):
 @pytest.mark.parametrize("columns", [8, PANEL, PANEL + 40])
 def test_equals_the_definition(columns, sweeps):
     weight, hessian = problem(48, columns)
-    codes, points = rounding.get("ldlq").round(weight, hessian, BOOK, sweeps)
+    codes, points = rounding.get("ldlq").round(Problem(weight, hessian, BOOK, sweeps))
     wanted = naive_ldlq(weight, hessian, sweeps)
     # A tie within float32 rounding may fall either way and changes what follows in its row.
     assert (points.double() == wanted).all(1).float().mean() > 0.85
@@ -79,7 +79,7 @@ def test_of_single_columns_equals_optq(bits):
     book = codebooks.get(f"scalar{bits}")
     weight, hessian = problem(64, PANEL + 22, seed=bits)
     weight = weight * book.gaussian_scale
-    points = rounding.get("ldlq").round(weight, hessian, book, 0).points
+    points = rounding.get("ldlq").round(Problem(weight, hessian, book, 0)).points
     wanted, _ = optq(weight, hessian, book)
     # A tie within float32 rounding may fall either way and changes what follows in its row.
     assert (points.double() == wanted).all(1).float().mean() > 0.9
@@ -100,7 +100,7 @@ def test_block_ldl_is_a_factorisation():
 def test_feedback_and_sweeps_lower_the_proxy_loss():
     weight, hessian = problem(96, 256)
     losses = [
-        proxy_loss(weight - rounding.get(name).round(weight, hessian, BOOK, sweeps).points, hessian).item()
+        proxy_loss(weight - rounding.get(name).round(Problem(weight, hessian, BOOK, sweeps)).points, hessian).item()
         for name, sweeps in (("nearest", 0), ("ldlq", 0), ("ldlq", 10))
     ]
     assert losses[1] < 0.9 * losses[0]
@@ -109,8 +109,8 @@ def test_feedback_and_sweeps_lower_the_proxy_loss():
 
 def test_identity_hessian_makes_ldlq_nearest():
     weight, _ = problem(32, 64)
-    nearest = rounding.get("nearest").round(weight, None, BOOK, 0)
-    ldlq = rounding.get("ldlq").round(weight, torch.eye(64), BOOK, 2)
+    nearest = rounding.get("nearest").round(Problem(weight, None, BOOK, 0))
+    ldlq = rounding.get("ldlq").round(Problem(weight, torch.eye(64), BOOK, 2))
     assert torch.equal(nearest.codes, ldlq.codes)
     assert torch.equal(nearest.points, ldlq.points)
 
@@ -127,4 +127,4 @@ def test_a_hessian_without_a_cholesky_factor_is_refused():
     weight, hessian = problem(4, 16)
     hessian -= 2 * torch.linalg.eigvalsh(hessian).max() * torch.eye(16)
     with pytest.raises(torch.linalg.LinAlgError):
-        rounding.get("ldlq").round(weight, hessian, BOOK, 0)
+        rounding.get("ldlq").round(Problem(weight, hessian, BOOK, 0))

@@ -5,7 +5,7 @@ import torch
 
 from tests.problems import problem
 from transformers_quip import codebooks, rounding
-from transformers_quip.rounding import proxy_loss
+from transformers_quip.rounding import Problem, proxy_loss
 
 
 @pytest.mark.parametrize("book", ["scalar2", "e8p"])
@@ -28,12 +28,12 @@ def test_most_important_first_then_greedy_passes(book):
             left[:, part] = weight[:, part] + (weight.double() - wanted)[:, past] @ best[place].T
         wanted[:, part] = book.encode(left[:, part].float())[1].double()
         done.append(part)
-    points = rounding.get("ldlq-rg").round(weight, hessian, book, 0).points
+    points = rounding.get("ldlq-rg").round(Problem(weight, hessian, book, 0)).points
     assert (points.double() == wanted).all(1).float().mean() > 0.85  # ties, as in test_ldlq.py
     for _ in range(2):
         for part in order:
             step = (weight - wanted) @ exact[:, part] @ torch.linalg.inv(exact[part, part])
             wanted[:, part] = book.encode((wanted[:, part] + step).float())[1].double()
-    points = rounding.get("ldlq-rg").round(weight, hessian, book, 2).points
+    points = rounding.get("ldlq-rg").round(Problem(weight, hessian, book, 2)).points
     loss, wanted_loss = (proxy_loss(weight - p.float(), hessian).item() for p in (points, wanted))
     assert loss == pytest.approx(wanted_loss, rel=0.01)

@@ -5,7 +5,7 @@ import torch
 
 from tests.problems import problem
 from transformers_quip import codebooks, rounding
-from transformers_quip.rounding import proxy_loss
+from transformers_quip.rounding import Problem, proxy_loss
 from transformers_quip.rounding.quantease import relaxed
 
 
@@ -26,9 +26,9 @@ def test_needs_no_cholesky_factor(book):
     hessian -= 1e-3 * hessian.diagonal().mean() * torch.eye(64)
     weight = weight * book.gaussian_scale
     with pytest.raises(torch.linalg.LinAlgError):
-        rounding.get("ldlq").round(weight, hessian, book, 0)
+        rounding.get("ldlq").round(Problem(weight, hessian, book, 0))
     losses = [
-        proxy_loss(weight - rounding.get(name).round(weight, hessian, book, 10).points, hessian).item()
+        proxy_loss(weight - rounding.get(name).round(Problem(weight, hessian, book, 10)).points, hessian).item()
         for name in ("quantease", "nearest")
     ]
     assert losses[0] < 0.5 * losses[1]
@@ -38,7 +38,7 @@ def test_relaxed_passes_find_better_points_than_plain_descent():
     book = codebooks.get("scalar2")
     weight, hessian = problem(256, 96, seed=4)
     losses = [
-        proxy_loss(weight - rounding.get(name).round(weight, hessian, book, 30).points, hessian).item()
+        proxy_loss(weight - rounding.get(name).round(Problem(weight, hessian, book, 30)).points, hessian).item()
         for name in ("quantease", "greedy")
     ]
     assert losses[0] < losses[1]

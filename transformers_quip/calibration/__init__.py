@@ -1,14 +1,16 @@
 """Calibration: token ids, the blocks' inputs, and the Hessians of the linears that read them."""
 
-from .capture import BlockCall, BlockInputs, NotBlockByBlock, capture_inputs, find_blocks, linear_names
+from .capture import BlockCall, BlockInputs, CapturedInputs, NotBlockByBlock, capture_inputs, find_blocks, linear_names
 from .dataset import load_token_ids
-from .hessian import HessianAccumulator
+from .hessian import BlockHessians, HessianAccumulator
 from .observe import LinearObserver, observe_linears
 from .synthetic import write_text
 
 __all__ = [
     "BlockCall",
+    "BlockHessians",
     "BlockInputs",
+    "CapturedInputs",
     "HessianAccumulator",
     "LinearObserver",
     "NotBlockByBlock",

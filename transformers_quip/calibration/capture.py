@@ -103,12 +103,45 @@ class BlockCall:
 
 @dataclass
 class BlockInputs:
-    """The hidden states that enter a block, batch by batch, and the recorded calls of every block.
+    """All that is needed to run one block by itself: the hidden states that enter it, and how the model calls it.
 
     Attributes:
-        hidden: one tensor [B, T, H] a batch, in the model's dtype, on `storage_device`: at first the inputs of block
-        0.
-            Replace its members (`advance` does) once a block is done.
+        hidden: one tensor [B, T, H] a batch, in the model's dtype.
+        calls: one a batch.
+    """
+
+    hidden: Sequence[torch.Tensor]
+    calls: Sequence[BlockCall]
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.hidden)
+
+    @torch.no_grad()
+    def call(self, block: nn.Module, batch_index: int) -> torch.Tensor:
+        """Run the block as the model runs it, on the hidden states of one batch.
+
+        Inputs are moved to the block's execution device. Returns the block's hidden states [B, T, H], on that device.
+        """
+        call = self.calls[batch_index]
+        device = execution_device(block)
+        hidden = move(self.hidden[batch_index], device)
+        args, kwargs = move(call.args, device), move(call.kwargs, device)
+        with evaluating(block):
+            if call.keyword is None:
+                output = block(hidden, *args, **kwargs)
+            else:
+                output = block(*args, **{call.keyword: hidden}, **kwargs)
+        return output[0] if isinstance(output, (tuple, list)) else output
+
+
+@dataclass
+class CapturedInputs:
+    """The hidden states on their way through the blocks, batch by batch, and the recorded calls of every block.
+
+    Attributes:
+        hidden: one tensor [B, T, H] a batch, in the model's dtype, on `storage_device`: at first the inputs of block 0.
+            `store` and `advance` replace its members once a block is done.
         calls: calls[block][batch]. Equal tensors are stored once.
         storage_device: where hidden states and arguments wait between calls.
     """
@@ -125,22 +158,13 @@ class BlockInputs:
     def num_batches(self) -> int:
         return len(self.hidden)
 
-    @torch.no_grad()
-    def call(self, block_index: int, block: nn.Module, batch_index: int) -> torch.Tensor:
-        """Run `block` as the model runs block `block_index`, on the present hidden states of batch `batch_index`.
+    def of_block(self, block_index: int) -> BlockInputs:
+        """The inputs of one block: the present hidden states (the same list), and the calls of that block."""
+        return BlockInputs(self.hidden, self.calls[block_index])
 
-        Inputs are moved to the block's execution device. Returns the block's hidden states [B, T, H], on that device.
-        """
-        call = self.calls[block_index][batch_index]
-        device = execution_device(block)
-        hidden = move(self.hidden[batch_index], device)
-        args, kwargs = move(call.args, device), move(call.kwargs, device)
-        with evaluating(block):
-            if call.keyword is None:
-                output = block(hidden, *args, **kwargs)
-            else:
-                output = block(*args, **{call.keyword: hidden}, **kwargs)
-        return output[0] if isinstance(output, (tuple, list)) else output
+    def store(self, batch_index: int, output: torch.Tensor) -> None:
+        """Replace the hidden states of one batch by what a block made of them."""
+        self.hidden[batch_index] = move(output, self.storage_device)
 
     def advance(self, block_index: int, block: nn.Module, batches: Iterable[int] | None = None) -> None:
         """Replace the hidden states by the block's outputs, batch after batch: the inputs of the next block.
@@ -148,8 +172,9 @@ class BlockInputs:
         Args:
             batches: which ones; None: all.
         """
+        inputs = self.of_block(block_index)
         for batch_index in range(self.num_batches) if batches is None else batches:
-            self.hidden[batch_index] = move(self.call(block_index, block, batch_index), self.storage_device)
+            self.store(batch_index, inputs.call(block, batch_index))
 
 
 class NotBlockByBlock(ValueError):
@@ -300,7 +325,7 @@ def capture_inputs(
     batch_size: int,
     storage_device: torch.device | str = "cpu",
     progress: bool = True,
-) -> BlockInputs:
+) -> CapturedInputs:
     """Record what enters the first decoder block, and with which other arguments the model calls every block.
 
     The model runs once a batch with every block's forward replaced by a recorder, and is stopped at the last block:
@@ -329,7 +354,7 @@ def capture_inputs(
     with evaluating(model), recorder.installed():
         for batch in tqdm(batches, desc="Capturing block inputs", unit="batch", disable=not progress):
             recorder.run(model, input_ids=batch.to(device), **without_cache(model))
-    return BlockInputs(recorder.hidden, recorder.calls, storage_device)
+    return CapturedInputs(recorder.hidden, recorder.calls, storage_device)
 
 
 def linear_names(block: nn.Module) -> Sequence[str]:

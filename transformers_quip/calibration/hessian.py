@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import logging
+from collections.abc import Callable, Sequence
 
-from .device import cpu_matmul_precision
+import torch
+from torch import nn
+
+from .capture import BlockInputs
+from .observe import observe_linears
+from .precision import autocast_dtype, cpu_matmul_precision
+
+logger = logging.getLogger(__name__)
 
 # Tokens in one float32 product: enough to make adding it to the float64 sum cheap, few enough to keep float32 rounding
 # below 1e-6 and copies small.
@@ -84,3 +92,68 @@ class HessianAccumulator:
                 f"{self.size}; {int(bad.sum())} columns in all). The model overflows in its dtype, or its weights do: "
                 "load it with dtype=torch.float32."
             )
+
+
+class BlockHessians:
+    """The Hessian of every input that the linears of one block read.
+
+    Args:
+        prefix: the block's name in the model with a dot, for messages.
+
+    Attributes:
+        groups: leader → the linears that read one input, the leader first ([`LinearObserver`]).
+        accumulators: leader → what was summed over its inputs.
+    """
+
+    def __init__(self, prefix: str = ""):
+        self.prefix = prefix
+        self.groups: dict[str, tuple[str, ...]] = {}
+        self.accumulators: dict[str, HessianAccumulator] = {}
+
+    def collect(
+        self,
+        block: nn.Module,
+        names: Sequence[str],
+        inputs: BlockInputs,
+        on_output: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> BlockHessians:
+        """Run the block over all batches, once.
+
+        Args:
+            block: with dense linears.
+            names: of its linears to observe.
+            inputs: of the block.
+            on_output: gets the number and the block's output [B, T, H] of each batch, after that batch is done with.
+
+        Returns:
+            self.
+        """
+        with observe_linears(block, names, self._add) as observer:
+            for batch in range(inputs.num_batches):
+                output = inputs.call(block, batch)
+                if on_output is not None:
+                    on_output(batch, output)
+        self.groups = observer.groups
+        return self
+
+    def pop(self, leader: str) -> torch.Tensor:
+        """The Hessian float32 [n, n] of one input; its accumulator is freed.
+
+        Raises:
+            ValueError: see [`HessianAccumulator.hessian`].
+        """
+        accumulator = self.accumulators.pop(leader)
+        if accumulator.tokens < accumulator.size:
+            logger.warning(
+                "%s: %d calibration tokens are too few for its %d inputs (its Hessian has no full rank): raise num_samples",
+                ", ".join(self.prefix + name for name in self.groups[leader]),
+                accumulator.tokens,
+                accumulator.size,
+            )
+        return accumulator.hessian()
+
+    def _add(self, leader: str, x: torch.Tensor) -> None:
+        if leader not in self.accumulators:
+            self.accumulators[leader] = HessianAccumulator(x.shape[-1], x.device, self.prefix + leader)
+        # What the product really multiplies: under autocast that is x in the lower precision.
+        self.accumulators[leader].add(x.to(autocast_dtype(x)))

@@ -14,8 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .arguments import cache_argument
-from .device import evaluating, execution_device, fast_cpu_linears
+from .device import evaluating, execution_device
 from .growing_cache import cache_bytes, growing_cache
+from .precision import fast_cpu_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

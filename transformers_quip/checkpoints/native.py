@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
@@ -63,19 +64,31 @@ def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], heade
         )
 
 
-def check_sources(names: Sequence[str], headers: Mapping[str, TensorInfo]) -> None:
+def check_sources(names: Sequence[str], headers: Mapping[str, TensorInfo]) -> list[str]:
     """Check that a dense checkpoint holds the weights that are going to be quantized.
+
+    A module of which the checkpoint has nothing is new, where it is not one of a series of blocks: a pooler or a head that
+    the base model's checkpoint has no weights for, and that Transformers initialises at random.
 
     Args:
         names: of the linears to quantize.
         headers: as for [`check_tensors`].
 
+    Returns:
+        The names of the new modules.
+
     Raises:
-        ValueError: one is missing; it names what lies there instead.
+        ValueError: a weight is missing that is not new, or all are; it names what lies there instead.
     """
     missing = [name for name in names if f"{name}.weight" not in headers]
-    if not missing:
-        return
+    new = [
+        name
+        for name in missing
+        if not re.search(r"\.\d+\.", name) and not any(key.startswith(f"{name}.") for key in headers)
+    ]
+    if len(missing) == len(new) < len(names):
+        return new
+    missing = [name for name in missing if name not in new] or missing
     there = sorted(key for key in headers if key.startswith(missing[0] + "."))[:4]
     found = f"it has {', '.join(there)} instead" if there else "it has nothing of that name"
     raise ValueError(

@@ -69,7 +69,7 @@ class Grid(NamedTuple):
 
 
 class Codebook(abc.ABC):
-    """A finite set of points in R^block_size; a weight matrix is a grid of codes, each naming one point.
+    """A finite set of points in R^(rows_together · block_size); a weight matrix is a grid of codes, each naming one point.
 
     Codes have two forms. While weights are rounded there is one integer for each block, whatever the codebook: `encode`
     and `round_panel` return those. A layer keeps, and a checkpoint stores, the tensors that `store` makes of them at the
@@ -79,7 +79,8 @@ class Codebook(abc.ABC):
     Attributes:
         name: as the config calls it. It names everything that decoding depends on.
         bits: code bits per weight.
-        block_size: weights per code, neighbours in a row.
+        block_size: columns that are coded together: neighbours in a row.
+        rows_together: rows that are coded together: 1, or the height of a tile.
         code_dtype: integer type of one code while weights are rounded.
         gaussian_scale: rms of the weights, in units of the points, at which Gaussian weights are quantized with the
             least error, or with which the codebook was published (its `opt_scale`); the codebook's file says which.
@@ -93,6 +94,7 @@ class Codebook(abc.ABC):
     name: str
     bits: float
     block_size: int
+    rows_together: int = 1
     code_dtype: torch.dtype
     gaussian_scale: float
     scale_factors: tuple[float, ...] = (0.9, 0.95, 1.0, 1.05)
@@ -100,16 +102,40 @@ class Codebook(abc.ABC):
     is_read_only: bool = False
     kernels: Literal["e8p", "trellis"] | None = None
 
+    @property
+    def has_single_rows(self) -> bool:
+        """Whether [`select_rows`] works, so that an embedding can have this codebook: where rows are coded one by one."""
+        return self.rows_together == 1
+
     def with_residual_scale(self, scale: float) -> Codebook:
         """The same codebook with another `residual_scale`. Raises `ValueError` where there is no second stage."""
         raise ValueError(f"residual_scale={scale} was given, but codebook {self.name!r} has no second stage")
 
     def codes_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        """Shape of the codes of a [out_features, in_features] weight while it is rounded: rows, blocks (and more).
+        """Shape of the codes of a [out_features, in_features] weight while it is rounded.
 
-        The last block of a row may be incomplete.
+        That is [out_features / rows_together, in_features / block_size], both rounded up, and the dimensions of one code
+        where it is not a single number.
         """
-        return out_features, math.ceil(in_features / self.block_size)
+        return math.ceil(out_features / self.rows_together), math.ceil(in_features / self.block_size)
+
+    def to_blocks(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix [m, n] of complete blocks as [m / rows_together, n / block_size, rows_together · block_size].
+
+        The weights of one block stand row by row.
+        """
+        rows = len(matrix)
+        if self.rows_together == 1:
+            return matrix.reshape(rows, -1, self.block_size)
+        tiles = matrix.reshape(rows // self.rows_together, self.rows_together, -1, self.block_size).transpose(1, 2)
+        return tiles.reshape(*tiles.shape[:2], -1)
+
+    def from_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`to_blocks`]."""
+        if self.rows_together == 1:
+            return blocks.reshape(blocks.shape[0], -1)
+        tiles = blocks.reshape(*blocks.shape[:2], self.rows_together, self.block_size).transpose(1, 2)
+        return tiles.reshape(blocks.shape[0] * self.rows_together, -1)
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
         """The tensors that a [out_features, in_features] layer stores for its weight, by name and in their order.
@@ -130,7 +156,8 @@ class Codebook(abc.ABC):
     def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored tensors of some rows of a weight, as an embedding looks them up.
 
-        Here for codebooks whose tensors have one row for each row of the weight; others override it.
+        Here for codebooks whose tensors have one row for each row of the weight; others override it (and
+        [`has_single_rows`]).
 
         Args:
             tensors: as [`tensors`] describes them.
@@ -160,10 +187,11 @@ class Codebook(abc.ABC):
         """The nearest point of every vector.
 
         Args:
-            x: float32 [..., block_size].
+            x: float32 [..., rows_together · block_size], see [`to_blocks`].
 
         Returns:
-            codes [...] of `code_dtype`, and the points [..., block_size] float32 on the device of x.
+            codes [...] of `code_dtype` (and the dimensions of one code), and the points, float32 of the shape of x on its
+            device.
         """
 
     def round_panel(
@@ -175,11 +203,11 @@ class Codebook(abc.ABC):
         delta_k = base_k − points_k.  Every sequential rounding method is this loop with its own matrices.
 
         Args:
-            target, base: float32 [rows, columns], columns a multiple of `block_size`.
+            target, base: float32 [rows, columns], multiples of `rows_together` and `block_size`.
             feedback: float32 [columns, columns]; only blocks below the diagonal are read.
 
         Returns:
-            codes [rows, columns / block_size], points and delta float32 [rows, columns].
+            codes as [`codes_shape`] has them, points and delta float32 [rows, columns].
         """
         size = self.block_size
         wanted = target.clone()
@@ -187,7 +215,8 @@ class Codebook(abc.ABC):
         codes = torch.empty(self.codes_shape(*target.shape), dtype=self.code_dtype, device=target.device)
         for block in reversed(range(target.shape[1] // size)):
             begin, end = block * size, (block + 1) * size
-            codes[:, block], points[:, begin:end] = self.encode(wanted[:, begin:end])
+            codes[:, block], found = self.encode(wanted[:, begin:end].reshape(-1, self.rows_together * size))
+            points[:, begin:end] = found.reshape(-1, size)
             delta[:, begin:end] = base[:, begin:end] - points[:, begin:end]
             wanted[:, :begin].addmm_(delta[:, begin:end], feedback[begin:end, :begin])
         return codes, points, delta
@@ -206,7 +235,8 @@ class Codebook(abc.ABC):
         """
 
     def check_vectors(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., block_size] as float32 [N, block_size]; raises `ValueError` for another last dimension."""
-        if x.shape[-1:] != (self.block_size,):
-            raise ValueError(f"{self.name} encodes vectors of {self.block_size} numbers, got shape {tuple(x.shape)}")
-        return x.reshape(-1, self.block_size).float()
+        """The vectors of [`encode`] as float32 [N, numbers]; raises `ValueError` for another last dimension."""
+        numbers = self.rows_together * self.block_size
+        if x.shape[-1:] != (numbers,):
+            raise ValueError(f"{self.name} encodes vectors of {numbers} numbers, got shape {tuple(x.shape)}")
+        return x.reshape(-1, numbers).float()

@@ -79,7 +79,7 @@ class Trellis(Codebook):
         ValueError: there is no such trellis.
     """
 
-    block_size = TILE
+    block_size = rows_together = TILE
     code_dtype = torch.int16
     is_read_only = True
     kernels = "trellis"
@@ -114,18 +114,19 @@ class Trellis(Codebook):
         code, q, v, k, order = match.groups()
         return cls(code, int(k), order, None if q is None else (1 << min(int(q), 17), int(v)))
 
-    def codes_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Shape of the codes of a [out_features, in_features] weight. Raises `ValueError` for incomplete tiles."""
+    def codes_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
+        """See [`Codebook.codes_shape`]: rows of tiles, tiles, words. Raises `ValueError` for incomplete tiles."""
         if out_features % TILE or in_features % TILE:
             raise ValueError(
                 f"codebook {self.name!r} has tiles of {TILE}x{TILE} weights: sizes must be multiples of {TILE}, got "
                 f"[{out_features}, {in_features}]"
             )
-        return out_features, in_features // TILE * self.k
+        return out_features // TILE, in_features // TILE, TILE * self.k
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
         """See [`Codebook.tensors`]: the codes, and the table of a code that has one."""
-        grids = {"codes": Grid(self.codes_shape(out_features, in_features), self.code_dtype)}
+        rows, tiles, words = self.codes_shape(out_features, in_features)
+        grids = {"codes": Grid((rows * TILE, tiles * words // TILE), self.code_dtype)}
         return grids if self.table_shape is None else grids | {"table": Grid(self.table_shape, torch.float32)}
 
     def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -156,10 +157,11 @@ class Trellis(Codebook):
         """
         codes = tensors["codes"]
         rows = codes.shape[0]
-        if codes.dtype != torch.int16 or tuple(codes.shape) != self.codes_shape(rows, columns):
+        grid = self.tensors(rows, columns)["codes"]
+        if codes.dtype != grid.dtype or not grid.fits(codes.shape):
             raise ValueError(
-                f"codes for {columns} columns of codebook {self.name!r} are int16 "
-                f"{list(self.codes_shape(rows, columns))}, got {codes.dtype} {list(codes.shape)}"
+                f"codes for {columns} columns of codebook {self.name!r} are int16 {list(grid.shape)}, got {codes.dtype} "
+                f"{list(codes.shape)}"
             )
         values = self.values(tensors.get("table"), codes.device, dtype)
         weight = torch.empty(rows, columns, dtype=dtype, device=codes.device)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from ..calibration.device import evaluating, fast_cpu_linears
+from ..calibration.device import evaluating
+from ..calibration.precision import fast_cpu_linears
 from .head import Head, LogitMap, last_hidden_states, logit_map
 from .product import FrozenProduct, product_dtype
 

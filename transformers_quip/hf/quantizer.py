@@ -53,7 +53,7 @@ class QuipQuantizer(HfQuantizer):
         else: the model is loaded dense and then calibrated and quantized block by block.
 
     Attributes:
-        report: after a calibrated run, what was done to each module (`quantize.model.QuantizationReport`); else None.
+        report: after a calibrated run, what was done to each module (`quantize.recipe.QuantizationReport`); else None.
     """
 
     requires_calibration = False
@@ -165,8 +165,16 @@ class QuipQuantizer(HfQuantizer):
                 self._check_native(model, files, weight_conversions)
             else:
                 headers = names_in_model(model, read_headers(files), weight_conversions)
-                native.check_sources(sorted(self._to_quantize), headers)
+                self._leave_dense(native.check_sources(sorted(self._to_quantize), headers))
         return weight_conversions
+
+    def _leave_dense(self, new: list[str]) -> None:
+        """Modules without a weight in the checkpoint, which Transformers initialises at random."""
+        if not new or self.quantization_config.is_calibrated:
+            return
+        logger.warning(f"{', '.join(new)}: not in the checkpoint, so initialised at random and left dense")
+        self._to_quantize -= set(new)
+        self._bar = LoadingBar(self._to_quantize)
 
     def _check_native(self, model: PreTrainedModel, paths: list[str], conversions: list) -> None:
         native.check_kind(paths)
@@ -210,7 +218,9 @@ class QuipQuantizer(HfQuantizer):
 
     # After loading
 
+    @torch.inference_mode(False)
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        replace.leave_inference_mode(model)
         if not self.pre_quantized:
             if self.while_loading:
                 self._check_all_quantized(model)
@@ -233,6 +243,7 @@ class QuipQuantizer(HfQuantizer):
         from ..quantize.recipe import quantize_model
 
         self.report = quantize_model(model, self.quantization_config, data=self._calibration_data)
+        self.quantization_config = self.report.config
         self._calibration_data = None
         if not replace.quantized_modules(model):
             raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")

@@ -1,11 +1,12 @@
 """Incoherence transforms: orthogonal matrices after which no entry of a weight or Hessian sticks out.
 
 A transform is found by name and is a pure function of (name, size, seed), so that a checkpoint stores only the name and
-the seed. A new transform is a function (size, seed) → [`Transform`] registered here.
+the seed. A new transform is a function (size, seed) → [`Transform`] registered here, or from outside by [`register`].
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,7 +22,48 @@ STORED = "stored"
 # Those that exist for multiples of a number only.
 IN_BLOCKS = {"hadamard-128": 128, "hadamard-eighths": 8}
 
-_TRANSFORMS: Registry[Callable[..., Transform]] = Registry("incoherence")
+_TRANSFORMS: Registry[Callable[[int, int], Transform]] = Registry("incoherence")
+
+
+def register(name: str, build: Callable[[int, int], Transform]) -> None:
+    """Add a transform, so that a config can name it: weights are quantized with it, saved, loaded and run.
+
+    A checkpoint stores the name and the seed, not the matrix. So a model that was saved with it is loaded only where the
+    same name was registered before, and `build` must give the same matrix on every machine.
+
+    Args:
+        name: as `QuipConfig(incoherence=name)` will have it.
+        build: (size, seed) → the [`Transform`] of this size. It raises `ValueError` for a size that it does not have, which
+            is then an error before any work. It is called once for each size and seed.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example: one random orthogonal matrix, which mixes as well as any transform and is slow for large layers.
+
+        def dense(size, seed):
+            generator = torch.Generator().manual_seed(seed)
+            gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
+            q, r = torch.linalg.qr(gaussian)
+            return incoherence.Transform([q * r.diagonal().sign()])
+
+        incoherence.register("dense", dense)
+        QuipConfig(incoherence="dense")
+    """
+    if name == STORED:
+        raise ValueError(f"incoherence {name!r} is the name of matrices that a checkpoint stores")
+
+    @functools.lru_cache(maxsize=256)
+    def checked(size: int, seed: int) -> Transform:
+        transform = build(size, seed)
+        if not isinstance(transform, Transform) or transform.size != size:
+            given = f"one of {transform.size}" if isinstance(transform, Transform) else repr(transform)
+            raise ValueError(f"incoherence {name!r} must give a Transform of {size} numbers, and gave {given}")
+        return transform
+
+    _TRANSFORMS.register(name, checked)
+
+
 _TRANSFORMS.register("hadamard", hadamard)
 _TRANSFORMS.register("kronecker", kronecker)
 _TRANSFORMS.register("none", identity)
@@ -36,7 +78,7 @@ def names() -> tuple[str, ...]:
 
 
 def names_in_files() -> tuple[str, ...]:
-    """The transforms that a saved model can name: those of [`names`] and the stored one."""
+    """The transforms that a saved model can name: those of [`names`], and matrices that it stores."""
     return (*_TRANSFORMS.names(), STORED)
 
 

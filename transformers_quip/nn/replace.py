@@ -112,6 +112,28 @@ def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear | Q
     return module
 
 
+def leave_inference_mode(model: nn.Module) -> None:
+    """Replace tensors that were made in `torch.inference_mode` by equal ones that gradients can flow past.
+
+    Transformers makes them where a model is loaded in that mode, and outside of it PyTorch refuses them.
+    """
+    owners: dict[int, list[tuple[dict[str, Any], str]]] = {}  # by identity: tied weights stay tied
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    owners.setdefault(id(tensor), []).append((tensors, name))
+    with torch.inference_mode(False), torch.no_grad():
+        for places in owners.values():
+            tensors, name = places[0]
+            tensor = tensors[name]
+            copy = tensor.clone()
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, tensor.requires_grad)
+            for tensors, name in places:
+                tensors[name] = copy
+
+
 def freeze(model: nn.Module) -> None:
     """Switch the gradients of every quantized module's parameters off (loading switches those of floats on)."""
     for module in quantized_modules(model).values():

@@ -1,1 +1,1 @@
-"""The recipe: what is quantized (`plan`), one weight (`layer`), a whole model (`model`)."""
+"""The recipe: what is quantized (`plan`), one weight (`layer`), one block (`block`), a whole model (`recipe`)."""

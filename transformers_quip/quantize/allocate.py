@@ -2,15 +2,16 @@
 
 The perplexity of a quantized model grows by about Σ a_l t_l² over its modules, where t_l² is the relative squared error of
 module l's weight and a_l its sensitivity (the linearity theorem of HIGGS, arXiv 2411.17525, section 3). So a_l is
-measured once, with noise. Errors of rounding with feedback are no such noise: they avoid what the inputs have most of, in
-some modules much more than in others, so that the recipe (`model.py`) multiplies a_l by what is left of the loss then
-(`layer.loss_of_rounding`). What remains is a knapsack problem.
+measured once, with noise. Errors of feedback rounding are not white: they avoid the inputs' dominant directions, in some
+modules much more than in others. So `mixed_bits` multiplies a_l by the share of the loss that is left then
+(`layer.loss_of_rounding`). The rest is a knapsack problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,15 +23,20 @@ from ..calibration.arguments import without_cache
 from ..calibration.device import evaluating, execution_device
 from ..nn import replace
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Relative squared error of the noise: large enough to be seen in a short text, of the size of a 2-bit codebook's error.
 NOISE = 0.05
 SEQUENCES, TOKENS = 4, 128
-# The budget is counted in at most so many units; sizes are rounded up to them, so that it is never exceeded.
+# The budget is counted in at most this many units; sizes are rounded up to them, so that it is never exceeded.
 _UNITS = 1 << 14
 
 
 @torch.no_grad()
-def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Tensor, seed: int = 0) -> dict[str, float]:
+def measure_sensitivities(
+    model: PreTrainedModel, names: Sequence[str], ids: torch.Tensor, seed: int = 0
+) -> dict[str, float]:
     """How much the model's predictions suffer from errors in each module.
 
     Args:
@@ -78,7 +84,7 @@ def _disturbed(linear: nn.Module, generator: torch.Generator):
 def gaussian_error(codebook: str) -> float:
     """The mean squared error of a codebook on the unit Gaussian, measured on 4096 blocks."""
     book = codebooks.get(codebook)
-    blocks = torch.randn(4096, book.block_size, generator=torch.Generator().manual_seed(0))
+    blocks = torch.randn(4096, book.rows_together * book.block_size, generator=torch.Generator().manual_seed(0))
     points = book.encode(blocks * book.gaussian_scale)[1] / book.gaussian_scale
     return (points - blocks).square().mean().item()
 
@@ -94,7 +100,7 @@ def allocate(
     Args:
         sizes: name → weights in the module.
         sensitivities: name → loss for each unit of relative squared error, not negative.
-        errors: bits → relative squared error of the codebook with so many, the choices there are.
+        errors: bits → relative squared error of the codebook with that many bits, for every choice.
         bits: the most bits a weight on the average.
 
     Returns:

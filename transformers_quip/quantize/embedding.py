@@ -6,13 +6,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import codebooks, incoherence, rounding
-from .layer import CHUNK, QuantizedWeight, check_weight, stored
+from .. import codebooks, incoherence
+from ..rounding import Problem
+from .layer import (
+    QuantizedWeight,
+    check_shape,
+    check_weight,
+    chunks_of_rows,
+    method_without_hessian,
+    stored,
+    warn_of_storage,
+)
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> QuantizedWeight:
     """Quantize the table of an embedding, with or without calibration alike.
@@ -20,7 +30,8 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
     A token's input to the table is a unit vector, so that the Hessian between tokens is diagonal, whatever the data: there
     is nothing to feed an error back to, and every rounding method of the papers becomes rounding to the nearest points.
     Rows may differ in length (SmolLM2's by a factor of three), which a transform between them would even out but a look-up
-    cannot undo; so every row is scaled by itself, which costs nothing, since sv is stored anyway.
+    cannot undo; so every row is scaled by itself, which costs nothing, since sv is stored anyway. Rows that
+    the codebook codes together share only the multiple of the scale that is tried.
 
     Args:
         table: float [m, n].
@@ -37,33 +48,38 @@ def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> Qu
     check_weight(name, table)
     rows, columns = table.shape
     book = codebooks.get(config.codebook_spec)
-    method = rounding.get(config.rounding)
-    if method.needs_hessian:
-        method = rounding.get("nearest")
+    check_shape(name, table, book)
+    method = method_without_hessian(config)
     factors = book.scale_factors if config.scale == "auto" else (float(config.scale),)
     su = incoherence.signs(columns, config.seed, "in").to(table.device)
     transform = incoherence.get(incoherence.sides(config.incoherence)[0], columns, config.seed)
     codes = torch.empty(book.codes_shape(rows, columns), dtype=book.code_dtype, device=table.device)
-    sv = torch.empty(rows, device=table.device)
+    sv, energies = torch.zeros(rows, device=table.device), torch.zeros(rows, device=table.device)
     lost = total = 0.0
-    at_once = max(CHUNK // columns, 1)
-    for begin in range(0, rows, at_once):
-        chunk = slice(begin, begin + at_once)
-        rotated = transform.apply_transpose(table[chunk].float() * su)
+    for begin, end in chunks_of_rows(rows, columns, book, method):
+        rotated = transform.apply_transpose(table[begin:end].float() * su)
         energy = rotated.square().sum(1)
         unit = (energy / columns).sqrt()[:, None] / book.gaussian_scale
         unit = torch.where(unit > 0, unit, 1)
-        padded = torch.nn.functional.pad(rotated, (0, -columns % book.block_size))
-        least = torch.full_like(energy, torch.inf)
+        missing = -len(rotated) % book.rows_together
+        padded = torch.nn.functional.pad(rotated, (0, -columns % book.block_size, 0, missing))
+        groups = slice(begin // book.rows_together, (end + missing) // book.rows_together)
+        least = torch.full((groups.stop - groups.start,), torch.inf, device=table.device)
         for factor in factors:
-            found, points = method.round(padded * (factor / unit), None, book, 0, config.seed + begin)
-            points = points[:, :columns]
-            fitted = (points * rotated).sum(1) / points.square().sum(1)
+            scale = torch.nn.functional.pad(factor / unit, (0, 0, 0, missing), value=1.0)
+            found, points = method.round(Problem(padded * scale, None, book, seed=config.seed + begin))
+            points = points[: len(rotated), :columns]
+            found_energy = points.square().sum(1)
+            fitted = (points * rotated).sum(1) / found_energy.clamp_min(torch.finfo(torch.float32).tiny)
             errors = (rotated - points * fitted[:, None]).square().sum(1)
-            better = errors < least
-            least = torch.where(better, errors, least)
-            sv[chunk] = torch.where(better, fitted, sv[chunk])
-            codes[chunk] = torch.where(better.reshape(-1, *[1] * (codes.ndim - 1)), found, codes[chunk])
+            together = torch.nn.functional.pad(errors, (0, missing)).reshape(-1, book.rows_together).sum(1)
+            better = together < least
+            least = torch.where(better, together, least)
+            codes[groups] = torch.where(better.reshape(-1, *[1] * (codes.ndim - 1)), found, codes[groups])
+            better = better.repeat_interleave(book.rows_together)[: len(rotated)]
+            sv[begin:end] = torch.where(better, fitted, sv[begin:end])
+            energies[begin:end] = torch.where(better, found_energy, energies[begin:end])
         lost += least.sum(dtype=torch.float64).item()
         total += energy.sum(dtype=torch.float64).item()
+    warn_of_storage(name, table.dtype, sv, energies, lost, total)
     return QuantizedWeight(stored(book, codes), su, sv, {"relative_error": lost / total if total else 0.0})

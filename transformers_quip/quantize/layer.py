@@ -11,24 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import codebooks, incoherence, rounding
+from ..calibration.precision import cpu_matmul_precision
 from ..codebooks import Codebook
 from ..incoherence import Transform
-from ..rounding import Rounded, Rounding, proxy_loss
+from ..rounding import Problem, Rounded, Rounding, proxy_loss
 from ..rounding.sequential import diagonal_blocks
 from .diagnostics import condition_number, histogram
+from .hessian import PreparedHessian, prepare_hessian
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
 
-# Damping may grow this often, tenfold each time, until the Hessian has a Cholesky factor; what rounds if it never has.
-_ATTEMPTS = 6
-_FALLBACK = "quantease"
 # On how many rows of each weight scale="auto" tries multiples of the codebook's scale.
 _SCALE_ROWS = 128
-# Rows without a Hessian are rounded so many numbers at a time, which bounds the memory beside the weight.
+# Without a Hessian this many numbers are rounded at a time, which bounds the memory of intermediate results.
 CHUNK = 1 << 22
+# Storing sv in the model's dtype is worth a warning where it adds this share to the squared error of the weight.
+_STORAGE_SHARE = 0.5
 
 
 @dataclass
@@ -52,17 +53,39 @@ class QuantizedWeight:
 
 
 @dataclass
-class _Rotated:
-    """A weight after its transforms, in units of the codebook's points."""
+class _Part:
+    """One of the weights that are rounded together, after its transforms.
+
+    Attributes:
+        name: of the module.
+        weight: float32 [m, n], W.
+        stored_as: the dtype in which sv will be stored: that of the module's weight.
+        q_out: the transform of the output side.
+        rotated: float32, Q_outᵀ diag(signs) W diag(su)⁻¹ Q_in, completed by zeros to whole blocks of the codebook.
+        rms: scalar, of `rotated` without what completes it.
+        factor: the multiple of the codebook's published scale at which it is rounded.
+    """
 
     name: str
     weight: torch.Tensor
-    sv: torch.Tensor
+    stored_as: torch.dtype
     q_out: Transform
     rotated: torch.Tensor
     rms: torch.Tensor
+    factor: float = 1.0
+
+    def unit(self, book: Codebook, factor: float | None = None) -> float:
+        """The length that one unit of the codebook stands for; 1 for a weight of zeros."""
+        return (self.rms.item() / (book.gaussian_scale * (self.factor if factor is None else factor))) or 1.0
+
+    def decoded(self, points: torch.Tensor, su: torch.Tensor, q_in: Transform) -> torch.Tensor:
+        """Q_out Ŵ Q_inᵀ diag(su) [m, n] for the points that this part was rounded to."""
+        rows, columns = self.weight.shape
+        return self.q_out.apply(q_in.apply(points[:rows, :columns]).T.contiguous()).T.contiguous() * su
 
 
+@cpu_matmul_precision("ieee")  # a Hessian rotated in lower precision is no longer positive definite
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_weights(
     weights: Mapping[str, torch.Tensor],
@@ -83,50 +106,43 @@ def quantize_weights(
     Raises:
         ValueError: a weight or the Hessian has NaN or Inf, or a shape does not fit; the message names the module.
     """
-    names = ", ".join(weights)
+    book = codebooks.get(config.codebook_spec)
     for name, weight in weights.items():
         check_weight(name, weight)
         if weight.shape[1] != hessian.shape[0]:
             raise ValueError(f"{name} has {weight.shape[1]} columns, but its Hessian is {list(hessian.shape)}")
-    if not torch.isfinite(hessian).all():
-        raise ValueError(f"the Hessian of {names} has NaN or Inf: the model's activations overflow in its dtype")
+        check_shape(name, weight, book)
     stack = torch.cat([weight.float() for weight in weights.values()])
-    q_in = incoherence.get(incoherence.sides(config.incoherence)[0], hessian.shape[0], config.seed)
     hessian = hessian.to(stack)
-    damped, damping, su, rotated_hessian, method = _prepare_hessian(hessian, stack, q_in, config, names)
-    condition = condition_number(rotated_hessian)
-    sizes = [weight.shape[0] for weight in weights.values()]
-    parts = [_rotate(name, weight, su, q_in, config) for name, weight in zip(weights, stack.split(sizes), strict=True)]
-    book = codebooks.get(config.codebook_spec)
+    prepared = prepare_hessian(hessian, stack, config, ", ".join(weights))
+    condition = condition_number(prepared.rotated)
+    rows = stack.split([len(weight) for weight in weights.values()])
+    parts = [
+        _rotate(name, part, weight.dtype, prepared.su, prepared.q_in, book, config)
+        for (name, weight), part in zip(weights.items(), rows, strict=True)
+    ]
     if config.scale == "auto":
-        factors = _best_scales(parts, rotated_hessian, book, method, config)
+        _choose_scales(parts, prepared, book, config)
     else:
-        factors = [float(config.scale)] * len(parts)
-    scales = [_unit(part, book, factor) for part, factor in zip(parts, factors, strict=True)]
-    rounded = _round(
-        torch.cat([part.rotated / scale for part, scale in zip(parts, scales, strict=True)]),
-        rotated_hessian,
-        book,
-        method,
-        config.refinement_sweeps,
-        config.seed,
-    )
+        for part in parts:
+            part.factor = float(config.scale)
+    scaled = [part.rotated / part.unit(book) for part in parts]
+    rounded = _round(scaled, prepared, book, config.refinement_sweeps, config.seed)
     results = {}
-    for part, factor, codes, points in zip(
-        parts, factors, rounded.codes.split(sizes), rounded.points.split(sizes), strict=True
-    ):
-        decoded = _rotate_back(points[:, : stack.shape[1]], part.q_out, q_in) * su
-        sv = _output_scales(part.weight, decoded, damped)
+    for part, (codes, points) in zip(parts, rounded, strict=True):
+        decoded = part.decoded(points, prepared.su, prepared.q_in)
+        sv = _output_scales(part.weight, decoded, prepared.damped)
         error = part.weight - decoded * sv[:, None]
+        _warn_of_storage(part, sv, decoded.square().sum(1), error.square().sum())
         results[part.name] = QuantizedWeight(
             stored(book, codes),
-            su,
+            prepared.su,
             sv,
             {
                 "relative_error": _ratio(error, part.weight, hessian),
-                "proxy_loss": _ratio(error, part.weight, damped),
-                "scale": factor,
-                "damping": damping,
+                "proxy_loss": _ratio(error, part.weight, prepared.damped),
+                "scale": part.factor,
+                "damping": prepared.damping,
                 "condition": condition,
                 "weights_before": histogram(part.weight),
                 "weights_after": histogram(part.rotated),
@@ -135,6 +151,7 @@ def quantize_weights(
     return results
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> QuantizedWeight:
     """Quantize one weight without calibration: the nearest points after the transforms, or stochastic ones.
@@ -145,32 +162,33 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
         name: of the module, for errors.
 
     Raises:
-        ValueError: the weight has NaN or Inf, or is no matrix; the message names the module.
+        ValueError: the weight has NaN or Inf, or is not a matrix; the message names the module.
     """
     check_weight(name, weight)
-    size = weight.shape[1]
+    rows, size = weight.shape
     book = codebooks.get(config.codebook_spec)
+    check_shape(name, weight, book)
     su = incoherence.signs(size, config.seed, "in").to(weight.device)
     q_in = incoherence.get(incoherence.sides(config.incoherence)[0], size, config.seed)
-    part = _rotate(name, weight.float(), su, q_in, config)
-    factor = 1.0 if config.scale == "auto" else float(config.scale)
-    scale = _unit(part, book, factor)
-    codes = torch.empty(book.codes_shape(*weight.shape), dtype=book.code_dtype, device=weight.device)
-    points = part.rotated
-    method = rounding.get(config.rounding)
-    if method.needs_hessian:
-        method = rounding.get("nearest")
-    rows = max(CHUNK // points.shape[1], 1)
-    for begin in range(0, len(points), rows):
-        chunk = slice(begin, begin + rows)
-        codes[chunk], points[chunk] = method.round(points[chunk] / scale, None, book, 0, config.seed + begin)
-    decoded = _rotate_back(points[:, :size], part.q_out, q_in) * su
+    part = _rotate(name, weight.float(), weight.dtype, su, q_in, book, config)
+    part.factor = 1.0 if config.scale == "auto" else float(config.scale)
+    unit, method, points = part.unit(book), method_without_hessian(config), part.rotated
+    codes = torch.empty(book.codes_shape(rows, size), dtype=book.code_dtype, device=weight.device)
+    for begin, end in chunks_of_rows(points.shape[0], points.shape[1], book, method):
+        part_of_codes = slice(begin // book.rows_together, end // book.rows_together)
+        found = method.round(Problem(points[begin:end] / unit, None, book, seed=config.seed + begin))
+        codes[part_of_codes], points[begin:end] = found
+    decoded = part.decoded(points, su, q_in)
     energy = decoded.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     sv = (decoded * part.weight).sum(1) / energy
-    lost = (part.weight - decoded * sv[:, None]).square().sum() / part.weight.square().sum().clamp_min(1e-30)
-    return QuantizedWeight(stored(book, codes), su, sv, {"relative_error": lost.item(), "scale": factor})
+    error = (part.weight - decoded * sv[:, None]).square().sum()
+    _warn_of_storage(part, sv, energy, error)
+    lost = error / part.weight.square().sum().clamp_min(1e-30)
+    return QuantizedWeight(stored(book, codes), su, sv, {"relative_error": lost.item(), "scale": part.factor})
 
 
+@cpu_matmul_precision("ieee")
+@torch.inference_mode(False)
 @torch.no_grad()
 def loss_of_rounding(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor, config: QuipConfig) -> dict[str, float]:
     """What share of the loss of independent errors remains, where these are rounding errors that feedback has shaped.
@@ -188,23 +206,36 @@ def loss_of_rounding(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor,
     """
     stack = torch.cat([weight.float() for weight in weights.values()])
     hessian = hessian.to(stack)
-    q_in = incoherence.get(incoherence.sides(config.incoherence)[0], len(hessian), config.seed)
-    _, _, su, rotated, method = _prepare_hessian(hessian, stack, q_in, config, ", ".join(weights))
+    prepared = prepare_hessian(hessian, stack, config, ", ".join(weights))
+    book, rotated = codebooks.get(config.codebook), prepared.rotated
     lost = rotated.diagonal().sum()
     cholesky, failed = torch.linalg.cholesky_ex(rotated.double())
-    if method.needs_hessian and not failed:
-        size = codebooks.get(config.codebook).block_size
-        whole = len(rotated) // size * size
-        lost = diagonal_blocks(cholesky[:whole, :whole], size).square().sum() + cholesky[whole:, whole:].square().sum()
-    energies = {name: _rotate(name, weight.float(), su, q_in, config).rms.square() for name, weight in weights.items()}
+    if prepared.method.needs_hessian and not failed:
+        whole = len(rotated) // book.block_size * book.block_size
+        lost = diagonal_blocks(cholesky[:whole, :whole], book.block_size).square().sum()
+        lost = lost + cholesky[whole:, whole:].square().sum()
     independent = hessian.diagonal().sum()
     tiny = torch.finfo(torch.float32).tiny
-    return {
-        name: (energies[name] * lost / (weight.float().square().mean() * independent).clamp_min(tiny))
-        .clamp_min(tiny)
-        .item()
-        for name, weight in weights.items()
-    }
+    result = {}
+    for name, weight in weights.items():
+        part = _rotate(name, weight.float(), weight.dtype, prepared.su, prepared.q_in, book, config)
+        ratio = part.rms.square() * lost / (part.weight.square().mean() * independent).clamp_min(tiny)
+        result[name] = ratio.clamp_min(tiny).item()
+    return result
+
+
+def method_without_hessian(config: QuipConfig) -> Rounding:
+    """The config's rounding method where there is no calibration: a method that needs a Hessian becomes "nearest"."""
+    method = rounding.get(config.rounding)
+    return rounding.get("nearest") if method.needs_hessian else method
+
+
+def chunks_of_rows(rows: int, columns: int, book: Codebook, method: Rounding) -> list[tuple[int, int]]:
+    """The ranges of rows that are rounded at a time: whole groups of rows; all rows for a method that looks at all."""
+    if not method.rows_independent:
+        return [(0, rows)]
+    at_once = max(CHUNK // columns // book.rows_together, 1) * book.rows_together
+    return [(begin, min(begin + at_once, rows)) for begin in range(0, rows, at_once)]
 
 
 def stored(book: Codebook, codes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -213,7 +244,7 @@ def stored(book: Codebook, codes: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:
-    """Raise `ValueError` for what is no matrix of finite numbers."""
+    """Raise `ValueError` for anything but a matrix of finite numbers."""
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"{name} has a weight of shape {list(weight.shape)}, expected a matrix that is not empty")
     if not weight.is_floating_point():
@@ -222,134 +253,66 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name} has NaN or Inf in its weight: the checkpoint is damaged, or overflows in {weight.dtype}")
 
 
-def _prepare_hessian(
-    hessian: torch.Tensor, stack: torch.Tensor, q_in: Transform, config: QuipConfig, names: str
-) -> tuple[torch.Tensor, float, torch.Tensor, torch.Tensor, Rounding]:
-    """H + damping · mean(diag H) · I with as much damping as a Cholesky factor needs; that damping; su; Q-rotated; method.
-
-    The rounding method is the config's, or one that needs no Cholesky factor where there is none.
-    """
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean().item()
-    dead = int((diagonal == 0).sum())
-    if (diagonal < 0).any():
-        raise ValueError(
-            f"the Hessian of {names} has diagonal entries below zero (down to {diagonal.min().item():g}): it is no mean of "
-            "x xᵀ over tokens"
-        )
-    if mean == 0:
-        logger.warning("%s: every calibration input was zero, so the weights are rounded without feedback", names)
-        hessian, mean = torch.zeros_like(hessian), 1 / config.damping
-    elif dead:
-        logger.warning("%s: %d of %d input columns were zero in all calibration data", names, dead, len(diagonal))
-    for attempt in range(_ATTEMPTS):
-        damping = config.damping * 10**attempt
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        su, rotated = _rescale_and_rotate(damped, diagonal, stack, q_in, config)
-        # Judged as rounding will see it: rounding errors alone can make a small eigenvalue negative.
-        if torch.linalg.cholesky_ex(rotated.double()).info == 0:
-            if attempt:
-                logger.warning("%s: the Hessian is not positive definite, damping grew to %g", names, damping)
-            return damped, damping, su, rotated, rounding.get(config.rounding)
-    logger.warning(
-        "%s: the Hessian is not positive definite even with damping %g, so rounding=%r is replaced by %r, which needs no "
-        "Cholesky factor: are the activations those of a working model?",
-        names,
-        damping,
-        config.rounding,
-        _FALLBACK,
-    )
-    # No E[x xᵀ] has covariances above this; without the limit, descent would follow the false ones off the codebook.
-    limit = diagonal.sqrt()
-    damped = (damped + damped.T) / 2
-    damped = damped.clamp(-limit[:, None] * limit, limit[:, None] * limit)
-    damped.diagonal().copy_(diagonal + damping * mean)
-    su, rotated = _rescale_and_rotate(damped, diagonal, stack, q_in, config)
-    return damped, damping, su, rotated, rounding.get(_FALLBACK)
+def check_shape(name: str, weight: torch.Tensor, book: Codebook) -> None:
+    """Raise `ValueError` for a weight of a shape that the codebook cannot store."""
+    try:
+        book.tensors(*weight.shape)
+    except ValueError as error:
+        raise ValueError(f"{name} has shape {list(weight.shape)}: {error}") from None
 
 
-def _rescale_and_rotate(
-    damped: torch.Tensor, diagonal: torch.Tensor, stack: torch.Tensor, q_in: Transform, config: QuipConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """su [n], and the Hessian after su and Q_in; `diagonal` is that of the Hessian as it was measured."""
-    # A column without data has no importance to go by: the average one keeps its weights as good as the others'.
-    importance = torch.where(diagonal > 0, damped.diagonal(), damped.diagonal().mean())
-    su = incoherence.signs(stack.shape[1], config.seed, "in").to(stack.device)
-    if config.rescale:
-        su = su * _input_scales(stack, importance)
-    return su, _rotate_hessian(damped, su, q_in)
-
-
-def _input_scales(stack: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """QuIP's diagonal rescaling [n] (arXiv 2307.13304, section 4 and algorithm 1), of geometric mean 1.
-
-    Columns are multiplied by D = (diag H / diag WᵀW)^¼ before they are rounded, so that important columns get finer
-    steps; su, of which these are the magnitudes, divides again.
-    """
-    energy = stack.square().mean(0)
-    floor = max(energy.mean().item() * 1e-6, torch.finfo(stack.dtype).tiny)  # a column of zeros has no scale
-    logarithm = (importance.log() - energy.clamp_min(floor).log()) / 4
-    return (logarithm.mean() - logarithm).exp()
-
-
-def _rotate_hessian(damped: torch.Tensor, su: torch.Tensor, q_in: Transform) -> torch.Tensor:
-    """Q_inᵀ diag(su) H diag(su) Q_in, exactly symmetric: the Hessian of the rotated inputs."""
-    half = q_in.apply_transpose(damped * su)
-    rotated = q_in.apply_transpose(half.T.contiguous() * su)
-    return (rotated + rotated.T) / 2
-
-
-def _rotate(name: str, weight: torch.Tensor, su: torch.Tensor, q_in: Transform, config: QuipConfig) -> _Rotated:
-    """Q_outᵀ diag(sv)⁻¹ W diag(su)⁻¹ Q_in with random signs for sv."""
-    sv = incoherence.signs(weight.shape[0], config.seed, "out").to(weight.device)
-    q_out = incoherence.get(incoherence.sides(config.incoherence)[1], weight.shape[0], config.seed)
+def _rotate(
+    name: str,
+    weight: torch.Tensor,
+    stored_as: torch.dtype,
+    su: torch.Tensor,
+    q_in: Transform,
+    book: Codebook,
+    config: QuipConfig,
+) -> _Part:
+    """Q_outᵀ diag(signs) W diag(su)⁻¹ Q_in."""
+    rows, columns = weight.shape
+    signs = incoherence.signs(rows, config.seed, "out").to(weight.device)
+    q_out = incoherence.get(incoherence.sides(config.incoherence)[1], rows, config.seed)
     rotated = q_in.apply_transpose(weight / su)
-    rotated = q_out.apply_transpose(rotated.T.contiguous() * sv).T.contiguous()
+    rotated = q_out.apply_transpose(rotated.T.contiguous() * signs).T.contiguous()
     rms = rotated.square().mean().sqrt()
-    size = codebooks.get(config.codebook_spec).block_size
-    rotated = torch.nn.functional.pad(rotated, (0, -rotated.shape[1] % size))
-    return _Rotated(name, weight, sv, q_out, rotated, rms)
+    rotated = torch.nn.functional.pad(rotated, (0, -columns % book.block_size, 0, -rows % book.rows_together))
+    return _Part(name, weight, stored_as, q_out, rotated, rms)
 
 
-def _rotate_back(points: torch.Tensor, q_out: Transform, q_in: Transform) -> torch.Tensor:
-    """Q_out Ŵ Q_inᵀ."""
-    return q_out.apply(q_in.apply(points).T.contiguous()).T.contiguous()
+def _round(weights: list[torch.Tensor], prepared: PreparedHessian, book: Codebook, sweeps: int, seed: int) -> list[Rounded]:
+    """Round weights that read one input: as one stack of rows where rows are rounded independently, else one by one."""
+    hessian = prepared.completed(weights[0].shape[1])
+    if not prepared.method.rows_independent:
+        return [prepared.method.round(Problem(weight, hessian, book, sweeps, seed)) for weight in weights]
+    codes, points = prepared.method.round(Problem(torch.cat(weights), hessian, book, sweeps, seed))
+    rows = [len(weight) for weight in weights]
+    groups = [count // book.rows_together for count in rows]
+    return [Rounded(*both) for both in zip(codes.split(groups), points.split(rows), strict=True)]
 
 
-def _unit(part: _Rotated, book: Codebook, factor: float) -> float:
-    """The length that one unit of the codebook stands for; 1 for a weight of zeros."""
-    return (part.rms.item() / (book.gaussian_scale * factor)) or 1.0
-
-
-def _round(
-    weight: torch.Tensor, hessian: torch.Tensor, book: Codebook, method: Rounding, sweeps: int, seed: int
-) -> Rounded:
-    """Round, after completing the Hessian to whole blocks with independent columns."""
-    missing = weight.shape[1] - hessian.shape[0]
-    if missing:
-        mean = hessian.diagonal().mean()
-        extra = mean * torch.eye(missing, dtype=hessian.dtype, device=hessian.device)
-        hessian = torch.block_diag(hessian, extra)
-    return method.round(weight, hessian, book, sweeps, seed)
-
-
-def _best_scales(
-    parts: list[_Rotated], hessian: torch.Tensor, book: Codebook, method: Rounding, config: QuipConfig
-) -> list[float]:
-    """For each weight, the multiple of the published scale with the least proxy loss on a sample of its rows."""
-    samples = []
-    for part in parts:
-        count = min(_SCALE_ROWS, len(part.rotated))
-        step = len(part.rotated) / count
-        samples.append(part.rotated[(torch.arange(count, device=part.rotated.device) * step).long()])
-    # One call for all: rows are rounded independently, and a method's factorisations are made once.
-    units = [[_unit(part, book, factor) for part in parts] for factor in book.scale_factors]
+def _choose_scales(parts: list[_Part], prepared: PreparedHessian, book: Codebook, config: QuipConfig) -> None:
+    """Give each weight the multiple of the published scale with the least proxy loss on a sample of its rows."""
+    samples = [_sample(part, book) for part in parts]
+    # One call for all: where rows are rounded independently, a method's factorisations are made once.
+    units = [[part.unit(book, factor) for part in parts] for factor in book.scale_factors]
     scaled = [sample / unit for row in units for sample, unit in zip(samples, row, strict=True)]
-    points = _round(torch.cat(scaled), hessian, book, method, min(config.refinement_sweeps, 2), config.seed).points
-    errors = iter((points - torch.cat(scaled))[:, : hessian.shape[0]].split([len(sample) for sample in scaled]))
-    losses = [[proxy_loss(next(errors) * unit, hessian).item() for unit in row] for row in units]
-    return [min(zip(column, book.scale_factors, strict=True))[1] for column in zip(*losses, strict=True)]
+    rounded = _round(scaled, prepared, book, min(config.refinement_sweeps, 2), config.seed)
+    columns = len(prepared.rotated)
+    errors = iter([(one.points - weight)[:, :columns] for one, weight in zip(rounded, scaled, strict=True)])
+    losses = [[proxy_loss(next(errors) * unit, prepared.rotated).item() for unit in row] for row in units]
+    for part, column in zip(parts, zip(*losses, strict=True), strict=True):
+        part.factor = min(zip(column, book.scale_factors, strict=True))[1]
+
+
+def _sample(part: _Part, book: Codebook) -> torch.Tensor:
+    """At most `_SCALE_ROWS` rows of a rotated weight, evenly spaced; whole groups of rows that are coded together."""
+    together = book.rows_together
+    groups = max(len(part.weight) // together, 1)  # without a last group that zeros complete
+    count = min(max(_SCALE_ROWS // together, 1), groups)
+    chosen = (torch.arange(count, device=part.rotated.device) * (groups / count)).long()
+    return part.rotated.reshape(-1, together, part.rotated.shape[1])[chosen].flatten(0, 1)
 
 
 def _output_scales(weight: torch.Tensor, decoded: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
@@ -363,3 +326,36 @@ def _output_scales(weight: torch.Tensor, decoded: torch.Tensor, damped: torch.Te
 def _ratio(error: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> float:
     total = proxy_loss(weight, hessian).item()
     return proxy_loss(error, hessian).item() / total if total > 0 else math.nan
+
+
+def _warn_of_storage(part: _Part, sv: torch.Tensor, energy: torch.Tensor, error: torch.Tensor) -> None:
+    warn_of_storage(part.name, part.stored_as, sv, energy, error.item(), part.weight.square().sum().item())
+
+
+def warn_of_storage(
+    name: str, dtype: torch.dtype, sv: torch.Tensor, energy: torch.Tensor, error: float, total: float
+) -> None:
+    """Warn where sv cannot be stored in the model's dtype without a loss that shows: mostly subnormal in float16.
+
+    Args:
+        name: of the module.
+        dtype: in which sv will be stored.
+        sv: float32 [m].
+        energy: float32 [m], the sum of squares of each row that sv scales: of Q_out Ŵ Q_inᵀ diag(su).
+        error: the squared error of the quantized weight.
+        total: the sum of squares of the weight.
+    """
+    added = ((sv.to(dtype).float() - sv).double().square() * energy).sum().item()
+    if not added <= _STORAGE_SHARE * error:
+        logger.warning(
+            "%s: its scales sv (%.1e to %.1e) leave the normal numbers of %s (%.1e to %.1e), in which they are stored: the "
+            "relative error of the weight grows from %.2g to %.2g. Load the model in bfloat16 or float32",
+            name,
+            sv[sv != 0].abs().min().item(),
+            sv.abs().max().item(),
+            str(dtype).removeprefix("torch."),
+            torch.finfo(dtype).tiny,
+            torch.finfo(dtype).max,
+            error / total,
+            (error + added) / total,
+        )

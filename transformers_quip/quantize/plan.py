@@ -19,6 +19,8 @@ from ..nn.linear import QuipLinear
 from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, is_named, linear_shape
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..config import QuipConfig
 
 OUTPUT_EMBEDDINGS = "output embeddings"
@@ -27,6 +29,7 @@ SHARED = "one module used in several places"
 NOT_CONVERTED = "in modules_to_not_convert"
 FLOAT32 = "kept in float32 by the model"
 OUTSIDE_BLOCKS = "outside the decoder blocks"
+TASK_HEAD = "a head outside the base model"
 EXPERTS = "fused 3-D experts are not supported yet"
 EMBEDDING = "embedding"
 VECTORS = "norms, biases and other vectors"
@@ -72,6 +75,10 @@ class QuantizationPlan:
         """The modules to quantize: linears in the order of the model, then embeddings."""
         return tuple(entry.name for entry in self.entries if entry.quantized)
 
+    def inside(self, prefix: str) -> tuple[str, ...]:
+        """The modules to quantize whose name begins with this prefix, without it."""
+        return tuple(name.removeprefix(prefix) for name in self.names if name.startswith(prefix))
+
     @property
     def parameters(self) -> int:
         """Parameters of the whole model, tied ones once."""
@@ -115,14 +122,15 @@ class QuantizationPlan:
         return "\n".join(lines)
 
 
-def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
+def make_plan(model: PreTrainedModel, config: QuipConfig) -> QuantizationPlan:
     """Decide for every weight of the model, on the meta device or not, whether it is quantized.
 
     A calibrated run quantizes the linears inside the decoder blocks; a run without calibration all linears. Left out
-    are the output embeddings, weights that are tied, modules that the model keeps in float32 and those that
-    `config.modules_to_not_convert` names: a prefix up to a dot, a suffix, or a regular expression, as everywhere in
-    Transformers (there the list replaces the default, here it adds to it). Output embeddings, and embeddings, are
-    quantized on request: where a pattern of `config.modules` calls them by name ([`is_called`]).
+    are the output embeddings, heads of other tasks (every linear outside the base model), weights that are tied, modules
+    that the model keeps in float32 and those that `config.modules_to_not_convert` names: a prefix up to a dot, a suffix,
+    or a regular expression, as everywhere in Transformers (there the list replaces the default, here it adds to it).
+    Output embeddings, embeddings, and without calibration heads of other tasks, are quantized on request: where a pattern
+    of `config.modules` calls them by name ([`is_called`]).
 
     Raises:
         ValueError: there is nothing to quantize, a size cannot be quantized, a pattern is no regular expression, or
@@ -179,13 +187,14 @@ def _check_patterns(patterns: Iterable[str]) -> None:
             raise ValueError(f"modules_to_not_convert: {pattern!r} is no regular expression ({error})") from None
 
 
-def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
+def _reasons(model: PreTrainedModel, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
     """Why a linear stays dense, for those that do."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = _tied_modules(model)
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *_strict_float32(model)]
     blocks = find_blocks(model)[0] + "." if config.is_calibrated else ""
+    base = {id(module) for module in getattr(model, "base_model", model).modules()}
     reasons = {}
     for name, module in linears.items():
         if module is output and is_called(name, config):
@@ -203,6 +212,8 @@ def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig
             reasons[name] = FLOAT32
         elif not name.startswith(blocks):
             reasons[name] = OUTSIDE_BLOCKS
+        elif id(module) not in base and not is_called(name, config):
+            reasons[name] = TASK_HEAD
     return reasons
 
 
@@ -235,8 +246,19 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
             )
         sides = (incoherence.sides(own.incoherence)[0], "none")
         size = _packed_bytes(name, shape, module.weight.dtype, own, sides)
+        _check_lookup(name, own)
         entries.append(PlanEntry(name, shape, module.weight.numel(), quantized=True, packed_bytes=size))
     return entries
+
+
+def _check_lookup(name: str, config: QuipConfig) -> None:
+    """Raise `ValueError` for a codebook whose rows cannot be looked up one by one."""
+    book = None if config.is_mixed else codebooks.get(config.codebook)  # an average chooses among such as have single rows
+    if book is not None and not book.has_single_rows:
+        raise ValueError(
+            f"modules names the embedding {name!r}, but codebook {book.name!r} codes {book.rows_together} rows together, "
+            "so that a row cannot be looked up alone: choose another codebook for it"
+        )
 
 
 def _strict_float32(model: nn.Module) -> Iterable[str]:
@@ -275,8 +297,11 @@ def _packed_bytes(
             f"{name} cannot be quantized with codebook {book.name!r}: it is for checkpoints that were quantized with it "
             f"elsewhere. Choose one of {', '.join(map(repr, codebooks.names()))}"
         )
-    stored = sum(grid.nbytes(dtype) for grid in book.tensors(*shape).values())
-    return stored + sum(shape) * dtype.itemsize
+    try:
+        grids = book.tensors(*shape)
+    except ValueError as error:
+        raise ValueError(f"{name} has shape {list(shape)}: {error}") from None
+    return sum(grid.nbytes(dtype) for grid in grids.values()) + sum(shape) * dtype.itemsize
 
 
 def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[PlanEntry]:

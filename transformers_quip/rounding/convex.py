@@ -6,8 +6,7 @@ import logging
 
 import torch
 
-from ..codebooks import Codebook
-from .base import Rounded, Rounding
+from .base import Problem, Rounded, Rounding
 from .sequential import round_with_feedback
 from .stochastic import dither
 
@@ -33,11 +32,14 @@ class Convex(Rounding):
     needs_hessian = True
     scalar_only = True
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int = 0, seed: int = 0
-    ) -> Rounded:
-        """See [`Rounding.round`]; `sweeps` is without effect."""
-        return round_with_feedback(weight, bounded_feedback(hessian), codebook, offset=dither(weight, seed))
+    def round(self, problem: Problem) -> Rounded:
+        """See [`Rounding.round`]; `sweeps` has no effect."""
+        return round_with_feedback(
+            problem.weight,
+            bounded_feedback(problem.required_hessian),
+            problem.codebook,
+            offset=dither(problem.weight, problem.seed),
+        )
 
 
 def bounded_feedback(hessian: torch.Tensor, bound: float = BOUND) -> torch.Tensor:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..codebooks import Codebook
-from .base import Rounded, Rounding
+from .base import Problem, Rounded, Rounding
 from .sequential import inverse_of_blocks, start, sweep
 
 
@@ -18,14 +15,12 @@ class Greedy(Rounding):
     name = "greedy"
     needs_hessian = True
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int, seed: int = 0
-    ) -> Rounded:
-        """See [`Rounding.round`]; never more than 1 + `sweeps` passes."""
-        rounded = start(weight, codebook)
-        conditional = inverse_of_blocks(hessian, codebook.block_size)
-        for index in range(1 + sweeps):
-            changed = sweep(weight, hessian, conditional, codebook, rounded)
+    def round(self, problem: Problem) -> Rounded:
+        """See [`Rounding.round`]; at most 1 + `sweeps` passes."""
+        rounded = start(problem.weight, problem.codebook)
+        conditional = inverse_of_blocks(problem.required_hessian, problem.codebook.block_size)
+        for index in range(1 + problem.sweeps):
+            changed = sweep(problem, conditional, rounded)
             if not changed and index:
                 break
         return rounded

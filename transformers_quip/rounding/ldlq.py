@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..codebooks import Codebook
-from .base import Rounded, Rounding
+from .base import Problem, Rounded, Rounding
 from .sequential import diagonal_blocks, inverse_of_blocks, round_with_feedback, sweep
 
 
@@ -21,14 +20,13 @@ class LDLQ(Rounding):
     name = "ldlq"
     needs_hessian = True
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int, seed: int = 0
-    ) -> Rounded:
+    def round(self, problem: Problem) -> Rounded:
         """See [`Rounding.round`]."""
-        rounded = round_with_feedback(weight, block_ldl(hessian, codebook.block_size), codebook)
-        conditional = inverse_of_blocks(hessian, codebook.block_size)
-        for _ in range(sweeps):
-            if not sweep(weight, hessian, conditional, codebook, rounded):
+        hessian, size = problem.required_hessian, problem.codebook.block_size
+        rounded = round_with_feedback(problem.weight, block_ldl(hessian, size), problem.codebook)
+        conditional = inverse_of_blocks(hessian, size)
+        for _ in range(problem.sweeps):
+            if not sweep(problem, conditional, rounded):
                 break
         return rounded
 

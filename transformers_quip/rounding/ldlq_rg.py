@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from ..codebooks import Codebook
-from .base import Rounded, Rounding
+from .base import Problem, Rounded, Rounding
 from .ldlq import LDLQ
 
 
@@ -19,14 +20,12 @@ class LDLQRG(Rounding):
     name = "ldlq-rg"
     needs_hessian = True
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int, seed: int = 0
-    ) -> Rounded:
+    def round(self, problem: Problem) -> Rounded:
         """See [`Rounding.round`]; `sweeps` is the number of greedy passes."""
-        size = codebook.block_size
+        hessian, size = problem.required_hessian, problem.codebook.block_size
         # LDLQ begins at the end.
         blocks = hessian.diagonal().reshape(-1, size).sum(1).argsort(stable=True)
         columns = (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
         ordered = hessian[columns][:, columns]
-        codes, points = LDLQ().round(weight[:, columns].contiguous(), ordered, codebook, sweeps)
+        codes, points = LDLQ().round(replace(problem, weight=problem.weight[:, columns].contiguous(), hessian=ordered))
         return Rounded(codes[:, blocks.argsort()], points[:, columns.argsort()])

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..codebooks import Codebook
-from .base import Rounded, Rounding
+from .base import Problem, Rounded, Rounding
 
 
 class Nearest(Rounding):
-    """Blind to the Hessian: what feedback buys is the difference to this."""
+    """Does not look at the Hessian: the baseline that feedback is measured against."""
 
     name = "nearest"
     needs_hessian = False
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int = 0, seed: int = 0
-    ) -> Rounded:
-        """See [`Rounding.round`]; `hessian`, `sweeps` and `seed` are without effect."""
-        blocks = weight.reshape(weight.shape[0], -1, codebook.block_size)
-        codes, points = codebook.encode(blocks)
-        return Rounded(codes, points.reshape(weight.shape))
+    def round(self, problem: Problem) -> Rounded:
+        """See [`Rounding.round`]; only the weight and the codebook are looked at."""
+        codes, points = problem.codebook.encode(problem.codebook.to_blocks(problem.weight))
+        return Rounded(codes, problem.codebook.from_blocks(points))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..codebooks import Codebook
-from .base import Rounded, Rounding
+from .base import Problem, Rounded, Rounding
 from .sequential import inverse_of_blocks, start, sweep
 
 # Every third pass is relaxed, which lets the descent leave a point where no single change helps.
@@ -13,7 +12,9 @@ _RELAXED = 3
 
 
 class QuantEase(Rounding):
-    """Passes of coordinate descent, every third of them free of the codebook; the best pass of each row is kept.
+    """Passes of coordinate descent, every third of them free of the codebook.
+
+    The best pass of each row is kept (of each group of rows that are coded together).
 
     It asks of H only a positive diagonal (diagonal blocks that have an inverse, for a codebook of several weights), and
     so serves where a Cholesky factor does not exist.
@@ -22,24 +23,25 @@ class QuantEase(Rounding):
     name = "quantease"
     needs_hessian = True
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int, seed: int = 0
-    ) -> Rounded:
+    def round(self, problem: Problem) -> Rounded:
         """See [`Rounding.round`]; 1 + `sweeps` passes, the relaxed ones among them."""
-        rounded = start(weight, codebook)
-        conditional = inverse_of_blocks(hessian, codebook.block_size)
-        sweep(weight, hessian, conditional, codebook, rounded)
-        best, losses = Rounded(*(part.clone() for part in rounded)), _losses(weight - rounded.points, hessian)
-        for index in range(1, 1 + sweeps):
-            if index % _RELAXED == _RELAXED - 1 and index < sweeps:
+        weight, hessian, together = problem.weight, problem.required_hessian, problem.codebook.rows_together
+        rounded = start(weight, problem.codebook)
+        conditional = inverse_of_blocks(hessian, problem.codebook.block_size)
+        sweep(problem, conditional, rounded)
+        best = Rounded(*(part.clone() for part in rounded))
+        losses = _losses(weight - rounded.points, hessian, together)
+        for index in range(1, 1 + problem.sweeps):
+            if index % _RELAXED == _RELAXED - 1 and index < problem.sweeps:
                 rounded.points.copy_(weight - relaxed(weight - rounded.points, hessian))
                 continue
-            changed = sweep(weight, hessian, conditional, codebook, rounded)
-            found = _losses(weight - rounded.points, hessian)
+            changed = sweep(problem, conditional, rounded)
+            found = _losses(weight - rounded.points, hessian, together)
             better = found < losses
             losses = torch.where(better, found, losses)
-            for kept, part in zip(best, rounded, strict=True):
-                kept[better] = part[better]
+            best.codes[better] = rounded.codes[better]
+            rows = better.repeat_interleave(together)
+            best.points[rows] = rounded.points[rows]
             if not changed:
                 break
         return best
@@ -57,6 +59,6 @@ def relaxed(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(hessian.tril(), -error @ hessian.triu(1), upper=False, left=False)
 
 
-def _losses(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """The proxy loss of every row: [m]."""
-    return ((error @ hessian) * error).sum(1)
+def _losses(error: torch.Tensor, hessian: torch.Tensor, together: int) -> torch.Tensor:
+    """The proxy loss of every group of this many rows: [m / together]."""
+    return ((error @ hessian) * error).sum(1).reshape(-1, together).sum(1)

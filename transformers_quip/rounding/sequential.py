@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..codebooks import Codebook
-from .base import Rounded
+from .base import Problem, Rounded
 
 # Columns rounded between two large matrix products.
 PANEL = 128
@@ -39,28 +39,25 @@ def round_with_feedback(
 
 
 def start(weight: torch.Tensor, codebook: Codebook) -> Rounded:
-    """Where coordinate descent begins that nothing was rounded for: Ŵ = W, and codes without a meaning."""
+    """The start of coordinate descent before anything is rounded: Ŵ = W, and codes without a meaning."""
     codes = torch.zeros(codebook.codes_shape(*weight.shape), dtype=codebook.code_dtype, device=weight.device)
     return Rounded(codes, weight.clone())
 
 
-def sweep(
-    weight: torch.Tensor, hessian: torch.Tensor, conditional: torch.Tensor, codebook: Codebook, rounded: Rounded
-) -> bool:
+def sweep(problem: Problem, conditional: torch.Tensor, rounded: Rounded) -> bool:
     """One pass of coordinate descent, in place: every block k to the point nearest to its conditional optimum.
 
     That is Ŵ_k + (W − Ŵ) H_{:,k} H_{kk}⁻¹, for the other blocks as they are at that moment.
 
     Args:
-        weight: float32 [m, n].
-        hessian: float32 [n, n].
+        problem: weight, Hessian and codebook.
         conditional: float32 [n / block, block, block], see [`inverse_of_blocks`].
-        codebook: of the codes.
         rounded: the current codes and points; replaced.
 
     Returns:
         Whether any code changed.
     """
+    weight, hessian, codebook = problem.weight, problem.required_hessian, problem.codebook
     size, changed = codebook.block_size, False
     for begin, end in _panels(weight.shape[1], size):
         part = slice(begin // size, end // size)

@@ -1,11 +1,12 @@
-"""Rounding by lot: up or down so that the expectation is the weight itself."""
+"""Stochastic rounding: up or down at random, so that the expectation is the weight itself."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from ..codebooks import Codebook
-from .base import Rounded, Rounding
+from .base import Problem, Rounded, Rounding
 from .nearest import Nearest
 
 
@@ -19,11 +20,9 @@ class Stochastic(Rounding):
     needs_hessian = False
     scalar_only = True
 
-    def round(
-        self, weight: torch.Tensor, hessian: torch.Tensor | None, codebook: Codebook, sweeps: int = 0, seed: int = 0
-    ) -> Rounded:
-        """See [`Rounding.round`]; `hessian` and `sweeps` are without effect."""
-        return Nearest().round(weight + dither(weight, seed), None, codebook)
+    def round(self, problem: Problem) -> Rounded:
+        """See [`Rounding.round`]; `hessian` and `sweeps` have no effect."""
+        return Nearest().round(replace(problem, weight=problem.weight + dither(problem.weight, problem.seed)))
 
 
 def dither(weight: torch.Tensor, seed: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The ops through the compiled library: against float64 at sizes of every kind, and where the reference takes over."""
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -162,6 +163,12 @@ def test_compiled_with_changing_batch_sizes():
         assert torch.equal(compiled(x), torch.ops.quip.linear(x, *args[1:]) * 2)
 
 
+@pytest.fixture
+def nothing_rotated(monkeypatch):
+    """As in a thread that has computed nothing yet."""
+    monkeypatch.setattr(cpu, "_threads", threading.local())
+
+
 def siblings(dtype, *rows):
     """Arguments of linears that read one input, the last of which has another su."""
     layers = [arguments(m, 96, MANY, dtype) for m in rows]
@@ -173,6 +180,7 @@ def siblings(dtype, *rows):
 
 @needs_library
 @torch.no_grad()
+@pytest.mark.usefixtures("nothing_rotated")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linears_of_one_input_share_its_transform(dtype):
     """The results are those of each alone; that the transform is reused is seen by who took it."""
@@ -208,6 +216,7 @@ needs_amx = pytest.mark.skipif(not many_kernels.is_available(), reason="needs th
 
 @needs_amx
 @torch.no_grad()
+@pytest.mark.usefixtures("nothing_rotated")
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_many_bfloat16_vectors_share_rotated_inputs(context):
     dtype = torch.bfloat16

@@ -48,7 +48,7 @@ def test_layers_are_exact_and_one_line_says_that_they_are_slower(found, activati
             assert (y.double() - expected).norm() < 2e-2 * expected.norm()
     name = "trellis:mul1:k2:exl3"
     book, names = codebooks.get(name), (name, "hadamard", "hadamard", 0)
-    codes = torch.randint(-(2**15), 2**15, book.codes_shape(32, 96)).to(torch.int16)
+    codes = torch.randint(-(2**15), 2**15, book.tensors(32, 96)["codes"].shape).to(torch.int16)
     x, su, sv = torch.randn(2, 96), torch.randn(96), torch.randn(32)
     q_in, q_out = (incoherence.get("hadamard", size, 0).matrix() for size in (96, 32))
     y = torch.ops.quip.linear(x, [codes], su, sv, None, *names)

@@ -1,0 +1,225 @@
+"""One decoder block: observe its linears, then round and replace them, group by group.
+
+Nothing here knows the model around the block, where its weights came from or where its results go: a block and its
+inputs come in, plain data goes out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..calibration import BlockHessians, BlockInputs
+from ..calibration.precision import calibration_autocast, cpu_matmul_precision
+from ..nn import QuipLinear, replace
+from .layer import QuantizedWeight, quantize_weight, quantize_weights
+
+if TYPE_CHECKING:
+    from ..config import QuipConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModuleResult:
+    """One module that was quantized.
+
+    Attributes:
+        name: its full name in the model.
+        shape: (rows, columns) of its weight.
+        quantized: what replaces the weight.
+        seconds: wall time of its rounding; of linears that were rounded together, an equal share.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    quantized: QuantizedWeight
+    seconds: float = 0.0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a report says of it: "name", "shape", "seconds", and the statistics of [`QuantizedWeight`]."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "seconds": self.seconds,
+            **self.quantized.statistics,
+        }
+
+
+@dataclass
+class BlockResult:
+    """What a quantized block is made of: plain data, which can be stored or sent to another process.
+
+    Attributes:
+        modules: the name inside the block → its result, in the order in which they were rounded.
+        seconds: wall time of each stage: "observe", "round".
+    """
+
+    modules: dict[str, ModuleResult] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@cpu_matmul_precision("ieee")
+@torch.inference_mode(False)
+@torch.no_grad()
+def quantize_block(
+    block: nn.Module,
+    inputs: BlockInputs,
+    configs: Mapping[str, QuipConfig],
+    prefix: str = "",
+    on_output: Callable[[int, torch.Tensor], None] | None = None,
+    on_module: Callable[[ModuleResult], None] | None = None,
+) -> BlockResult:
+    """Quantize the linears of one block: observe all of them, then round and replace each group that reads one input.
+
+    The result depends on the arguments alone, and the only thing that changes is `block`, whose linears are replaced.
+
+    Args:
+        block: dense, in memory, on any device.
+        inputs: what it reads.
+        configs: the name of a linear inside the block → its options, without an average of bits (`is_mixed`).
+        prefix: the block's name in the model with a dot, for names in results and messages.
+        on_output: gets the number and the dense block's output [B, T, H] of each batch, once, before anything is replaced.
+        on_module: gets each result as soon as it is there, for a progress bar.
+
+    Raises:
+        ValueError: see [`quantize_weights`], [`BlockHessians.pop`] and `observe_linears`.
+    """
+    result = BlockResult()
+    with timed(result.seconds, "observe"):
+        hessians = observe_block(block, tuple(configs), inputs, prefix, on_output)
+    reached = [name for group in hessians.groups.values() for name in group]
+    with timed(result.seconds, "round"):
+        for leader, group in hessians.groups.items():
+            done = quantize_group(block, group, hessians.pop(leader), configs, prefix)
+            _replace(block, done, configs)
+            # This is where tuning belongs (QuIP#, section 5): the block is quantized up to this group and dense after it,
+            # `inputs` are what it reads (if `on_output` does not store over them), and `on_output` was given the targets.
+            _collect(done, result, on_module)
+        for name in (name for name in configs if name not in reached):
+            logger.warning("%s: no calibration token reached it, so it is quantized without calibration", prefix + name)
+            weight = replace.dense_weight(block.get_submodule(name))
+            quantized = quantize_weight(weight, configs[name], prefix + name)
+            done = {name: ModuleResult(prefix + name, (weight.shape[0], weight.shape[1]), quantized)}
+            _replace(block, done, configs)
+            _collect(done, result, on_module)
+    return result
+
+
+@cpu_matmul_precision("ieee")
+@torch.no_grad()
+def observe_block(
+    block: nn.Module,
+    names: Sequence[str],
+    inputs: BlockInputs,
+    prefix: str = "",
+    on_output: Callable[[int, torch.Tensor], None] | None = None,
+) -> BlockHessians:
+    """Run the dense block over all batches, once: the first half of [`quantize_block`], whose arguments it takes."""
+    with calibration_autocast(block):
+        return BlockHessians(prefix).collect(block, names, inputs, on_output)
+
+
+def quantize_group(
+    module: nn.Module,
+    names: Iterable[str],
+    hessian: torch.Tensor,
+    configs: Mapping[str, QuipConfig],
+    prefix: str = "",
+) -> dict[str, ModuleResult]:
+    """Round the linears that read one input; those with the same options as one stack of rows. Nothing is replaced.
+
+    Groups of a block that is not tuned in between may be rounded in any order, or in several processes.
+
+    Args:
+        module: which holds the dense linears.
+        names: of the linears in it.
+        hessian: float32 [n, n] of their input.
+        configs, prefix: see [`quantize_block`].
+
+    Raises:
+        ValueError: see [`quantize_weights`].
+    """
+    result = {}
+    for config, alike in by_config(names, configs):
+        started = time.perf_counter()
+        weights = {prefix + name: replace.dense_weight(module.get_submodule(name)) for name in alike}
+        quantized = quantize_weights(weights, hessian, config)
+        seconds = (time.perf_counter() - started) / len(weights)
+        for name in alike:
+            full_name = prefix + name
+            rows, columns = weights[full_name].shape
+            result[name] = ModuleResult(full_name, (rows, columns), quantized[full_name], seconds)
+    return result
+
+
+def by_config(names: Iterable[str], configs: Mapping[str, QuipConfig]) -> list[tuple[QuipConfig, list[str]]]:
+    """The modules with the same options together."""
+    groups: list[tuple[QuipConfig, list[str]]] = []
+    for name in names:
+        config = configs[name]
+        alike = next((members for other, members in groups if other == config), None)
+        if alike is None:
+            groups.append((config, [name]))
+        else:
+            alike.append(name)
+    return groups
+
+
+@contextmanager
+def replayed_densely(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """While this is open, the block's quantized linears hold their values as dense weights.
+
+    Then running the block over many batches costs one product for each linear and batch, instead of decoding each time.
+    """
+    found = {name: block.get_submodule(name) for name in names}
+    quantized = {name: module for name, module in found.items() if isinstance(module, QuipLinear)}
+    try:
+        for name, module in quantized.items():
+            block.set_submodule(name, _Replayed(module))
+        yield
+    finally:
+        for name, module in quantized.items():
+            block.set_submodule(name, module)
+
+
+class _Replayed(nn.Module):
+    """A quantized linear while its block is replayed: the same values as a dense weight."""
+
+    def __init__(self, quantized: QuipLinear):
+        super().__init__()
+        self.quantized = quantized
+        self.dense = quantized.dequantize()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.dense.to(x.dtype), self.quantized.bias)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of the body to `seconds[stage]`."""
+    started = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def _replace(block: nn.Module, done: Mapping[str, ModuleResult], configs: Mapping[str, QuipConfig]) -> None:
+    for name, module in done.items():
+        replace.replace_linear(block, name, module.quantized, configs[name])
+
+
+def _collect(
+    done: Mapping[str, ModuleResult], result: BlockResult, on_module: Callable[[ModuleResult], None] | None
+) -> None:
+    result.modules.update(done)
+    if on_module is not None:
+        for module in done.values():
+            on_module(module)

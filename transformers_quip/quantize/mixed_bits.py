@@ -1,0 +1,99 @@
+"""An average number of bits made into bits for each module, measured on the dense model; see `allocate` for the method."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import codebooks
+from ..calibration import HessianAccumulator, capture_inputs, find_blocks
+from ..calibration.device import evaluating
+from ..calibration.observe import observe_until
+from ..calibration.precision import calibration_autocast
+from ..config import MIXED_BITS
+from ..nn import replace
+from .allocate import allocate, gaussian_error, measure_sensitivities
+from .block import by_config, observe_block
+from .layer import loss_of_rounding
+from .plan import QuantizationPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..config import QuipConfig
+
+logger = logging.getLogger(__name__)
+
+# On how many tokens Hessians are measured where they only serve to choose bits.
+_RATIO_TOKENS = 1 << 15
+
+
+def settle_bits(model: PreTrainedModel, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
+    """Give each module without bits of its own those that `config.bits` as an average allows.
+
+    Args:
+        model: dense, in memory; it is left as it was.
+        config: with an average (`is_mixed`); it is not changed.
+        plan: what is going to be quantized.
+        ids: token ids [N, T] to measure on.
+
+    Returns:
+        A copy of `config` whose `modules` names the bits of each module, before the patterns of the caller, which still
+        hold: later ones win.
+    """
+    entries = {e.name: e for e in plan.entries if e.quantized and config.for_module(e.name).is_mixed}
+    sensitivities = measure_sensitivities(model, list(entries), ids, config.seed)
+    for name, ratio in _losses_of_rounding(model, config, entries, plan, ids).items():
+        sensitivities[name] *= ratio
+    errors = {bits: gaussian_error(codebooks.default_for_bits(bits)) for bits in MIXED_BITS}
+    bits = allocate({n: e.parameters for n, e in entries.items()}, sensitivities, errors, config.bits)
+    counts = ", ".join(f"{list(bits.values()).count(number)} with {number}" for number in MIXED_BITS)
+    logger.info("bits=%s on the average: of %d modules %s bits.", config.bits, len(bits), counts)
+    modules: dict[str, dict] = {name: {"bits": number} for name, number in bits.items()}
+    for pattern, options in (config.modules or {}).items():
+        modules[pattern] = modules.pop(pattern, {}) | options  # a pattern may be the name of one module
+    settled = copy.copy(config)
+    settled.modules = modules
+    return settled
+
+
+def hessian_after_blocks(model: PreTrainedModel, name: str, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The Hessian float32 [n, n] of a linear that reads what all blocks make of the tokens: the output embeddings."""
+    linear = model.get_submodule(name)
+    weight = replace.dense_weight(linear)
+    accumulator = HessianAccumulator(weight.shape[1], weight.device, name)
+    with evaluating(model), calibration_autocast(model):
+        observe_until(model, linear, ids.split(batch_size), accumulator.add)
+    return accumulator.hessian()
+
+
+def _losses_of_rounding(
+    model: PreTrainedModel, config: QuipConfig, names: Collection[str], plan: QuantizationPlan, ids: torch.Tensor
+) -> dict[str, float]:
+    """For these modules, how much less errors of rounding matter than independent ones."""
+    ids = ids[: max(_RATIO_TOKENS // ids.shape[1], 1)]
+    blocks_name, blocks = find_blocks(model)
+    inputs = capture_inputs(model, blocks, ids, config.batch_size)
+    result: dict[str, float] = {}
+
+    def add(chosen: Collection[str], hessian: torch.Tensor) -> None:
+        for own, alike in by_config(chosen, {name: config.for_module(name) for name in chosen}):
+            trial = copy.copy(own)
+            trial.update(bits=MIXED_BITS[0])  # the ratio hardly depends on them
+            weights = {name: replace.dense_weight(model.get_submodule(name)) for name in alike}
+            result.update(loss_of_rounding(weights, hessian, trial))
+
+    for index, block in enumerate(tqdm(blocks, desc="Predicting losses", unit="block")):
+        prefix = f"{blocks_name}.{index}."
+        hessians = observe_block(block, plan.inside(prefix), inputs.of_block(index), prefix, inputs.store)
+        for leader, group in hessians.groups.items():
+            add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
+    for outside in (name for name in names if not name.startswith(f"{blocks_name}.")):
+        if not replace.is_dense_embedding(model.get_submodule(outside)):  # whose rows see no feedback
+            add([outside], hessian_after_blocks(model, outside, ids, config.batch_size))
+    return result
