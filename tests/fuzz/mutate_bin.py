@@ -50,6 +50,8 @@ def bin_file(folder: Path, rng: random.Random) -> str | None:
     name = rng.choice(sorted(tensors))
     old = tensors[name]
     command = _Command(folder.parent / MARKER)
+    # without computing: that would start a pool of threads, which does not survive a fork
+    quantized = torch._empty_affine_quantized([4], scale=0.1, zero_point=0, dtype=torch.qint8)
     objects = {
         "code among the tensors": {**tensors, name: command},
         "a list": list(tensors.values()),
