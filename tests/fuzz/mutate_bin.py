@@ -61,10 +61,7 @@ def bin_file(folder: Path, rng: random.Random) -> str | None:
         "a number as a name": {**tensors, 5: old},
         "a huge view": {**tensors, name: torch.zeros((), dtype=torch.int64).expand(1 << 20, 1 << 20)},
         "nested": {"state_dict": tensors},
-        "a quantized tensor": {
-            **tensors,
-            name: torch._empty_affine_quantized([4], scale=0.1, zero_point=0, dtype=torch.qint8),
-        },
+        "a quantized tensor": {**tensors, name: quantized},
         "complex numbers": {**tensors, name: torch.zeros(old.shape, dtype=torch.complex64)},
         "another type": {**tensors, name: old.to(torch.float64 if old.is_floating_point() else torch.int64)},
         "another shape": {**tensors, name: old.flatten()},
