@@ -41,13 +41,13 @@ def cpu_library():
 
 
 class BuildLibrary(build_ext):
-    """build_ext for a library that is no Python module: a plain file name, and no failure without a compiler."""
+    """build_ext for a library that is not a Python module: a plain file name, and no failure without a compiler."""
 
     def get_ext_filename(self, ext_name):
         return os.path.join(*ext_name.split(".")) + (".dll" if sys.platform == "win32" else ".so")
 
     def get_export_symbols(self, ext):
-        return ext.export_symbols  # there is no PyInit_ function to export
+        return ext.export_symbols  # without a PyInit_ function
 
     def build_extension(self, ext):
         try:

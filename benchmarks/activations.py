@@ -1,9 +1,9 @@
-"""What 8-bit activations cost: perplexity of one quantized model with both kinds, by the protocol in protocol.py.
+"""The cost of 8-bit activations: perplexity of one quantized model with both kinds, by the protocol in protocol.py.
 
     python benchmarks/activations.py QUANTIZED_FOLDER [--windows N]
 
-QUANTIZED_FOLDER is a saved quantized model with its tokenizer. Once every token goes through the kernels that generation
-uses, also where a matrix product would be quicker, in float32; and once through those that prompts take, in bfloat16.
+QUANTIZED_FOLDER is a saved quantized model with its tokenizer. Once every token goes through the kernels of generation,
+in float32, even if a matrix product would be faster; and once through the kernels of prompts, in bfloat16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--windows", type=int, default=EVALUATION_WINDOWS, help="evaluation windows of each text")
     options = parser.parse_args()
-    transformers_quip.set_backend("cpu")  # an error where there is no compiled library
+    transformers_quip.set_backend("cpu")  # raises if the compiled library is missing
 
     windows = load_windows(AutoTokenizer.from_pretrained(options.folder), calibration=1, evaluation=options.windows)
     usual = route.MOST_VECTORS["e8p"]

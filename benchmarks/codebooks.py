@@ -1,12 +1,12 @@
-"""Each codebook on Gaussian weights: its mean squared error beside what is possible, and how fast it encodes.
+"""Each codebook on Gaussian weights: its mean squared error, the least possible error, and the speed of encoding.
 
     python benchmarks/codebooks.py [--vectors N] [--scan-vectors N] [--repeats N]
 
-The source is the unit Gaussian, the error that of one weight. "error" is at the scale that the package uses, "best" at
-the best scale of a fine scan (of E8P with a second stage also over the residual scale); both on the same weights. Beside
-them: the bound of rate-distortion theory, 2^(−2·bits), and a value known otherwise: published, in closed form, or a plain
-search through the whole table, on fewer weights, whose error here is on just those weights. Speeds are for each second of
-CPU time of all threads: medians of runs in turns.
+The source is the unit Gaussian; errors are for one weight. "error" is at the scale that the package uses. "best" is at the
+best scale of a fine scan (for E8P with a second stage also over the residual scale), on the same weights. "bound" is the
+bound of rate-distortion theory, 2^(−2·bits). "known" is an independent value: published, in closed form, or by a plain
+search through the whole table, on fewer weights, compared with the error on the same weights. Speeds are per second of CPU
+time of all threads: medians of runs in turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers_quip.codebooks import Codebook, d4, e8, e8p
 WEIGHTS_AT_ONCE = 1 << 20
 # Uniform quantizers of a Gaussian: J. Max, Quantizing for minimum distortion, IRE Trans. Inf. Theory 6 (1960), table II.
 PUBLISHED = {"scalar2": 0.1188, "scalar3": 0.03744, "scalar4": 0.01154, "half-integer": 0.01154}
-# Of every stage: a function that makes the table of its points.
+# For every stage, the function that makes the table of its points.
 TABLES = {
     "e8p": (e8p.points,),
     "d4": (d4.points,),
@@ -105,10 +105,10 @@ def speeds(books: list[Codebook], weights: int, repeats: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=int, default=1 << 20, help="of 8 weights, for the errors")
-    parser.add_argument("--scan-vectors", type=int, default=1 << 17, help="for the scan of scales")
-    parser.add_argument("--table-vectors", type=int, default=1 << 13, help="for the plain search")
-    parser.add_argument("--repeats", type=int, default=9, help="for the speeds")
+    parser.add_argument("--vectors", type=int, default=1 << 20, help="vectors of 8 weights for the errors")
+    parser.add_argument("--scan-vectors", type=int, default=1 << 17, help="vectors for the scan of scales")
+    parser.add_argument("--table-vectors", type=int, default=1 << 13, help="vectors for the plain search")
+    parser.add_argument("--repeats", type=int, default=9, help="runs for the speeds")
     options = parser.parse_args()
 
     x = torch.randn(8 * options.vectors, generator=torch.Generator().manual_seed(0))

@@ -3,11 +3,11 @@
     python benchmarks/cpu_kernels.py [--threads N ...] [--vectors N ...] [--shapes MxN ...] [--seconds S]
                                      [--codebooks NAME ...] [--trellis NAME ...] [--shared]
 
-All ways compute in turns within one run, and medians are compared. "products" are the codes times a vector alone; a
+All variants compute in turns within one run, and medians are compared. "products" are the codes times a vector alone; a
 "layer" has the transforms, su and sv as well; "op" is `torch.ops.quip.linear`, Python included. Before anything is timed,
 each layer is checked against a float64 computation. --codebooks: E8P ("e8p") by itself or with a second stage ("e8p-rvq3",
-"e8p-rvq4"). With --trellis the codes are of those codebooks instead. With --shared, for a machine that others use too, one
-thread's CPU time is measured and minima are compared.
+"e8p-rvq4"). With --trellis the codes are of those codebooks instead. With --shared, for a machine that
+others use too, one thread's CPU time is measured and minima are compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers_quip import codebooks, incoherence
 from transformers_quip.checkpoints.foreign import trellis_bits
 from transformers_quip.ops import reference
 
-STAGES = ("e8p", "e8p-rvq3", "e8p-rvq4")  # that the library computes, besides trellises
+STAGES = ("e8p", "e8p-rvq3", "e8p-rvq4")  # codebooks of the library, besides trellises
 SHAPES = ("1536x576", "4096x4096", "14336x4096")
 ACTIVATIONS = {1: "int8", 2: "int16", 3: "exact"}
 ACCURACY = {1: 2e-2, 2: 6e-3, 3: 6e-3}  # of bfloat16 results
@@ -116,7 +116,7 @@ def trellis_ways(name: str, m: int, n: int, vectors: int) -> dict[str, Callable[
 
 
 def times_of(ways: dict[str, Callable[[], torch.Tensor]], seconds: float, shared: bool) -> dict[str, float]:
-    """Time of a call of each way, measured in turns for about so many seconds a way: the median, or the least CPU time."""
+    """Time of a call of each way, measured in turns for about this many seconds each: the median, or the least CPU time."""
     clock = time.thread_time if shared else time.perf_counter
     repeats = {}
     for name, way in ways.items():
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true", help="the least CPU time of one thread")
     options = parser.parse_args()
     if not cpu.is_available():
-        raise SystemExit("the CPU library was not compiled: there is nothing to measure")
+        raise SystemExit("nothing to measure: the CPU library was not compiled")
 
     if options.shared:
         options.threads = [1]

@@ -1,12 +1,12 @@
-"""What tuning after rounding gains on SmolLM2: perplexity, KL divergence and generation against minutes.
+"""The gain of tuning after rounding on SmolLM2: perplexity, KL divergence and generation against minutes.
 
     python benchmarks/finetune.py [FOLDER] [--settings text self] [--bits 2] [--epochs 0 1 2 4] [--seed N]
 
 Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
 the dense model writes. `epochs 0` is the quantized model without tuning. 16 further windows of the same source decide about
-every state; neither the Hessians nor the tuning see them, and the evaluation text is other text again. Everything is kept
-in .cache/finetune, so that a series can be made in parts. Rows that results/finetune.json has already are made again with
---again alone.
+every state. Neither the Hessians nor the tuning use them, and the evaluation text is different again. Everything is kept
+in .cache/finetune, so that a series can be made in parts. Rows that are already in results/finetune.json are measured again
+only with --again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def quantized(options: argparse.Namespace, setting: str, bits: float, ids: torch
 
 
 def measure(options: argparse.Namespace, model, dense, evaluation: dict[str, torch.Tensor]) -> dict:
-    """Everything that is known of a model."""
+    """All measurements of a model."""
     prompts = evaluation["wiki"][:PROMPTS, :PROMPT_LENGTH]
     written = generation_quality(model, dense, prompts, WRITTEN, options.seed)
     return {

@@ -1,9 +1,9 @@
-"""Generation and prefill on the CPU: 2-bit models against their dense bfloat16 selves, in turns within one run.
+"""Generation and prefill on the CPU: 2-bit models against the dense bfloat16 models, in turns within one run.
 
     python benchmarks/generate.py FOLDER [--repeats N] [--threads N] [--activations exact int8]
 
-FOLDER holds the dense model; it is quantized without calibration, which changes its text but not its speed. Beside it
-stands a Llama with random weights, hidden size 2048 and 8 layers. Batch 1, 64 greedy tokens after a prompt of 16; prefill
+FOLDER holds the dense model; it is quantized without calibration, which changes its text but not its speed. A second
+model is a Llama with random weights, hidden size 2048 and 8 layers. Batch 1, 64 greedy tokens after a prompt of 16; prefill
 is one forward pass over 512 tokens. Medians of whole calls are compared.
 """
 
@@ -53,7 +53,7 @@ def ways_of(folder: str, activations: list[str]) -> dict[str, dict[str, Callable
     stored = sum(linear.packed_bytes for linear in linears)
     print(f"{folder}: decoder linears take {resident / 2**20:.1f} MiB, {resident / stored:.3f} of their packed bytes")
     ids = torch.randint(3, dense.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
-    # One model for each: layers look up anew what they are when the setting has changed, which no user does at each call.
+    # One model for each setting: after a change of the setting layers look up their kernels again, which users rarely do.
     models = {"dense bfloat16": (dense, None)} | {f"2-bit {name}": (copy.deepcopy(packed), name) for name in activations}
     ways: dict[str, dict[str, Callable[[], object]]] = {"generate": {}, "prefill": {}}
     for name, (model, precision) in models.items():
@@ -75,7 +75,7 @@ def ways_of(folder: str, activations: list[str]) -> dict[str, dict[str, Callable
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="of the dense model")
+    parser.add_argument("folder", help="folder of the dense model")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--activations", nargs="+", default=["exact", "int8"])

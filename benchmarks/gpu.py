@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels/torch-ext python benchmarks/gpu.py
 
 Needs a GPU and nothing else: models are made on the device from random codes, as speed does not depend on the values. Takes
-a few minutes, most of them in torch.compile; what does not fit into --minutes any more is left out and named. Prints tables
-and writes results/gpu.json after each part: one that fails is named there, and the others are measured all the same.
+a few minutes, most of them in torch.compile; parts that do not fit into --minutes are left out and named. Prints tables
+and writes results/gpu.json after each part: a part that fails is named there, and the others are still measured.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from transformers_quip import QuipLinear, set_backend
 DEVICE = torch.device("cuda")
 CODEBOOKS = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4"}
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
-# Weights are rotated so that none is read from a cache: more bytes than any GPU's last level holds.
+# The weights take turns, so that none is read from a cache: together they are larger than any GPU's last-level cache.
 ROTATED_BYTES = 512 << 20
-# Of the time, where generate() is measured after them.
+# Share of the time for the layers if generate() is measured after them.
 SHARE_OF_LAYERS = 0.4
 COLUMNS = ("bits", "m", "n", "matvec_int8_us", "matvec_exact_us", "matvec_int8_share", "matvec_exact_share")
 COLUMNS += ("layer_us", "dense_us", "layer_speedup")
@@ -46,7 +46,7 @@ LLAMA_3_8B = {
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing that would end later (default: 7)")
+    parser.add_argument("--minutes", type=float, default=7.0, help="start only parts that end by then (default: 7)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of generate() (default: 128)")
     parser.add_argument("--layers", type=int, default=32, help="decoder blocks of the model (default: 32)")
     parser.add_argument("--only", choices=["layers", "generate"], help="one of the two parts")
@@ -92,9 +92,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def seconds(calls: Sequence[Callable[[], object]], repeat: int = 7) -> float:
     """Median time of one of the calls, replayed together as a CUDA graph so that launches cost nothing."""
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # which made the tensors
+    stream.wait_stream(torch.cuda.current_stream())  # the stream that made the tensors
     with torch.cuda.stream(stream):
-        for call in calls:  # compiles, and measures which tile is fastest, which cannot be done while recording
+        for call in calls:  # compiles, and measures the fastest tile, which is not possible while recording
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -220,7 +220,7 @@ def measure_generate(result: dict, layers: int, tokens: int, deadline: float) ->
     result |= {"layers": layers, "new_tokens": tokens}
     result["dense"] = tokens_per_second(model, tokens)
     print(f"dense bf16: {result['dense']['tokens_per_second']:.1f} tokens/s", flush=True)
-    # what was compiled is of no use any more, and its graphs hold memory
+    # the compiled code is not needed any more, and its graphs hold memory
     torch._dynamo.reset()
     result["replaced"] = quantize_randomly(model)
     gc.collect()
@@ -235,7 +235,7 @@ def measure_generate(result: dict, layers: int, tokens: int, deadline: float) ->
 
 
 def attempt(results: dict, part: str, compute: Callable[..., object], *arguments: object) -> object:
-    """What `compute` returns; None if it fails, which is written into the results, for the other parts are worth theirs."""
+    """The result of `compute`; None if it fails: the error goes into the results, and other parts are still measured."""
     try:
         return compute(*arguments)
     except Exception as error:
@@ -251,13 +251,13 @@ def attempt(results: dict, part: str, compute: Callable[..., object], *arguments
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks/gpu.py needs a GPU that PyTorch can use (torch.cuda), and there is none here.", file=sys.stderr)
+        print("benchmarks/gpu.py needs a GPU that PyTorch can use (torch.cuda), and none was found.", file=sys.stderr)
         return 1
     from quip_kernels.gpu import tune
 
     begin = time.perf_counter()
     set_backend("triton")
-    tune.SECONDS = 90.0  # every shape is measured, while a program that only runs a model shall not wait for that
+    tune.SECONDS = 90.0  # time to measure every shape; a program that only runs a model should not wait for that
     properties = torch.cuda.get_device_properties(0)
     results = {"gpu": properties.name, "processors": properties.multi_processor_count, "memory": properties.total_memory}
     print(f"{properties.name}, PyTorch {torch.__version__}", flush=True)

@@ -1,13 +1,13 @@
-"""Loading checkpoints of other packages: memory and time beside the size of the file, and the re-packing alone.
+"""Loading checkpoints of other packages: memory relative to the size of the file, time, and the re-packing alone.
 
     python benchmarks/loading.py [--families NAME ...] [--megabytes N] [--folder FOLDER]
 
-Writes a checkpoint of random codes of each family for a Llama of 2048 channels, as large as asked for, in a temporary
-folder; then a process of its own loads it on one thread. "peak" is how much more memory was resident at most than before
-`from_pretrained`, "end" afterwards, both beside the file's size; "seconds" its wall time, the file out of the system's
-cache, and "read" the time to read the file alone, likewise. "limit" is twice what reading and re-packing at 200 MB/s would
-take. "re-packed" are megabytes of the codes a second of CPU time, linear by linear; "convert" is the peak of converting on
-disk, in megabytes, which must not grow with the file.
+Writes a checkpoint of random codes of each family for a Llama of 2048 channels, of the given size, in a temporary
+folder; then a new process loads it on one thread. "peak" is the largest growth of resident memory during
+`from_pretrained`, "end" the growth afterwards, both divided by the file's size. "seconds" is the wall time with the file
+not in the system's cache, and "read" the time to read the file alone, also uncached. "limit" is twice the time for reading
+and re-packing at 200 MB/s. "re-packed" is megabytes of codes for each second of CPU time, linear by linear. "convert" is
+the peak of converting on disk, in megabytes, which must not grow with the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FUSED = {
     "mlp.upgate_proj": (2 * INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
-REPACKING = 200e6  # bytes a second that are wanted
+REPACKING = 200e6  # target, in bytes per second
 COLUMNS = {
     "    MB": ("megabytes", 0),
     "peak": ("peak", 2),
@@ -101,7 +101,7 @@ def config(**values) -> dict:
 
 
 HYB = {"codebook": "bitshift", "decode_mode": "quantlut_sym", "L": 16, "V": 2, "tlut_bits": 9, "td_x": 16, "td_y": 16}
-# name → (what config.json says, the linears, their tensors, bits per weight)
+# name → (content of config.json, the linears, their tensors, bits per weight)
 FAMILIES = {
     "QuIP# 2 bits": (params(codebook="E8P12", codebook_version=1), FUSED, quip_sharp(7, 2), 2),
     "QuIP# 4 bits": (params(codebook="E8P12RVQ4B", codebook_version=1), FUSED, quip_sharp(17, 4), 4),
@@ -151,7 +151,7 @@ def write(family: str, folder: Path, megabytes: int) -> None:
 
 
 def forget(file: Path) -> None:
-    """Let the system drop the file from its cache, where it can be told."""
+    """Ask the system to drop the file from its cache, if it can be asked."""
     descriptor = os.open(file, os.O_RDONLY)
     os.fsync(descriptor)
     if hasattr(os, "posix_fadvise"):
@@ -160,13 +160,13 @@ def forget(file: Path) -> None:
 
 
 def status(field: str) -> int:
-    """Bytes, from /proc/self/status."""
+    """A number of bytes from /proc/self/status."""
     with open("/proc/self/status", encoding="utf-8") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def load(folder: Path) -> dict[str, float]:
-    """In a process of its own: load the checkpoint, and measure."""
+    """In the child process: load the checkpoint, and measure."""
     torch.set_num_threads(1)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -179,14 +179,14 @@ def load(folder: Path) -> dict[str, float]:
         if hasattr(plain, key):
             delattr(plain, key)
     with torch.device("meta"):
-        AutoModelForCausalLM.from_config(plain)  # imports what every model needs, whatever its weights
+        AutoModelForCausalLM.from_config(plain)  # imports the code that every model needs
     from transformers_quip.hf import foreign as repacking
 
     spent = {"bytes": 0, "seconds": 0.0}
     original = repacking.repack
 
     def repack(linear, tensors, model):
-        tensors = {kind: tensor.clone() for kind, tensor in tensors.items()}  # to have read them from the file
+        tensors = {kind: tensor.clone() for kind, tensor in tensors.items()}  # forces them to be read from the file
         start = time.thread_time()
         result = original(linear, tensors, model)
         spent["seconds"] += time.thread_time() - start
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, metavar="NAME")
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="where the temporary folders are made")
-    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # what the processes of their own do
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # used by the child processes
     options = parser.parse_args()
     if options.load:
         print(json.dumps(load(options.load)))

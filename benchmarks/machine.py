@@ -1,4 +1,4 @@
-"""Which machine and which versions a figure comes from, and where results are kept."""
+"""The machine and the versions that a figure comes from, and the folder of results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).resolve().p
 
 
 def describe() -> dict:
-    """Return what a reader needs to judge a timing; nothing that identifies the machine itself."""
+    """Return the facts that a reader needs to judge a timing; none of them identifies the machine itself."""
     from quip_kernels import cpu
 
     packages = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy")
@@ -31,7 +31,7 @@ def describe() -> dict:
 
 
 def save(name: str, content: dict) -> Path:
-    """Write `content` and the machine's description to results/NAME.json, all or nothing, and return its path."""
+    """Write `content` and the machine's description to results/NAME.json atomically, and return its path."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".tmp")

@@ -4,7 +4,7 @@
 
 Each mode runs in a fresh process. Two peaks are reported, in MB (10^6 bytes): RSS as the system counts it (ru_maxrss),
 which includes pages of the model's file that happen to be mapped and can be dropped at any time, and anonymous memory
-(RssAnon, looked at every 10 ms), which cannot.
+(RssAnon, read every 10 ms), which cannot.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class AnonymousPeak(threading.Thread):
 
 
 def child(options: argparse.Namespace) -> dict:
-    """Do what the mode says in this process and return its peaks."""
+    """Run the mode in this process and return its peaks."""
     watch = AnonymousPeak()
     watch.start()
     start, cpu = time.perf_counter(), time.process_time()

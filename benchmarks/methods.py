@@ -1,13 +1,12 @@
-"""What each part of QuIP and QuIP# buys: incoherence × rounding × codebook, at 2, 3 and 4 bits, on a real model.
+"""The gain of each part of QuIP and QuIP#: incoherence × rounding × codebook, at 2, 3 and 4 bits, on a real model.
 
     python benchmarks/methods.py [FOLDER] [--quick] [--bits 2 3 4] [--only WORD ...] [--seed 0] [--list] [--table]
 
-The text is that of protocol.py. The Hessians are those of the dense model (calibrate_on="dense", as in the papers), so
-that every method rounds the same problem; they are computed once and kept in .cache/. Each finished run adds its row to
-results/methods.json at once, and runs that are there already are not made again: stop and continue as you like. The
-runs come in such an order that the claims of the papers, printed below the table, are decided first. Where the processor
-has instructions for it, the linears of the evaluated models multiply in bfloat16 (sums in float32), which is three times
-quicker; the row "dense" tells what that costs.
+The text is described in protocol.py. The Hessians come from the dense model (calibrate_on="dense", as in the papers), so
+every method rounds the same problem; they are computed once and cached in .cache/. Each finished run adds its row to
+results/methods.json at once, and finished runs are not repeated: stop and continue as you like. Runs that decide the claims
+of the papers, printed below the table, come first. If the processor has instructions for it, the linears of the evaluated
+models multiply in bfloat16 (sums in float32), which is three times faster; the row "dense" shows the cost of that.
 
 `--quick` calibrates on a quarter of the text and evaluates on a quarter; its rows are kept apart from the full ones.
 `--only` makes the runs whose label holds all of these words, as `--list` prints them.
@@ -60,7 +59,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Unique, and what --only looks into."""
+        """A unique label, which --only searches."""
         sides = self.incoherence if isinstance(self.incoherence, str) else " in, ".join(self.incoherence) + " out"
         rescale = "" if self.rescale else ", not rescaled"
         return f"{self.bits} bits, {self.codebook}, {self.rounding} + {self.sweeps} sweeps, {sides}{rescale}"
@@ -139,7 +138,7 @@ def evaluate(model, windows: Windows) -> dict[str, float]:
 
 
 def run_dense(folder: Path, windows: Windows) -> dict:
-    """The row of the dense model, with what the quicker products cost."""
+    """The row of the dense model, with the cost of the faster products."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     exact = {name: perplexity(model, ids) for name, ids in windows.evaluation.items()}
     return {"label": DENSE, "bits": 32, "perplexity": evaluate(model, windows), "perplexity_float32": exact}
@@ -163,7 +162,7 @@ def run(method: Method, folder: Path, windows: Windows, seed: int) -> dict:
                 losses.append(result.statistics["proxy_loss"])
                 replace.replace_linear(model, name, result, config)
     bits = true_bits_per_weight(model)
-    replace.replace_by_dense(model, torch.float32)  # the same values, and quicker to evaluate
+    replace.replace_by_dense(model, torch.float32)  # the same values, and faster to evaluate
     return {
         "label": method.label,
         "bits": method.bits,
@@ -232,8 +231,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--list", action="store_true", help="print the labels of the runs, and make none")
-    parser.add_argument("--table", action="store_true", help="print what results/methods.json holds, and make no run")
+    parser.add_argument("--list", action="store_true", help="print the labels of the runs, without a run")
+    parser.add_argument("--table", action="store_true", help="print the table of results/methods.json, without a run")
     options = parser.parse_args()
     chosen = [m for m in methods() if m.bits in options.bits and all(word in m.label for word in options.only)]
     if options.list:

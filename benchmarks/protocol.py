@@ -1,8 +1,8 @@
-"""The text behind every quality figure: which articles, which tokens, which windows.
+"""The text of every quality figure: articles, tokens and windows.
 
 Everything comes from the test data inside the `gensim` package, so that no figure needs the network: 105 articles of
 Wikipedia (a shortened dump) and a news corpus (Lee). The first 80 % of the articles are for calibration; the rest, and
-the news, are for evaluation. Nothing is shuffled but the calibration windows, always in the same way.
+the news, are for evaluation. Only the calibration windows are shuffled, always in the same way.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def load_windows(
         tokenizer: a Transformers tokenizer.
         calibration: number of windows drawn (without repetition, seed 0) from all calibration windows.
         evaluation: number of windows taken from the beginning of each evaluation text.
-        length: tokens in a window; what is left at a text's end is dropped.
+        length: tokens in a window; the rest at a text's end is dropped.
     """
 
     def windows(text: str) -> torch.Tensor:

@@ -5,8 +5,8 @@
 Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `self` is the bare default (text that the model writes
 itself), `none` is dataset=None. Each run is a fresh process. results/quality.json is written after every run, and runs
 that it has already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
-For the first seed of each setting at 2 bits, a picture of the errors of every layer is written beside it. Where text was
-measured at 2, 2.5 and 3 bits, the last line says where 2.5 lies.
+For the first seed of each setting at 2 bits, a picture of the errors of every layer is written to the same folder. If
+text was measured at 2, 2.5 and 3 bits, the last line compares 2.5 bits with the line between 2 and 3.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def layer_records(model, folder: Path) -> list[dict]:
-    """Return what each quantized linear lost, as transformers_quip.evaluation.LayerRecord.
+    """Return the errors of each quantized linear, as transformers_quip.evaluation.LayerRecord.
 
-    Proxy loss and relative error are those that the quantizer measured with its Hessians; without calibration there are
-    none. The errors of the weights are computed here, for all settings alike.
+    The quantizer measured proxy loss and relative error with its Hessians; without calibration they are missing. The
+    errors of the weights are computed here, in the same way for all settings.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -127,7 +127,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def print_line(rows: list[dict], low: float = 2, middle: float = 2.5, high: float = 3) -> None:
-    """Where the log perplexity at `middle` bits lies against the line between `low` and `high`, over true bits."""
+    """Compare the log perplexity at `middle` bits with the line between `low` and `high`, over true bits."""
     found = {bits: [row for row in rows if (row["setting"], row["bits"]) == ("text", bits)] for bits in (low, middle, high)}
     if not all(found.values()):
         return

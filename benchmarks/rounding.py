@@ -2,7 +2,7 @@
 
     python benchmarks/rounding.py [FOLDER] [--blocks 0 14 29] [--windows N]
 
-The Hessians are those of the dense model on a few calibration windows; how long rounding takes hardly depends on them.
+The Hessians come from the dense model on a few calibration windows; the time of rounding hardly depends on them.
 CPU seconds count all threads.
 """
 

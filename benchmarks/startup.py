@@ -1,13 +1,13 @@
-"""What one waits for before anything is computed: imports, `--help`, and `inspect` on the files of a large model.
+"""Waiting times before any computation: imports, `--help`, and `inspect` on the files of a large model.
 
     python benchmarks/startup.py [--runs N]
 
-Every run is a process of its own. A command's seconds are wall time from its start to its end, an import's those of the
-statement; peak RSS is as the system counts it, in MB (10^6 bytes). Seconds are medians, peaks maxima. Transformers is
-lazy: its code that loads models, and with it PyTorch, is imported when a model is first asked for, and only then is that
-of this package.
-The large model has the shapes of a Llama of 70 billion parameters with 2-bit codes, and no weights: its files have the
-headers that they would have, and nothing but a hole behind them.
+Every run is a new process. For a command, seconds are its wall time; for an import, the time of the
+statement. Peak RSS is as the system counts it, in MB (10^6 bytes). Seconds are medians, peaks maxima. Transformers is
+lazy: its code that loads models, and with it PyTorch, is imported when a model is first requested, and only then is the
+same part of this package.
+The large model has the shapes of a Llama of 70 billion parameters with 2-bit codes, without weights: its files have the
+real headers, followed by a hole instead of data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KEY_VALUE_HEADS, VOCABULARY = 8192, 28672, 80, 64, 8, 128256
 SHARD = 5 * 10**9
-# What is there when this package is imported.
+# Modules that are loaded before this package is imported.
 IMPORTS = {
     "import transformers": "transformers",
     "import transformers.modeling_utils": "transformers.modeling_utils",
@@ -141,7 +141,7 @@ def main() -> None:
     print(f"{'':65} {'seconds':>8} {'peak MB':>8}  limit")
     for row in rows:
         print(f"{row['what']:65} {row['seconds']:8.3f} {row['peak_rss'] / 1e6:8.0f}  {row['limit']}")
-    import machine  # not before: it imports PyTorch, and on Linux a child's peak RSS begins with its parent's
+    import machine  # imported late: it imports PyTorch, and on Linux a child's peak RSS begins with its parent's
 
     machine.save("startup", {"runs": options.runs, "rows": rows})
 

@@ -3,7 +3,7 @@
     python benchmarks/tables.py [--check]
 
 Nothing outside the markers is touched. With --check nothing is written, and the exit code is 1 if a page does not show
-what the files hold.
+the content of the files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load(name: str) -> dict | None:
 
 
 def number(value: float) -> str:
-    """A perplexity to a sensible number of digits."""
+    """A perplexity with a sensible number of digits."""
     if value > DESTROYED:
         return ">10^5"
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
@@ -47,7 +47,7 @@ def figure(values: list[float]) -> str:
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
-    """Markdown; nothing where there are no rows."""
+    """Markdown; empty without rows."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) if rows else ""
 

@@ -53,7 +53,7 @@ def scalar_error() -> float:
 
 
 def draw_codebooks() -> tuple[float, float]:
-    """Bars of the errors, with what no code of two bits can beat: 2⁻⁴ of the variance."""
+    """Bars of the errors, with the least possible error of two bits: 2⁻⁴ of the variance."""
     e8p, scalar = codebook_error(), scalar_error()
     figure = Figure(figsize=(7, 2), layout="constrained")
     axes = figure.subplots()

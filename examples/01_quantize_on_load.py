@@ -1,12 +1,12 @@
-"""Quantize a model to 2 bits while loading it, see what it lost, save it, and load it again in a fresh process.
+"""Quantize a model to 2 bits while loading it, compare perplexities, save it, and load it again in a fresh process.
 
     python examples/01_quantize_on_load.py FOLDER [--dataset self|none|FILE] [--num-samples N] [--text FILE] ...
 
-FOLDER is any causal language model in Transformers' format. The perplexity is that of a text file, or of the news that
-are part of the package gensim, so nothing here needs the network. `make demo` runs this file on SmolLM2-135M-Instruct,
+FOLDER is any causal language model in Transformers' format. Perplexity is measured on a text file, or on the news
+in the package gensim, so nothing here needs the network. `make demo` runs this file on SmolLM2-135M-Instruct,
 which smollm2.py makes.
 
-What it prints, without progress bars, on 2 cores of a Xeon with AMX (four and a half minutes; seconds shortened):
+Output, without progress bars, on 2 cores of a Xeon with AMX (four and a half minutes):
 
     perplexity before: 16.1 s
     LlamaForCausalLM: 210 of 211 linear layers, 78.9% of 134.5M parameters, are quantized to 2.092 bits per weight ...
@@ -44,7 +44,7 @@ WINDOW = 512  # tokens
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a dense model")
-    parser.add_argument("--output", type=Path, help="where to save; beside FOLDER by default")
+    parser.add_argument("--output", type=Path, help="where to save; next to FOLDER by default")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--dataset", default="self", help="calibration data: self, none, or a text file")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences (more is better, slower)")
@@ -127,13 +127,13 @@ def news_file() -> Path:
 
 
 def cut(tokenizer, text: str) -> torch.Tensor:
-    """The text as windows of token ids, int64 [number of windows, WINDOW]; a rest at the end is dropped."""
+    """The text as windows of token ids, int64 [number of windows, WINDOW]; the rest at the end is dropped."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids[: len(ids) - len(ids) % WINDOW].view(-1, WINDOW)
 
 
 def fresh_process(folder: Path, probe: Path) -> dict:
-    """Run this file again with --reload and return what it found."""
+    """Run this file again with --reload and return its findings."""
     command = [sys.executable, __file__, str(folder), "--reload", str(probe)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])

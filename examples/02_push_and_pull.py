@@ -2,11 +2,11 @@
 
     python examples/02_push_and_pull.py FOLDER OWNER/NAME [--private] [--revision BRANCH]
 
-FOLDER is what example 01 saved. Needed are a token that may write (`hf auth login`, or HF_TOKEN) and, for a Hub of your
+FOLDER is the output of example 01. You need a token with write access (`hf auth login`, or HF_TOKEN) and, for a Hub of your
 own, HF_ENDPOINT. The tests run this file against a Hub on the loopback interface: `python tests/loopback_hub.py` starts it
 and prints the variables to set.
 
-What it prints on a tiny model, with `--shard-size 40KB`:
+Output for a tiny model, with `--shard-size 40KB`:
 
     pushed to owner/tiny-2bit at e32f1e91
       config.json                                     1,794 bytes
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("repo", help="where to push it: owner/name")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="push to this branch")
-    parser.add_argument("--shard-size", default="5GB", help="size of the files that are pushed")
+    parser.add_argument("--shard-size", default="5GB", help="largest size of the pushed files")
     return parser.parse_args()
 
 

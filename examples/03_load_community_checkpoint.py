@@ -5,7 +5,7 @@
 MODEL is a folder, or an id on the Hub. Nothing is quantized again: the codes are re-packed while they are read, so that the
 native copy computes the same numbers.
 
-What it prints for a tiny QuIP# checkpoint:
+Output for a tiny QuIP# checkpoint:
 
     qs_E8P12_t128: 8 quantized layers, 2.333 true bits per weight
     saved in native: 0.3 MB

@@ -4,7 +4,7 @@
 
 FOLDER is a quantized model, such as example 01 saves. Merging the adapters needs dense weights: `model.dequantize()` first.
 
-What it prints on a tiny model with random weights (loss in nats per token on the text that it learns):
+Output for a tiny model with random weights (loss in nats per token on the training text):
 
     trainable: 7,424 of 33,664 stored parameters
     step  1: loss 5.67
@@ -33,7 +33,7 @@ TEXT = "In the beginning there were two bits, and the two bits were enough. " * 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a quantized model")
-    parser.add_argument("--text", type=Path, help="what to learn; a sentence by default")
+    parser.add_argument("--text", type=Path, help="training text; a sentence by default")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-2)

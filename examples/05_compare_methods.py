@@ -1,10 +1,10 @@
-"""Quantize one model in several ways on the same text, and see what each part of the method is worth.
+"""Quantize one model in several ways on the same text, and compare the gain of each part of the method.
 
     python examples/05_compare_methods.py FOLDER --text FILE [--num-samples 32] [--sequence-length 256]
 
 FOLDER is a dense model with its tokenizer, FILE any text: its first part calibrates, its last part measures.
 
-What it prints on a tiny model with random weights (its layers are so small that su and sv take almost one bit):
+Output for a tiny model with random weights (its layers are so small that su and sv take almost one bit):
 
     method                         true bits  relative error  KL divergence  same top token
     nearest, no transforms             2.967          0.0724         0.2108           30.2%

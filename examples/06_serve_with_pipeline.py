@@ -8,7 +8,7 @@ more, start Transformers' own server in a process that has imported this package
 
     python -c "import transformers_quip; from transformers.cli.transformers import main; main()" serve FOLDER
 
-What it prints, and answers:
+Output and answer:
 
     serving FOLDER on http://127.0.0.1:8000
     {"prompt": "Two bits", "text": "...", "seconds": 0.4}
@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, or an id on the Hub")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--requests", type=int, help="stop after so many")
+    parser.add_argument("--requests", type=int, help="stop after this many requests")
     return parser.parse_args()
 
 

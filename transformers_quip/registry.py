@@ -13,7 +13,7 @@ class Registry(Generic[T]):
     """A mapping from a name to an implementation, with errors that list what exists.
 
     Args:
-        kind: what is registered, as the config calls it ("codebook", "incoherence", "rounding").
+        kind: the option of the config that names the entries ("codebook", "incoherence", "rounding").
     """
 
     def __init__(self, kind: str):
@@ -28,7 +28,7 @@ class Registry(Generic[T]):
         return entry
 
     def __getitem__(self, name: str) -> T:
-        """Raises `ValueError` with the known names if there is no such entry."""
+        """Raises `ValueError` with the known names if the name is unknown."""
         try:
             return self._entries[name]
         except (KeyError, TypeError):

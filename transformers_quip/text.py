@@ -1,4 +1,4 @@
-"""Text from files is data: how it is shown so that it cannot do anything.
+"""Show text from files safely: it is data, and must not control a terminal or a page.
 
 A config.json, the name of a file or the words of a model can hold anything: escape sequences that a terminal obeys, marks
 that turn the direction of writing, line breaks, half of a surrogate pair. A card of a model and a table on a terminal show
@@ -14,7 +14,7 @@ import unicodedata
 # the line breaks of Unicode.
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # they are part of words and of emoji
-# What Markdown, its tables and HTML could take for their own.
+# Characters with a meaning in Markdown, its tables or HTML.
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
 
 

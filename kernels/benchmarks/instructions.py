@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, instructions per weight.
+"""Compile every Triton kernel without a GPU, and count registers, spills, shared memory, instructions per weight.
 
     PYTHONPATH=kernels/torch-ext python kernels/benchmarks/instructions.py [--kernel REGEX] [--target sm_90 …] [--save FILE]
 
@@ -58,7 +58,7 @@ class Report:
 
 @functools.cache
 def inspect(name: str, target: str) -> Report:
-    """Compile a specimen for a target and read what came out. Both by name (`SPECIMENS`, `TARGETS`)."""
+    """Compile a specimen for a target and read the result. Both by name (`SPECIMENS`, `TARGETS`)."""
     specimen, gpu = SPECIMENS[name], TARGETS[target]
     kernel = _compile(specimen, gpu)
     if gpu.backend == "hip":
@@ -166,7 +166,7 @@ class Saved:
                 self.content = content
 
     def add(self, name: str, target: str, report: Report) -> None:
-        """One more result; of kernels that are no specimens any more, none is kept."""
+        """One more result; of kernels that are not specimens any more, none is kept."""
         if self.path is None:
             return
         kernels = self.content["kernels"]
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="a regular expression: only the specimens whose names match")
     parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--opcodes", action="store_true", help="list the opcodes of the main loop")
-    parser.add_argument("--save", type=Path, help="a JSON file for the results; what it has of other kernels stays")
+    parser.add_argument("--save", type=Path, help="a JSON file for the results; results of other kernels in it stay")
     options = parser.parse_args()
     print(f"Triton {triton.__version__}")
     saved = Saved(options.save)

@@ -27,7 +27,7 @@ class Specimen:
 
     Attributes:
         kernel: the `triton.jit` function.
-        arguments: name → type of what is passed when it runs, as Triton writes it ("*fp32", "i32").
+        arguments: name → type of the argument in Triton's notation ("*fp32", "i32").
         constants: name → value of the rest, or a function of the target (`GPUTarget`).
         warps: of a program, or a function of the target.
         stages: blocks that are on their way at once in a loop, a function of the target; None is Triton's own choice.
@@ -48,7 +48,7 @@ class Specimen:
         return self.warps(gpu) if callable(self.warps) else self.warps
 
     def options_on(self, gpu: Any) -> dict[str, int]:
-        """What Triton is told of a program on a target."""
+        """The options of a program on a target, for Triton."""
         options = {"num_warps": self.warps_on(gpu), "num_stages": self.stages(gpu)}
         return {name: value for name, value in options.items() if value is not None}
 

@@ -1,7 +1,7 @@
 /* Vectors of 16 bits to bundles and back, with a transform, with AVX-512.
  *
- * In a bundle every step of a transform is the same operation on sixteen neighbours, so that nothing is shuffled but
- * when a vector is read and when it is written. */
+ * In a bundle every step of a transform is the same operation on sixteen neighbours. Data is shuffled only when a vector
+ * is read and when it is written. */
 #include "bundles.h"
 
 #if defined(QUIP_AMX)
@@ -11,13 +11,13 @@
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define UNROLL _Pragma("GCC unroll 32")
 
-#define ROWS 6    /* of a factor, and */
-#define COLUMNS 4 /* entries that are worked on at once: 24 sums, which fit into registers */
+#define ROWS 6    /* of a factor, computed together with */
+#define COLUMNS 4 /* entries: 24 sums, which fit into registers */
 
-#define ENTRIES 32 /* that are turned at once */
+#define ENTRIES 32 /* that are transposed at once */
 
-#define MOST_SIGNS 128 /* order of a factor of signs, and */
-#define PAIR 2         /* entries that are worked on at once; both are fixed in cpu_linear.py */
+#define MOST_SIGNS 128 /* largest order of a factor of signs */
+#define PAIR 2         /* entries computed at once; both numbers are also fixed in cpu_linear.py */
 
 /* `rows` results from `row` on for `columns` neighbours: y[i] = sum over j of t[j][i] x[j], both `after` entries apart. */
 AVX512 INLINE void multiply_entries(const float *t, int64_t order, int64_t row, const int rows, const int columns,
@@ -51,15 +51,15 @@ AVX512 static void multiply_factor(const float *t, int64_t order, const float *x
         }
 }
 
-/* The same for a factor whose entries have one size, but for that size: a sum and a difference of each four entries are
- * looked up among all sixteen, which are computed once, instead of summing the four in each row. signs[i][g]: the address
- * of what row i takes of entries 4 g to 4 g + 3 ("four Russians"; Arlazarov et al., Doklady 11, 1970). In place. */
+/* The same for a factor whose entries have one magnitude, without that magnitude. The sixteen signed sums of each four
+ * entries are computed once, and each row looks up its own instead of summing the four. signs[i][g]: the address of the
+ * sum for row i of entries 4 g to 4 g + 3 ("four Russians"; Arlazarov et al., Doklady 11, 1970). In place. */
 AVX512 static void multiply_signs(const uint16_t *signs, int64_t order, float *x, int64_t size, int64_t after) {
     float sums[MOST_SIGNS / 4][16][PAIR][LANES] __attribute__((aligned(64)));
     const int64_t groups = order / 4;
     for (int64_t begin = 0; begin < size; begin += order * after)
         for (int64_t a = begin; a < begin + after; a += PAIR) {
-            const int64_t second = a + 1 < begin + after ? 1 : 0; /* a last one that is alone is computed twice */
+            const int64_t second = a + 1 < begin + after ? 1 : 0; /* a single last entry is computed twice */
             for (int64_t g = 0; g < groups; g++)
                 UNROLL for (int c = 0; c < PAIR; c++) {
                     const float *from = x + (a + c * second + 4 * g * after) * LANES;
@@ -108,7 +108,7 @@ AVX512 INLINE void butterflies(float *x, int64_t size, int64_t step, const int r
         }
 }
 
-/* The transform of a bundle, but for what `unit_of` gives. Returns x or scratch, whichever has the result. */
+/* The transform of a bundle, without the factor `unit_of`. Returns x or scratch, whichever has the result. */
 AVX512 static float *apply(const quip_transform *q, int transpose, float *x, float *scratch) {
     int64_t after = q->size, step = 1;
     for (int64_t f = 0; f < q->count; f++) {
@@ -132,7 +132,7 @@ AVX512 static float *apply(const quip_transform *q, int transpose, float *x, flo
     return x;
 }
 
-/* The size of the entries of those factors that are applied as signs. */
+/* The product of the magnitudes of the factors that are applied as signs. */
 static float unit_of(const quip_transform *q) {
     double squared = (double)q->power;
     for (int64_t f = 0; f < q->count; f++) squared *= q->signs[f] ? (double)q->orders[f] : 1;
@@ -188,7 +188,7 @@ AVX512 INLINE void part(__m512i word, const int type, __m512 *entries) {
     }
 }
 
-/* scale * x for `count` vectors at `x`; others, of the sixteen, are zero. */
+/* scale * x for `count` vectors at `x`; the rest of the sixteen are zero. */
 AVX512 INLINE void read(const quip_bundle_call *call, const uint16_t *x, int64_t count, const float *scale, float *to,
                         const int type) {
     for (int64_t i = 0; i < call->size; i += ENTRIES) {
@@ -218,11 +218,11 @@ AVX512 static void write_pairs(const float *x, int64_t size, uint32_t *to) {
         _mm512_storeu_si512(to + i / 2 * LANES, pair(_mm512_loadu_ps(x + i * LANES), _mm512_loadu_ps(x + (i + 1) * LANES)));
 }
 
-/* The same as int8, completed with zeros, each vector in units of its own: its largest entry over 127. */
+/* The same as int8, completed with zeros, each vector with its own unit: its largest entry over 127. */
 AVX512 static void write_fours(const float *x, int64_t size, uint32_t *to) {
     const __m512i low = _mm512_set1_epi32(255), infinite = _mm512_set1_epi32(0x7f800000);
     const int64_t words = quip_bundle_words(size, 1);
-    __m512i bits = _mm512_setzero_si512(); /* those of sizes are ordered as integers, and not a number above all */
+    __m512i bits = _mm512_setzero_si512(); /* bits of magnitudes are ordered as integers, with NaN above all */
     for (int64_t i = 0; i < size; i++)
         bits = _mm512_max_epu32(bits, _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x + i * LANES))));
     const __mmask16 bad = _mm512_cmpge_epu32_mask(bits, infinite);
@@ -281,7 +281,7 @@ typedef struct {
     int64_t bundles, next;
 } work;
 
-/* One thread's part, in memory of its own. */
+/* One thread's share, in its own memory. */
 static void to_bundles(void *context, int64_t first, int64_t last) {
     work *w = context;
     const quip_bundle_call *call = w->call;

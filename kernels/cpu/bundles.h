@@ -4,30 +4,30 @@
 
 #include "common.h"
 
-/* The instructions that this needs came after the first AMX: they are asked for together (`quip_has_amx`). */
+/* `quip_has_amx` checks for all instructions that these files use: AMX, and AVX-512 with bfloat16. */
 #if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #define QUIP_AMX
 #endif
 
 /* Between the transforms, inputs are bfloat16 or int8, in words of 32 bits: word i of vector v of a bundle has entries 2 i and
- * 2 i + 1, or 4 i to 4 i + 3, and is at [i][v]. Tiles have so many words of a row; bytes are completed with zeros to whole
- * tiles, and one row more has the units of the vectors, in float32. */
+ * 2 i + 1, or 4 i to 4 i + 3, and is at [i][v]. A tile has TILE_WORDS words of a row; bytes are completed with zeros to whole
+ * tiles, and an additional row has the units of the vectors, in float32. */
 #define TILE_WORDS 16
 HIDDEN int64_t quip_bundle_words(int64_t n, int bytes);
 
-/* In and out of bundles: what a call is told. */
+/* The arguments of a call into or out of bundles. */
 typedef struct {
     const void *from;
     void *to;
     const float *units; /* out: of the vectors, with integers in the bundles; null for float32 */
-    /* from one bundle's units to the next one's */
+    /* distance from one bundle's units to the next bundle's */
     int64_t units_stride;
     const void *scale, *bias;    /* [size], null for none */
     const quip_transform *q;     /* of that size; null for none */
     float *memory;               /* (2 threads LANES + 2) size numbers */
-    int64_t size, count, stride; /* of a vector; vectors; from one to the next, where they are not in bundles */
+    int64_t size, count, stride; /* of a vector; number of vectors; distance between vectors outside bundles */
     int type, scale_type, bias_type, threads; /* type: QUIP_BFLOAT16 or QUIP_FLOAT16, of vectors that are not in bundles */
-    int bytes; /* in: whether int8 is wanted */
+    int bytes; /* into bundles: whether as int8 */
 } quip_bundle_call;
 
 /* Q^T( scale * x ) of vectors of 16 bits, in words. Bundles are completed with zeros to an even number. */

@@ -1,4 +1,4 @@
-/* What the C sources of this library share. */
+/* Declarations shared by the C sources of this library. */
 #ifndef QUIP_COMMON_H
 #define QUIP_COMMON_H
 
@@ -12,7 +12,7 @@
 #define HIDDEN __attribute__((visibility("hidden")))
 #endif
 
-/* One version per instruction set, made by the compiler and picked by the loader. */
+/* The compiler makes one version for each instruction set, and the loader picks one. */
 #if !defined(QUIP_ONE_VERSION) && defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -24,7 +24,7 @@
 #define BLOCK 8 /* weights of one code */
 #define EACH_LANE _Pragma("omp simd") for (int l = 0; l < LANES; l++)
 
-/* Codebooks by their number: what follows E8P as a second stage is nothing, E8 with a byte for a block, or E8P again. */
+/* Second stages after E8P, by their number: none, E8 with one byte for a block, or E8P again. */
 enum { QUIP_NO_STAGE, QUIP_E8, QUIP_E8P };
 
 /* threads.c: body(context, first, last) for parts of [0, count), in steps of `grain`, on at most `threads` threads. */
@@ -43,7 +43,7 @@ typedef struct {
     int64_t orders[MOST_FACTORS];
     const float *factors[MOST_FACTORS]; /* [order][order], row-major */
     const float *transposed[MOST_FACTORS];
-    /* For a factor with entries of one size, else null: see multiply_signs of bundles.c. */
+    /* For a factor whose entries have one magnitude, else null: see multiply_signs in bundles.c. */
     const uint16_t *signs[MOST_FACTORS], *signs_transposed[MOST_FACTORS];
 } quip_transform;
 /* A linear layer of E8P codes. */
@@ -58,15 +58,15 @@ typedef struct {
 
 /* Q x, or its transpose times x: x [size] is overwritten, as is scratch [size]; returns the one that holds the result. */
 HIDDEN float *quip_apply(const quip_transform *q, int transpose, float *x, float *scratch);
-/* The same for `count` vectors one after the other, which is quicker than one by one. */
+/* The same for `count` consecutive vectors, which is faster than one by one. */
 HIDDEN float *quip_apply_many(const quip_transform *q, int transpose, float *x, float *scratch, int64_t count);
 
 /* vectors.c */
-HIDDEN void *quip_get_memory(int64_t bytes); /* on a 64-byte boundary, to be freed; null where there is none */
+HIDDEN void *quip_get_memory(int64_t bytes); /* aligned to 64 bytes, to be freed; null if there is not enough */
 HIDDEN void quip_scale_vector(float *x, const float *by, int64_t n);
 HIDDEN void quip_add_vector(float *x, const float *other, int64_t n);
 
-/* y = after * Q( before * x ) + bias for many vectors, or with the transpose of Q. Returns 0, -2 for want of memory. */
+/* y = after * Q( before * x ) + bias for many vectors, or with the transpose of Q. Returns 0, -2 without enough memory. */
 typedef struct {
     const void *x;
     void *y;
@@ -78,7 +78,7 @@ typedef struct {
 } quip_transform_call;
 EXPORT int quip_transform_vectors(quip_transform_call *call);
 
-/* A weight w of any codebook here is kept as the byte 4 w + 31. */
+/* A weight w of any codebook here is stored as the byte 4 w + 31. */
 #define BYTE_OFFSET 31
 
 /* e8p_tables.c. The byte is the exclusive or of one that depends on the high byte of a code and one that depends on the
@@ -89,12 +89,12 @@ extern HIDDEN uint64_t quip_e8p_pattern[256], quip_e8p_signs[256]; /* eight byte
 extern HIDDEN uint8_t quip_e8p_low[256], quip_e8p_high[256];       /* |w| of coordinates 0-3 and 4-7, two bits each */
 HIDDEN void quip_e8p_make_tables(void);
 
-/* e8_tables.c: the bytes of a code, coordinate 0 at the lowest address, and those of one coordinate for all codes. */
+/* e8_tables.c: the bytes of a code, coordinate 0 at the lowest address; and the bytes of one coordinate for all codes. */
 extern HIDDEN uint64_t quip_e8_points[256];
 extern HIDDEN uint8_t quip_e8_coordinates[BLOCK][256];
 HIDDEN void quip_e8_make_tables(void);
 
-/* decode.c: codes whose weights are wanted. */
+/* decode.c: codes to decode. */
 typedef struct {
     const int16_t *codes;
     const void *residual; /* codes of a second stage, null for none */

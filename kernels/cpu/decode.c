@@ -104,7 +104,7 @@ static void decode_one(const quip_grid *g, int64_t first, int64_t last) {
     }
 }
 
-#define STRETCH 256 /* codes that are decoded at a time */
+#define STRETCH 256 /* codes decoded at a time */
 
 FOR_EACH_CPU static void decode_two(const quip_grid *g, int64_t first, int64_t last) {
     const float quarter = g->scale / 4; /* of the scale, exactly */
@@ -141,7 +141,7 @@ HIDDEN quip_grid quip_make_grid(const int16_t *codes, const void *residual, int 
     return g;
 }
 
-/* out[rows][columns] of `type` from codes[rows][ceil(columns / 8)]. level: at most what quip_cpu_level() gives. With a second
+/* out[rows][columns] of `type` from codes[rows][ceil(columns / 8)]. level: at most quip_cpu_level(). With a second
  * stage, QUIP_E8 or QUIP_E8P, the sum of E8P and `scale` times the second stage's points, rounded to `type`. */
 EXPORT void quip_decode(const int16_t *codes, const void *residual, int second, float scale, int64_t rows, int64_t columns,
                         void *out, int type, int level, int threads) {

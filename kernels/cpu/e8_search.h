@@ -1,9 +1,9 @@
 /* Nearest of the 256 points of the one-byte E8 codebook, for sixteen vectors side by side.
  *
- * The search is exact. Of each kind of points the best follows from y = |x|: zero; one of norm 2 with two entries +/- 1,
- * where y is largest; one of halves with the signs of x, where an odd number of minus signs changes the one at the
- * least y; and +/- 2 along an axis, where y is largest. -2 along the last axis is missing, but what would replace it,
- * 2 along another axis, is never better than a point of norm 2.
+ * The search is exact. The best point of each kind follows from y = |x|: zero; a point of norm 2 with two entries +/- 1
+ * where y is largest; a point of halves with the signs of x, where an odd number of minus signs changes the sign at the
+ * least y; and +/- 2 along the axis where y is largest. -2 along the last axis is missing, but its replacement, 2 along
+ * another axis, is never better than a point of norm 2.
  */
 #ifndef QUIP_E8_SEARCH_H
 #define QUIP_E8_SEARCH_H
@@ -12,7 +12,7 @@
 
 #include "lanes.h"
 
-#define E8_ROOTS 112 /* of two entries +/- 1; their codes, with that of zero in the middle, come first */
+#define E8_ROOTS 112 /* of two entries +/- 1; their codes, with the code of zero in the middle, come first */
 #define E8_ZERO (E8_ROOTS / 2)
 #define E8_HALVES (E8_ROOTS + 1)
 #define E8_AXES (E8_HALVES + 128)

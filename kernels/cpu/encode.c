@@ -1,10 +1,10 @@
-/* Nearest points of E8P, with or without a second stage, and the rounding of a panel of columns with feedback.
+/* Nearest points of E8P, with or without a second stage, and rounding of a panel of columns with feedback.
  *
- * Sixteen rows are worked on side by side, one per vector lane: every inner loop runs over lanes and is left to the
- * compiler's vectoriser. On x86-64 the compiler makes one version per instruction set and the loader picks.
+ * Sixteen rows are worked on side by side, one per vector lane: every inner loop runs over lanes and is vectorised by
+ * the compiler. On x86-64 the compiler makes one version per instruction set and the loader picks.
  *
  * With a second stage a point is p + scale * q: p is the E8P point nearest to x, and q the nearest to (x - p) / scale in
- * the second codebook. A code is then 32 bits: that of p, and in the low 8 or 16 bits that of q.
+ * the second codebook. A code is then 32 bits: the code of p, and in the low 8 or 16 bits the code of q.
  */
 #include <pthread.h>
 #include <string.h>
@@ -112,7 +112,7 @@ INLINE void encode_vectors(const batch *b, const int second) {
     }
 }
 
-/* One function for each second stage, so that the compiler knows it. */
+/* One function for each second stage, so that the stage is a constant for the compiler. */
 #define FOR_STAGE(name, second)                                                                                            \
     FOR_EACH_CPU static void *round_rows_##name(void *argument) {                                                          \
         round_rows(argument, second);                                                                                      \
@@ -128,7 +128,7 @@ FOR_STAGE(e8p, QUIP_E8P)
 
 #define MOST_THREADS 64
 
-/* Run `work` on each of the arguments, which begin at arguments + i * size, in threads of their own. */
+/* Run `work` on each of the arguments, at arguments + i * size, each in its own thread. */
 static void share(void *(*work)(void *), void *arguments, size_t size, int parts) {
     pthread_t threads[MOST_THREADS];
     int started[MOST_THREADS];

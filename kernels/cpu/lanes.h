@@ -1,4 +1,4 @@
-/* Numbers of sixteen rows, which are worked on side by side. */
+/* Numbers of sixteen rows, computed side by side. */
 #ifndef QUIP_LANES_H
 #define QUIP_LANES_H
 

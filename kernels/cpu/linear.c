@@ -2,7 +2,7 @@
  *
  * Products with the codes are exact sums of integers. The transformed vector is divided by a scale of its own, rounded
  * to an integer, and written in base 256 with digits from -128 to 127: one plane of int8 per digit. Three planes keep
- * 23 bits and a sign, which is what a float32 keeps of the largest entries; two keep 15 bits, one keeps 7. */
+ * 23 bits and a sign, the accuracy of float32 for the largest entries; two keep 15 bits, one keeps 7. */
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
@@ -11,14 +11,14 @@
 #include "common.h"
 
 #define MOST_PLANES 3
-#define MOST_COLUMNS (1 << 18) /* a sum of so many products of a byte with a digit fits into 32 bits */
+#define MOST_COLUMNS (1 << 18) /* a sum of this many products of a byte with a digit fits into 32 bits */
 #define PAD 256
 
 typedef struct {
     const quip_layer *layer;
     const void *x;
     void *y;
-    int64_t count, x_stride; /* vectors; from one to the next */
+    int64_t count, x_stride; /* number of vectors; distance from one to the next */
     int x_type, y_type, count_planes, level;
     quip_products products;
     int64_t stride; /* of planes */
@@ -114,7 +114,7 @@ static void read_vectors(void *context, int64_t first, int64_t last) {
     free(memory);
 }
 
-/* The sums of sixteen rows, from those of their digits, without what the offset of the bytes adds. */
+/* The sums of sixteen rows, from the sums of their digits, without the contribution of the bytes' offset. */
 INLINE void sum_digits(const int32_t (*digits)[LANES], int planes, double offset, double *sum) {
     EACH_LANE sum[l] = 0;
     for (int c = planes - 1; c >= 0; c--) EACH_LANE sum[l] = 256 * sum[l] + digits[c][l];
@@ -204,8 +204,8 @@ EXPORT int quip_cpu_level(void) {
     return QUIP_PLAIN;
 }
 
-/* y[count][m] of x[count][n], vectors of x `x_stride` apart. Returns 0, -1 for arguments that are out of range, -2 for want
- * of memory. planes: int8 digits that an activation becomes; level: at most what quip_cpu_level() gives. */
+/* y[count][m] of x[count][n], vectors of x `x_stride` apart. Returns 0, -1 for arguments out of range, -2 without
+ * enough memory. planes: int8 digits of an activation; level: at most quip_cpu_level(). */
 EXPORT int quip_linear(const quip_layer *layer, const void *x, void *y, int64_t count, int64_t x_stride, int x_type,
                        int y_type, int planes, int level, int threads) {
     const int64_t n = layer->n, m = layer->m;
@@ -228,7 +228,7 @@ EXPORT int quip_linear(const quip_layer *layer, const void *x, void *y, int64_t 
                    .level = level,
                    .products = products_of(level),
                    .stride = (n + PAD - 1) / PAD * PAD};
-    /* One piece of memory, its parts in multiples of 64 bytes. */
+    /* One allocation, its parts in multiples of 64 bytes. */
     const int64_t part[] = {
         count * planes * work.stride,
         count * (int64_t)sizeof(double),
@@ -260,7 +260,7 @@ EXPORT int quip_linear(const quip_layer *layer, const void *x, void *y, int64_t 
     }
 
     const int64_t tiles = (m + LANES - 1) / LANES, tile_work = LANES * n * count * planes;
-    const int64_t grain = (1 << 17) / tile_work + 1; /* tiles that take some microseconds */
+    const int64_t grain = (1 << 17) / tile_work + 1; /* tiles whose work takes some microseconds */
     quip_parallel(read_vectors, &work, count, 1, threads);
     if (!work.failed) quip_parallel(multiply_tiles, &work, tiles, grain, threads);
     if (!work.failed) quip_parallel(write_vectors, &work, count, 1, threads);

@@ -6,13 +6,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* What a program must ask Linux for before it may use tiles, once (arch_prctl(2)). */
+/* The permission to use tiles, which a program must ask Linux for once (arch_prctl(2)). */
 enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
 
-/* Products of bfloat16, tiles, products of int8: bits that `cpuid` gives. */
+/* Bits of `cpuid`: products of bfloat16, tiles, products of int8. */
 #define NEEDED (1u << 22 | 1u << 24 | 1u << 25)
 
-/* Whether this processor has the instructions, and the system lets us use them. */
+/* Whether this processor has the instructions, and the system allows them. */
 EXPORT int quip_has_amx(void) {
     unsigned a, b, c, d;
     if (quip_cpu_level() != QUIP_AVX512 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return 0;
@@ -20,10 +20,10 @@ EXPORT int quip_has_amx(void) {
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-/* y[count][m] of x[count][n], both of this type of 16 bits, vectors of x `x_stride` apart; m and n are multiples of 32. Between the two
- * transforms are inputs in words, int8 if `bytes` and else bfloat16, t[bundles][words + bytes][LANES], which are read if
- * `rotated` and else written, and sums. together: vectors that there are sums of at a time, a multiple of 32. z: together * m
- * numbers for them. memory: (2 threads LANES + 2) numbers for each input or output, whichever are more, and at least
+/* y[count][m] of x[count][n], both of this 16-bit type, vectors of x `x_stride` apart; m and n are multiples of 32.
+ * t[bundles][words + bytes][LANES]: the transformed inputs in words, int8 if `bytes`, else bfloat16; read if `rotated`, else
+ * written. together: vectors whose sums exist at a time, a multiple of 32. z: together * m numbers for the sums.
+ * memory: (2 threads LANES + 2) numbers for each input or output, whichever are more, and at least
  * threads * rows * (4 words + MARGIN) bytes. */
 EXPORT void quip_linear_many(const quip_layer *layer, const uint16_t *x, uint16_t *y, int type, int64_t count,
                              int64_t x_stride, uint32_t *t, int rotated, int bytes, float *z, int64_t together,

@@ -1,12 +1,12 @@
 /* Products of rows of codes with int8 planes, in plain C and with AVX2.
  *
- * A stretch of a row is first expanded to bytes 4 w + 31, one table look-up for a byte of a code. The bytes stay in the
- * first-level cache and are multiplied by every plane. */
+ * A stretch of a row is first expanded to bytes 4 w + 31, by one table look-up for each byte of a code. The bytes stay in
+ * the first-level cache and are multiplied by every plane. */
 #include <string.h>
 
 #include "common.h"
 
-#define STRETCH 256 /* codes that are expanded at a time, a multiple of 8: 2 KiB */
+#define STRETCH 256 /* codes expanded at a time, a multiple of 8: 2 KiB */
 
 HIDDEN void quip_expand(int codebook, const void *codes, int64_t first, int count, uint8_t *bytes) {
     const int16_t *words = (const int16_t *)codes + first;
@@ -81,8 +81,8 @@ AVX2 HIDDEN void quip_products_avx2(int codebook, const void *codes, int64_t row
     for (int64_t r = 0; r < rows; r++)
         for (int64_t first = 0; first < blocks; first += STRETCH) {
             const int count = blocks - first < STRETCH ? (int)(blocks - first) : STRETCH;
-            const int end = (count * BLOCK + 63) & ~63; /* planes go on with zeros */
-            const int whole = codebook == QUIP_E8P ? count & ~3 : 0; /* one load a code needs no vectors */
+            const int end = (count * BLOCK + 63) & ~63; /* planes are completed with zeros */
+            const int whole = codebook == QUIP_E8P ? count & ~3 : 0; /* an E8 code is one load; vectors do not help */
             const int64_t begin = r * blocks + first;
             expand_e8p((const int16_t *)codes + begin, whole, bytes);
             quip_expand(codebook, codes, begin + whole, count - whole, bytes + BLOCK * whole);

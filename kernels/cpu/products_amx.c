@@ -1,7 +1,8 @@
 /* Products of decoded rows with bundles, with AMX.
  *
- * Tiles are 16 rows of 32 weights of bfloat16 or 64 of int8, and as many entries of a bundle; two of each are multiplied at a
- * time, which gives four tiles of sums. Every thread decodes rows that stay in a cache of its own while they meet all bundles. */
+* Tiles are 16 rows of 32 weights of bfloat16 or 64 of int8, and as many entries of a bundle; two of each are multiplied
+ * at a time, which gives four tiles of sums. Every thread decodes rows that stay in its own cache while they are
+ * multiplied by all bundles. */
 #include "bundles.h"
 
 #if defined(QUIP_AMX)
@@ -9,7 +10,7 @@
 
 #define AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
 
-/* What `ldtilecfg` reads: eight tiles of 16 rows of 64 bytes. */
+/* The configuration for `ldtilecfg`: eight tiles of 16 rows of 64 bytes. */
 static const struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -69,7 +70,7 @@ AMX static void multiply_fours(const char *rows, int64_t stride, const uint32_t 
     multiply(rows, stride, x, other, words, z, m, 1);
 }
 
-/* A row's weights times four, in int8; with whatever in the last tile there is beside them. */
+/* A row's weights times four, in int8; the rest of the last tile may hold anything. */
 __attribute__((target("avx512f,avx512bw,avx512vl"))) static void decode_bytes(const int16_t *codes, int64_t blocks,
                                                                               int8_t *to) {
     const __m512i low = _mm512_set1_epi64(255), offset = _mm512_set1_epi8(BYTE_OFFSET);

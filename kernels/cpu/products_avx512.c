@@ -2,9 +2,10 @@
  *
  * Codes stay in their logical order: each row gives 8 codes, and shuffles bring the sixteen rows side by side, row r in
  * lane r. A group is then 16 rows x 4 codes: 64 bytes of E8, 64 high bytes and 64 low bytes of E8P.
- * The bytes 4 w + 31 of E8 are looked up, coordinate by coordinate, in tables of 256 bytes. Of E8P, the magnitudes of all 512 weights come from a table of 256 x 16 bits that is kept in eight registers; an affine map
- * over bits (GFNI) makes from each low byte what the sign and the shift contribute to coordinate j, and one ternary
- * operation puts the two together: 64 bytes 4 w + 31, multiplied and summed in fours by vpdpbusd. */
+* For E8, the bytes 4 w + 31 are looked up, coordinate by coordinate, in tables of 256 bytes. For E8P, the magnitudes of
+ * all 512 weights come from a table of 256 x 16 bits that is kept in eight registers. An affine map over bits (GFNI) turns
+ * each low byte into the contribution of sign and shift to coordinate j, and one ternary operation combines the two. The
+ * resulting 64 bytes 4 w + 31 are multiplied and summed in fours by vpdpbusd. */
 #include <string.h>
 
 #include "common.h"
@@ -14,7 +15,7 @@
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,gfni")))
 #define code_bytes(codebook) ((codebook) == QUIP_E8P ? 2 : 1)
-#define ROW_CODES 8 /* of one row, loaded at once: two groups */
+#define ROW_CODES 8 /* codes of one row loaded at once: two groups */
 #define FEW 4       /* planes whose sums are kept in registers */
 
 typedef struct {
@@ -132,7 +133,7 @@ AVX512 INLINE void expand(const int codebook, const tables *t, const __m512i *wo
         expand_e8(words[k], weights);
 }
 
-/* Rows are read sixteen abreast, which no processor foresees; the next sixteen rows are fetched in order. */
+/* Sixteen rows are read side by side, which hardware does not prefetch; the next sixteen are prefetched here, in order. */
 INLINE void fetch_ahead(const int code_bytes, const char *const *row, int64_t blocks, int64_t begin) {
     const char *next = row[LANES - 1] + (blocks + begin * LANES) * code_bytes;
     for (int i = 0; i < ROW_CODES * LANES * code_bytes; i += 64) __builtin_prefetch(next + i);
@@ -155,7 +156,7 @@ AVX512 INLINE void add_few(const int codebook, const tables *t, const char *cons
     }
 }
 
-/* The whole product for a number of planes that the compiler knows, summed in registers. */
+/* The whole product for a constant number of planes, summed in registers. */
 AVX512 INLINE void few_planes(const int codebook, const tables *t, const char *const *row, int64_t blocks,
                               const int8_t *planes, int64_t stride, const int columns, int32_t (*sums)[LANES]) {
     const int chains = columns == 1 ? 4 : 2; /* vpdpbusd takes five cycles: several sums of each plane at a time */

@@ -1,8 +1,8 @@
 /* Rounding of a panel of columns to a uniform grid, with feedback.
  *
- * As in encode.c sixteen rows are worked on side by side, one per vector lane. Columns are taken in strips: within one,
- * every column hands its error on at once; the columns before the strip get the errors of the whole strip together, so
- * that they are read and written once. */
+ * As in encode.c sixteen rows are worked on side by side, one per vector lane. Columns are taken in strips. Within a
+ * strip, every column passes its error on at once. The columns before the strip get the errors of the whole strip
+ * together, so they are read and written once. */
 #include <math.h>
 #include <string.h>
 

@@ -1,16 +1,16 @@
-/* Sharing work among threads.
+/* Share work among threads.
  *
- * PyTorch keeps its own worker threads, which go on spinning for a while after each operation. A second pool would
- * fight with them for the processors between any two operations, so theirs are used where Python has handed over the
- * entry point of their OpenMP runtime; otherwise threads are made for each call that is worth it. Each thread goes through
- * a share of its own from the beginning, so that what it reads lies side by side, and then helps the others with what is
- * left of theirs, so that a thread which is held up does not hold them up. */
+ * PyTorch keeps its own worker threads, which spin for a while after each operation. A second pool would compete with
+ * them for the processors. So PyTorch's threads are used if Python has passed the entry point of their OpenMP runtime;
+ * otherwise threads are created for each call with enough work. Each thread first works through its own share from the
+ * beginning, so that it reads adjacent memory. Then it helps the others with the rest of their shares, so that a delayed
+ * thread does not delay the call. */
 #include <pthread.h>
 
 #include "common.h"
 
 #define MOST_THREADS 64
-#define LEAST_PIECES 16 /* per thread, before new threads are worth making */
+#define LEAST_PIECES 16 /* per thread, for which creating threads is worth it */
 
 typedef void (*fork_join)(void (*work)(void *), void *argument, unsigned threads, unsigned flags);
 static fork_join shared_threads;
@@ -18,11 +18,11 @@ static fork_join shared_threads;
 typedef struct {
     quip_body body;
     void *context;
-    int64_t count, grain, size; /* of a share, in whole pieces */
+    int64_t count, grain, size; /* size: of a share, in whole pieces */
     int shares, started;
     struct {
         int64_t next;
-        char apart[56]; /* counters of threads in cache lines of their own */
+        char apart[56]; /* puts the counter of each thread into its own cache line */
     } taken[MOST_THREADS];
 } job;
 
@@ -56,7 +56,7 @@ HIDDEN void quip_parallel(quip_body body, void *context, int64_t count, int64_t 
     j.context = context;
     j.count = count;
     j.shares = threads;
-    const int64_t each = (pieces + threads - 1) / threads; /* of which all have about one size */
+    const int64_t each = (pieces + threads - 1) / threads; /* all of about one size */
     j.grain = each ? (count + threads * each - 1) / (threads * each) : 1;
     j.size = each * j.grain;
     j.started = 0;
@@ -74,7 +74,7 @@ HIDDEN void quip_parallel(quip_body body, void *context, int64_t count, int64_t 
     }
 }
 
-/* Use another runtime's threads: `entry` is its GOMP_parallel, or null for threads of our own. */
+/* Use another runtime's threads: `entry` is its GOMP_parallel, or null to create threads. */
 EXPORT void quip_share_threads(void *entry) {
     shared_threads = (fork_join)entry;
 }

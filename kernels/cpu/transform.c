@@ -5,8 +5,8 @@
 
 #include "common.h"
 
-#define ROWS 6    /* of a factor, and */
-#define COLUMNS 2 /* lanes of the vectors that are worked on at once: twelve sums, which fit into registers */
+#define ROWS 6    /* of a factor, computed together with */
+#define COLUMNS 2 /* pieces of LANES numbers: twelve sums, which fit into registers */
 
 /* Sums of `rows` rows from `row` on and of `columns` pieces of LANES numbers, at x[c] and y[c]; `after` apart for each j. */
 INLINE void multiply_tile(const float *restrict t, int64_t order, int64_t row, int rows, int columns,
@@ -86,7 +86,7 @@ INLINE void butterflies(float *restrict x, int64_t size) {
             }
 }
 
-#define GROUPS 4 /* of neighbours that are worked on at once, so that no sum waits for the one before it */
+#define GROUPS 4 /* groups of neighbours computed at once, so that no sum waits for the one before it */
 
 /* Sylvester's matrix of an order of at most LANES: its entry in row i and column j is -1 where i & j has an odd number of
  * ones. Larger ones begin with the smaller. */

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SMALL_TABLE 10 /* bits of the index into a table that as float32 is near to the processor, whatever else is */
+#define SMALL_TABLE 10 /* index bits of a table that stays in the first-level cache as float32 */
 #define TOGETHER 8 /* tiles of one row that are decoded before they are converted, or multiplied by several vectors */
 
 typedef struct {
@@ -12,7 +12,7 @@ typedef struct {
     trellis_kernels kernels;
     trellis_plan plan;
     int32_t source[TILE_WEIGHTS]; /* place in a tile's sequence of the weight in row i / 16 and column i % 16 */
-    const float *views; /* [n / 16][count][32], what 32 weights that follow each other in the sequence meet */
+    const float *views; /* [n / 16][count][32], the factors of 32 consecutive weights of the sequence */
     float *z;           /* [count][m] */
     void *out;
     int64_t count;
@@ -37,7 +37,7 @@ static void find_places(int order, int32_t *source) {
 static trellis_kernels kernels_of(int level, int code) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    /* Whatever has the other instructions of that level has IFMA too, or is served by AVX2. */
+    /* Processors with the other instructions of that level have IFMA too; any other uses AVX2. */
     if (level == QUIP_AVX512 && __builtin_cpu_supports("avx512ifma")) {
         trellis_kernels kernels = quip_trellis_avx512;
 #if defined(TRELLIS_FP16)
@@ -51,8 +51,8 @@ static trellis_kernels kernels_of(int level, int code) {
     return quip_trellis_plain;
 }
 
-/* The plan, and in it the table; of code hyb twice, the second time with the sign that bit 15 of h means. Returns 0, or -2
- * for want of memory. */
+/* The plan with its table. Code hyb has the table twice, the second time with the sign for bit 15 of h. Returns 0, or -2
+ * without enough memory. */
 static int make_plan(const quip_trellis *w, const trellis_kernels *kernels, trellis_plan *plan) {
     memset(plan, 0, sizeof *plan);
     plan->code = w->code;
@@ -78,7 +78,7 @@ static int make_plan(const quip_trellis *w, const trellis_kernels *kernels, trel
     if (both)
         for (int64_t i = 0; i < size; i++) values[size + i] = i % w->step ? values[i] : -values[i];
     if (w->step == 2 && plan->bits > SMALL_TABLE) {
-        /* Two numbers in one word, where 16 bits hold them, are half of the memory, but must be converted. */
+        /* If 16 bits hold the numbers, two in one word take half of the memory, but must be converted. */
         quip_store(values, halves, QUIP_FLOAT16, 0, (1 + both) * size);
         quip_load(halves, QUIP_FLOAT16, 0, back, size);
         if (!memcmp(values, back, (size_t)size * sizeof *back)) {
@@ -94,7 +94,7 @@ static int make_plan(const quip_trellis *w, const trellis_kernels *kernels, trel
     return 0;
 }
 
-/* Tile number t, where it is not so near to the end of the codes that kernels would read beyond; else a copy of it. */
+/* Tile number t; a copy if it is so near to the end of the codes that kernels would read beyond them. */
 static const int16_t *tile_with_margin(const quip_trellis *w, int64_t t, int16_t *copy) {
     const int64_t words = (int64_t)TILE * w->k, all = w->layer.m / TILE * (w->layer.n / TILE);
     const int16_t *tile = (const int16_t *)w->layer.codes + t * words;
@@ -203,8 +203,8 @@ static int multiply(const quip_trellis *w, const float *x, float *z, int64_t cou
     return j.failed ? -2 : 0;
 }
 
-/* y[count][m] of x[count][n], vectors of x `x_stride` apart. Returns 0, -1 for arguments that are out of range, -2 for want
- * of memory. level: at most what quip_cpu_level() gives. */
+/* y[count][m] of x[count][n], vectors of x `x_stride` apart. Returns 0, -1 for arguments out of range, -2 without
+ * enough memory. level: at most quip_cpu_level(). */
 EXPORT int quip_trellis_linear(const quip_trellis *w, const void *x, void *y, int64_t count, int64_t x_stride, int x_type,
                                int y_type, int level, int threads) {
     if (!is_sound(w) || count < 0) return -1;

@@ -11,7 +11,7 @@
 
 enum { TRELLIS_1MAD, TRELLIS_2MAD, TRELLIS_3INST, TRELLIS_MCG, TRELLIS_MUL1, TRELLIS_HYB, TRELLIS_QUANTLUT, TRELLIS_LUT };
 enum { TRELLIS_ROWS, TRELLIS_QTIP, TRELLIS_EXL3 };
-/* How the values of a table are kept: one float32 for each index; two; or two of 16 bits in one word. */
+/* The form of a table: one float32 for each index; two float32; or two numbers of 16 bits in one word. */
 enum { TABLE_NONE, TABLE_SINGLE, TABLE_PAIRS, TABLE_HALVES };
 
 typedef struct {
@@ -21,9 +21,9 @@ typedef struct {
     int32_t table_bits, table_type;
 } quip_trellis;
 
-/* What is made once for all tiles. */
+/* The constants that are computed once for all tiles. */
 typedef struct {
-    uint8_t places[2][64] __attribute__((aligned(64))); /* where the sixteen states of a group lie, as `prepare` has it */
+    uint8_t places[2][64] __attribute__((aligned(64))); /* places of the sixteen states of a group, see `prepare` */
     int32_t code, step_bits;                            /* bits from one state to the next */
     int32_t kind, bits, multiplied; /* the index into the table is the highest `bits` of 16, of s (s + 1) or of s itself */
     union {
@@ -32,14 +32,14 @@ typedef struct {
     };
 } trellis_plan;
 
-/* What each width of vectors has. The weights of a tile are in the order of its sequence; for codes 1mad and 2mad they are
- * TRELLIS_MAD times too large. */
+/* The kernels for one width of vectors. The weights of a tile are in the order of its sequence; for codes 1mad and 2mad
+ * they are TRELLIS_MAD times too large. */
 #define TRELLIS_MAD 147.800537109375f
 typedef struct {
     void (*prepare)(trellis_plan *plan);
     void (*decode)(const trellis_plan *plan, const int16_t *tile, float *weights);
-    /* sums[q] += weight q * views[q % 32], summed over so many tiles: either of codes, or of decoded weights. Another tile has
-     * other views, `stride` further on, which is 32 for codes. */
+    /* sums[q] += weight q * views[q % 32], summed over a number of tiles, of codes or of decoded weights. The
+     * views of the next tile are `stride` further on, which is 32 for codes. */
     void (*products)(const trellis_plan *plan, const int16_t *codes, int64_t tiles, const float *views, float *sums);
     void (*multiply)(const float *weights, int64_t tiles, const float *views, int64_t stride, float *sums);
     /* rows[stride * i + j] = weights[source[TILE * i + j]] for the weights of a tile */
@@ -49,8 +49,8 @@ extern HIDDEN const trellis_kernels quip_trellis_plain;
 #if defined(__x86_64__)
 extern HIDDEN const trellis_kernels quip_trellis_avx2, quip_trellis_avx512;
 #if (defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12)
-#define TRELLIS_FP16 /* the compiler knows AVX512-FP16 */
-/* Puts what is faster with these instructions in the place of kernels for AVX-512. */
+#define TRELLIS_FP16 /* the compiler supports AVX512-FP16 */
+/* Replaces kernels for AVX-512 by those that are faster with these instructions. */
 HIDDEN void quip_trellis_use_fp16(trellis_kernels *kernels, int code);
 #endif
 #endif

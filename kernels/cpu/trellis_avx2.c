@@ -17,7 +17,7 @@ static void prepare(trellis_plan *plan) {
         const int from = h * plan->step_bits & ~1;
         for (int l = 0; l < WIDTH; l++) {
             const int begin = (h * WIDTH + l) * plan->step_bits - 8 * from, byte = begin / 8;
-            /* memory has the second byte of a word first; what lies beyond the sixteenth byte is shifted away */
+            /* memory has the second byte of a word first; bits beyond the sixteenth byte are shifted away */
             for (int i = 0; i < 4; i++) plan->places[h][4 * l + 3 - i] = ((byte + i) ^ 1) & 15;
             const uint8_t shift[4] = {(uint8_t)(16 - begin % 8), 0, 0, 0};
             memcpy(plan->places[h] + 32 + 4 * l, shift, sizeof shift);
@@ -54,7 +54,7 @@ TARGET INLINE words byte_sums(words h) {
     return (words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)) + (0x4b000000u + 1024);
 }
 
-/* With a count for each lane, which takes one operation; with one count for all it would be two. */
+/* A count for each lane takes one operation; one count for all lanes would take two. */
 TARGET INLINE words shifted(words w, int count) {
     return (words)_mm256_srlv_epi32((__m256i)w, _mm256_set1_epi32(count));
 }
@@ -64,7 +64,7 @@ TARGET INLINE words look_up(const void *table, words index) {
 }
 
 TARGET INLINE void look_up_pairs(const float *table, const words *index, floats *first, floats *second) {
-    const double *pairs = (const double *)table; /* only moved, whatever the bits would mean */
+    const double *pairs = (const double *)table; /* the bits are only moved, never used as doubles */
     const __m128i *half = (const __m128i *)index;
     *first = (floats)_mm256_i32gather_pd(pairs, _mm_load_si128(half), 8);
     *second = (floats)_mm256_i32gather_pd(pairs, _mm_load_si128(half + 1), 8);

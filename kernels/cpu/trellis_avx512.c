@@ -14,13 +14,13 @@
 static void prepare(trellis_plan *plan) {
     for (int l = 0; l < WIDTH; l++) {
         const int pair = l / 2 * 2, byte = pair * plan->step_bits / 8, begin = l * plan->step_bits - 8 * byte;
-        /* memory has the second byte of a word first; what lies beyond 32 bytes is shifted away */
+        /* memory has the second byte of a word first; bits beyond 32 bytes are shifted away */
         for (int i = 0; i < 8; i++) plan->places[0][4 * pair + 7 - i] = (uint8_t)(((byte + i) ^ 1) & 31);
         for (int i = 0; i < 4; i++) plan->places[1][4 * l + i] = (uint8_t)(48 - begin + 8 * i);
     }
 }
 
-/* Sixteen states lie in 32 bytes, and a load of no more is less often from two lines of the cache. */
+/* Sixteen states lie in 32 bytes; a load of only these crosses two cache lines less often. */
 TARGET INLINE words states_in(const trellis_plan *plan, __m256i bytes) {
     const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(plan->places[0]), _mm512_castsi256_si512(bytes));
     return (words)_mm512_maskz_multishift_epi64_epi8(0x3333333333333333, _mm512_load_si512(plan->places[1]), eight);
@@ -54,7 +54,7 @@ TARGET INLINE words byte_sums(words h) {
     return (words)_mm512_dpbusd_epi32(_mm512_set1_epi32(0x4b000000 + 1024), (__m512i)h, _mm512_set1_epi8(1));
 }
 
-/* With a count for each lane, which takes one operation; with one count for all it would be two. */
+/* A count for each lane takes one operation; one count for all lanes would take two. */
 TARGET INLINE words shifted(words w, int count) {
     return (words)_mm512_srlv_epi32((__m512i)w, _mm512_set1_epi32(count));
 }
@@ -64,7 +64,7 @@ TARGET INLINE words look_up(const void *table, words index) {
 }
 
 TARGET INLINE void look_up_pairs(const float *table, const words *index, floats *first, floats *second) {
-    /* doubles are only moved, whatever the bits would mean */
+    /* the bits are only moved, never used as doubles */
     const __m256i *half = (const __m256i *)index;
     *first = (floats)_mm512_i32gather_pd(_mm256_load_si256(half), table, 8);
     *second = (floats)_mm512_i32gather_pd(_mm256_load_si256(half + 1), table, 8);
@@ -76,7 +76,7 @@ TARGET INLINE void widen(words pairs, floats *first, floats *second) {
 }
 
 TARGET INLINE floats part_of_row(const float *weights, const int32_t *source) {
-    const float *from = weights + (source[0] & ~31); /* the permutation looks at the lowest five bits */
+    const float *from = weights + (source[0] & ~31); /* the permutation reads only the lowest five bits */
     return (floats)_mm512_permutex2var_ps(_mm512_loadu_ps(from), _mm512_loadu_si512(source), _mm512_loadu_ps(from + 16));
 }
 

@@ -21,7 +21,7 @@ static void prepare(trellis_plan *plan) {
 
 TARGET INLINE __m512i states(const trellis_plan *plan, const int16_t *tile, int group) {
     const int16_t *from = tile + 2 * group * plan->step_bits;
-    /* With less than 8 bits all lies in 32 bytes, and a load of no more is less often from two lines of the cache. */
+    /* With less than 8 bits the states lie in 32 bytes; a load of only these crosses two cache lines less often. */
     __m512i bytes = plan->step_bits < 8 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from))
                                         : _mm512_loadu_si512(from);
     if (group + 1 == GROUPS) bytes = _mm512_mask_set1_epi16(bytes, (__mmask32)1 << 2 * plan->step_bits, tile[0]);
@@ -47,7 +47,7 @@ TARGET INLINE __m512i values_of(__m512i s, int code) {
     return (__m512i)_mm512_add_ph((__m512h)low, (__m512h)high);
 }
 
-/* As float32. By way of memory, because that does not take the units which compute, and those are what there is too few of. */
+/* As float32. Through memory, because that does not use the arithmetic units, which are the bottleneck. */
 TARGET INLINE void widen(__m512i weights, __m512 *first, __m512 *second) {
     __m256i halves[2] __attribute__((aligned(64)));
     _mm512_store_si512(halves, weights);

@@ -1,6 +1,6 @@
 /* The kernels of trellis codes for one width of vectors; included by trellis_plain.c, trellis_avx2.c, trellis_avx512.c.
  *
- * The includer defines TARGET, the attribute of functions; KERNELS, the name of what is exported; WIDTH, the lanes; then,
+ * The includer defines TARGET, the attribute of functions; KERNELS, the exported name; WIDTH, the lanes; then,
  * with the types of vectors of trellis_vectors.h,
  *   prepare(plan)                   fills plan->places
  *   states(plan, bytes, lane)       states of a group, from number `lane` on; its bits begin at `bytes`
@@ -12,10 +12,10 @@
  *   look_up_pairs(table, index, first, second)  pairs of float32 at 2 * index, one after the other
  *   widen(pairs, first, second)     pairs of float16, one in each word, as float32 one after the other
  *   part_of_row(weights, source)    weights[source[l]] for each lane l; all are in the same 32 weights
- *   FUSED(a, b, c)                  a b + c, rounded once; only where the processor has that */
+ *   FUSED(a, b, c)                  a b + c, rounded once; only if the processor has such an instruction */
 #include <string.h>
 
-#if !defined(UNROLL) /* loops over vectors that are to stay in registers */
+#if !defined(UNROLL) /* loops over vectors that should stay in registers */
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
@@ -68,14 +68,14 @@ TARGET INLINE floats value_of(words s, int code) {
     }
 }
 
-/* Where the table has the weights of states s. */
+/* The indices into the table for states s. */
 TARGET INLINE words index_of(const trellis_plan *plan, words s) {
     shorts t = (shorts)s; /* products modulo 2^16 are all that is needed, and the upper halves are 0 */
     if (plan->multiplied) t *= t + 1;
     return shifted((words)t, 16 - plan->bits);
 }
 
-/* The weights at these indices: one each, or of a table of pairs two, those of the first half of the indices in `first`. */
+/* The weights at these indices: one each, or two from a table of pairs; `first` has those for the first half. */
 TARGET INLINE void values_at(const trellis_plan *plan, const words *index, floats *first, floats *second, int kind) {
     if (kind == TABLE_SINGLE)
         *first = (floats)look_up(plan->values, *index);
@@ -130,8 +130,8 @@ TARGET INLINE void computed_products(const trellis_plan *plan, const int16_t *ti
     }
 }
 
-/* All indices of some tiles come before the first look-up: look-ups that need not wait for what was computed just before
- * them are quicker by a fifth. */
+/* All indices of some tiles come before the first look-up: look-ups that do not wait for a computation just before
+ * them are faster by a fifth. */
 TARGET INLINE void tabulated_products(const trellis_plan *plan, const int16_t *tile, int64_t tiles, const float *views,
                                       float *sums, int kind) {
     const int step = kind < TABLE_PAIRS ? 1 : 2, groups = TILE / step;

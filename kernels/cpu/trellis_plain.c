@@ -1,4 +1,4 @@
-/* The kernels of trellis codes in vectors that a compiler can make of any processor's instructions. */
+/* The kernels of trellis codes in portable vectors, which the compiler translates for any processor. */
 #include "trellis.h"
 
 #include <string.h>
@@ -6,7 +6,7 @@
 #define WIDTH 4
 #define TARGET
 #define KERNELS quip_trellis_plain
-#define UNROLL /* there are not enough registers, and far too much code */
+#define UNROLL /* not unrolled: too few registers, and far too much code */
 #include "trellis_vectors.h"
 
 static void prepare(trellis_plan *plan) {

@@ -15,7 +15,7 @@ FOR_EACH_CPU HIDDEN void quip_add_vector(float *restrict x, const float *restric
     for (int64_t i = 0; i < n; i++) x[i] += other[i];
 }
 
-#define TOGETHER (1 << 14) /* numbers that are transformed at once: they and their copy stay in a cache */
+#define TOGETHER (1 << 14) /* numbers transformed at once: they and their copy stay in a cache */
 
 static void transform_vectors(void *context, int64_t first, int64_t last) {
     quip_transform_call *call = context;

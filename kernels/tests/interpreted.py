@@ -401,7 +401,7 @@ def test_trellis_that_does_not_fit_is_refused():
         trellis.dequantize(codes, 64, torch.float32, *layout, table)
     with pytest.raises(ValueError, match="1 to 8 vectors"):
         trellis.matvec(vectors(9, 32), codes, *layout, table)
-    with pytest.raises(ValueError, match="there is no trellis"):
+    with pytest.raises(ValueError, match="unknown trellis"):
         trellis.matvec(vectors(1, 32), codes, "hyb", 9, "qtip", table)
 
 

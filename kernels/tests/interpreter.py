@@ -14,7 +14,7 @@ _patch_tensor = interpreter._patch_lang_tensor
 def _patch_tensor_and_index(tensor, *scope):
     """NumPy 2.4 converts only arrays without dimensions to integers; Triton has loop bounds of shape [1].
 
-    Triton 3.6 gives a scope, which undoes what was set; Triton 3.5 sets attributes for good.
+    Triton 3.6 gives a scope, which restores the old value; Triton 3.5 sets attributes for good.
     """
     _patch_tensor(tensor, *scope)
     set_attr = scope[0].set_attr if scope else setattr

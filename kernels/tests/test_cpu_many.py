@@ -1,4 +1,4 @@
-"""Layers of many vectors of 16 bits against float64 formulas, and what must not change a bit of them."""
+"""Layers of many vectors of 16 bits against float64 formulas, and conditions that must not change a bit of them."""
 
 import itertools
 
@@ -89,7 +89,7 @@ def test_layer(number, vectors, int8):
     y = run(x, parts, factors_in, factors_out, int8)
     assert y.dtype == torch.bfloat16
     assert relative_error(y, expected) < (ACCURACY_INT8 if int8 else ACCURACY)
-    # what is rounded alone differs by that, nothing by more: an entry that is wrong would show
+    # no entry differs by more than rounding: a wrong one would show
     assert (y.double() - expected).abs().max() < 0.03 * expected.abs().max()
 
 
@@ -110,7 +110,7 @@ def test_transforms_alone_are_exact_but_for_rounding(number):
 
 @pytest.mark.parametrize("number", range(len(FACTORS)))
 def test_inputs_in_int8_are_the_nearest_ones(number):
-    """Rotated inputs are rounded in units of a 127th of the largest; what completes the tiles is zero."""
+    """Rotated inputs are rounded in units of a 127th of the largest; the rest of the tiles is zero."""
     q = torch.eye(96).double() if FACTORS[number] is None else kron(FACTORS[number])
     n = len(q)
     parts = {**truth.random_linear(32, n), "sv": None, "bias": None}

@@ -28,7 +28,7 @@ def device():
             yield torch.device(kind)
             set_backend("auto")
             return
-    pytest.skip("there is no GPU that PyTorch can use")
+    pytest.skip("PyTorch cannot use a GPU here")
 
 
 def relative(value, expected):

@@ -62,7 +62,7 @@ CASES = [
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Compile anew, and leave nothing in the user's cache; unless TRITON_CACHE_DIR says where results are kept."""
+    """Compile without the user's cache, and leave nothing in it, unless TRITON_CACHE_DIR names a folder for results."""
     if os.environ.get("TRITON_CACHE_DIR"):
         yield
         return

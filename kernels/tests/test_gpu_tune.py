@@ -16,7 +16,7 @@ TIMES = {"slow": 3.0, "fast": 1.0, "large": None}
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """What was measured, in order; every run takes as long as `TIMES` says, and None does not fit onto the device."""
+    """The measurements, in order; every run takes as long as `TIMES` says, and None does not fit onto the device."""
     measured = []
 
     def milliseconds(run, device):

@@ -1,6 +1,6 @@
-"""The package as the Kernel Hub loads it: from a folder, under a name of its own, beside the one that is installed.
+"""The package as the Kernel Hub loads it: from a folder, under a name of its own, next to the installed one.
 
-The package `kernels` is no dependency of ours: continuous integration installs it for this test.
+The package `kernels` is not a dependency of this project: continuous integration installs it for this test.
 """
 
 import ast
@@ -45,7 +45,7 @@ def test_it_defines_no_ops():
 
 
 def build(folder):
-    """What `kernel-builder` makes of a kernel without compiled parts: a folder for each backend, with metadata."""
+    """The output of `kernel-builder` for a kernel without compiled parts: a folder for each backend, with metadata."""
     for backend in ("cpu", "cuda", "rocm", "xpu"):
         variant = folder / "build" / f"torch-{backend}"
         shutil.copytree(SOURCE, variant, ignore=shutil.ignore_patterns("__pycache__", "_cpu.*"))
@@ -71,7 +71,7 @@ if spec is None or spec.origin is None:
 import kernels, torch
 from quip_kernels import layout
 folder = Path(sys.argv[1])
-if hasattr(kernels._rust, "Build"):  # kernels 0.17: reads build.toml, and raises for what kernel-builder would not take
+if hasattr(kernels._rust, "Build"):  # kernels 0.17: reads build.toml, and raises if kernel-builder would refuse it
     build = kernels._rust.Build.open(sys.argv[2])
     assert {str(backend).lower() for backend in build.general.backends} == {"cuda", "rocm", "xpu"}
 old = "package_name" in inspect.signature(kernels.get_local_kernel).parameters  # before kernels 0.15

@@ -35,5 +35,5 @@ def test_what_is_no_layout_is_refused():
     for wrong in (torch.zeros(3, 3, 4, dtype=torch.int32), torch.zeros((), dtype=torch.int32), planes.long()):
         with pytest.raises(ValueError, match="the kernel layout of 40 columns"):
             layout.stages(wrong, 40)
-    with pytest.raises(ValueError, match="stages of 3 and 2 rows are not of one weight"):
+    with pytest.raises(ValueError, match="stages of 3 and 2 rows do not belong to one weight"):
         layout.stages(planes, 40, planes[:, :2])

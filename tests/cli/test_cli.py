@@ -83,7 +83,7 @@ def test_a_place_that_is_taken(dense, tmp_path, capsys):
         (["--option", "nothing"], cli.UNUSABLE, "must be NAME=VALUE"),
         (["--num-samples", "many"], cli.USAGE, "not a valid integer"),
         (["--dataset", "none", "--report", "r.html"], cli.USAGE, "--report needs calibration"),
-        (["--dataset", "typo.txt"], cli.UNUSABLE, "there is no such file"),
+        (["--dataset", "typo.txt"], cli.UNUSABLE, "the file does not exist"),
         (["--bits", "two"], cli.USAGE, "not a valid float"),
         (["--peers", "none.json"], cli.USAGE, "does not exist"),
     ],

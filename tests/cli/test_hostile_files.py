@@ -98,8 +98,8 @@ def check_card(folder):
     assert "<img" not in outside
     headings = re.findall(r"^#+ (.*)$", outside, re.MULTILINE)
     assert headings[1:] in (
-        ["Load it", "What it is", "Limits", "How it was made", "Citation"],
-        ["Load it", "What it is", "Measured", "Limits", "How it was made", "Citation"],
+        ["Load it", "The model", "Limits", "How it was made", "Citation"],
+        ["Load it", "The model", "Measured", "Limits", "How it was made", "Citation"],
     )
     for row in re.findall(r"^\|.*$", outside, re.MULTILINE):
         assert len(re.findall(r"(?<!\\)\|", row)) in (3, 5)

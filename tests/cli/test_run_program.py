@@ -102,7 +102,7 @@ def test_exit_codes_and_signals_are_the_programs_own(tmp_path):
 
 def test_what_cannot_be_run(capsys):
     assert cli.main(["run", "no-such-program", "--option"]) == cli.UNUSABLE
-    assert "no program 'no-such-program' on PATH" in capsys.readouterr().err
+    assert "program 'no-such-program' is not on PATH" in capsys.readouterr().err
     assert cli.main(["run"]) == cli.USAGE
     assert cli.main(["run", "--print-path"]) == 0
     assert capsys.readouterr().out == f"{startup_folder()}\n"

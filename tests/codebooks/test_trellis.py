@@ -158,7 +158,7 @@ def golden_cases(golden, family):
     for folder in sorted(golden.glob(f"{family}_*")):
         model, expected = (safe_open(folder / f"{part}.safetensors", "pt") for part in ("model", "expected"))
         config = json.loads((folder / "config.json").read_text())
-        for key in expected.keys():  # noqa: SIM118 - safe_open is no mapping
+        for key in expected.keys():  # noqa: SIM118 - safe_open is not a mapping
             kind, _, name = key.partition("/")
             if kind in ("hatW", "inner"):
                 yield config, model, name, expected.get_tensor(key)

@@ -26,7 +26,7 @@ def model():
 
 def test_linear_sizes(model):
     a, b = linear_sizes(model)
-    # codes: 2 bytes for 8 weights of a row; su and sv: 4 or 2 bytes a feature; a bias is no weight
+    # codes: 2 bytes for 8 weights of a row; su and sv: 4 or 2 bytes a feature; a bias is not a weight
     assert (a.name, a.weights, a.bytes) == ("a", 16 * 32, 32 * 2 * 2 + (16 + 32) * 4)
     assert (b.name, b.weights, b.bytes) == ("b.0", 20 * 8, 8 * 3 * 2 + (20 + 8) * 2)
     assert a.bits == (128 + 192) * 8 / 512

@@ -31,7 +31,7 @@ class Model(NamedTuple):
     """One saved model: the codebook of most linears, what multiplies its second stage where that is not the codebook's own,
     the codebooks of others, and sizes.
 
-    20 inputs are neither a power of two nor whole blocks of 8, and 3 bits each are no whole bytes.
+    20 inputs are neither a power of two nor whole blocks of 8, and 3 bits each are not whole bytes.
     """
 
     codebook: str

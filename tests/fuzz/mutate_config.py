@@ -279,5 +279,6 @@ def card(folder: Path, rng: random.Random) -> str | None:
         "dates": "---\nx: 2020-99-99\ny: 1:60:60\nz: 0x\n---\n",
     }
     how = rng.choice(sorted(fronts))
-    file.write_text(fronts[how] + "\n# Words\n", encoding="utf-8", errors="surrogateescape")
+    body = rng.choice(["\n# Words\n", "\n"])  # a card without words is replaced, and its metadata is kept
+    file.write_text(fronts[how] + body, encoding="utf-8", errors="surrogateescape")
     return f"README.md: {how}"

@@ -30,7 +30,7 @@ def test_saving_writes_it(quantized, dense):
     assert card.data.library_name == "transformers"
     assert {"quip", "2-bit"} <= set(card.data.tags)
     assert card.data.pipeline_tag == "text-generation"
-    assert card.data.base_model is None  # a folder is no id on the Hub
+    assert card.data.base_model is None  # a folder is not an id on the Hub
     code = card.text.partition("```python\n")[2].partition("```")[0].splitlines()
     assert code[0] == "import transformers_quip"
     assert len(code) == 3
@@ -41,7 +41,7 @@ def test_saving_writes_it(quantized, dense):
     # on paper: 2 bits, and 32 bits for every input and output feature, over all linears of a block
     linears = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
     bits = 2 + 32 * sum(m + n for m, n in linears) / sum(m * n for m, n in linears)
-    assert f"{bits:.3f} with everything" in card.text
+    assert f"{bits:.3f} counting all stored tensors" in card.text
     weights = sum(m * n for m, n in linears) * 2
     rest = 2 * 128 * 64 + 5 * 64  # embeddings, head, norms
     assert f"{weights / (weights + rest):.1%} of {weights + rest:,} parameters" in card.text

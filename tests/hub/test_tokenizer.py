@@ -95,7 +95,7 @@ def test_cache_dir_and_local_files_only(hub, stranger, tmp_path):
     assert not [path for _, path, *_ in hub.requests[before:] if "token" in path.rpartition("/")[2]]
 
 
-def test_another_repositorys_tokenizer_has_a_branch_of_its_own(stranger):
+def test_another_repository_tokenizer_has_a_branch_of_its_own(stranger):
     # the branch is the model's: the other repository has none of that name
     options = {"tokenizer": PRIVATE, "revision": "v2", "token": TOKEN}
     assert stranger(run.calibration_ids, REPO, TEXTS, **options) == OTHER

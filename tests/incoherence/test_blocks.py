@@ -39,7 +39,7 @@ def test_any_number_of_blocks(count):
 
 @pytest.mark.parametrize(("name", "size"), [("hadamard-128", 192), ("hadamard-eighths", 12)])
 def test_sizes_without_blocks(name, size):
-    with pytest.raises(ValueError, match=f"size={size} is no multiple"):
+    with pytest.raises(ValueError, match=f"size={size} is not a multiple"):
         incoherence.get(name, size)
 
 

@@ -1,4 +1,4 @@
-"""Loading is complete or refused: tensors that nothing takes, weights that nothing gives, scales that are no numbers."""
+"""Loading is complete or refused: tensors without a module, weights missing from the files, scales that are NaN."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_a_new_head_does_not_excuse_the_base_model(quantized, changed):
 
 
 def test_a_quantized_head_and_a_base_model(dense, changed, tmp_path):
-    """The codes of a head are no concern of a model without one."""
+    """A model without a head ignores the codes of a head."""
     config = QuipConfig(dataset=None, modules={"lm_head": {"bits": 4}, "embed_tokens": {"bits": 4}})
     AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=config).save_pretrained(tmp_path / "q")
     base = AutoModel.from_pretrained(tmp_path / "q")

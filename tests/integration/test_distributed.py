@@ -41,6 +41,8 @@ def alone(quantized):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "accelerate"])
 def test_two_processes_train_as_one_with_the_whole_batch(found, alone, way):
+    if way == "fsdp2" and found[0][way] is None:
+        pytest.skip("this release of PyTorch cannot shard parameters of integers")
     mean = [sum(pair) / 2 for pair in zip(found[0][way], found[1][way], strict=True)]
     assert mean == pytest.approx(alone, rel=1e-5)
     assert found[0][way] != found[1][way]  # each has rows of its own

@@ -90,9 +90,9 @@ CASES = {
         [f"scales of {QKV} are not all finite"],
     ),
     "not fused": ("qs_E8P12_t128", None, params(fused=False), [".scale is missing"]),
-    "SU is no number": ("qs_E8P12_t128", spoiled(f"{QKV}.SU", "nan"), None, [f"{QKV}.SU has numbers that are not finite"]),
+    "SU is NaN": ("qs_E8P12_t128", spoiled(f"{QKV}.SU", "nan"), None, [f"{QKV}.SU has numbers that are not finite"]),
     "Wscale is infinite": ("qfa_D4_had_t128", spoiled(f"{DOWN}.Wscale", "inf"), None, [f"{DOWN}.Wscale has numbers"]),
-    "svh is no number": ("exl3_mcg_k4", spoiled(f"{DOWN}.svh", "nan"), None, [f"{DOWN}.svh has numbers"]),
+    "svh is NaN": ("exl3_mcg_k4", spoiled(f"{DOWN}.svh", "nan"), None, [f"{DOWN}.svh has numbers"]),
     "the table is infinite": ("qtip_hyb_k2", spoiled(f"{DOWN}.tlut", "-inf"), None, [f"{DOWN}.tlut has numbers"]),
     "a table too many": (
         "qtip_1mad_k2",
@@ -355,7 +355,7 @@ def test_only_some_experts(tmp_path):
 
 def test_convert_of_what_is_not_quantized(damaged, tmp_path):
     folder = damaged("qs_E8P12_t128", None, lambda config: config.pop("quip_params"))
-    with pytest.raises(ValueError, match="no quantized checkpoint"):
+    with pytest.raises(ValueError, match="not a quantized checkpoint"):
         convert(folder, tmp_path / "native")
     assert not (tmp_path / "native").exists()
 
@@ -369,4 +369,4 @@ def test_what_the_model_has_nothing_of_is_left_out(damaged, caplog):
     model = AutoModel.from_pretrained(folder)
     assert isinstance(model.layers[1].mlp.down_proj, QuipLinear)
     for name in ("lm_head", "mtp.down_proj"):
-        assert f"{name} of the checkpoint is no part of LlamaModel" in caplog.text
+        assert f"{name} of the checkpoint is not a part of LlamaModel" in caplog.text

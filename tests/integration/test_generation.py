@@ -59,7 +59,7 @@ def test_compiled_generation_in_16_bits(dtype, quantized, ids):
 def test_compiled_generation_on_a_gpu(dense, ids):
     device = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
     if device is None:
-        pytest.skip("there is no GPU that PyTorch can use")
+        pytest.skip("PyTorch cannot use a GPU here")
     set_backend("triton")
     try:
         model = AutoModelForCausalLM.from_pretrained(dense("llama"), quantization_config=QuipConfig(dataset=None)).to(

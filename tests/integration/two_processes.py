@@ -101,10 +101,16 @@ def main(folder: str, results: Path) -> None:
     found["codes differ after DDP"] = codes_differ(model)
 
     model = adapted(folder)
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    found["fsdp2"] = train(model, half)
+    try:
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    except RuntimeError as error:  # PyTorch 2.9 asks for gradients of every sharded parameter, integers too
+        if "floating point dtype can require gradients" not in str(error):
+            raise
+        found["fsdp2"] = None
+    else:
+        found["fsdp2"] = train(model, half)
 
     from accelerate import Accelerator
 

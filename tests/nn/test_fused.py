@@ -70,7 +70,7 @@ def test_any_order_and_number_of_calls(module, x, expected):
     torch.testing.assert_close(module.k_proj(x.clone()), expected[:, 64:96], rtol=1e-4, atol=1e-3)
 
 
-def test_an_input_that_is_changed_in_place_is_computed_anew(module, x, expected):
+def test_an_input_that_is_changed_in_place_is_computed_again(module, x, expected):
     value = torch.zeros_like(x)
     module.q_proj(value)
     value.copy_(x)

@@ -93,11 +93,11 @@ def test_the_api_page_names_what_exists():
     assert module is not None
 
 
-def test_examples_begin_with_what_they_print():
+def test_examples_begin_with_their_output():
     for path in sorted((ROOT / "examples").glob("0*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert f"python examples/{path.name}" in docstring
-        assert "prints" in docstring
+        assert "\n\nOutput" in docstring
         assert path.name in (ROOT / "examples/README.md").read_text()
 
 

@@ -44,7 +44,7 @@ def build(project, **environment):
     return output
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_with_a_compiler(project):
     assert NO_LIBRARY not in build(project)
     assert ctypes.CDLL(str(project / LIBRARY)).quip_answer() == 42

@@ -19,7 +19,8 @@ _LINE = re.compile(r"Block (\d) of (\d): .* (\d+)/(\d+) .*, (\w+): relative erro
 
 @pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "while loading"])
 def test_a_line_for_every_layer(tmp_path, capfd, monkeypatch, calibrated):
-    every_line = functools.partialmethod(tqdm.__init__, mininterval=0)
+    # all of every line, however narrow the terminal is
+    every_line = functools.partialmethod(tqdm.__init__, mininterval=0, ncols=200)
     monkeypatch.setattr(tqdm, "__init__", every_line)
     folder = save_tiny_model("llama", tmp_path)
     dataset = tiny_ids(4, 16, seed=5) if calibrated else None

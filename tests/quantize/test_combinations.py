@@ -12,13 +12,13 @@ from transformers_quip.nn.replace import quantized_linear
 from transformers_quip.quantize.layer import quantize_weight, quantize_weights
 from transformers_quip.quantize.plan import make_plan
 
-# 20 columns are no whole blocks of 8, and 12 rows no power of two.
+# 20 columns are not whole blocks of 8, and 12 rows are not a power of two.
 ROWS, COLUMNS = 12, 20
 TRANSFORMS = ["hadamard", "kronecker", "none", "hadamard-quip-for-all", ("hadamard", "none"), ("none", "kronecker")]
-# Of some packages' files, for multiples of so many numbers.
+# Transforms of other packages' files, for sizes that are multiples of these numbers.
 BLOCKED = {"hadamard-128": 128, "hadamard-eighths": 8}
 SCALAR = {"half-integer", "scalar2", "scalar3", "scalar4", "scalar8"}
-# What is defined for grids of single weights alone (QuIP, arXiv 2307.13304: algorithm 5, and rounding by lot).
+# What is defined for grids of single weights alone (QuIP, arXiv 2307.13304: algorithm 5, and stochastic rounding).
 SCALAR_ONLY = {"stochastic", "convex"}
 
 

@@ -82,7 +82,7 @@ def test_patterns_that_match_nothing_are_found():
 
 
 def test_a_pattern_that_is_no_regular_expression():
-    with pytest.raises(ValueError, match=r"modules_to_not_convert: 'layers\.\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"modules_to_not_convert: 'layers\.\(' is not a regular expression"):
         make_plan(tiny_model("llama"), QuipConfig(modules_to_not_convert=["layers.("]))
 
 

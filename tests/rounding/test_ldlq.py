@@ -48,7 +48,7 @@ def optq(weight, hessian, book):
     """OPTQ from its definition (arXiv 2210.17323, equation 2), float64: round a column, then move all that are left.
 
     The columns that are left are moved by −(w_q − quant(w_q)) [H_F⁻¹]_qq⁻¹ [H_F⁻¹]_q: with the Hessian H_F of those
-    columns alone, inverted anew for every q; q is a block of columns where the codebook has one. From the last column to
+    columns alone, inverted again for every q; q is a block of columns where the codebook has one. From the last column to
     the first, as LDLQ goes. Returns the points, and what every column had become when it was rounded.
     """
     left, hessian = weight.double().clone(), hessian.double()

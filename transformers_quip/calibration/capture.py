@@ -1,7 +1,7 @@
-"""Finding the decoder blocks of a model by its structure, and recording how the model calls them.
+"""Find the decoder blocks of a model by its structure, and record how the model calls them.
 
 Calibration goes block by block: with the hidden states that enter block ``i`` and the other arguments the model calls
-it with, block ``i`` can be run alone, observed, quantized and run again, while the rest of the model lies still.
+it with, block ``i`` can be run alone, observed, quantized and run again, while the rest of the model is not run.
 Nothing here knows an architecture by name.
 """
 
@@ -34,7 +34,7 @@ def _first_argument(block: nn.Module) -> str:
 
 
 def _block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Every outermost ModuleList of modules that hold linears and are called alike."""
+    """Every outermost ModuleList whose modules hold linears and are called in the same way."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
@@ -103,11 +103,11 @@ class BlockCall:
 
 @dataclass
 class BlockInputs:
-    """All that is needed to run one block by itself: the hidden states that enter it, and how the model calls it.
+    """Everything needed to run one block by itself: the hidden states that enter it, and the model's calls of it.
 
     Attributes:
-        hidden: one tensor [B, T, H] a batch, in the model's dtype.
-        calls: one a batch.
+        hidden: one tensor [B, T, H] for each batch, in the model's dtype.
+        calls: one for each batch.
     """
 
     hidden: Sequence[torch.Tensor]
@@ -140,8 +140,8 @@ class CapturedInputs:
     """The hidden states on their way through the blocks, batch by batch, and the recorded calls of every block.
 
     Attributes:
-        hidden: one tensor [B, T, H] a batch, in the model's dtype, on `storage_device`: at first the inputs of block 0.
-            `store` and `advance` replace its members once a block is done.
+        hidden: one tensor [B, T, H] for each batch, in the model's dtype, on `storage_device`: at first the inputs of
+            block 0. `store` and `advance` replace them once a block is done.
         calls: calls[block][batch]. Equal tensors are stored once.
         storage_device: where hidden states and arguments wait between calls.
     """
@@ -159,18 +159,18 @@ class CapturedInputs:
         return len(self.hidden)
 
     def of_block(self, block_index: int) -> BlockInputs:
-        """The inputs of one block: the present hidden states (the same list), and the calls of that block."""
+        """The inputs of one block: the current hidden states (the same list), and the calls of that block."""
         return BlockInputs(self.hidden, self.calls[block_index])
 
     def store(self, batch_index: int, output: torch.Tensor) -> None:
-        """Replace the hidden states of one batch by what a block made of them."""
+        """Replace the hidden states of one batch by the output of a block."""
         self.hidden[batch_index] = move(output, self.storage_device)
 
     def advance(self, block_index: int, block: nn.Module, batches: Iterable[int] | None = None) -> None:
         """Replace the hidden states by the block's outputs, batch after batch: the inputs of the next block.
 
         Args:
-            batches: which ones; None: all.
+            batches: indices of the batches to advance; None: all.
         """
         inputs = self.of_block(block_index)
         for batch_index in range(self.num_batches) if batches is None else batches:
@@ -189,11 +189,11 @@ class _LastBlockReached(Exception):
 
 
 class _OtherHiddenStates(Exception):
-    """Ends the model's forward: a block did not get what the one before it handed on."""
+    """Ends the model's forward: a block did not get the output of the block before it."""
 
 
 class _SharedTensors:
-    """Keeps one copy of equal tensors: masks and rotary tables are the same for most blocks and batches."""
+    """Keeps one copy of equal tensors: most blocks and batches get the same masks and rotary tables."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -230,10 +230,10 @@ class _SharedTensors:
 
 
 class _Recorder:
-    """Stands in for the forward of every block, records the arguments and hands the hidden states on.
+    """Replaces the forward of every block, records the arguments and passes the hidden states on.
 
-    The blocks return a tensor in most models, a tuple in some. Which one the model expects shows in what it hands to
-    the second block: a tensor is tried first.
+    Blocks return a tensor in most models and a tuple in some. A tensor is tried first; the input that the model then
+    gives to the second block shows whether it expected a tuple.
     """
 
     def __init__(self, blocks: nn.ModuleList, storage_device: torch.device):
@@ -274,7 +274,7 @@ class _Recorder:
         self.hidden.append(move(self._entering, self.tensors.device))
 
     def _attempt(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Exception | None:
-        """Run the model; return what went wrong if the form of the blocks' output may be the cause."""
+        """Run the model; return the error if the form of the blocks' output may be its cause."""
         self._entering, self._next = None, 0
         try:
             model(**inputs)
@@ -283,7 +283,7 @@ class _Recorder:
         except NotBlockByBlock:
             raise
         except Exception as error:
-            if self._next == 0:  # the blocks have nothing to do with it
+            if self._next == 0:  # it failed before any block was called
                 raise
             return error
         raise NotBlockByBlock(f"{type(model).__name__} calls only {self._next} of {len(self.blocks)} blocks")
@@ -326,7 +326,7 @@ def capture_inputs(
     storage_device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> CapturedInputs:
-    """Record what enters the first decoder block, and with which other arguments the model calls every block.
+    """Record the hidden states that enter the first decoder block, and the other arguments of every block.
 
     The model runs once a batch with every block's forward replaced by a recorder, and is stopped at the last block:
     only the embedding and the preparation of masks and positions are computed. Arguments may differ between blocks

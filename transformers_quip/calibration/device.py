@@ -1,4 +1,4 @@
-"""Where a model computes, moving what it computes with, and its training mode."""
+"""The device on which a model computes, moving its inputs there, and its training mode."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """The device the module computes on: its accelerate hook's, else that of its first tensor, else the CPU.
+    """The device the module computes on: its accelerate hook's, else its first tensor's, else the CPU.
 
-    Offloaded weights lie on the meta device between calls; accelerate's hook, on the module or on one inside it, knows
-    where they are brought to.
+    Offloaded weights are on the meta device between calls. accelerate's hook, on the module or on one inside it, knows
+    the device they are loaded to.
     """
     for inner in module.modules():
         hook = getattr(inner, "_hf_hook", None)
@@ -47,7 +47,7 @@ def move(value: Any, device: torch.device) -> Any:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run with dropout and its like switched off, and put every module's training flag back afterwards."""
+    """Run in eval mode (no dropout), and restore every module's training flag afterwards."""
     training = [inner for inner in module.modules() if inner.training]
     try:
         for inner in training:

@@ -23,10 +23,10 @@ class Row(NamedTuple):
     """One text, one chat, or one sequence of token ids.
 
     Attributes:
-        where: it stands, for errors.
-        text: if it is a text.
-        chat: its messages, if it is a chat; tools: the functions that the model may call in it.
-        ids: int64 [tokens], if it is token ids; mask: bool [tokens], False where they are padding, or None.
+        where: its place in the data, for error messages.
+        text: the text, or None.
+        chat: the messages of a chat, or None; tools: the functions that the model may call in it.
+        ids: int64 [tokens], or None; mask: bool [tokens], False for padding, or None.
     """
 
     where: str
@@ -42,12 +42,12 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Calibration data as rows, some at once.
+    """Calibration data as rows, in batches.
 
     Attributes:
-        kind: of the data, for people.
-        in_memory: whether they are token ids that all lie in memory, in the caller's order.
-        batches: lists of rows, read as they are asked for.
+        kind: of the data, for messages.
+        in_memory: whether all rows are token ids in memory, in the caller's order.
+        batches: lists of rows, read on demand.
     """
 
     kind: str
@@ -59,12 +59,12 @@ def read_rows(dataset: Any, text_column: str, seed: int) -> Rows:
     """The rows of everything that `dataset` may be, except for names.
 
     Token ids in memory keep their order. Rows of tables and lists of texts, chats and dictionaries come in an order that
-    is drawn with the seed, those of a stream as it gives them; both are read no further than the caller asks.
+    is drawn with the seed; a stream keeps its own order. Both are read only as far as the caller asks.
 
     Args:
         dataset: see `ALLOWED`.
         text_column: the column to read where rows are dictionaries; for "text", the default, a column "input_ids"
-            (with "attention_mask") goes before it, and "messages" or "conversations" are taken where there is no "text".
+            (with "attention_mask") goes before it, and "messages" or "conversations" are used if "text" is missing.
         seed: of the order.
 
     Raises:
@@ -100,7 +100,7 @@ def read_rows(dataset: Any, text_column: str, seed: int) -> Rows:
 
 
 def find_column(columns: Iterable[str], text_column: str, where: str) -> str:
-    """Which column of a table, or key of a row, is calibrated on. Raises `ValueError` if there is none."""
+    """The column of a table, or the key of a row, that holds the data. Raises `ValueError` if it is missing."""
     columns = list(columns)
     wanted = [text_column]
     if text_column == _DEFAULT_TEXT_COLUMN:
@@ -133,15 +133,15 @@ def _is_table(dataset: Any) -> bool:
 
 
 def _table_batches(table: Any, text_column: str, seed: int) -> Iterator[list[Row]]:
-    """Of a `datasets.Dataset` or an `IterableDataset`: only the columns that are needed are read."""
+    """The rows of a `datasets.Dataset` or an `IterableDataset`; only the columns that are needed are read."""
     if hasattr(table, "with_format"):
         table = table.with_format(None)
     columns = table.column_names
     if columns is not None:
         column = find_column(columns, text_column, "dataset")
-        beside = "attention_mask" if column == "input_ids" else "tools" if column in CHATS else None
+        extra = "attention_mask" if column == "input_ids" else "tools" if column in CHATS else None
         if hasattr(table, "select_columns"):
-            table = table.select_columns([column] + [name for name in columns if name == beside])
+            table = table.select_columns([column] + [name for name in columns if name == extra])
     if not hasattr(table, "__len__"):
         return _batches(((f"row {number} of dataset", row) for number, row in enumerate(table)), text_column)
     order = _order(len(table), seed)
@@ -166,7 +166,7 @@ def _batches(numbered: Iterator[tuple[str, Any]], text_column: str) -> Iterator[
 
 
 def _consistent(kind: str, batches: Iterator[list[Row]], first: Row | None = None) -> Rows:
-    """Rows that are checked to be of one kind as they are read."""
+    """Rows that are checked, while they are read, to be of one kind."""
 
     def checked() -> Iterator[list[Row]]:
         known = first
@@ -184,7 +184,7 @@ def _consistent(kind: str, batches: Iterator[list[Row]], first: Row | None = Non
 
 
 def _rows(item: Any, text_column: str, where: str) -> list[Row]:
-    """The rows in one member of the data; several where it is a batch of token ids."""
+    """The rows in one item of the data: several if it is a batch of token ids."""
     if isinstance(item, Mapping):
         column = find_column(item, text_column, where)
         if column == "input_ids":
@@ -213,7 +213,7 @@ def _id_rows(value: Any, where: str) -> list[Row]:
 
 
 def _masked_rows(item: Mapping[str, Any], where: str) -> list[Row]:
-    """Of a dictionary with "input_ids", and "attention_mask" if there is one."""
+    """The rows of a dictionary with "input_ids" and, optionally, "attention_mask"."""
     rows = _id_rows(item["input_ids"], f"{where}['input_ids']")
     mask = item.get("attention_mask")
     if mask is None:

@@ -47,9 +47,9 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
-    """An empty cache for a model of this config: as DynamicCache, its full-attention layers with room for `capacity`.
+    """An empty DynamicCache for a model of this config, whose full-attention layers have room for `capacity` tokens.
 
-    Layers of other kinds (sliding windows, states of linear attention) stay what Transformers makes them.
+    Layers of other kinds (sliding windows, states of linear attention) stay as Transformers makes them.
     """
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]

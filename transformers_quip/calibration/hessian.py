@@ -14,8 +14,8 @@ from .precision import autocast_dtype, cpu_matmul_precision
 
 logger = logging.getLogger(__name__)
 
-# Tokens in one float32 product: enough to make adding it to the float64 sum cheap, few enough to keep float32 rounding
-# below 1e-6 and copies small.
+# Tokens in one float32 product: enough that adding it to the float64 sum is cheap, few enough that float32 rounding stays
+# below 1e-6 and copies stay small.
 _TOKENS = 4096
 # Columns in one panel of the product: bounds the transient to _COLUMNS * size floats, and skips the lower triangle.
 _COLUMNS = 256
@@ -29,8 +29,8 @@ class HessianAccumulator:
 
     Args:
         size: the number of columns n.
-        device: where to accumulate; inputs are moved there chunk by chunk. It must know float64.
-        name: of the module, for error messages.
+        device: where to accumulate; inputs are moved there chunk by chunk. It must support float64.
+        name: the module's name, for error messages.
 
     Attributes:
         tokens: the number of x summed so far.
@@ -102,7 +102,7 @@ class BlockHessians:
 
     Attributes:
         groups: leader → the linears that read one input, the leader first ([`LinearObserver`]).
-        accumulators: leader → what was summed over its inputs.
+        accumulators: leader → the sum over its inputs.
     """
 
     def __init__(self, prefix: str = ""):
@@ -155,5 +155,5 @@ class BlockHessians:
     def _add(self, leader: str, x: torch.Tensor) -> None:
         if leader not in self.accumulators:
             self.accumulators[leader] = HessianAccumulator(x.shape[-1], x.device, self.prefix + leader)
-        # What the product really multiplies: under autocast that is x in the lower precision.
+        # The numbers that the product really multiplies: under autocast, x in the lower precision.
         self.accumulators[leader].add(x.to(autocast_dtype(x)))

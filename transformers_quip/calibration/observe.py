@@ -1,4 +1,4 @@
-"""Watching the inputs of a block's linears while the block runs."""
+"""Watch the inputs of a block's linears while the block runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Reading:
 
     @staticmethod
     def _describe(tensor: torch.Tensor) -> tuple:
-        version = 0 if tensor.is_inference() else tensor._version  # changed in place: another input
+        version = 0 if tensor.is_inference() else tensor._version  # an in-place change makes it another input
         return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, version
 
     def is_of(self, tensor: torch.Tensor) -> bool:
@@ -37,7 +37,7 @@ class _Reading:
 
 
 class LinearObserver:
-    """Calls back with every input of the block's linears, once for those that read the same tensor.
+    """Calls back with every input of the block's linears, once for all linears that read the same tensor.
 
     The linear that reads a tensor first leads a group; the others that read the same tensor (k and v after q, up after
     gate) join it during the first call in which they run. From then on the groups are fixed, and each call is checked
@@ -76,7 +76,7 @@ class LinearObserver:
             self._callback(leader, tensor.detach())
 
     def _join_or_lead(self, name: str, index: int, reading: _Reading) -> str:
-        # Join only a group that has seen exactly what this linear has seen: this tensor, once, in this call.
+        # Join only a group that has read exactly what this linear has read: this tensor, once, in this call.
         joinable = [leader for leader in reading.leaders if leader in self._formed and self._reports[leader] == {index}]
         leader = joinable[0] if joinable else name
         if leader == name:
@@ -140,7 +140,7 @@ class _Reached(Exception):
 def observe_until(
     model: PreTrainedModel, linear: nn.Module, batches: Iterable[torch.Tensor], callback: Callable[[torch.Tensor], None]
 ) -> None:
-    """Call back with the inputs of one linear, running the model no further than that.
+    """Call back with the inputs of one linear; the model is not run beyond it.
 
     Args:
         model: a causal model.

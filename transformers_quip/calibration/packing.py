@@ -1,4 +1,4 @@
-"""Packing documents of any length into token sequences of one length, without padding."""
+"""Pack documents of any length into token sequences of one length, without padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def pack(documents: Iterable[torch.Tensor], samples: int, length: int, seed: int, read_all: bool) -> torch.Tensor:
-    """Set documents end to end, cut them into windows, and draw `samples` of these.
+    """Join documents end to end, cut them into windows, and draw `samples` of these.
 
     Documents of exactly `length` tokens stay whole, each a window of its own.
 
@@ -19,13 +19,13 @@ def pack(documents: Iterable[torch.Tensor], samples: int, length: int, seed: int
         documents: int64 [tokens] each.
         samples, length: of the windows.
         seed: of the draw.
-        read_all: draw from all documents; else no more are read than are needed.
+        read_all: draw from all documents; else read only as many as are needed.
 
     Returns:
         int64 [N, T]. N is less than `samples`, and T less than `length`, with a warning, where there is too little.
 
     Raises:
-        ValueError: there is not one token.
+        ValueError: the documents have no token at all.
     """
     parts, found = [], 0
     for document in documents:

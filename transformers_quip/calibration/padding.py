@@ -1,4 +1,4 @@
-"""Leaving padding out of the calibration data: by its attention mask, or by what padding looks like."""
+"""Leave padding out of the calibration data: by its attention mask, or by repeated tokens at the ends of rows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 class Unpadding:
     """Takes the padding out of rows of token ids, and says once how much it found without a mask.
 
-    Where a row has a mask, the tokens that it hides are left out. Where it has none, padding is looked for at both ends of
-    the row, never inside: a run of the pad token, or a run of two and more of one token with which at least half of the
-    rows end (or begin). A pad token that also begins or ends texts (many tokenizers pad with it) keeps one of each run.
+    If a row has a mask, the tokens that it hides are left out. Without a mask, padding is looked for at both ends of the
+    row, never inside: a run of the pad token, or a run of two or more of one token, with which at least half of the rows
+    end (or begin). A pad token that also begins or ends texts (many tokenizers pad with such a token) is kept once per run.
 
     Args:
         pads: the token ids that the model, or its tokenizer, pads with.
-        marks: those that begin or end a text.
+        marks: the token ids that begin or end a text.
     """
 
     def __init__(self, pads: set[int], marks: set[int]):
@@ -33,7 +33,7 @@ class Unpadding:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any = None) -> Unpadding:
-        """With the tokens that the configs of a model, and a tokenizer's attributes, name."""
+        """With the special tokens of a model's configs and of a tokenizer."""
         configs = [model.config.get_text_config(decoder=True), getattr(model, "generation_config", None), tokenizer]
 
         def named(name: str) -> set[int]:
@@ -74,8 +74,8 @@ class Unpadding:
         if found:
             tokens = ", ".join(f"{count} times token {token}" for token, count in sorted(found.items()))
             logger.warning(
-                "dataset has no attention_mask, and its rows begin or end with what looks like padding (%s): it is left "
-                "out. Give an attention_mask with the input_ids to say which tokens count.",
+                "dataset has no attention_mask, and its rows begin or end with tokens that look like padding (%s): they "
+                "are left out. Give an attention_mask with the input_ids to say which tokens count.",
                 tokens,
             )
 

@@ -16,7 +16,7 @@ from .device import execution_device, is_linear
 def cpu_matmul_precision(precision: str) -> Iterator[None]:
     """Let oneDNN compute float32 matrix products in `precision` ("ieee", "bf16"; products are added in float32).
 
-    The setting is a global of PyTorch; it is put back afterwards.
+    The setting is global in PyTorch; it is restored afterwards.
     """
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # PyTorch adds it while it is imported
     before = setting.fp32_precision

@@ -25,10 +25,9 @@ logger = logging.getLogger(__name__)
 
 STARTS = ("random", "bos")
 
-# Beyond this many documents at once a matrix product gains nothing more.
+# More documents at once than this do not make matrix products faster.
 _MOST_AT_ONCE = 256
 _MEMORY = 1 << 30
-# What a forward's key/value cache is called, from the newest name to the oldest.
 
 
 @torch.no_grad()
@@ -46,24 +45,23 @@ def write_text(
 ) -> torch.Tensor:
     """Let the model write token sequences by sampling from its own next-token distribution.
 
-    Nothing is padded and nothing stops: after an end-of-text token the model goes on, as text packed for training
-    does. The model's weights, training mode and generation config are left as they are. Float32 matrix products use
+    There is no padding and no early stop: after an end-of-text token the model continues writing, as in text packed for
+    training. The model's weights, training mode and generation config are left as they are. Float32 matrix products use
     bfloat16 factors where the CPU has instructions for them: text does not need more.
 
     Args:
         model: a causal language model, on any devices (accelerate's hooks work, but weights offloaded to CPU or disk
-        are
-            loaded again for each token).
+            are loaded again for each token).
         num_samples: sequences to write, N.
         sequence_length: tokens in each, T.
-        seed: of everything random here; the global generators are not touched.
+        seed: random seed; the global generators are not touched.
         temperature: divides the logits before sampling; above 0. A sequence of values is dealt out to the documents in
             turn.
         start: the first token of each document: "random", drawn uniformly from the vocabulary, or "bos", the config's
             beginning-of-text token (else its end-of-text token).
         document_length: sequences are packed from documents of this many tokens, which is quicker and more varied than
             one document a sequence (None).
-        greedy_tokens: so many tokens after the first are the likeliest ones instead of sampled ones.
+        greedy_tokens: this many tokens after the first are the likeliest ones instead of sampled ones.
         batch_size: documents written at once; None: as many as fit into 1 GiB (half of the free memory on a GPU), at
             most 256.
         progress: show a tqdm bar.

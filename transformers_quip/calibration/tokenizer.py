@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-# Arguments of `from_pretrained` that say how to reach any repository, and those that say which part of the model's own
-# repository is meant and that its code may run.
+# Arguments of `from_pretrained` for access to any repository, and arguments that select a part of the model's own
+# repository.
 _ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 _OF_THE_MODEL = ("revision", "subfolder", "code_revision")
 
@@ -22,7 +22,7 @@ class Source:
 
     Attributes:
         name: folder, or id on the Hub; empty where it is not known.
-        arguments: those of `from_pretrained`.
+        arguments: the arguments of `from_pretrained`.
     """
 
     name: str = ""
@@ -33,9 +33,9 @@ def find_tokenizer(given: Any, source: Source) -> Any:
     """The tokenizer to calibrate with.
 
     The model's own is read with the arguments with which the model was loaded: revision, subfolder, token, cache_dir,
-    local_files_only, proxies, trust_remote_code. Another repository is read with those of them that are not about the
-    model alone. Code of a repository runs only if it is the model's and `trust_remote_code=True` was given: nobody is
-    asked in the middle of the work.
+    local_files_only, proxies, trust_remote_code. Another repository is read with the arguments that are not specific to
+    the model. Code of a repository runs only if it is the model's and `trust_remote_code=True` was given: there is
+    no question in the middle of the work.
 
     Args:
         given: a tokenizer or a processor (returned as it is, or its tokenizer), the name or folder of one, or None.
@@ -55,7 +55,7 @@ def find_tokenizer(given: Any, source: Source) -> Any:
         if not place:
             raise ValueError("the model does not know the folder it came from")
         return AutoTokenizer.from_pretrained(place, **arguments)
-    except Exception as error:  # of many kinds, from several libraries; all mean that there is none
+    except Exception as error:  # several libraries raise many kinds; all mean that no tokenizer was found
         told = {name: str(value) for name, value in arguments.items() if isinstance(value, (str, bool)) and value}
         shown = "".join(f", {name}={'…' if name == 'token' else value}" for name, value in told.items())
         way = "load the model with trust_remote_code=True" if is_own else "load the tokenizer yourself"
@@ -87,7 +87,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any, wh
     Args:
         messages: {"role": …, "content": …}, or {"from": …, "value": …} as in ShareGPT's data.
         tools: JSON schemas of the functions that the model may call, or None.
-        where: the chat stands, for errors.
+        where: the place of the chat in the data, for error messages.
 
     Raises:
         ValueError: the tokenizer has no chat template, or the template refuses the chat.

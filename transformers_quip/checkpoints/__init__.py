@@ -1,1 +1,1 @@
-"""What is on disk: the native format, and the formats of others, which are re-packed into it."""
+"""Files on disk: the native format, and the formats of other packages, which are re-packed into it."""

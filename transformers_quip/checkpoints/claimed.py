@@ -1,4 +1,4 @@
-"""A folder that one caller fills and that appears whole: two that were given the same one cannot harm each other."""
+"""A folder that one caller fills and that appears complete: two callers with the same folder cannot harm each other."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .unfinished import WORK, move_up, remove_dead, work_in
 def claimed_folder(target: Path, last: str) -> Iterator[Path]:
     """A folder inside `target` to write files into, which are moved up into `target` when the block ends without an error.
 
-    After an error `target` is as it was: what this block wrote is gone, and what somebody else wrote is untouched. What a
-    killed run has left in `target` is removed first, and a warning names it.
+    After an error `target` is as it was: the files of this block are gone, and files of other programs are untouched. The
+    left-overs of a killed run in `target` are removed first, and a warning names them.
 
     Args:
         target: a folder that is empty or does not exist.

@@ -1,8 +1,8 @@
 """The files of a model's folder besides its weights and its config.json that belong to the model, and may be copied.
 
-A folder that was cloned or downloaded holds what its author put there. A copy of the model is likely to be published, so
-it gets what a model is made of and nothing else: no hidden files (`.env`, `.git-credentials`), no file of another place
-that a link leads to, no scripts and no pickles.
+A folder that was cloned or downloaded may hold anything. A copy of the model is likely to be published, so it gets only
+the files that belong to a model: no hidden files (`.env`, `.git-credentials`), no file outside the folder that
+a link leads to, no scripts and no pickles.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def companions(folder: Path) -> list[Path]:
     """The files of a model's folder that belong to the model, sorted; without files of weights and their indices.
 
     A Python file belongs to it where an "auto_map" of its JSON files names it (the code of an architecture or of a
-    tokenizer that Transformers does not have), and so do the files beside it that this one imports.
+    tokenizer that Transformers does not have), and so do the files in the same folder that this one imports.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
     """
     code = _code(folder)
     result = []
@@ -46,7 +46,7 @@ def companions(folder: Path) -> list[Path]:
 
 
 def stays_inside(path: Path, folder: Path) -> bool:
-    """Whether what a path leads to lies in the folder, or in the store of the Hub's cache that the folder is a view of."""
+    """Whether a path leads into the folder, or into the Hub cache's store of files that the folder links to."""
     target, root = path.resolve(), folder.resolve()
     if root in target.parents:
         return True

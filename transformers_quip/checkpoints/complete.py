@@ -1,8 +1,8 @@
 """Loading is complete or refused: every tensor of a quantizer has a module, and every weight comes from a file.
 
-Transformers ignores tensors that no module takes and draws weights that no file has at random, with a notice in either
-case: right for fine-tuning, where a task gets a new head, and wrong for a file that is damaged or does not belong to its
-config.json, whose model would compute nonsense.
+Transformers ignores tensors that no module takes, and fills weights that no file has with random numbers. It only logs a
+notice in either case. That is right for fine-tuning, where a task gets a new head. It is wrong for a file that is damaged
+or does not belong to its config.json: the model would compute nonsense.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import nn
 from ..nn.replace import quantized_modules
 from .headers import DAMAGED, TensorInfo
 
-# Last parts of the names of tensors that quantizers of this line store, natively and in other packages; those of the
-# codebooks are asked of the model's modules. Names that dense modules have too ("weight", "bias", "scale", "A") are left
-# out: such a tensor never comes alone.
+# Last parts of the names of tensors that QuIP quantizers store, in the native format and in other packages. The names of
+# a codebook's tensors come from the model's modules. Names that dense modules have too ("weight", "bias", "scale", "A")
+# are left out: such a tensor never comes alone.
 MARKERS = ("codes", "trellis", "Qidxs")
 _NATIVE = ("codes", "su", "sv", "row_scales", "factor_in", "factor_out")
 _FOREIGN = ("Qidxs", "SU", "SV", "Wscale", "codebook_id", "fuse_scales", "scaleWH", "had_left", "had_right", "tlut", "rcp")
 _EXL3 = ("trellis", "suh", "svh", "mcg", "mul1", "signs")
 KINDS = frozenset((*_NATIVE, *_FOREIGN, "tp_rank", *_EXL3))
-# Ends of the names of classes whose output embeddings are a part of what was trained.
+# Ends of the names of classes whose output embeddings were trained with the model.
 _GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
 def check_complete(model: nn.Module, names: Mapping[str, TensorInfo], made: Collection[str] = ()) -> None:
     """Check that the files and the model have the same tensors, as far as quantizers and weights are concerned.
 
-    A new head is allowed: weights outside of the base model, where the checkpoint was not saved from this class.
+    A new head is allowed: weights outside of the base model may be missing if the checkpoint was saved from another class.
 
     Args:
         model: with its quantized modules in their places; on the meta device or not.
         names: every tensor of the files that is loaded under its own name, by its name in the model.
-        made: names of tensors in the model that are made of others in the files (of a foreign checkpoint).
+        made: names of tensors in the model that are made from other tensors in the files (of a foreign checkpoint).
 
     Raises:
         ValueError: with all that is wrong, the first few by name.
@@ -75,7 +75,7 @@ def untaken(model: nn.Module, names: Collection[str], made: Collection[str] = ()
 def not_given(model: nn.Module, names: Collection[str]) -> list[str]:
     """Weights of the model that the files do not have, and that must come from there.
 
-    Buffers count where the files have the same buffer of another layer: files of before a buffer was stored are right.
+    A buffer counts only if the files have the same buffer of another layer: old files from before it was stored are valid.
 
     Args:
         model: see [`check_complete`].
@@ -99,7 +99,7 @@ def not_given(model: nn.Module, names: Collection[str]) -> list[str]:
 
 
 def is_outside(model: nn.Module, name: str) -> bool:
-    """Whether a tensor belongs to something that this model has nothing of: the head of a base model, a modality, …"""
+    """Whether a tensor belongs to a part that this model does not have: the head of a base model, a modality, …"""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     if any(re.search(pattern, name) for pattern in ignored):
         return True
@@ -110,14 +110,14 @@ def is_outside(model: nn.Module, name: str) -> bool:
 
 
 def _is_tied_to_one_of(name: str, tied: Mapping[str, str], names: Collection[str]) -> bool:
-    """Whether the model gives this weight the value of another one that the files have, either of the two."""
+    """Whether this weight is tied to another one that the files have."""
     group = {name, tied.get(name, name)}
     group |= {target for target, source in tied.items() if source in group}
     return bool(group & set(names))
 
 
-def _is_new(model: nn.Module, name: str) -> bool:
-    """Whether a weight is of a head that this class has and the checkpoint's class has not."""
+def _is_new(model: Any, name: str) -> bool:
+    """Whether a weight belongs to a head that this class has and the checkpoint's class does not have."""
     saved = _architectures(getattr(model, "config", None))
     base = getattr(model, "base_model_prefix", "")
     if not saved or type(model).__name__ in saved or not isinstance(getattr(model, base, None), nn.Module):

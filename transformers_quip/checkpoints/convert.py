@@ -32,8 +32,8 @@ def convert(
 ) -> None:
     """Re-pack a checkpoint of QuIP#, QuIP-for-all, QTIP or EXL3 into the native format, without loss.
 
-    In memory are the tensors of one linear, and a model without weights, which tells the shapes. What is not quantized is
-    copied as it is, and so are the tokenizer and the other files that belong to the model (see `companions`).
+    Memory holds the tensors of one linear, and a model without weights, which tells the shapes. Tensors that are not
+    quantized are copied unchanged, and so are the tokenizer and other files that belong to the model (see `companions`).
 
     Args:
         source: a folder, or the name of a repository on the Hub.
@@ -44,8 +44,8 @@ def convert(
     Raises:
         ValueError: the checkpoint is of none of these kinds, of a kind that is not supported, or damaged; or there is
             something in the destination.
-        OSError: the disk is full, for example. After any error the destination is as it was, and what somebody else wrote
-            into it meanwhile is still there.
+        OSError: the disk is full, for example. After any error the destination is as it was, except for files that
+            another program has written into it.
     """
     folder, target = _folder(source), Path(destination)
     with claimed_folder(target, last="config.json") as work:  # a folder without it is not a model
@@ -54,7 +54,7 @@ def convert(
 
 def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: bool) -> None:
     """Write the native checkpoint into an empty folder."""
-    # Transformers is imported late: what is above this room is needed for whole checkpoints only
+    # imported late: Transformers and higher packages are needed for whole checkpoints only
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..hf.foreign import check_plan, plan_for, repack
@@ -119,19 +119,19 @@ def _folder(source: str | Path) -> Path:
 
 
 def _parameters(folder: Path, config: Any) -> dict[str, Any]:
-    """The checkpoint's description of how it is quantized, wherever it has it."""
-    beside = folder / "quantization_config.json"
+    """The checkpoint's description of its quantization, from any of the places where packages store it."""
+    file = folder / "quantization_config.json"
     for parameters in (
         getattr(config, "quantization_config", None),
         getattr(config, "quip_params", None),
-        read_json(beside) if beside.is_file() else None,
+        read_json(file) if file.is_file() else None,
     ):
         if isinstance(parameters, dict):
             if parameters.get("quant_method") == "quip":
                 raise ValueError(f"{folder} is in the native format of transformers-quip already")
             return parameters
     raise ValueError(
-        f"{folder} is no quantized checkpoint: its config.json has neither quantization_config nor quip_params"
+        f"{folder} is not a quantized checkpoint: its config.json has neither quantization_config nor quip_params"
     )
 
 

@@ -1,6 +1,6 @@
-"""The files of a checkpoint: what they say of their tensors, and single tensors out of them.
+"""The files of a checkpoint: shapes and types of their tensors, and single tensors out of them.
 
-Safetensors, and for checkpoints of others what `torch.save` wrote, through PyTorch's safe unpickler only.
+Safetensors; and, for checkpoints of other packages, files of `torch.save`, through PyTorch's safe unpickler only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Files:
         headers: shape and type of every tensor by its name.
 
     Raises:
-        ValueError: a file cannot be read, or holds something other than tensors; or two hold different ones of one name.
+        ValueError: a file cannot be read, or does not hold only tensors; or two files hold different tensors of one name.
     """
 
     def __init__(self, files: Iterable[str]):
@@ -47,12 +47,12 @@ class Files:
         return {key: TensorInfo(tuple(value.shape), types[key], file, key) for key, value in tensors.items()}
 
     def _check_equal(self, first: TensorInfo, second: TensorInfo) -> None:
-        """A tensor that is in two files: nothing says which of them would count."""
+        """Refuse different tensors of one name in two files: nothing says which one is right."""
         if first != replace(second, file=first.file) or not self.read(first).equal(self.read(second)):
             raise ValueError(f"{second.key} is in {first.file} and in {second.file}, and is not the same there: {DAMAGED}")
 
     def read(self, info: TensorInfo) -> torch.Tensor:
-        """One tensor; a view of the mapped file where that can be. Raises `ValueError` if it cannot be read."""
+        """One tensor; a view of the mapped file where possible. Raises `ValueError` if it cannot be read."""
         if info.file in self._loaded:
             return self._loaded[info.file][info.key]
         try:
@@ -64,11 +64,11 @@ class Files:
 
 
 def unreadable(file: str, error: Exception) -> ValueError:
-    """The error to raise for a file that `torch.load` cannot read, or will not: it may raise any exception.
+    """The error to raise for a file that `torch.load` cannot read or refuses; it may raise any exception.
 
     Args:
         file: its path.
-        error: what was raised; anything but a `MemoryError`, which says nothing of the file.
+        error: the exception that was raised; never a `MemoryError`, which says nothing about the file.
     """
     if isinstance(error, pickle.UnpicklingError):  # its message is long, and says how to run the code
         return ValueError(
@@ -87,10 +87,10 @@ def find_weights(folder: str | Path) -> Path | None:
 
 
 def expand_weights(path: Path) -> list[str]:
-    """The files of weights behind what [`find_weights`] found.
+    """The files of weights, from the path that [`find_weights`] found.
 
     Raises:
-        ValueError: an index that is none, or names files that are missing or lie elsewhere.
+        ValueError: the index is not valid, or names files that are missing or outside the folder.
     """
     if path.suffix != ".json":
         return [str(path)]

@@ -1,4 +1,4 @@
-"""Small tensors of a checkpoint that are not numbers, found before they make every answer of the model NaN."""
+"""Find scales, tables, norms and biases with NaN or infinity, before they make every output of the model NaN."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def check_finite(
     """Check that all floating tensors of quantized modules are finite, in the files and in the type that they will have.
 
     They are read from the files, which are mapped into memory: a tensor that is offloaded to disk or to another device
-    is checked as well, and no device is waited for. All of them together are about 1/1000 of a model.
+    is checked as well, and no device has to be synchronized. All of them together are about 1/1000 of a model.
 
     Args:
         modules: the quantized modules (`nn.QuipLinear`, `nn.QuipEmbedding`) by name, with parameters of the shapes and
             types that they will have.
-        headers: what the files say of each tensor, by its name in the model.
+        headers: shape, type and file of each tensor, by its name in the model.
         read: reads one tensor.
 
     Raises:

@@ -1,7 +1,7 @@
 """The headers of safetensors files: the shape, the type and the size of every tensor; no tensor is read.
 
-This file is the only one that reads headers and the only one that knows the names of types. PyTorch is imported by
-[`torch_dtype`] alone, so that a model of any size is described without it.
+This file is the only one that reads headers and the only one that knows the names of types. Only
+[`torch_dtype`] imports PyTorch, so a model of any size is described without it.
 
 Source: the description of the format, https://github.com/huggingface/safetensors#format.
 """
@@ -52,7 +52,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of one tensor.
+    """The entry of one tensor in the header of its file.
 
     Attributes:
         shape: its sizes.
@@ -68,7 +68,7 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """Its number of entries."""
         return math.prod(self.shape)
 
     @property

@@ -1,6 +1,6 @@
-"""What a saved model holds, read from its config.json and the headers of its safetensors files.
+"""The content of a saved model, read from its config.json and the headers of its safetensors files.
 
-No tensor is read and PyTorch is not imported, so that a model of any size, here or on the Hub, is described at once.
+No tensor is read and PyTorch is not imported, so a model of any size, local or on the Hub, is described at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .headers import DAMAGED, TensorInfo, read_headers, read_json, type_bytes
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What a stored linear has besides its bias.
+# The tensors that every stored linear has, besides its bias.
 _MARKS = ("codes", "su", "sv")
 
 
@@ -25,9 +25,9 @@ class StoredLinear:
 
     Attributes:
         name: of the module.
-        out_features, in_features: m and n; of a padded linear (see `config.storage.Storage`) those of the larger matrix.
-        codes_bytes: of everything that is stored for the weight in integers.
-        bytes: of everything that stands for the weight (not the bias).
+        out_features, in_features: m and n; the larger sizes m', n' of a padded linear (see `config.storage.Storage`).
+        codes_bytes: bytes of all integer tensors stored for the weight.
+        bytes: of all tensors stored for the weight (without the bias).
     """
 
     name: str
@@ -43,7 +43,7 @@ class StoredLinear:
 
     @property
     def true_bits(self) -> float:
-        """Bits per weight with all that is stored for it."""
+        """Bits per weight, counting all tensors stored for it."""
         return 8 * self.bytes / self.weights
 
     @property
@@ -54,7 +54,7 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A saved model as its config and its headers tell it.
+    """A saved model as its config and its headers describe it.
 
     Attributes:
         config: the content of config.json.
@@ -87,12 +87,12 @@ class Inventory:
 
     @property
     def parameters(self) -> int:
-        """Of the model before it was quantized, as far as they are stored (a tied weight once)."""
+        """Number of parameters of the dense model, as far as they are stored (a tied weight counts once)."""
         return self.quantized_weights + sum(tensor.elements for tensor in self._dense().values())
 
     @property
     def true_bits(self) -> float:
-        """Bits per quantized weight, with all that is stored for it.
+        """Bits per quantized weight, counting all tensors stored for it.
 
         Raises:
             ValueError: the checkpoint has no quantized linear in the native format.
@@ -103,12 +103,12 @@ class Inventory:
 
     @property
     def dense_bytes(self) -> int:
-        """What the dense model takes in the same dtype."""
+        """Bytes of the dense model in the same dtype."""
         size = type_bytes(str(self.config.get("dtype") or self.config.get("torch_dtype"))) or 2
         return self.quantized_weights * size + sum(tensor.bytes for tensor in self._dense().values())
 
     def cache_bytes(self, tokens: int) -> int | None:
-        """The key-value cache for one sequence of so many tokens in a 16-bit dtype; None if the config does not tell.
+        """The key-value cache for one sequence of this many tokens in a 16-bit dtype; None if the config does not tell.
 
         Layers with a sliding window need less than this.
         """
@@ -140,7 +140,7 @@ def read_folder(folder: str | Path) -> Inventory:
     """The inventory of a folder that `save_pretrained` wrote, or of a config.json and an index alone.
 
     Raises:
-        ValueError: a file is missing, or is not what its name says.
+        ValueError: a file is missing, or its content does not fit its name.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)

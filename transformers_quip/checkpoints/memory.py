@@ -1,8 +1,8 @@
-"""Giving memory back to the system while weights are quantized as they are read.
+"""Return memory to the system while weights are quantized as they are read.
 
-Two things would otherwise make a process grow with the dense model, though none of it is in use: the C library keeps freed
-blocks that lie between living ones, and the pages of a checkpoint that were read through a memory map count as the
-process's until the system needs them.
+Otherwise a process grows to the size of the dense model, although it does not use that memory, for two reasons. The C
+library keeps freed blocks between blocks in use. And pages of a checkpoint that were read through a memory map count as
+the process's until the system needs them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-# From <linux/mman.h>: reclaim these pages now. Nothing is lost: changed pages are written to swap, file pages dropped.
+# From <linux/mman.h>: reclaim these pages now. No data is lost: changed pages go to swap, file pages are read again.
 _MADV_PAGEOUT = 21
 
 
@@ -22,7 +22,7 @@ class PageReleaser:
 
     Args:
         files: paths of the checkpoint's files.
-        every: bytes; None: a small part of the files, or 16 MiB where that is less.
+        every: bytes; None: a small part of the files, at most 16 MiB.
     """
 
     def __init__(self, files: Iterable[str] = (), every: int | None = None):
@@ -34,7 +34,7 @@ class PageReleaser:
         self._handled = 0
 
     def handled(self, size: int) -> None:
-        """Say that `size` more bytes of weights have been handled."""
+        """Count `size` more bytes of weights as handled."""
         self._handled += size
         if self._handled >= self._every:
             self._handled = 0
@@ -42,7 +42,7 @@ class PageReleaser:
 
 
 def return_memory(files: Iterable[str] = ()) -> None:
-    """Return freed memory, and the pages of these mapped files. Does nothing where the system has no way to.
+    """Return freed memory, and the pages of these mapped files. Does nothing on systems that cannot.
 
     Args:
         files: real paths.
@@ -59,7 +59,7 @@ def return_memory(files: Iterable[str] = ()) -> None:
                 span, *_, path = line.rstrip("\n").split(None, 5)
                 if path in files:
                     begin, end = (int(address, 16) for address in span.split("-"))
-                    libc.madvise(begin, end - begin, _MADV_PAGEOUT)  # advice: an old kernel that refuses is no error
+                    libc.madvise(begin, end - begin, _MADV_PAGEOUT)  # advice: an old kernel that refuses is not an error
 
 
 @functools.cache

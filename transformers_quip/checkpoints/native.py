@@ -78,7 +78,7 @@ def check_sources(names: Sequence[str], headers: Mapping[str, TensorInfo]) -> li
         The names of the new modules.
 
     Raises:
-        ValueError: a weight is missing that is not new, or all are; it names what lies there instead.
+        ValueError: a weight is missing that is not new, or all are; the message lists the names that are there instead.
     """
     missing = [name for name in names if f"{name}.weight" not in headers]
     new = [

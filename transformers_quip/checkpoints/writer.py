@@ -1,4 +1,4 @@
-"""Writing safetensors files that never are in memory: one tensor at a time, behind a header that is known before."""
+"""Write safetensors files without holding them in memory: the header first, then one tensor at a time."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Step:
 
 
 def write(folder: Path, steps: Sequence[Step], shard_size: int) -> None:
-    """Write a checkpoint as Transformers reads it, with a progress bar; in memory are the tensors of one step.
+    """Write a checkpoint as Transformers reads it, with a progress bar; memory holds the tensors of one step.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         steps: at least one.
-        shard_size: bytes of tensors in one file, which a single larger step exceeds.
+        shard_size: most bytes of tensors in one file; only a single larger step exceeds it.
 
     Raises:
         ValueError: a step made other tensors than it said.
-        OSError: a file cannot be written, because the disk is full for example; none of that name is there then.
+        OSError: a file cannot be written, for example because the disk is full; it does not exist then.
     """
     shards = _shards(steps, shard_size)
     names = ["model.safetensors"]
@@ -78,7 +78,7 @@ def _write_shard(path: Path, steps: Sequence[Step], bar: tqdm) -> None:
             header[name] = {"dtype": type_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns its data
-    unfinished = path.with_name(f"{path.name}.partial")  # what is cut off must not look finished
+    unfinished = path.with_name(f"{path.name}.partial")  # a truncated file must not look complete
     with unfinished.open("wb") as file:
 
         def put(content: bytes | memoryview) -> None:
@@ -95,6 +95,6 @@ def _write_shard(path: Path, steps: Sequence[Step], bar: tqdm) -> None:
                 if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} instead of {dtype} {list(shape)}")
                 if tensor.numel():
-                    put(memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+                    put(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
             bar.update()
     unfinished.replace(path)

@@ -1,7 +1,7 @@
 """The command line: `transformers-quip COMMAND`, and the same as `optimum-cli quip COMMAND`.
 
-One module a command; each holds a click command called `command` and imports what is heavy only when it runs, so that
-`--help` answers at once.
+One module for each command. It holds a click command called `command`, and imports heavy packages only when it runs, so
+that `--help` answers at once.
 
 Exit codes: 0 done; 2 the command line is wrong; 3 a value, a model or a file cannot be used (the message says why);
 4 something could not be read, written or reached; 130 stopped by Ctrl-C, 143 by SIGTERM; 1 an error of this program.
@@ -24,7 +24,7 @@ USAGE, UNUSABLE, UNREACHABLE, STOPPED, TERMINATED = 2, 3, 4, 130, 143
 COMMANDS = ("quantize", "tune", "evaluate", "inspect", "compare", "convert", "push", "chat", "serve", "run")
 # `run` is a name of this module already.
 _MODULES = {"run": "run_program"}
-# A command is there if what it calls is.
+# A command is available if the module that it calls is installed.
 _NEEDS = {"convert": "transformers_quip.checkpoints.convert"}
 
 
@@ -54,11 +54,11 @@ def main(arguments: Sequence[str] | None = None, program: str = "transformers-qu
     """Run one command.
 
     Args:
-        arguments: without the program's name; None: those of the process.
-        program: how help calls it.
+        arguments: without the program's name; None: the arguments of the process.
+        program: its name in the help.
 
     Returns:
-        The exit code. An error of this program itself (which is none of the user's) is raised.
+        The exit code. Internal errors propagate.
     """
     from .console import complain
 
@@ -84,23 +84,23 @@ def main(arguments: Sequence[str] | None = None, program: str = "transformers-qu
 
 
 def _remedy(error: OSError) -> str:
-    """What can be done where the Hub does not accept who asks; the other messages say it."""
+    """The remedy if the Hub refuses access; the messages of other errors name theirs."""
     if getattr(getattr(error, "response", None), "status_code", None) not in (401, 403):
         return ""
     return "\nIs it the right access token? --token gives one, and so do HF_TOKEN and `hf auth login`."
 
 
 def run() -> None:
-    """The console script."""
+    """The entry point of the console script."""
     sys.exit(main())
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception: what a command has begun is cleaned up as after Ctrl-C."""
+    """SIGTERM, as an exception: a command cleans up as after Ctrl-C."""
 
 
 class _terminable:
-    """While this is entered, SIGTERM raises."""
+    """A context in which SIGTERM raises."""
 
     def __enter__(self) -> None:
         self.active = threading.current_thread() is threading.main_thread()

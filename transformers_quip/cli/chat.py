@@ -14,13 +14,13 @@ from .loading import find_tokenizer, load_model, running_options
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_HELP = "Type to talk.  /reset forgets, /exit or Ctrl-D leaves, Ctrl-C stops a reply."
+_HELP = "Type a message.  /reset forgets the conversation, /exit or Ctrl-D quits, Ctrl-C stops a reply."
 
 
 @click.command(short_help="Talk to a model.")
 @click.argument("model")
-@click.option("--prompt", help="Say this, print the reply, and leave.")
-@click.option("--system", help="What the model is told before everything else.")
+@click.option("--prompt", help="Send this message, print the reply, and quit.")
+@click.option("--system", help="System prompt.")
 @click.option("--max-new-tokens", default=512, show_default=True, help="Tokens in one reply at most.")
 @click.option("--temperature", default=0.7, show_default=True, help="0: always the likeliest token.")
 @running_options
@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Talk to MODEL (a folder or an id on the Hub).
 
-    A model without a chat template goes on with your text instead of answering it.
+    A model without a chat template continues your text instead of answering it.
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
@@ -49,7 +49,7 @@ def command(
     source: dict[str, Any] = {"revision": revision, "token": token}
     tokenizer = find_tokenizer(model, **source)
     if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer, so there is no way to talk to it")
+        raise ValueError(f"{model} has no tokenizer, so it cannot chat: add the tokenizer's files to it")
     loaded = load_model(model, dtype=dtype, device_map=device_map, **source)
     if seed is not None:
         from transformers import set_seed
@@ -66,7 +66,7 @@ def command(
 
 def _converse(talk: Talk) -> None:
     if talk.template is None:
-        tell("This model has no chat template: it goes on with what you write.")
+        tell("This model has no chat template: it continues your text.")
     tell(_HELP)
     while True:
         try:
@@ -93,7 +93,7 @@ class Talk:
     """One conversation.
 
     Args:
-        system: told before everything else, where the model has a chat template.
+        system: the system prompt, used if the model has a chat template.
         temperature: 0 for greedy replies.
     """
 
@@ -105,15 +105,15 @@ class Talk:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system's words."""
+        """Forget everything but the system prompt."""
         self.messages = list(self.system)
 
     def forget_last(self) -> None:
-        """Forget what was said last and not answered."""
+        """Forget the last message that was not answered."""
         self.messages = self.messages[:-1]
 
     def say(self, text: str, stream: bool = True) -> str:
-        """Say something; the reply goes to stdout as it is written, and is returned."""
+        """Send a message; the reply goes to stdout as it is written, and is returned."""
         import torch
 
         self.messages.append({"role": "user", "content": text})
@@ -140,7 +140,7 @@ class Talk:
 
 
 def _streamer(tokenizer: Any) -> Any:
-    """Prints a reply as it is written; what a terminal would obey is shown instead."""
+    """Prints a reply as it is written; control characters are shown, not obeyed."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):

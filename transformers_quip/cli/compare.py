@@ -18,7 +18,7 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 @click.argument("b")
 @click.option(
     "--dataset",
-    help="A text file, wikitext2, or self (text that B writes): loads both models and compares what they predict.",
+    help="A text file, wikitext2, or self (text that B writes): loads both models and compares their predictions.",
 )
 @windows_option
 @length_option
@@ -39,7 +39,7 @@ def command(
     token: str | None,
     as_json: bool,
 ) -> None:
-    """Sizes and bits of the models A and B; with --dataset also their perplexities and how far A is from B.
+    """Sizes and bits of the models A and B; with --dataset also their perplexities and the KL divergence of A from B.
 
     Without --dataset only configs and the headers of the weight files are read.
     """

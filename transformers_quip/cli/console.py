@@ -1,4 +1,4 @@
-"""What the commands print: results to stdout, for people or as JSON, and everything else to stderr."""
+"""The output of the commands: results to stdout, for people or as JSON, and everything else to stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 from ..text import one_line, printable
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-token_option = click.option("--token", help="Access token for the Hub.  [default: HF_TOKEN, or that of `hf auth login`]")
+token_option = click.option("--token", help="Access token for the Hub.  [default: HF_TOKEN, or the one of `hf auth login`]")
 revision_option = click.option("--revision", help="Branch, tag or commit on the Hub.")
 
 
@@ -23,24 +23,24 @@ def complain(message: str) -> None:
 
 
 def tell(message: str) -> None:
-    """A word to the user on stderr."""
+    """A message to the user on stderr."""
     click.echo(printable(message), err=True)
 
 
 def show(message: str) -> None:
-    """A result of one line on stdout."""
+    """A one-line result on stdout."""
     click.echo(printable(message))
 
 
 def show_json(content: Mapping[str, Any]) -> None:
     """One JSON object; numbers that JSON does not have become null."""
-    # What JSON may hold as it is, a terminal may not: escape sequences of one character, marks that are not seen.
+    # JSON may hold characters that a terminal would obey (one-character escape sequences) or hide.
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False)
     click.echo("".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table; all columns but the first are aligned to the right. Its text is shown as it is: markup is not obeyed."""
+    """A table; all columns but the first are aligned to the right. Markup in its text is shown, not interpreted."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -56,7 +56,7 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
 
 
 def size(count: int | float) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
+    """Bytes in a readable form: kB, MB, GB, with powers of ten."""
     if count > 1e18:
         return "more than a million TB"
     for unit in ("B", "kB", "MB", "GB"):

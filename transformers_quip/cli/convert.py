@@ -18,7 +18,7 @@ from .destination import check_not_source, new_folder
 def command(source: str, out: Path, overwrite: bool, as_json: bool) -> None:
     """Convert the quantized checkpoint SOURCE (a folder or an id on the Hub) into the native format in OUT, without loss.
 
-    OUT appears when all of it is written; after an error or Ctrl-C it is as it was before.
+    OUT appears only when it is complete; after an error or Ctrl-C it is as it was before.
     """
     from ..checkpoints.convert import convert
     from ..checkpoints.inventory import read_folder

@@ -1,7 +1,7 @@
 """A folder that appears whole or not at all.
 
-Everything that can be known about the place OUT is found out before the work: [`new_folder`] makes a work folder, and
-proves that it can take OUT's place. Where OUT cannot be renamed (a mount point, the current folder, a folder whose parent
+Everything that can be known about OUT is checked before the work: [`new_folder`] makes a work folder, and proves that it
+can take OUT's place. Where OUT cannot be renamed (a mount point, the current folder, a folder whose parent
 may not be written to), the work folder lies in OUT, and its files are moved up at the end, config.json last.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import remains, renaming
 
-# What the file system puts into a new volume.
+# Folders that a file system puts into a new volume.
 _VOLUME = ("lost+found",)
 _KEEP = (".git", ".hg", ".svn")
 _CONFIG = "config.json"
@@ -77,8 +77,8 @@ def check_file(path: Path) -> None:
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes the place of `path` when the block ends without an error.
 
-    After an error, Ctrl-C included, `path` is as it was and nothing is left beside it. What a killed run has left for the
-    same `path` is removed first. A result that cannot take its place is kept under a name that the error tells.
+    After an error, Ctrl-C included, `path` is as it was and nothing else is left. The leftovers of a killed run for the
+    same `path` are removed first. A result that cannot take its place is kept under a name that the error tells.
 
     Args:
         path: a link is followed.
@@ -92,7 +92,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     check_free(path, overwrite)
     place = path.resolve()
     with remains.working_folder(place, _make_work) as work:
-        # Only now: what a killed run has left is gone, or back at its place.
+        # Checked again, because the leftovers of a killed run are now deleted, or back in their place.
         check_free(path, overwrite)
         inside = work.parent == place
         if inside and any(name != work.name for name in _content(place)):
@@ -119,7 +119,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _make_work(place: Path) -> Path:
-    """Make the work folder where its content can take its place: beside `place`, or else in it.
+    """Make the work folder where its content can take its place: next to `place`, or else in it.
 
     Raises:
         OSError: neither can be written to.
@@ -135,7 +135,7 @@ def _make_work(place: Path) -> Path:
         return work
     inner = _make(place, place.name)
     if place in (Path.cwd().resolve(), *Path.cwd().resolve().parents):
-        return inner  # a shell that stands in it would stand in a folder that is deleted
+        return inner  # a shell whose current folder it is would be left in a deleted folder
     try:
         outer = _make(place.parent, place.name)
     except OSError:
@@ -156,7 +156,7 @@ def _make(parent: Path, name: str) -> Path:
 
 
 def _content(path: Path) -> list[str]:
-    """The names in a folder, but for what belongs to the file system or to runs of ours."""
+    """The names in a folder, except the file system's own and work folders of this program."""
     if not path.is_dir():
         return []
     ours = remains.pattern(path.resolve().name)
@@ -168,7 +168,7 @@ def _some(names: list[str]) -> str:
 
 
 def _open_to_others(work: Path, place: Path) -> None:
-    """Give the work folder, which is for its owner only until now, the mode of what it replaces, or the usual one."""
+    """Give the work folder, until now its owner's only, the mode of the folder that it replaces, or the usual one."""
     if place.is_dir():
         shutil.copymode(place, work)
     else:
@@ -178,7 +178,7 @@ def _open_to_others(work: Path, place: Path) -> None:
 
 
 def _move_up(work: Path, place: Path) -> None:
-    """Move everything in `work` into `place`, which is empty otherwise; config.json last, so that half is not a model."""
+    """Move everything in `work` into `place`, which is empty otherwise; config.json last, which marks a complete model."""
     taken = [name for name in _content(place) if name != work.name]
     if taken:
         raise FileExistsError(errno.EEXIST, f"there is {_some(taken)} by now", str(place))

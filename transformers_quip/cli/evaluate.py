@@ -1,4 +1,4 @@
-"""evaluate MODEL: what a model has lost, and what it costs."""
+"""evaluate MODEL: quality, speed and size."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ text_option = click.option(
     show_default=True,
     help="A text file, wikitext2 (its test split, from the Hub), or self: text that the dense model writes.",
 )
-windows_option = click.option("--windows", default=40, show_default=True, help="How many windows of text.")
+windows_option = click.option("--windows", default=40, show_default=True, help="Number of windows of text.")
 length_option = click.option("--length", default=512, show_default=True, help="Tokens in each of them.")
 batch_option = click.option("--batch-size", default=4, show_default=True, help="Windows in one forward pass.")
 
 
-@click.command(short_help="Measure what a model has lost and what it costs.")
+@click.command(short_help="Measure perplexity, divergence, speed and size.")
 @click.argument("model")
 @click.option("--dense", help="The dense model (folder or id): adds KL divergence and top-1 agreement.")
 @text_option
@@ -85,7 +85,7 @@ def measure(
     model: Any, reference: Any, tokenizer: Any, dataset: str, windows: int, length: int, batch_size: int, bos: bool,
     new_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that `evaluate` prints, as JSON has it."""
+    """Everything that `evaluate` prints, as values for JSON."""
     from ..evaluation import divergence, evaluation_windows, generation_speed, linear_sizes, perplexity
 
     if bos and getattr(tokenizer, "bos_token_id", None) is None:
@@ -145,7 +145,7 @@ def _check_can_save(model: str) -> None:
 
 
 def save_results(folder: Path, content: dict[str, Any]) -> None:
-    """Add a result to the folder's file of measurements, in the place of an older one by the same protocol."""
+    """Add a result to the folder's file of measurements; it replaces an older one with the same protocol."""
     from ..hub.model_card import EVALUATION, read_results, write_card, write_whole
 
     path = folder / EVALUATION

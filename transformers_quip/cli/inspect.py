@@ -1,4 +1,4 @@
-"""inspect MODEL: what a saved model holds, without loading its weights."""
+"""inspect MODEL: the content of a saved model, without loading its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..checkpoints.inventory import Inventory
 
 
-@click.command(short_help="Show what a saved model holds, without its weights.")
+@click.command(short_help="Show the content of a saved model without loading it.")
 @click.argument("model")
 @click.option("--context", default=4096, show_default=True, help="Tokens for which the key-value cache is counted.")
 @click.option("--layers", is_flag=True, help="List every quantized layer, not only the kinds.")
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def command(model: str, context: int, layers: bool, revision: str | None, token: str | None, as_json: bool) -> None:
     """Layers, bits, codebooks, true bits per weight and the memory to run MODEL.
 
-    MODEL is a folder (one with only config.json and model.safetensors.index.json will do) or an id on the Hub. Only the
+    MODEL is a folder (config.json and model.safetensors.index.json alone are enough) or an id on the Hub. Only the
     config and the headers of the weight files are read.
     """
     inventory = read(model, revision, token)
@@ -55,7 +55,7 @@ def read(model: str, revision: str | None = None, token: str | None = None) -> I
 
 
 def describe(inventory: Inventory, context: int) -> dict[str, Any]:
-    """What `inspect` says, as JSON has it."""
+    """The output of `inspect`, as values for JSON."""
     options = inventory.quantization
     cache = inventory.cache_bytes(context)
     names = claims.architectures(inventory.config)
@@ -88,7 +88,7 @@ def _codes(inventory: Inventory) -> int:
 
 
 def _kinds(inventory: Inventory) -> list[dict[str, Any]]:
-    """Layers that differ only in the numbers of their names, and have one shape, together."""
+    """One row for all layers of one shape whose names differ only in numbers."""
     groups: dict[tuple, list] = {}
     for linear in inventory.linears:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.name)

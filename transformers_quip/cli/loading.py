@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 dtype_option = click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
-device_option = click.option("--device-map", help="As of from_pretrained: auto, cpu, cuda:0, …")
+device_option = click.option("--device-map", help="As in from_pretrained: auto, cpu, cuda:0, …")
 
 seed_option = click.option("--seed", type=int, help="Makes replies repeatable.")
 
 
 def running_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that runs a model for people: dtype, device_map, seed, revision and token."""
+    """The options of every command that generates text: dtype, device_map, seed, revision and token."""
     for option in (token_option, revision_option, seed_option, device_option, dtype_option):
         command = option(command)
     return command
@@ -36,7 +36,7 @@ def load_model(source: str, **options: Any) -> PreTrainedModel:
 
 
 def find_tokenizer(source: str, say: Callable[[str], None] = tell, **options: Any) -> Any:
-    """The tokenizer of a model; None where there is none, and then `say` is called with the reason."""
+    """The tokenizer of a model, or None; then `say` is called with the reason."""
     from transformers import AutoTokenizer
 
     given = {name: value for name, value in options.items() if value is not None}

@@ -13,8 +13,8 @@ from .console import json_option, show_json, tell, token_option
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--revision", help="Branch to push to; made if it is not there.  [default: main]")
-@click.option("--message", default="Upload model", show_default=True, help="Of the commit.")
+@click.option("--revision", help="Branch to push to; created if it does not exist.  [default: main]")
+@click.option("--message", default="Upload model", show_default=True, help="Message of the commit.")
 @click.option("--base-model", help="Id of the dense model, if config.json does not know it.")
 @click.option("--overwrite-card", is_flag=True, help="Replace a model card (README.md) that somebody has edited.")
 @token_option
@@ -33,13 +33,13 @@ def command(
     """Push the quantized model in FOLDER to the repository REPO (owner/name).
 
     The folder is checked first, and its model card is written or refreshed; a card with somebody's own text is left
-    alone. Files that are on the Hub already are not sent again, so a push that was interrupted goes on where it was.
+    alone. Files that are already on the Hub are not sent again, so an interrupted push continues where it stopped.
     """
     from huggingface_hub import HfApi
 
     from ..hub.model_card import make_card, write_card
 
-    make_card(folder, base_model=base_model)  # raises if this is nothing to push, before anything is made on the Hub
+    make_card(folder, base_model=base_model)  # raises if there is nothing to push, before anything is created on the Hub
     api = HfApi(token=token)
     repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
     if not write_card(folder, repo_id=repo, base_model=base_model, overwrite=overwrite_card):

@@ -16,13 +16,13 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 @click.command(short_help="Quantize a model and save it.")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--bits", type=float, help="Code bits per weight.  [default: 2, or those of --codebook]")
-@click.option("--codebook", help="By name, instead of --bits.")
+@click.option("--bits", type=float, help="Code bits per weight.  [default: 2, or the bits of --codebook]")
+@click.option("--codebook", help="Codebook by name, instead of --bits.")
 @click.option(
     "--dataset",
     default="self",
     show_default=True,
-    help="What to calibrate on: self (text that the model writes), none, a text file (documents between blank lines), "
+    help="Calibration data: self (text that the model writes), none, a text file (documents between blank lines), "
     "or the name of a data set that Optimum knows (wikitext2, c4).",
 )
 @click.option(
@@ -34,7 +34,7 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 @click.option("--num-samples", default=256, show_default=True, help="Token sequences to calibrate on.")
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens in each of them.")
 @click.option("--batch-size", default=8, show_default=True, help="Sequences in one forward pass.")
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 @click.option("--skip", multiple=True, metavar="MODULE", help="Name or pattern of modules to leave dense; repeatable.")
 @click.option(
     "--option",
@@ -49,13 +49,13 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="For --report: JSON of {name: perplexity} to compare with.",
 )
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Of the files that are written.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a file of weights.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there, once the new model is complete.")
 @dtype_option
 @device_option
 @revision_option
 @token_option
-@click.option("--trust-remote-code", is_flag=True, help="Run code that MODEL, or the tokenizer, brings along.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code in MODEL's or the tokenizer's repository.")
 @json_option
 def command(
     model: str,
@@ -75,11 +75,11 @@ def command(
 ) -> None:
     """Quantize MODEL (a folder or an id on the Hub) and save it, with its tokenizer and a model card, in OUT.
 
-    OUT appears when all of it is written; after an error or Ctrl-C it is as it was before.
+    OUT appears only when it is complete; after an error or Ctrl-C it is as it was before.
     """
     options = config_options(**chosen)
     if report is not None and options["dataset"] is None:
-        raise click.UsageError("--report needs calibration: without a --dataset nothing is measured")
+        raise click.UsageError("--report needs calibration: --dataset none measures nothing")
     known_peers = _read_peers(peers)
 
     from ..config import QuipConfig
@@ -91,7 +91,7 @@ def command(
         check_file(report)
     with new_folder(out, overwrite) as folder:
         reasons: list[str] = []
-        # Before the work: it may need the network. --revision is that of MODEL alone.
+        # Before the work, because it may need the network. --revision is for MODEL only.
         there = source if tokenizer_name is None else source | {"revision": None}
         tokenizer = find_tokenizer(tokenizer_name or model, reasons.append, **there)
         if tokenizer_name is not None and tokenizer is None:
@@ -120,7 +120,7 @@ def config_options(
     options: tuple[str, ...],
     **others: Any,
 ) -> dict[str, Any]:
-    """The keywords of QuipConfig that the command line means.
+    """The command line as keywords of QuipConfig.
 
     Raises:
         ValueError: an --option without "=", or a text file that is not there or empty.
@@ -150,7 +150,7 @@ def dataset_of(value: str) -> Any:
     path = Path(value)
     if not path.is_file():
         if path.suffix or len(path.parts) > 1:  # names of data sets have neither
-            raise ValueError(f"--dataset {value}: there is no such file")
+            raise ValueError(f"--dataset {value}: the file does not exist")
         return value
     documents = [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n")]
     documents = [document for document in documents if document]

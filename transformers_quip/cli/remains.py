@@ -1,8 +1,8 @@
-"""What a run leaves when it is killed, and how another run tells it from the work of a run that is alive.
+"""Remove the leftovers of killed runs, and leave the work folders of live runs alone.
 
 A work folder is locked (flock on the folder itself) as long as its process lives. The next run with the same OUT looks at
-all work folders of that name: what is locked belongs to a live process, and what is not is removed. Looking, making and
-locking are done by one process at a time, under a lock of the parent folder.
+all work folders of that name. A locked folder belongs to a live process; the others are removed. Only one process at a
+time looks, makes and locks, under a lock of the parent folder.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _kept: set[Path] = set()
 
 
 def short(name: str) -> str:
-    """The part of OUT's name that stands in the names of work folders."""
+    """The part of OUT's name that is used in the names of work folders."""
     return name.encode()[:_LONGEST].decode(errors="ignore")
 
 
 def pattern(name: str) -> re.Pattern[str]:
-    """What the names of work folders and of folders that were moved aside look like, for an OUT of this name."""
+    """The pattern of the names of work folders, and of folders that were moved aside, for an OUT of this name."""
     return re.compile(rf"\.{re.escape(short(name))}\.[a-z0-9_]{{8}}({re.escape(PARTIAL)}|{re.escape(OLD)})")
 
 
@@ -72,10 +72,10 @@ def working_folder(place: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
 
 
 def _clean(parent: Path, place: Path) -> None:
-    """Remove what killed runs have left in `parent` for `place`.
+    """Remove the leftovers of killed runs in `parent` for `place`.
 
     Raises:
-        ValueError: a run that is alive is at it.
+        ValueError: a live run is writing to it.
     """
     if not parent.is_dir():
         return
@@ -104,11 +104,11 @@ def _remove_dead(folder: Path, place: Path) -> None:
             f"another process is writing to {place} (its work is in {folder.name}): wait for it, or choose another place"
         ) from None
     if lock is None:
-        tell(f"{folder} may be left over from a run that was killed; this file system cannot tell, so it stays")
+        tell(f"{folder} may be left over from a killed run; this file system cannot tell, so it is kept")
         return
     try:
         shutil.rmtree(folder)
-        tell(f"Removed {folder}, which a run that was killed has left")
+        tell(f"Removed {folder}, left by a killed run")
     finally:
         os.close(lock)
 
@@ -118,7 +118,7 @@ def _settle(folder: Path, place: Path, finished: bool) -> None:
     old = folder / place.name
     if not old.is_dir() or (finished and place.exists()):
         shutil.rmtree(folder)
-        tell(f"Removed {folder}, which a run that was killed has left")
+        tell(f"Removed {folder}, left by a killed run")
         return
     home = place
     number = 0
@@ -127,7 +127,7 @@ def _settle(folder: Path, place: Path, finished: bool) -> None:
         home = place.with_name(f"{short(place.name)}.before-{number}")
     os.rename(old, home)
     folder.rmdir()
-    tell(f"Put the model that a run had moved aside, when it was killed, back to {home}")
+    tell(f"Put back {home}: a run had moved this model aside when it was killed")
 
 
 @contextmanager

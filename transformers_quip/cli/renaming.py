@@ -1,4 +1,4 @@
-"""Renaming that cannot lose anything: two folders change places, or a name that is taken stays as it is."""
+"""Renaming without loss: two folders are exchanged, or a name that is taken is left alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 @functools.cache
 def _renameat2() -> Callable[..., int] | None:
-    """The system's call, None where there is none (other systems than Linux, old C libraries)."""
+    """The system call; None if it is missing (systems other than Linux, old C libraries)."""
     try:
         return ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
@@ -29,10 +29,10 @@ def _renameat2() -> Callable[..., int] | None:
 
 
 def _rename_with(source: Path, target: Path, flag: int) -> bool:
-    """Whether the system has done it.
+    """Rename by the system call; False, with nothing done, if the system does not support it.
 
     Raises:
-        OSError: it can, and refuses here.
+        OSError: it is supported and failed.
     """
     call = _renameat2()
     if call is None:
@@ -62,8 +62,8 @@ def rename_new(source: Path, target: Path) -> None:
 def replace(new: Path, place: Path) -> None:
     """Put the folder `new` at `place` and delete the folder that was there.
 
-    At every moment one of both is at `place`, where the system can exchange names. Where it cannot, both are renamed, and
-    after a failure of the second renaming (Ctrl-C too) the old folder is put back.
+    If the system can exchange names, one of the two folders is at `place` at every moment. Otherwise both are renamed, and
+    if the second renaming fails (Ctrl-C too), the old folder is put back.
 
     Raises:
         OSError: it cannot be done; `place` and `new` are as they were.
@@ -86,8 +86,8 @@ def replace(new: Path, place: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete what has been replaced; that some of it stays is not an error, as the new model is in its place."""
+    """Delete the replaced folder. A failure is not an error, because the new model is already in its place."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        tell(f"What was replaced could not be deleted and is still in {folder} ({error})")
+        tell(f"The old folder could not be deleted and is still in {folder} ({error})")

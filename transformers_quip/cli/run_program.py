@@ -1,4 +1,4 @@
-"""run PROGRAM: somebody else's program, which then understands quantized models; so do the processes that it starts."""
+"""run PROGRAM: another program, which then can load quantized models, and so can the processes that it starts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import click
     short_help="Run another program with transformers_quip loaded.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-@click.option("-m", "--module", is_flag=True, help="PROGRAM is the name of a Python module, as of python -m.")
-@click.option("--print-path", is_flag=True, help="Print the folder that does it on PYTHONPATH, and run nothing.")
+@click.option("-m", "--module", is_flag=True, help="PROGRAM is the name of a Python module, as for python -m.")
+@click.option("--print-path", is_flag=True, help="Print the folder to put on PYTHONPATH, and run nothing.")
 @click.argument("program", required=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(module: bool, print_path: bool, program: str | None, arguments: tuple[str, ...]) -> None:
@@ -48,22 +48,22 @@ def startup_folder() -> Path:
 
 
 def find_program(program: str, module: bool = False) -> list[str]:
-    """What to execute.
+    """The command to execute.
 
     Args:
-        program: a script of Python, a program beside this Python or on PATH, or a module.
+        program: a Python script, a program in this Python's folder or on PATH, or a module.
 
     Raises:
-        ValueError: there is no such program.
+        ValueError: the program is not found.
     """
     if module:
         return [sys.executable, "-m", program]
     if program.endswith((".py", ".pyz")) and os.path.isfile(program):
         return [sys.executable, program]
-    beside = None if os.path.dirname(program) else shutil.which(program, path=os.path.dirname(sys.executable))
-    found = beside or shutil.which(program)
+    local = None if os.path.dirname(program) else shutil.which(program, path=os.path.dirname(sys.executable))
+    found = local or shutil.which(program)
     if found is None:
-        raise ValueError(f"there is no program {program!r} on PATH (a module of Python is run with -m)")
+        raise ValueError(f"program {program!r} is not on PATH (run a Python module with -m)")
     return [found]
 
 
@@ -71,7 +71,7 @@ def run_loaded(program: Sequence[str], arguments: Sequence[str], variables: Mapp
     """Become this program, with the package loaded. Does not return: signals and the exit code are the program's own.
 
     Args:
-        program: what [`find_program`] gives.
+        program: the result of [`find_program`].
         variables: more for its environment.
 
     Raises:
@@ -82,6 +82,6 @@ def run_loaded(program: Sequence[str], arguments: Sequence[str], variables: Mapp
     command = [*program, *arguments]
     sys.stdout.flush()
     sys.stderr.flush()
-    if os.name == "nt":  # there, exec returns to the shell before the program has ended
+    if os.name == "nt":  # on Windows, exec returns to the shell before the program has ended
         sys.exit(subprocess.call(command, env=environment))
     os.execve(command[0], command, environment)

@@ -13,7 +13,7 @@ from .inspect import read
 from .loading import running_options
 from .run_program import run_loaded
 
-# What `transformers serve` imports, by module and by the name under which it is installed.
+# The packages that `transformers serve` imports: module and name on PyPI.
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "openai": "openai", "pydantic": "pydantic", "typer": "typer"}
 
 
@@ -29,9 +29,9 @@ _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "openai": "openai", "pyda
     "--continuous-batching/--one-by-one",
     default=True,
     show_default=True,
-    help="Whether requests that come at once are answered together, from one cache.",
+    help="Whether simultaneous requests are answered together, from one cache.",
 )
-@click.option("--cache-tokens", default=32768, show_default=True, help="Tokens in that cache at most, of all requests.")
+@click.option("--cache-tokens", default=32768, show_default=True, help="Most tokens in that cache, of all requests.")
 @running_options
 def command(
     model: str,
@@ -50,7 +50,7 @@ def command(
 
     Other options of `transformers serve` follow a "--", for example: -- --reasoning off --enable-cors. The cache of
     continuous batching has --cache-tokens tokens, or fewer where half of the free memory (four fifths on a GPU) does not
-    hold them. With options --cb-... behind the "--" nothing is computed: they are taken as they are.
+    hold them. Options --cb-... after the "--" are passed on unchanged, and no cache size is computed.
     """
     check_installed()
     arguments = ["--host", host, "--port", str(port), "--dtype", dtype]
@@ -86,7 +86,7 @@ def _limited(inventory: Any, device_map: str | None, cache_tokens: int) -> list[
     memory = Memory.of(device_map)
     found = plan(inventory, memory, cache_tokens)
     if found is None:
-        tell("This config.json does not say how large its cache is: requests are answered one by one")
+        tell("The cache size cannot be computed from this config.json: requests are answered one by one")
         return []
     tell(
         f"continuous batching: a cache of about {found.tokens} tokens, {size(found.bytes)} with the tensors of a batch, "

@@ -1,7 +1,7 @@
 """How much memory the cache of continuous batching may take.
 
 Transformers takes a share of the whole memory (0.6 of it on a CPU, whatever else is running), and takes it at once. Here
-the share is computed from what is free, from the model's own size, and from the number of tokens that are wanted.
+the share is computed from the free memory, the model's own size, and the requested number of tokens.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..checkpoints.inventory import Inventory
 
-# Tokens that one forward pass has at most: a long prompt is read in pieces of this. On a CPU more of them are not faster.
+# Most tokens in one forward pass: a long prompt is read in pieces of this size. On a CPU, larger pieces are not faster.
 _BATCH_TOKENS = {"cpu": 512, "gpu": 4096}
-# Of the memory that is free when the model is loaded. A CPU's memory is for other programs too.
+# Share of the memory that is free when the model is loaded. A CPU's memory is also for other programs.
 _USED = {"cpu": 0.5, "gpu": 0.8}
-_REQUESTS = 1024  # Transformers keeps logits for as many at once
+_REQUESTS = 1024  # Transformers keeps logits for this many requests at once
 _FEWEST_TOKENS = 1024
 _PROCESS = 1_000_000_000  # bytes of a process that has imported PyTorch and Transformers, rounded up
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device: all of them, and what is free now. `kind` is "cpu" or "gpu"."""
+    """Memory of a device in bytes: total, and free now. `kind` is "cpu" or "gpu"."""
 
     kind: str
     total: int
@@ -32,7 +32,7 @@ class Memory:
 
     @classmethod
     def of(cls, device_map: str | None) -> Memory:
-        """That of the device on which the server will run."""
+        """The memory of the device on which the server will run."""
         import psutil  # type: ignore[import-untyped]
         import torch
 
@@ -45,8 +45,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to ask of Transformers: `tokens` in the cache, `batch_tokens` in one forward pass, `bytes` for all of it, which
-    are the `share` of the memory that is there when the model has been loaded."""
+    """The settings for Transformers: `tokens` in the cache, `batch_tokens` in one forward pass, and `bytes` for all of it.
+
+    `share` is `bytes` divided by the memory that is there when the model has been loaded.
+    """
 
     tokens: int
     batch_tokens: int
@@ -55,10 +57,10 @@ class Plan:
 
 
 def plan(inventory: Inventory, memory: Memory, cache_tokens: int) -> Plan | None:
-    """The largest cache that fits, of `cache_tokens` at most; None if the config does not tell what a token takes.
+    """The largest cache that fits, of at most `cache_tokens`; None if the bytes of a token do not follow from the config.
 
     Raises:
-        ValueError: there is no room for a useful one.
+        ValueError: not even a small useful one fits.
     """
     sizes = _sizes(inventory.config)
     per_token = inventory.cache_bytes(1)
@@ -66,7 +68,7 @@ def plan(inventory: Inventory, memory: Memory, cache_tokens: int) -> Plan | None
         return None
     width, hidden, vocabulary, heads = sizes
     item = 4 if str(inventory.config.get("dtype") or inventory.config.get("torch_dtype")) == "float32" else 2
-    per_token = per_token // 2 * item + 3 * heads * width * item + 64  # what is stored, and one layer's that is read back
+    per_token = per_token // 2 * item + 3 * heads * width * item + 64  # keys and values stored, and one layer's read back
     batch = _BATCH_TOKENS[memory.kind]
     fixed = _REQUESTS * (hidden * item + 4 * vocabulary) + batch * item * (3 * hidden + 5 * heads * width) + 2**20
     mask = 4 * item * batch  # bytes for each token of the cache: two kinds of mask, for two batches that overlap

@@ -1,4 +1,4 @@
-"""tune MODEL OUT: bring a quantized model nearer to the dense one, and save it."""
+"""tune MODEL OUT: bring a quantized model closer to the dense one, and save it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .quantize import dataset_of
     "--dataset",
     default="self",
     show_default=True,
-    help="What to train on: self (text that the dense model writes), a text file (documents between blank lines), or the "
+    help="Training data: self (text that the dense model writes), a text file (documents between blank lines), or the "
     "name of a data set that Optimum knows.",
 )
 @click.option("--num-samples", default=256, show_default=True, help="Token sequences to train on.")
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens in each of them.")
 @click.option("--held-out", default=16, show_default=True, help="Further sequences that decide whether the result is kept.")
-@click.option("--epochs", default=2.0, show_default=True, help="How often each sequence is read.")
+@click.option("--epochs", default=2.0, show_default=True, help="Number of times that each sequence is read.")
 @click.option("--batch-size", default=4, show_default=True, help="Sequences in one step.")
-@click.option("--learning-rate", default=5e-3, show_default=True, help="Of factors that begin at 1.")
-@click.option("--seed", default=0, show_default=True, help="Of the text and its order.")
+@click.option("--learning-rate", default=5e-3, show_default=True, help="Learning rate of factors that begin at 1.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the text and its order.")
 @click.option(
     "--state",
     type=click.Path(file_okay=False, path_type=Path),
-    help="A folder in which the run is kept: a run that was stopped goes on there.",
+    help="A folder for the state of the run: a stopped run resumes from it.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there, once the new model is complete.")
 @dtype_option
@@ -60,10 +60,10 @@ def command(
     token: str | None,
     as_json: bool,
 ) -> None:
-    """Train su, sv and the norms of MODEL, a quantized model, to predict what the dense model predicts; save it in OUT.
+    """Train su, sv and the norms of MODEL, a quantized model, to match the dense model's predictions; save it in OUT.
 
-    The codes stay as they are, so OUT has the size and the speed of MODEL. If the result is not better on held-out text,
-    OUT is MODEL as it was, and a message says so.
+    The codes do not change, so OUT has the size and the speed of MODEL. If the result is not better on held-out text, OUT
+    is a copy of MODEL, and a message says so.
     """
     from ..config import QuipConfig
     from ..finetune import TuneOptions
@@ -109,7 +109,7 @@ def _conclude(out: Path, report: Any, as_json: bool) -> None:
     if as_json:
         show_json({"folder": str(out), **report.to_dict()})
         return
-    kept = "" if report.verdict.accepted else "; not better, so the model was left as it was"
+    kept = "" if report.verdict.accepted else "; not better, so the model is unchanged"
     show(
         f"{out}: KL divergence to the dense model {report.verdict.before:.4f} before, {report.verdict.after:.4f} after, "
         f"on {report.tokens} tokens in {report.seconds:.0f} s{kept}"

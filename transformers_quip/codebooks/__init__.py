@@ -34,7 +34,7 @@ def register(name: str, codebook: Codebook | Callable[[], Codebook]) -> None:
 
     Raises:
         ValueError: the name is taken or has one of the characters ":" and "@"; the codebook has another name, or stores
-            tensors of names that it cannot (see [`Codebook.tensors`]). What a function makes is checked when it is made.
+            tensors under reserved names (see [`Codebook.tensors`]). A codebook from a function is checked when it is made.
 
     Example: weights of one bit, which are −1 or 1; eight of them are a byte.
 
@@ -99,7 +99,7 @@ def spec(name: str, residual_scale: float | None = None) -> str:
 
     Args:
         name: see [`get`].
-        residual_scale: what multiplies its second stage; None: its own (`Codebook.residual_scale`).
+        residual_scale: factor of its second stage; None: its own (`Codebook.residual_scale`).
 
     Raises:
         ValueError: see [`get`].

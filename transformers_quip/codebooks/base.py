@@ -1,4 +1,4 @@
-"""What every codebook offers."""
+"""The interface of every codebook."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Grid(NamedTuple):
     """One tensor that a layer stores for its weight: shape and type.
 
     Attributes:
-        shape: of the tensor. A dimension that is None is known only after a weight was encoded, as the length of a stream
-            is whose rows differ in length; any size fits it.
-        dtype: an integer type, which the tensor has; or a floating type, which stands for that of the layer's su and sv.
-        expected: how large the dimension that is None is expected to be. Plans count it, results count the real size.
+        shape: of the tensor. A dimension is None if its size is known only after encoding, such as the length of a stream
+            whose rows differ in length; any size fits it.
+        dtype: the integer type of the tensor; or a floating type, which stands for the dtype of the layer's su and sv.
+        expected: the expected size of the dimension that is None. Plans count it; results count the real size.
     """
 
     shape: tuple[int | None, ...]
@@ -73,11 +73,11 @@ class Codebook(abc.ABC):
 
     Codes have two forms. While weights are rounded there is one integer for each block, whatever the codebook: `encode`
     and `round_panel` return those. A layer keeps, and a checkpoint stores, the tensors that `store` makes of them at the
-    end, without unused bits. `tensors` names and describes them, and `decode` reads them. Nothing but the codebook knows
-    how many they are or what they mean.
+    end, without unused bits. `tensors` names and describes them, and `decode` reads them. Only the codebook knows
+    their number and their meaning.
 
     Attributes:
-        name: as the config calls it. It names everything that decoding depends on.
+        name: as in the config. Everything that decoding depends on is in the name.
         bits: code bits per weight.
         block_size: columns that are coded together: neighbours in a row.
         rows_together: rows that are coded together: 1, or the height of a tile.
@@ -85,7 +85,7 @@ class Codebook(abc.ABC):
         gaussian_scale: rms of the weights, in units of the points, at which Gaussian weights are quantized with the
             least error, or with which the codebook was published (its `opt_scale`); the codebook's file says which.
         scale_factors: multiples of it that are worth trying for a weight.
-        residual_scale: what multiplies the points of a second stage; None for a codebook of one stage.
+        residual_scale: factor of the points of a second stage; None for a codebook of one stage.
         is_read_only: whether it is only for checkpoints that were made elsewhere, and encodes nothing.
         kernels: the family of compiled kernels that compute with the stored tensors, if there is one. None: layers run
             through PyTorch.
@@ -104,11 +104,11 @@ class Codebook(abc.ABC):
 
     @property
     def has_single_rows(self) -> bool:
-        """Whether [`select_rows`] works, so that an embedding can have this codebook: where rows are coded one by one."""
+        """Whether [`select_rows`] works, so that an embedding can have this codebook: if rows are coded one by one."""
         return self.rows_together == 1
 
     def with_residual_scale(self, scale: float) -> Codebook:
-        """The same codebook with another `residual_scale`. Raises `ValueError` where there is no second stage."""
+        """The same codebook with another `residual_scale`. Raises `ValueError` for a codebook of one stage."""
         raise ValueError(f"residual_scale={scale} was given, but codebook {self.name!r} has no second stage")
 
     def codes_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
@@ -140,8 +140,8 @@ class Codebook(abc.ABC):
     def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
         """The tensors that a [out_features, in_features] layer stores for its weight, by name and in their order.
 
-        The first is called "codes": by it a quantized layer is recognised in a checkpoint. The others have any names but
-        those in `RESERVED`. Names and order are the same for every size.
+        The first is called "codes": a quantized layer in a checkpoint is recognised by it. The others may have any names
+        except those in `RESERVED`. Names and order are the same for every size.
         """
         return {"codes": Grid(self.codes_shape(out_features, in_features), self.code_dtype)}
 
@@ -156,7 +156,7 @@ class Codebook(abc.ABC):
     def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored tensors of some rows of a weight, as an embedding looks them up.
 
-        Here for codebooks whose tensors have one row for each row of the weight; others override it (and
+        The default is for codebooks whose tensors have one row for each row of the weight; others override it (and
         [`has_single_rows`]).
 
         Args:
@@ -169,7 +169,7 @@ class Codebook(abc.ABC):
         return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
 
     def check(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> None:
-        """Raise `ValueError` for tensors that are not those of a [out_features, in_features] layer of this codebook."""
+        """Raise `ValueError` for tensors that do not fit a [out_features, in_features] layer of this codebook."""
         grids = self.tensors(out_features, in_features)
         if tensors.keys() != grids.keys():
             raise ValueError(f"codebook {self.name!r} stores {', '.join(grids)}, got {', '.join(tensors) or 'nothing'}")
@@ -227,7 +227,7 @@ class Codebook(abc.ABC):
 
         Args:
             tensors: as [`tensors`] describes them.
-            columns: how many weights of a row are real; the rest of the last block is dropped.
+            columns: the number of weights in a row; the rest of the last block is dropped.
             dtype: of the result.
 
         Returns:

@@ -33,7 +33,7 @@ def points() -> torch.Tensor:
 
 
 def _magnitudes(pattern: int) -> list[float]:
-    """Pattern 0..31: all 1/2 or all 3/2; two and two of them; one that is larger, or smaller; one 3/2 and one 5/2."""
+    """The magnitudes of patterns 0 to 31: all 1/2 or all 3/2; two of each; one larger or smaller; one 3/2 and one 5/2."""
     if pattern < 8:
         other, base = (1.5, 0.5) if pattern % 2 else (0.5, 1.5)
         if pattern < 2:

@@ -80,7 +80,7 @@ class E8P(Codebook):
     def round_panel(
         self, target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See [`Codebook.round_panel`]; compiled where it can be."""
+        """See [`Codebook.round_panel`]; compiled if the library is available."""
         if target.device.type == "cpu" and cpu_kernels.is_available() and target.shape[1] <= cpu_kernels.MOST_COLUMNS:
             return cpu_kernels.e8p_round_panel(target.contiguous(), base.contiguous(), feedback.contiguous())
         return super().round_panel(target, base, feedback)
@@ -114,7 +114,7 @@ def _encode_side(x: torch.Tensor, shift: float) -> tuple[torch.Tensor, torch.Ten
     odd = (z < 0).sum(1) % 2
     smallest = y.argmin(1, keepdim=True)
     flipped = y.scatter(1, smallest, -y.gather(1, smallest))
-    # What a pattern of even and of odd sum may be matched with, given the parity of the signs taken away.
+    # The vector to match with patterns of even sum, and with those of odd sum, given the parity of the removed signs.
     for_even = torch.where(odd.bool()[:, None], flipped, y)
     for_odd = torch.where(odd.bool()[:, None], y, flipped)
     features = torch.cat([for_even, for_odd, odd[:, None].float(), torch.ones_like(y[:, :1])], dim=1)
@@ -167,7 +167,7 @@ def _candidates(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def _rows_per_chunk(device: torch.device) -> int:
-    """So many vectors that the scores (343 floats each) stay in a CPU's cache, or in 360 MB of a GPU's memory."""
+    """The number of vectors whose scores (343 floats each) fit into a CPU's cache, or into 360 MB of a GPU's memory."""
     return 2048 if device.type == "cpu" else 1 << 18
 
 

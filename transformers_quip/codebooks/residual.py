@@ -1,7 +1,7 @@
 """E8P with a second stage that refines its error: 3 and 4 bits per weight (QuIP#, arXiv 2402.04396).
 
 A point is p + r·q: p the nearest E8P point of x, q the nearest point of (x − p) / r in the second stage's codebook, and r
-the residual scale. Each stage is exact, the choice of both together is greedy: another pair may be nearer.
+the residual scale. Each stage finds its nearest point, but the pair is chosen greedily: another pair may be nearer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .e8p import E8P
 
 
 class Stage(NamedTuple):
-    """What distinguishes one residual codebook from another: its second stage and the scales.
+    """The parameters of a residual codebook: its second stage and the scales.
 
     Attributes:
         codebook: of the second stage.
@@ -32,13 +32,13 @@ class Stage(NamedTuple):
     residual_scale: float
 
 
-# Those of 3 bits are the published ones, which are the best for a Gaussian; for 4 bits the published pair, 1.03 and
-# 1 / 3.45, loses 16 % more than this one (`benchmarks/codebooks.py`).
+# At 3 bits, the scales are the published ones, which are the best for a Gaussian. At 4 bits, the published pair, 1.03 and
+# 1 / 3.45, has a 16 % larger error than this one (`benchmarks/codebooks.py`).
 STAGES = {
     "e8p-rvq3": Stage(E8(), 0.98, 1 / 2.04),
     "e8p-rvq4": Stage(E8P(), 0.90, 1 / 3.8),
 }
-# What checkpoints of QuIP# and of packages after it mean where they name no residual scale.
+# The residual scales of checkpoints of QuIP# and its successors that do not name one.
 PUBLISHED_RESIDUAL_SCALES = {"e8p-rvq3": 1 / 2.04, "e8p-rvq4": 1 / 3.45}
 
 
@@ -47,11 +47,11 @@ SECOND = "codes_residual"
 
 
 class ResidualE8P(Codebook):
-    """E8P and a second stage. Its name is followed by the residual scale where that is not the one of `STAGES`.
+    """E8P and a second stage. Its name ends with "@" and the residual scale if that is not the one in `STAGES`.
 
     Args:
         name: "e8p-rvq3", whose second stage is E8 with one byte for 8 weights, or "e8p-rvq4", E8P again.
-        residual_scale: what multiplies the second stage (the inverse of QuIP#'s number of that name); None: as in `STAGES`.
+        residual_scale: factor of the second stage (the inverse of QuIP#'s number of that name); None: as in `STAGES`.
     """
 
     block_size = 8
@@ -68,7 +68,7 @@ class ResidualE8P(Codebook):
         self.first, self.second = E8P(), stage.codebook
         self.bits = self.first.bits + self.second.bits
         self.gaussian_scale = stage.gaussian_scale
-        # A code is that of the first stage, then this many bits of the second.
+        # A code is the code of the first stage, followed by this many bits of the second.
         self._shift = 8 * self.second.code_dtype.itemsize
         self._mask = (1 << self._shift) - 1
 

@@ -1,4 +1,4 @@
-"""Uniform grids: every weight by itself, to one of 2^b equally spaced values around zero (QuIP, arXiv 2307.13304)."""
+"""Uniform grids: each weight is rounded alone, to one of 2^b equally spaced values around zero (QuIP, arXiv 2307.13304)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scalar(Codebook):
     """The points k − (2^b − 1)/2 for k = 0 … 2^b − 1, which are half-integers.
 
     Stored without unused bits: bit j of weight i is bit b·i + j of its row, counted from the lowest bit of the first
-    byte, and a row ends with the byte that it has begun.
+    byte, and a row is completed to whole bytes.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -69,7 +69,7 @@ class Scalar(Codebook):
     def round_panel(
         self, target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See [`Codebook.round_panel`]; compiled where it can be, else with columns as rows of memory."""
+        """See [`Codebook.round_panel`]; compiled if possible, else in PyTorch with columns as rows of memory."""
         if target.device.type == "cpu" and cpu_kernels.is_available() and target.shape[1] <= cpu_kernels.MOST_COLUMNS:
             panel = (part.contiguous() for part in (target, base, feedback))
             return cpu_kernels.scalar_round_panel(*panel, self._largest)
@@ -104,6 +104,6 @@ class Scalar(Codebook):
         return math.ceil(columns * self._bits / 8)
 
     def _group(self) -> tuple[int, int]:
-        """The least number of weights that fill whole bytes, and how many."""
+        """The smallest number of weights that fills whole bytes, and the number of bytes."""
         common = math.lcm(self._bits, 8)
         return common // self._bits, common // 8

@@ -1,4 +1,4 @@
-"""Codebooks of a few hundred points that are kept as a table: every point is looked at."""
+"""Codebooks of a few hundred points in a table: encoding compares with every point."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class TableCodebook(Codebook):
     points: Callable[[], torch.Tensor]
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`Codebook.encode`]; exact: every point is looked at."""
+        """See [`Codebook.encode`]; exact: it compares with every point."""
         rows = self.check_vectors(x)
         points = _on(self.points, rows.device, torch.float32)
         codes = _nearest(rows, points)
         return codes.to(torch.uint8).reshape(x.shape[:-1]), points[codes].reshape(x.shape)
 
     def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """See [`Codebook.decode`]. The values are those of the table, rounded to the dtype."""
+        """See [`Codebook.decode`]. The values come from the table, rounded to the dtype."""
         codes = tensors["codes"]
         flat = _on(self.points, codes.device, dtype).index_select(0, codes.reshape(-1).int())
         return flat.reshape(codes.shape[0], -1)[:, :columns]

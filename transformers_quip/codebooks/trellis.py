@@ -1,4 +1,4 @@
-"""Trellis-coded weights, the codebooks of QTIP (arXiv 2406.11235) and of EXL3, for checkpoints that were quantized so.
+"""Trellis-coded weights, the codebooks of QTIP (arXiv 2406.11235) and of EXL3, for checkpoints quantized with them.
 
 A tile of 16×16 weights is 256·K bits, read as a ring. A weight (or a pair of neighbours, V = 2) is a function of 16 bits
 of it, the *state*; the next state begins K·V bits further on, so that neighbours share bits and every state is one of few
@@ -12,7 +12,7 @@ in row-major order, 16·K words each. A tile's bits run through its words in ord
     weights V·t … V·t+V−1 of the tile's sequence = value(state t)
 
 **Order**: where weight q = (q₇…q₀)₂ of a tile's sequence lies in the tile. A stream cannot be rearranged afterwards, and
-each family has its own, so the order is part of the name:
+each family of checkpoints has its own order, so the order is part of the name:
 
     rows    row = q₇q₆q₅q₄     column = q₃q₂q₁q₀       QTIP, general
     qtip    row = q₁q₇q₆q₅     column = q₂q₄q₃q₀       QTIP, where its kernels decode (HYB of 2, 3 and 4 bits)
@@ -46,7 +46,7 @@ from .base import Codebook, Grid, table
 TILE = 16
 STATE_BITS = 16
 STATES = 1 << STATE_BITS
-# Weights that are decoded at a time: intermediate results stay in a CPU's cache.
+# Weights decoded at a time, so that intermediate results stay in a CPU's cache.
 DECODED_AT_ONCE = 1 << 18
 
 COMPUTED = ("1mad", "2mad", "3inst", "mcg", "mul1")
@@ -76,7 +76,7 @@ class Trellis(Codebook):
         table_shape: (2^Q, V) for a code with a table, V = 1 or 2; else None.
 
     Raises:
-        ValueError: there is no such trellis.
+        ValueError: the trellis is not a known one.
     """
 
     block_size = rows_together = TILE
@@ -147,13 +147,13 @@ class Trellis(Codebook):
             tensors: "codes", int16 [m, n/16·K] with m a multiple of 16; and for a code with a table "table", floating
                 point [2^Q, V].
             columns: n.
-            dtype: of the result; the values are those of float32, rounded to it (exact in float16 but for 1mad and 2mad).
+            dtype: of the result; float32 values are rounded to it (exact in float16 except for 1mad and 2mad).
 
         Returns:
             [m, n] on the device of the codes.
 
         Raises:
-            ValueError: codes or table are not those of this codebook.
+            ValueError: codes or table do not fit this codebook.
         """
         codes = tensors["codes"]
         rows = codes.shape[0]
@@ -173,10 +173,10 @@ class Trellis(Codebook):
         return weight
 
     def values(self, table: torch.Tensor | None, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """What every state stands for: [65536, V] of this dtype.
+        """The values of every state: [65536, V] of this dtype.
 
         Raises:
-            ValueError: the table is not [2^Q, V] floating point, or there is one and should be none.
+            ValueError: the table is not [2^Q, V] floating point, or is given for a code without one.
         """
         if self.table_shape is None:
             if table is not None:
@@ -208,7 +208,7 @@ def _lay_out(sequence: torch.Tensor, order: str, weight: torch.Tensor) -> None:
     sizes, row, column = ORDERS[order]
     tiles = (weight.shape[0] // TILE, weight.shape[1] // TILE)
     dimensions = (0, *(2 + d for d in row), 1, *(2 + d for d in column))
-    # neighbours in the sequence are neighbours in a row: moved as one number of twice the size, nothing is computed
+    # neighbours in the sequence are neighbours in a row: a pair is moved as one number of twice the size
     pair = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[weight.element_size()]
     source = sequence.view(*tiles, *sizes).view(pair).permute(dimensions)
     weight.view(pair).view(source.shape).copy_(source)
@@ -216,7 +216,7 @@ def _lay_out(sequence: torch.Tensor, order: str, weight: torch.Tensor) -> None:
 
 @table
 def computed_values(code: str) -> torch.Tensor:
-    """What every state stands for in one of the codes `COMPUTED`: float32 [65536]."""
+    """The value of every state in one of the codes `COMPUTED`: float32 [65536]."""
     s = torch.arange(STATES, dtype=torch.int64)
     if code == "1mad":
         return (_byte_sum((s * 34038481 + 76625530) & 0xFFFFFFFF) - 510).float() / 147.800537109375

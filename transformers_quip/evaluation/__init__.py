@@ -1,4 +1,4 @@
-"""What a quantized model costs and what it lost: perplexity, size, and pictures of the errors."""
+"""Quality and size of a quantized model: perplexity, divergence, bytes, and pictures of the errors."""
 
 from .divergence import Divergence, divergence
 from .generation import Generation, generation_quality, repeated_share

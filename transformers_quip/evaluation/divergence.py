@@ -25,7 +25,7 @@ class Divergence:
         mean: of KL(reference ‖ model) = Σ p log(p / q) over the vocabulary, in nats per token.
         median, percentile_99: of the same.
         top1_agreement: the share of positions where both find the same token likeliest.
-        positions: how many.
+        positions: their number.
     """
 
     mean: float
@@ -73,7 +73,7 @@ def divergence(
             for scores, expected in zip(*pair, strict=True):
                 q = scores.float().log_softmax(-1)
                 p = expected.to(scores.device).float().log_softmax(-1)
-                # p log p is 0 where p is: a token that only the reference rules out costs nothing
+                # p log p is 0 where p is 0: a token that only the reference rules out costs nothing
                 terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
                 divergences.append(terms.sum(-1).cpu())
                 agreements += (q.argmax(-1) == p.argmax(-1)).sum().item()

@@ -1,4 +1,4 @@
-"""What text is worth that a model writes. Perplexity of given text hides a model that cannot write its own."""
+"""Quality of the text that a model writes. Perplexity of given text does not show whether a model can write its own."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def repeated_share(text: torch.Tensor, piece: int = _PIECE) -> float:
 
 
 def _write(model: PreTrainedModel, prompts: torch.Tensor, length: int, seed: int, sample: bool) -> torch.Tensor:
-    """Continuations [N, length] on the CPU; the global random state is left as it was."""
+    """Continuations [N, length] on the CPU; the global random state is restored."""
     prompts = prompts.to(input_device(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""One HTML file about a quantized model: what each layer lost, cost and looked like. It needs nothing but a browser."""
+"""One HTML file about a quantized model: error, size and weights of each layer. It needs only a browser."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_report(
         path: file to write; its folder is made if it is not there.
         model: quantized.
         perplexities: {name: perplexity} of this model and of peers, to be drawn side by side.
-        records: a record for each quantized linear; None: those of the run that has just made the model.
+        records: a record for each quantized linear; None: the records of the run that has just made the model.
 
     Returns:
         The path of the file.
@@ -66,8 +66,8 @@ def write_report(
     if records is None:
         if report is None:
             raise ValueError(
-                "there is nothing to report: only a run with calibration measures its layers (dataset other than None), "
-                "and a model that was loaded does not know it any more"
+                "nothing to report: only a run with calibration (dataset other than None) measures its layers, and a saved "
+                "model does not keep the measurements"
             )
         records = report.modules
     bits = {size.name: size.bits for size in linear_sizes(model)}
@@ -114,8 +114,8 @@ def make_page(
             ]
     parts += [
         "<h2>Layers</h2>",
-        '<p class="note">Weights: w / rms over &plusmn;6 before (grey) and after the transforms (blue), where a normal '
-        "distribution is hoped for (line).</p>",
+        '<p class="note">Weights: w / rms over &plusmn;6 before (grey) and after the transforms (blue), which should be '
+        "close to a normal distribution (line).</p>",
         _layer_table(records),
     ]
     body = "\n".join(parts)

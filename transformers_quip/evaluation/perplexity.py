@@ -67,7 +67,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def check_windows(ids: torch.Tensor, batch_size: int) -> None:
-    """Raise `TypeError` or `ValueError` for what are no windows of token ids [N >= 1, L >= 2]."""
+    """Raise `TypeError` or `ValueError` for anything but windows of token ids [N >= 1, L >= 2]."""
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         found = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise TypeError(f"ids must be an integer tensor of token ids [N, L], not {found}")

@@ -1,4 +1,4 @@
-"""Pictures and tables of what each layer lost."""
+"""Pictures and tables of the error of each layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..text import one_line
 
 
 class LayerRecord(TypedDict, total=False):
-    """What is known about one quantized linear; `name` is always there, the rest where it was measured.
+    """Measurements of one quantized linear; `name` is always present, the rest if it was measured.
 
     Attributes:
         name: full name of the module, such as `model.layers.3.self_attn.q_proj`.
@@ -32,7 +32,7 @@ class LayerRecord(TypedDict, total=False):
     seconds: float
 
 
-# What is drawn of a record, and how it is called.
+# The entries of a record that are drawn, and their titles.
 ERRORS = {
     "proxy_loss": "relative proxy loss",
     "relative_error": "relative error of the output",
@@ -53,7 +53,7 @@ def plot_relative_error(
     records: Iterable[Mapping],
     path: str | Path,
     keys: tuple[str, ...] = tuple(ERRORS),
-    title: str = "What each layer lost",
+    title: str = "Error of each layer",
 ) -> Path:
     """Draw the errors of every layer over the depth of the model and write the picture as PNG.
 
@@ -63,7 +63,7 @@ def plot_relative_error(
     Args:
         records: see LayerRecord.
         path: file to write; its folder is made if it is not there.
-        keys: what to draw, in this order.
+        keys: entries to draw, in this order.
         title: title of the picture.
 
     Returns:

@@ -25,8 +25,8 @@ class LinearSize:
 def linear_sizes(model: nn.Module) -> list[LinearSize]:
     """Return the size of every quantized linear (or embedding) of `model`, in the order of its modules.
 
-    A quantized one is a module that says how large it is (`packed_bytes`, as `transformers_quip.nn.QuipLinear`
-    does): its codes, completed blocks included, the codes of a second stage, su and sv.
+    A quantized module has the property `packed_bytes`, as `transformers_quip.nn.QuipLinear` does. It counts the codes
+    (with completed blocks), the codes of a second stage, su and sv.
     """
     return [
         LinearSize(name, module.weight.numel(), module.packed_bytes)
@@ -51,7 +51,7 @@ def safetensors_bytes(folder: str | Path) -> int:
     """Return the size in bytes of all safetensors files directly in `folder`, headers included.
 
     Raises:
-        ValueError: there is no safetensors file in the folder.
+        ValueError: the folder has no safetensors file.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:

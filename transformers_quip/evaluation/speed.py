@@ -1,4 +1,4 @@
-"""How quickly a model reads and writes."""
+"""Speed of reading a prompt and of generation, in tokens per second."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Speed:
     """Tokens per second, wall time.
 
     Attributes:
-        prompt: read at once. written: one after another, the first included, batch 1, greedy.
-        prompt_tokens, written_tokens: of how many.
+        prompt: speed of reading the prompt at once. written: speed of writing one token after another, the first included;
+            batch 1, greedy.
+        prompt_tokens, written_tokens: the numbers of tokens.
     """
 
     prompt: float
@@ -31,7 +32,7 @@ class Speed:
 
 @torch.no_grad()
 def generation_speed(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int = 64) -> Speed:
-    """Time one prompt and one greedy reply of exactly `new_tokens`, after one of two tokens to warm up.
+    """Time one prompt and one greedy reply of exactly `new_tokens`, after a warm-up reply of two tokens.
 
     Args:
         prompt: token ids [1, T], integer.

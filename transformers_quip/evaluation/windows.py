@@ -1,4 +1,4 @@
-"""The text that models are measured on, as windows of token ids."""
+"""Evaluation text, as windows of token ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Data sets by name: (repository, config, split) of the test text, set end to end with blank lines, as everybody does.
+# Data sets by name: (repository, config, split) of the test text, joined with blank lines, as is usual.
 _NAMED = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")}
 _TEXTS_AT_ONCE = 1_000_000  # characters
 
@@ -26,11 +26,11 @@ def evaluation_windows(
 
     Args:
         source: the path of a text file in UTF-8; "wikitext2" (its test split, fetched from the Hub); or "self": text that
-            `model` writes, which only tells how near another model is to it.
+            `model` writes, which measures only how close another model is to it.
         tokenizer: the model's; None will do for "self".
 
     Returns:
-        (int64 [N <= count, length], what it is, as one phrase).
+        (int64 [N <= count, length], one phrase that describes it).
 
     Raises:
         ValueError: an unknown source, no tokenizer, or text for less than one window.
@@ -43,7 +43,7 @@ def evaluation_windows(
 
         return write_text(model, count, length, seed), f"{count} windows of {length} tokens written by the reference model"
     if tokenizer is None:
-        raise ValueError(f"the model has no tokenizer beside it, which the text {source!r} needs; 'self' does without")
+        raise ValueError(f"the model's folder has no tokenizer, which the text {source!r} needs; 'self' does not need one")
     ids = _tokenize(_read(source), tokenizer, count * length)
     if len(ids) < length:
         raise ValueError(f"{source} has {len(ids)} tokens, less than one window of {length}")
@@ -53,10 +53,10 @@ def evaluation_windows(
 
 
 def check_source(source: str) -> None:
-    """Refuse what [`evaluation_windows`] cannot read, before a model is loaded.
+    """Refuse a source that [`evaluation_windows`] cannot read, before a model is loaded.
 
     Raises:
-        ValueError: it is no text file and no known name.
+        ValueError: it is neither a text file nor a known name.
         ImportError: it is a known name, and the package that fetches it is not installed.
     """
     if Path(source).is_file() or source == "self":
@@ -78,7 +78,7 @@ def _read(source: str) -> str:
 
 
 def _tokenize(text: str, tokenizer: Any, enough: int) -> list[int]:
-    """As many tokens as are needed: tokenizers are slow on a whole book at once."""
+    """Only as many tokens as needed: tokenizers are slow on a whole book at once."""
     ids: list[int] = []
     for begin in range(0, len(text), _TEXTS_AT_ONCE):
         ids += tokenizer(text[begin : begin + _TEXTS_AT_ONCE], add_special_tokens=False, verbose=False)["input_ids"]

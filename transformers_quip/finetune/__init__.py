@@ -1,4 +1,4 @@
-"""Tuning after rounding: a quantized model learns to predict what the dense model predicts."""
+"""Tuning after rounding: a quantized model learns to match the predictions of the dense model."""
 
 from ..config.tune import TuneOptions
 from .end_to_end import TuneReport, tune_vectors

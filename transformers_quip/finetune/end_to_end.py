@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens of the forward that finds out which linears read which tensors.
+# Tokens of the forward pass that finds out which linears read which tensors.
 _PROBE_TOKENS = 8
 
 
 @dataclass
 class TuneReport:
-    """What tuning did.
+    """The result of tuning.
 
     Attributes:
         verdict: the comparison on held-out windows; whether the result was kept.
-        trained: how many numbers were trained.
-        windows, tokens: how many were trained on, each counted once.
-        steps: how many steps were made.
+        trained: the number of trained parameters.
+        windows, tokens: the numbers of training windows and tokens, each counted once.
+        steps: the number of steps.
         history: [{"step", "windows", "seconds", "train", "held_out"}], divergences in nats per token.
-        seconds: wall time of all.
+        seconds: total wall time.
     """
 
     verdict: Verdict
@@ -84,9 +84,9 @@ def tune_vectors(
     Args:
         model: quantized by this package.
         teacher: the dense model's states over windows of text.
-        options: how.
-        state: a folder in which the run is kept while it goes on. A run that was stopped there goes on, if model, text and
-            options are the same, with the same result.
+        options: of the tuning.
+        state: a folder for the state of the run. A stopped run resumes from there with the same result, if model, text and
+            options are the same.
         progress: show a tqdm bar.
 
     Raises:
@@ -114,7 +114,7 @@ def tune_vectors(
         if report.verdict.accepted:
             result.keep()
     if not report.verdict.accepted:
-        logger.warning("Tuning did not help, so the model is left as it was. %s.", report.verdict)
+        logger.warning("Tuning did not help, so the model is unchanged. %s.", report.verdict)
     else:
         logger.info("%s.", report.verdict)
     report.seconds = time.perf_counter() - started
@@ -122,7 +122,7 @@ def tune_vectors(
 
 
 def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) -> Head:
-    """What makes the logits of the quantized model.
+    """The function that computes the logits of the quantized model.
 
     Raises:
         ValueError: they have another size than the teacher's, or are made in an unknown way.
@@ -135,7 +135,7 @@ def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) 
         raise ValueError(
             f"the model predicts {rows} tokens and its teacher {len(teacher.weight)}: both must have one vocabulary"
         )
-    if type(output) is nn.Linear:  # the product as a teacher's is computed, without its rounding twice
+    if type(output) is nn.Linear:  # the same product as for the teacher, without rounding twice
         weight, bias = output.weight.detach().to(product_dtype(output.weight.device)), output.bias
 
         def project(hidden: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ class _Trainer:
             save(self.folder, Run(step, values, self.best, moments, self.best_loss, self.report.history), self.mark)
 
     def _resume(self) -> int:
-        """The first step to make: after those of the run in the folder, whose state is taken over."""
+        """The first step: after the steps of the run in the folder, whose state is restored."""
         run = None if self.folder is None else load(self.folder, self.mark)
         if run is None:
             return 0
@@ -226,7 +226,7 @@ class _Trainer:
             self.optimizer.state[value] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         self.best, self.best_loss = run.best, run.best_loss
         self.report.history = run.history
-        logger.info("Tuning goes on after step %d of %d.", run.step, self.report.steps)
+        logger.info("Tuning resumes after step %d of %d.", run.step, self.report.steps)
         return run.step
 
 

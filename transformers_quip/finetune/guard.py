@@ -1,4 +1,4 @@
-"""Never worse: a tuned model is compared with the model before on windows that nothing was fitted to."""
+"""Never worse: a tuned model is compared with the model before tuning, on held-out windows."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Verdict:
 
     @classmethod
     def of(cls, before: torch.Tensor, after: torch.Tensor) -> Verdict:
-        """Compare two results of [`window_divergences`]. What is not finite is never accepted."""
+        """Compare two results of [`window_divergences`]. A result that is not finite is never accepted."""
         difference = after - before
         error = (difference.std() / math.sqrt(len(difference))).item() if len(difference) > 1 else 0.0
         gain = -difference.mean().item()
@@ -77,7 +77,7 @@ class Verdict:
 
 @contextmanager
 def restored_unless_kept(model: PreTrainedModel) -> Iterator[Kept]:
-    """Puts every small floating-point parameter of the model back, unless `keep()` of what it yields was called."""
+    """Restores every small floating-point parameter of the model, unless `keep()` of the yielded object was called."""
     small = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.ndim == 1 and p.device.type != "meta"}
     before = {name: parameter.detach().clone() for name, parameter in small.items()}
     kept = Kept()
@@ -91,7 +91,7 @@ def restored_unless_kept(model: PreTrainedModel) -> Iterator[Kept]:
 
 
 class Kept:
-    """Says whether a result is kept."""
+    """Decides whether a result is kept."""
 
     def __init__(self) -> None:
         self.is_kept = False

@@ -1,7 +1,7 @@
 """From a model's last hidden states to its logits, and the KL divergence between two models without a graph of logits.
 
-The logits of a token take as many numbers as there are tokens in the vocabulary, its last hidden state a hundredth of them.
-So hidden states are what a teacher keeps, and all logits are made from them again, a few tokens at a time.
+The logits of a token are as many numbers as the vocabulary has tokens, its last hidden state about a hundredth of that. So
+a teacher keeps hidden states, and logits are computed from them again, a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 # Tokens whose logits exist at one time.
 CHUNK = 256
-# How exactly logits must be made from hidden states, relative to their largest magnitude.
+# Largest error of logits computed from hidden states, relative to their largest magnitude.
 _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What a model does to the output of its head: logits = cap · tanh(scale · z / cap), or scale · z without a cap.
+    """The last step of a model after its head: logits = cap · tanh(scale · z / cap), or scale · z without a cap.
 
     Attributes:
         scale: a factor (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
@@ -42,7 +42,7 @@ class LogitMap:
 
 @torch.no_grad()
 def last_hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """What the head reads, [B, T, n], for token ids [B, T]."""
+    """The input of the head, [B, T, n], for token ids [B, T]."""
     return _decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
@@ -88,11 +88,11 @@ def logit_map(model: PreTrainedModel, ids: torch.Tensor) -> LogitMap:
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of last hidden states.
+    """The function from last hidden states to logits.
 
     Attributes:
         project: hidden states [T, n] → [T, vocabulary]; differentiable.
-        logits: what the model does with that.
+        logits: the step after it.
     """
 
     project: Callable[[torch.Tensor], torch.Tensor]
@@ -104,7 +104,7 @@ class Head:
 
 
 def divergence_sum(hidden: torch.Tensor, states: torch.Tensor, student: Head, teacher: Head) -> torch.Tensor:
-    """Σ over tokens of KL(teacher ‖ student), with a gradient for `hidden` and for what `student.project` trains.
+    """Σ over tokens of KL(teacher ‖ student), with a gradient for `hidden` and for the parameters of `student.project`.
 
     Args:
         hidden: the student's last hidden states [T, n].
@@ -126,7 +126,7 @@ def divergence_per_token(hidden: torch.Tensor, states: torch.Tensor, student: He
 def _divergence(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """KL(softmax p ‖ softmax q) along the last dimension."""
     q, p = q.log_softmax(-1), p.log_softmax(-1)
-    # p log p is 0 where p is: a token that only the teacher rules out costs nothing
+    # p log p is 0 where p is 0: a token that only the teacher rules out costs nothing
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
 
@@ -138,7 +138,7 @@ def _trained(head: Head) -> list[nn.Parameter]:
 
 
 class _Divergence(torch.autograd.Function):
-    """Each chunk's gradient is taken while its logits exist, so that no others do."""
+    """Each chunk's gradient is computed while its logits exist, so that only one chunk's logits exist at a time."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""A tuning run on disk, so that a run that was stopped goes on where it was.
+"""A tuning run on disk, so that a stopped run resumes.
 
 One safetensors file holds the trained values, the state of the optimizer and the best values so far. It is written under
-another name, flushed to the disk and renamed, so that it is always whole. A fingerprint says of which run it is.
+another name, flushed to the disk and renamed, so it is always complete. A fingerprint identifies the run.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FILE = "tuning.safetensors"
 
 @dataclass
 class Run:
-    """How far a run is.
+    """The state of a run.
 
     Attributes:
-        step: steps that were made.
-        values, best: what is trained by name, now and in the best state so far.
+        step: the number of finished steps.
+        values, best: trained parameters by name, now and in the best state so far.
         moments: Adam's first and second moments by name.
         best_loss: on the held-out windows.
         history: see `TuneReport`.
@@ -50,7 +50,7 @@ class Run:
 
 
 def fingerprint(model: PreTrainedModel, teacher: Teacher, options: TuneOptions) -> str:
-    """What must be the same for a run to go on: the model's tensors, the teacher's text and states, and the options."""
+    """A hash of all that must be the same to resume: the model's tensors, the teacher's text and states, the options."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(options.to_dict(), sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
@@ -67,7 +67,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def save(folder: Path, run: Run, mark: str) -> None:
-    """Write the run to the folder, all or nothing."""
+    """Write the run to the folder, atomically."""
     tensors = {f"value.{name}": value for name, value in run.values.items()}
     tensors |= {f"best.{name}": value for name, value in run.best.items()}
     for name, (first, second) in run.moments.items():
@@ -87,7 +87,7 @@ def save(folder: Path, run: Run, mark: str) -> None:
 
 
 def load(folder: Path, mark: str) -> Run | None:
-    """The run that the folder holds, if it is this one; a message where it is another.
+    """The run in the folder if it is this one; else None, with a message if it is another one.
 
     Raises:
         ValueError: the file cannot be read.

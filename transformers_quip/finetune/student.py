@@ -1,15 +1,15 @@
-"""A quantized model while its vectors are tuned: the codes are fixed, everything around them is trained.
+"""A quantized model while its vectors are tuned: the codes are fixed, su, sv and norms are trained.
 
-su and sv are the outermost factors of a quantized linear, so tuning them needs no transform. Let W be the dense weight that
-the linear stands for now. Then multipliers a of sv and b of su give
+su and sv are the outermost factors of a quantized linear, so tuning them needs no transform. Let W be the linear's
+current dense weight. Then multipliers a of sv and b of su give
 
     y = a ⊙ ( W ( b ⊙ x ) ) + bias
 
 exactly, and one plain matrix product computes it. Multipliers begin at 1, so one learning rate fits all layers whatever the
-size of their sv. Afterwards su ⊙ b and sv ⊙ a take the places of su and sv; the codes are never looked at.
+size of their sv. Afterwards su ⊙ b and sv ⊙ a take the places of su and sv; the codes are not used.
 
-The weight of a norm and su of the linears that read its output are the same thing twice. There the norm is trained and su
-stays. Linears that read one input share one b, so that their su stay equal, and kernels transform that input once.
+The weight of a norm and su of the linears that read its output have the same effect. So the norm is trained and su is
+fixed. Linears that read one input share one b, so that their su stay equal, and kernels transform that input once.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class TunedLinear(nn.Module):
     """y = a ⊙ (W (b ⊙ x)) + bias with W frozen.
 
     Args:
-        quantized: the linear that it stands for; kept, so that what was trained can be merged into it.
+        quantized: the linear that it replaces; kept, so that the trained values can be merged into it.
         b: multipliers of the inputs [n], shared with other linears, or None.
     """
 
     def __init__(self, quantized: QuipLinear, b: nn.Parameter | None):
         super().__init__()
-        self._quantized = (quantized,)  # in a tuple it is no part of this module
+        self._quantized = (quantized,)  # in a tuple it is not a part of this module
         device = quantized.su.device
         self.in_features, self.out_features = quantized.in_features, quantized.out_features
         self.weight = nn.Parameter(quantized.dequantize(torch.float32).to(product_dtype(device)), requires_grad=False)
@@ -49,7 +49,7 @@ class TunedLinear(nn.Module):
 
     @property
     def base_layer(self) -> QuipLinear:
-        """The linear that it stands for, under the name that PEFT gives to what it wraps."""
+        """The linear that it replaces, under PEFT's name for a wrapped module."""
         return self._quantized[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -67,8 +67,8 @@ class Student:
     Attributes:
         linears: by name, those that stand in for quantized ones.
         norms: by name, one-dimensional parameters of the model that are trained as they are.
-        scales: by name of such a parameter, the size of its entries: its learning rate is that many times the one of a
-            multiplier.
+        scales: by name of such a parameter, the size of its entries: the factor of its learning rate relative to a
+            multiplier's.
     """
 
     linears: dict[str, TunedLinear]
@@ -96,33 +96,33 @@ class Student:
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy of what is trained."""
+        """A copy of the trained parameters."""
         return {name: value.detach().clone() for name, value in self.trained().items()}
 
     @torch.no_grad()
     def load(self, values: dict[str, torch.Tensor]) -> None:
-        """Put a [`snapshot`] back."""
+        """Restore a [`snapshot`]."""
         for name, parameter in self.trained().items():
             parameter.copy_(values[name])
 
 
 @contextmanager
 def tuned(model: PreTrainedModel, ids: torch.Tensor, norms: bool = True) -> Iterator[Student]:
-    """While this is entered, the model's quantized linears are trainable stand-ins; afterwards they are quantized again.
+    """A context in which the model's quantized linears are replaced by trainable stand-ins; afterwards they are back.
 
-    On leaving, what was trained is merged into su, sv and the norms. After an error the model is as it was.
+    At the end, the trained values are merged into su, sv and the norms. After an error the model is as it was.
 
     Args:
         model: with quantized linears.
         ids: token ids [B, T], a few: one forward finds out which linears read one input, and which a norm's output.
-        norms: whether the weights of norms, and the biases beside quantized weights, are trained as well.
+        norms: whether the weights of norms, and the biases of quantized linears, are trained as well.
 
     Raises:
         ValueError: the model has no quantized linears.
     """
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuipLinear)}
     if not quantized:
-        raise ValueError(f"{type(model).__name__} has no quantized linears, so there is nothing to tune")
+        raise ValueError(f"{type(model).__name__} has no quantized linears, so it cannot be tuned")
     readers = _readers(model, quantized, ids)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -226,7 +226,7 @@ def _train_norms(model: PreTrainedModel, norms: list[tuple[str, nn.Module]], stu
 def _train(name: str, parameter: nn.Parameter, offset: float, student: Student) -> None:
     size = (parameter.detach().float() + offset).square().mean().sqrt().item()
     if size == 0:
-        return  # nothing says how large its entries should be
+        return  # the right size of its entries is unknown
     student._originals[name] = parameter.data
     parameter.data = parameter.data.to(torch.float32, copy=True)
     parameter.requires_grad_(True)
@@ -251,7 +251,7 @@ def _adds_one(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _restore(model: PreTrainedModel, quantized: dict[str, QuipLinear], student: Student, merge: bool) -> None:
-    """Put the quantized linears back, with what was trained merged into them, or everything as it was."""
+    """Put the quantized linears back, with the trained values merged into them, or with everything as it was."""
     for name, module in quantized.items():
         model.set_submodule(name, module)
     for name, parameter in student.norms.items():
@@ -267,6 +267,6 @@ def _restore(model: PreTrainedModel, quantized: dict[str, QuipLinear], student: 
 
 
 def _multiply(vector: nn.Parameter, factors: torch.Tensor) -> None:
-    """Scale the first entries of su or sv, which may be longer where a linear is padded; rounded once to its dtype."""
+    """Scale the first entries of su or sv, which may be longer if a linear is padded; rounded once to its dtype."""
     part = vector.data[: len(factors)]
     part.copy_(part.float() * factors)

@@ -1,7 +1,7 @@
 """The dense model's last hidden states over some windows, kept in a file: all that tuning needs of the dense model.
 
-A file is raw bfloat16 [windows, tokens, hidden size], mapped into memory as it is read; a JSON file of the same name says
-its shape and of what it was made. 256 windows of 512 tokens of a model with 576 hidden units take 151 MB, their logits
+A file is raw bfloat16 [windows, tokens, hidden size], mapped into memory when it is read. A JSON file of the same name
+records its shape, model and text. 256 windows of 512 tokens of a model with 576 hidden units take 151 MB; their logits
 would take 13 GB.
 """
 
@@ -38,7 +38,7 @@ class Teacher:
         ids: token ids int64 [N, T] on the CPU.
         states: bfloat16 [N, T, n] on the CPU, mapped from a file or in memory.
         weight, bias: of the head, [V, n] in the dtype of products, and [V] or None.
-        logits: what the model does with the head's outputs.
+        logits: the step after the head.
     """
 
     ids: torch.Tensor
@@ -48,7 +48,7 @@ class Teacher:
     logits: LogitMap
 
     def head(self) -> Head:
-        """What makes logits of the states."""
+        """The function from states to logits."""
 
         def project(hidden: torch.Tensor) -> torch.Tensor:
             z = FrozenProduct.apply(hidden.to(self.weight.device), self.weight)
@@ -68,10 +68,10 @@ def record(
     """Run the dense model over windows of token ids and keep its last hidden states.
 
     Args:
-        model: a causal language model; it is left as it is.
+        model: a causal language model; it is not changed.
         ids: token ids, integer [N, T], without padding.
-        path: of the file for the states. An existing one is used as it is if it was made of the same ids by a model of the
-            same config, and if the first window still gives the same states. None: the states are kept in memory.
+        path: of the file for the states. An existing one is used if it was made from the same ids by a model of the same
+            config, and if the first window still gives the same states. None: the states are kept in memory.
         batch_size: windows in one forward pass.
         progress: show a tqdm bar.
 
@@ -106,7 +106,7 @@ def _states(model: PreTrainedModel, ids: torch.Tensor, path: Path | None, batch_
         if _are_of(model, states[:1], ids[:1]):
             return states
     path.parent.mkdir(parents=True, exist_ok=True)
-    note.unlink(missing_ok=True)  # it says that the file is whole
+    note.unlink(missing_ok=True)  # it marks a complete file
     with path.open("wb") as file:
         file.truncate(2 * torch.Size(shape).numel())
     states = _fill(_mapped(path, shape), model, ids, batch_size, progress)
@@ -117,7 +117,7 @@ def _states(model: PreTrainedModel, ids: torch.Tensor, path: Path | None, batch_
 
 
 def _are_of(model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor) -> bool:
-    """Whether the model has these states: another fine-tune has the same config and other weights."""
+    """Whether the model gives these states: another fine-tune has the same config but other weights."""
     found = last_hidden_states(model, ids.to(model.device)).float().cpu()
     return (found - states.float()).norm() <= _SAME * found.norm()
 
@@ -144,7 +144,7 @@ def _fill(states: torch.Tensor, model: PreTrainedModel, ids: torch.Tensor, batch
 
 
 def _config(model: PreTrainedModel) -> str:
-    """The architecture and its sizes; the weights are not looked at."""
+    """The architecture and its sizes; the weights are not compared."""
     return json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str)
 
 

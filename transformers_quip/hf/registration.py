@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 WAITED_FOR = "transformers.modeling_utils"
 _QUANTIZER = f"{__package__}.quantizer"
@@ -48,20 +49,22 @@ class Waiting:
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(spec.loader)  # type: ignore[assignment] # has what a loader must have
         return spec
 
 
 class _ThenRegister:
     """The module's own loader, and `_register` after it."""
 
-    def __init__(self, loader):
+    def __init__(self, loader: Any):
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader  # nothing of this shows afterwards
+        module.__loader__ = self._loader  # nothing of this shows afterwards
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         _register()

@@ -1,1 +1,1 @@
-"""What goes to the Hub beside the weights: where a model came from, and a model card that says so."""
+"""The parts of a Hub repository besides the weights: the origin of the model, and a model card."""

@@ -1,4 +1,4 @@
-"""The text of a model card. Everything that comes from a file or from the user passes through `text`, as data."""
+"""The text of a model card. Everything that comes from a file or from the user is escaped by `text`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def body(
         f"```python\nimport transformers_quip\nfrom transformers import AutoModelForCausalLM\n"
         f'model = AutoModelForCausalLM.from_pretrained({python(place)}, device_map="auto")\n```',
         "**The first line is needed:** without it Transformers warns of an unknown quantization type and gives a model "
-        "with random weights. Programs of others load it with `transformers-quip run PROGRAM`.",
-        "## What it is",
+        "with random weights. To load it in another program, use `transformers-quip run PROGRAM`.",
+        "## The model",
         _table(_facts(inventory, config)),
     ]
     if results:
@@ -74,7 +74,7 @@ def _facts(inventory: Inventory, config: QuipConfig) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("", ""),
         ("method", f"codebook {book}, incoherence {config.incoherence}, rounding {config.rounding}"),
-        ("bits per weight", f"{config.bits:g} in the codes, {inventory.true_bits:.3f} with everything that is stored"),
+        ("bits per weight", f"{config.bits:g} in the codes, {inventory.true_bits:.3f} counting all stored tensors"),
         ("quantized", f"{len(inventory.linears)} layers, {share:.1%} of {inventory.parameters:,} parameters"),
         ("calibration", calibration["data"] if calibration else "none: nearest points" if made_here else "not known"),
         ("size", f"{_megabytes(inventory.dense_bytes)} before, {_megabytes(inventory.total_bytes)} now"),
@@ -85,11 +85,11 @@ def _facts(inventory: Inventory, config: QuipConfig) -> list[tuple[str, ...]]:
 
 
 def _limits(inventory: Inventory) -> str:
-    lines = ["It has the limits and biases of the model that it was made from, and it has lost some of its quality."]
+    lines = ["It has the limits and biases of the original model, and has lost some of its quality."]
     if inventory.quantization.get("origin") and not inventory.quantization.get("calibration"):
         lines.append("It was quantized without calibration; at 2 bits that damages a model badly.")
     if inventory.quantized_weights < inventory.parameters:
-        lines.append("Embeddings, norms, and what else is not counted as quantized above, are stored as they were.")
+        lines.append("Embeddings, norms, and all other parameters not counted as quantized above are stored unchanged.")
     return " ".join(lines)
 
 

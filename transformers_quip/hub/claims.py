@@ -1,6 +1,6 @@
-"""What a config.json says of its model beside the format: who made it from what. Anybody may have written anything there.
+"""Origin and calibration of a model, as its config.json claims them. That file may hold anything.
 
-Every function gives the kind of value that it promises, or None, whatever it finds. How to show it: see `text`.
+Every function returns the kind of value that it promises, or None, whatever it finds. `text` makes it safe to show.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Origin(TypedDict, total=False):
 
 
 class Calibration(TypedDict, total=False):
-    """What a model was calibrated on, in words, and the mean relative error of a layer's output (dimensionless)."""
+    """The calibration data, in words, and the mean relative error of a layer's output (dimensionless)."""
 
     data: str
     mean_relative_error: float

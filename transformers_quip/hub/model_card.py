@@ -1,7 +1,7 @@
-"""The model card of a quantized model, made from what its folder holds.
+"""The model card of a quantized model, made from the files in its folder.
 
-A card is written where there is none, over an earlier card of ours that nobody has edited, and over the empty form that
-Transformers leaves; never over anybody's own text, unless that is asked for.
+A card is written if there is none yet. It replaces an earlier card of this package that nobody has edited, and the empty
+form that Transformers leaves. It never replaces a text that somebody has written, unless asked to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from . import card_text, claims
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-# Where `transformers-quip evaluate --save` leaves what it measured.
+# The file in which `transformers-quip evaluate --save` stores its measurements.
 EVALUATION = "quip_evaluation.json"
 _MARK = re.compile(r"<!-- written by transformers-quip; sha256 of the text above: ([0-9a-f]{64}) -->")
 _TRANSFORMERS_FORM = "This model card has been automatically generated."
@@ -82,7 +82,7 @@ def write_card(
 ) -> bool:
     """Write the card of the quantized model in a folder, unless somebody's own text is there.
 
-    What the metadata of a card that is replaced says (a license, tags) is kept.
+    The metadata of a replaced card (a license, tags) is kept.
 
     Args:
         folder, repo_id, base_model: see [`make_card`].
@@ -115,7 +115,7 @@ def try_to_write_card(folder: str | Path, **options: Any) -> bool:
     except (ValueError, OSError, yaml.YAMLError) as error:
         logger.warning(
             "The model in %s is saved, but no model card (README.md) was written: %s "
-            "(hub.model_card.write_card writes it when that is mended)",
+            "(hub.model_card.write_card writes it once this is fixed)",
             folder,
             error,
         )
@@ -136,17 +136,17 @@ def remove_stale_card(folder: str | Path) -> bool:
         return False
     card = _parse(raw)
     if card is None or not is_ours_to_replace(card):
-        logger.warning("%s has a text of its own about a quantized model; the model beside it is not quantized now", path)
+        logger.warning("%s has a text of its own about a quantized model, but the model there is not quantized now", path)
         return False
     path.unlink()
     return True
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; what a link in the client's cache points to stays as it is.
+    """Write a file atomically. A link (as in the Hub client's cache) is replaced; its target stays unchanged.
 
-    Two processes may do it at once: one of the two texts is there then. A temporary file that a killed one has left a
-    minute ago is removed.
+    Two processes may write at once: one of the two texts remains. Temporary files of killed processes are removed after a
+    minute.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         with contextlib.suppress(FileNotFoundError):
@@ -161,10 +161,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _parse(raw: bytes) -> ModelCard | None:
-    """A card; None for what no program wrote: other encodings, and metadata that is not YAML or is nested too deeply."""
+    """A card; None if it is not UTF-8 or its metadata is not that of a card, so that no program has written it."""
     try:
         return ModelCard(raw.decode(), ignore_metadata_errors=True)
-    except (ValueError, RecursionError, yaml.YAMLError):
+    except MemoryError:
+        raise
+    except Exception:  # of YAML, or of metadata with values of other types
         return None
 
 
@@ -178,7 +180,7 @@ def is_ours_to_replace(card: ModelCard) -> bool:
 
 
 def _is_empty_form(card: ModelCard) -> bool:
-    """Whether this is just what Transformers makes of its template."""
+    """Whether this is Transformers' template with nothing filled in."""
     if _TRANSFORMERS_FORM not in card.text or _FORM_FIELD not in card.text:
         return False
     description = f"This is the model card of a 🤗 transformers model that has been pushed on the Hub. {_TRANSFORMERS_FORM}"
@@ -212,7 +214,7 @@ def _digest(text: str) -> str:
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
-    """What was measured of the model in a folder: a list of {"dataset", "perplexity", "protocol", ...}, empty if nothing.
+    """The measurements of the model in a folder: a list of {"dataset", "perplexity", "protocol", ...}, or an empty list.
 
     Raises:
         ValueError: the file of measurements is there and cannot be used.
@@ -269,5 +271,5 @@ def _checked(options: Mapping[str, Any]) -> QuipConfig:
         return QuipConfig.from_dict(dict(options))
     except ValueError:
         raise
-    except Exception as error:  # whatever a value of an unexpected kind leads to
+    except Exception as error:  # a value of an unexpected kind may raise anything
         raise ValueError(f"the quantization_config cannot be used ({type(error).__name__}: {error})") from error

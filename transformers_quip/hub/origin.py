@@ -24,8 +24,8 @@ def describe(name_or_path: str) -> dict[str, Any]:
         name_or_path: as it was given to `from_pretrained`.
 
     Returns:
-        "base_model": its id on the Hub; or "folder": the last part of its path (a whole path is nobody else's business);
-        neither if there is no name. "versions": of transformers_quip, transformers and torch.
+        "base_model": its id on the Hub; or "folder": the last part of its path (the whole path is private);
+        neither without a name. "versions": of transformers_quip, transformers and torch.
     """
     versions = {"transformers_quip": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
     repo_id = find_repo_id(name_or_path)

@@ -1,4 +1,4 @@
-"""Incoherence transforms: orthogonal matrices after which no entry of a weight or Hessian sticks out.
+"""Incoherence transforms: orthogonal matrices that spread outliers, so that no entry of a weight or Hessian dominates.
 
 A transform is found by name and is a pure function of (name, size, seed), so that a checkpoint stores only the name and
 the seed. A new transform is a function (size, seed) → [`Transform`] registered here, or from outside by [`register`].
@@ -78,7 +78,7 @@ def names() -> tuple[str, ...]:
 
 
 def names_in_files() -> tuple[str, ...]:
-    """The transforms that a saved model can name: those of [`names`], and matrices that it stores."""
+    """The transforms that a saved model can name: [`names`], and matrices that it stores."""
     return (*_TRANSFORMS.names(), STORED)
 
 

@@ -15,7 +15,7 @@ from .transform import Hartley, Transform, orthogonal_factors
 class PermutedTransform(Transform):
     """Q = Π (F₁ ⊗ F₂ ⊗ …), where Π moves coordinate `permutation[i]` to i.
 
-    Neighbours of an input often are large together, and one small factor alone could not spread them over all.
+    Large entries of an input are often neighbours, and one small factor alone could not spread them over the whole vector.
 
     Args:
         factors: see [`Transform`].

@@ -1,4 +1,4 @@
-"""The Hadamard matrices of QuIP-for-all where they are other ones than the native.
+"""The Hadamard matrices of QuIP-for-all that differ from the native ones.
 
 That package keeps a table for every order 4·o up to 252, o odd. Most are the native matrices; for the orders here another
 construction was used, so that the transform has a name of its own.

@@ -11,7 +11,7 @@ import torch
 from .hadamard import hadamard_matrix, sylvester
 from .orthogonal import mix_seed, random_orthogonal
 
-# Dense factors above this order would cost more than the linear layer that they serve.
+# Dense factors above this order would cost more than the linear layer itself.
 LARGEST_HADAMARD = 512
 LARGEST_DENSE = 256
 LARGEST_SYLVESTER = 128
@@ -64,7 +64,7 @@ class Transform:
         shape, after = x.shape, self.size
         for factor, skipped in zip(self._factors_on(x.device, x.dtype), self._skipped, strict=True):
             after //= factor.shape[0]
-            if skipped:  # only says that there are blocks
+            if skipped:  # identity factor: marks the block structure
                 continue
             x = x.reshape(-1, factor.shape[0], after)
             if isinstance(factor, Hartley):
@@ -150,7 +150,7 @@ def in_blocks(block: Transform, count: int) -> Transform:
         ValueError: the block's transform is not kept as matrices.
     """
     if block.dense_factors is None:
-        raise ValueError(f"a transform of {block.size} numbers that is no product of matrices cannot be used in blocks")
+        raise ValueError(f"a transform of {block.size} numbers that is not a product of matrices cannot be used in blocks")
     return Transform([*(torch.eye(order, dtype=torch.float64) for order in _small_divisors(count)), *block.dense_factors])
 
 
@@ -164,9 +164,9 @@ def _small_divisors(count: int) -> list[int]:
 
 @functools.lru_cache(maxsize=64)
 def hadamard_128(size: int, seed: int) -> Transform:
-    """Sylvester's transform of 128 numbers on each block of so many (EXL3). Raises `ValueError` for other sizes."""
+    """Sylvester's transform on each block of 128 numbers (EXL3). Raises `ValueError` for other sizes."""
     if size < 1 or size % 128:
-        raise ValueError(f"hadamard-128 works on blocks of 128 numbers, size={size} is no multiple of that")
+        raise ValueError(f"hadamard-128 works on blocks of 128 numbers, size={size} is not a multiple of that")
     return in_blocks(hadamard(128, seed), size // 128)
 
 
@@ -174,13 +174,13 @@ def hadamard_128(size: int, seed: int) -> Transform:
 def hadamard_eighths(size: int, seed: int) -> Transform:
     """The Hadamard transform on each of 8 blocks (QTIP, for 8 devices). Raises `ValueError` for other sizes."""
     if size < 1 or size % 8:
-        raise ValueError(f"hadamard-eighths works on 8 blocks, size={size} is no multiple of 8")
+        raise ValueError(f"hadamard-eighths works on 8 blocks, size={size} is not a multiple of 8")
     return in_blocks(hadamard(size // 8, seed), 8)
 
 
 @functools.lru_cache(maxsize=16)
 def identity(size: int, seed: int) -> Transform:
-    """No transform: Q = I. What incoherence buys is the difference to this."""
+    """No transform: Q = I. The baseline that shows the gain of incoherence."""
     return _Identity(size)
 
 

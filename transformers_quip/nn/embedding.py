@@ -18,16 +18,16 @@ from .stored import StoredTensors
 class QuipEmbedding(StoredTensors, nn.Embedding):
     """row i = sv_i · su ⊙ (Q ŵ_i), ŵ_i = codebook.decode(tensors of row i).
 
-    The formula of [`QuipLinear`]'s dense weight with no transform on the output side: that one would mix all rows, and a
-    look-up needs a few. So only the rows that are looked up are decoded, and sv scales each of them.
+    The formula of [`QuipLinear`]'s dense weight with no transform on the output side: it would mix all rows, and a
+    look-up needs only a few. So only these rows are decoded, and sv scales each of them.
 
     It is an `nn.Embedding` so that tools which look for those (PEFT) find it, but it has no weight parameter: `weight` is
-    a read-only stand-in with the shape, dtype and device of the dense table. All parameters are frozen; there are no
+    a read-only stand-in with the shape, dtype and device of the dense table. All parameters are frozen; it has no
     buffers. A new module gives zeros until its parameters are loaded.
 
     Args:
         num_embeddings, embedding_dim: m and n, any positive sizes.
-        padding_idx: as of `nn.Embedding`; it has an effect on training alone, and here nothing is trained.
+        padding_idx: as in `nn.Embedding`; it affects only training, and nothing is trained here.
         codebook, seed: see [`QuipLinear`].
         incoherence: name of the transform.
         device, dtype: of the parameters, the dtype of su, sv and the rows.
@@ -61,7 +61,7 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
 
     @classmethod
     def like(cls, embedding: nn.Embedding, config: Any) -> QuipEmbedding:
-        """An empty one on the meta device in the place of a dense one.
+        """An empty quantized embedding on the meta device, for a dense one.
 
         Args:
             embedding: its sizes, its padding and its table's dtype are used.
@@ -81,7 +81,7 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
         return module.train(embedding.training)
 
     @property
-    def weight(self) -> PackedTable:
+    def weight(self) -> PackedTable:  # type: ignore[override]
         """A stand-in with the shape [m, n], dtype and device of the dense table; see [`PackedWeight`]."""
         return PackedTable.like(self.su, self.num_embeddings, self.embedding_dim, self.su.dtype)
 
@@ -94,17 +94,17 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Quantized tables have no random start; nothing calls this but code that means a dense embedding."""
+        """Quantized tables have no random initialisation; only code for dense embeddings calls this."""
         raise TypeError("a quantized embedding cannot be initialised at random: load or quantize a table")
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all tensors that stand for the table: the codebook's, su and sv."""
+        """Bytes of all tensors of the table: the codebook's, su and sv."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
     @property
     def true_bits(self) -> float:
-        """Bits per weight, with everything that is stored for it: packed_bytes · 8 / (m·n)."""
+        """Bits per weight, counting all stored tensors: packed_bytes · 8 / (m·n)."""
         return self.packed_bytes * 8 / (self.num_embeddings * self.embedding_dim)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

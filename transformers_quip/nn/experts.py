@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-# What the linears of an expert are called in checkpoints: gate, up, down.
+# The names of the linears of an expert in checkpoints: gate, up, down.
 ROLES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
@@ -27,7 +27,7 @@ class QuipExperts(nn.Module):
         self.roles = next(names for names in ROLES if set(names) == set(experts[0]))
         for index, linears in enumerate(experts):
             self.add_module(str(index), nn.ModuleDict(linears))
-        self._stacked = (stacked,)  # in a tuple it is no part of this module
+        self._stacked = (stacked,)  # in a tuple it is not a part of this module
         self._is_hf_initialized = True
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ class QuipExperts(nn.Module):
 
         Args:
             hidden_states: floating point [tokens, hidden].
-            top_k_index: int64 [tokens, k]; a number beyond the experts means none.
+            top_k_index: int64 [tokens, k]; a number beyond the last expert means none.
             top_k_weights: floating point [tokens, k].
 
         Returns:
@@ -55,7 +55,7 @@ class QuipExperts(nn.Module):
 
     @torch.no_grad()
     def stack(self, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-        """Transformers' module again, of dense weights by the names "0.gate_proj" and so on."""
+        """Transformers' module again, with dense weights by the names "0.gate_proj" and so on."""
         (stacked,) = self._stacked
         gate, up, down = self.roles
         each = [str(index) for index in range(self.num_experts)]
@@ -67,7 +67,7 @@ class QuipExperts(nn.Module):
 
 
 def is_stacked(module: nn.Module) -> bool:
-    """Whether this is Transformers' stack of experts in the one form that is known here."""
+    """Whether this is Transformers' stack of experts in the only supported form."""
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     if (
         not isinstance(gate_up, nn.Parameter)

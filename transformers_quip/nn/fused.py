@@ -1,7 +1,7 @@
-"""Linears of a model that are stored otherwise: several as one quantized linear, or one as several.
+"""Linears that are stored differently from the model: several as one quantized linear, or one as several.
 
 QuIP# quantizes the projections that read one input as one matrix, whose output transform mixes the rows of all of them.
-So they are computed together, once, and the model's own modules hand out their shares.
+So they are computed together, once, and each module of the model returns its share of the outputs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .stand_in import PackedWeight
 
 
 class FusedRows(nn.Linear):
-    """Some of the outputs of a fused linear that stands beside this module in its parent; it has no weights.
+    """Some of the outputs of a fused linear, which is another module in the same parent. This module has no weights.
 
-    The first module that is called with an input computes the outputs for all and leaves them in the [`Fusion`]; the others
+    The first module that is called with an input computes the outputs for all and caches them in the [`Fusion`]. The others
     take theirs from there if they are called with the same tensor and it still holds the same values, and the last one
-    clears it. Whatever the order or number of calls, the result equals that of a separate linear.
+    clears the cache. In any order and number of calls, the result equals the result of a separate linear.
 
     Args:
-        fusion: shared by all that hand out the outputs of one linear.
+        fusion: shared by all modules that return outputs of one linear.
         begin, end: the outputs.
     """
 
@@ -44,7 +44,7 @@ class FusedRows(nn.Linear):
 
     @property
     def out_features(self) -> int:
-        """How many outputs it hands out."""
+        """The number of its outputs."""
         return self.end - self.begin
 
     @property
@@ -66,7 +66,7 @@ class FusedRows(nn.Linear):
 
 
 class Fusion:
-    """What the modules that share a fused linear have in common: the linear, and its last outputs until all took theirs.
+    """The common part of modules that share a fused linear: the linear, and its last outputs until all took theirs.
 
     The outputs are reused under the rule of `ops.same_input`. The weights are too large to be compared byte by byte: they
     count as unchanged if they are the same tensors, at the same addresses, of the same versions. So weights that NumPy,
@@ -77,7 +77,7 @@ class Fusion:
         parent: the module that holds them all. The linear is looked up in it at every call, so that an adapter that was
             put in its place is used.
         name: of the fused linear in it.
-        shares: how many modules take their share of each output.
+        shares: the number of modules that take their share of each output.
     """
 
     def __init__(self, parent: nn.Module, name: str, shares: int):
@@ -88,10 +88,10 @@ class Fusion:
     def linear(self) -> QuipLinear:
         """The fused linear itself."""
         module = getattr(self.parent, self.name)
-        return module if isinstance(module, QuipLinear) else module.base_layer  # PEFT's name for what it wraps
+        return module if isinstance(module, QuipLinear) else module.base_layer  # PEFT's name for the module that it wraps
 
     def take(self, taker: FusedRows, x: torch.Tensor) -> torch.Tensor:
-        """All outputs for x, of which `taker` hands out its own."""
+        """All outputs for x, of which `taker` returns its own."""
         module = getattr(self.parent, self.name)
         if torch.compiler.is_compiling() or torch_private.is_recorded():
             return module(x)
@@ -107,17 +107,17 @@ class Fusion:
         return y
 
     def __deepcopy__(self, memo: dict) -> Fusion:
-        """Of the copied parent, with nothing held."""
+        """The copy belongs to the copied parent, and its cache is empty."""
         parent = memo.get(id(self.parent))
         return Fusion(self.parent if parent is None else parent, self.name, self.shares)
 
 
 def _state(module: nn.Module, x: torch.Tensor) -> tuple | None:
-    """All but the values of x that decides what a module computes from it; None if that cannot be known."""
+    """Everything except the values of x that the result of a module depends on; None if that cannot be known."""
     weights = []
     for weight in module.parameters():
         if weight.is_inference():
-            return None  # counts no changes
+            return None  # its changes are not counted
         weights.append((id(weight), weight.data_ptr(), weight._version))
     version = None if x.is_inference() else x._version
     settings = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type))

@@ -1,4 +1,4 @@
-"""A quantized linear with what the fused op does not know: padding, stored transforms, scales inside."""
+"""A quantized linear with parts that the fused op does not support: padding, stored transforms, scales of rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from ..incoherence import STORED, sides
@@ -15,20 +16,24 @@ from .stored import zeros
 
 
 class GeneralLinear(QuipLinear):
-    """y = sv ⊙ C_m Q_out( r ⊙ Ŵ · Q_inᵀ( C_nᵀ su ⊙ x ) ) + bias: [`QuipLinear`] as general as some checkpoints need it.
+    """y = sv ⊙ C_m Q_out( r ⊙ Ŵ · Q_inᵀ( C_nᵀ su ⊙ x ) ) + bias: [`QuipLinear`] for checkpoints that need more.
 
-    C crops a vector to the real size and Cᵀ extends it by zeros; r are scales of the rows of Ŵ. A transform that is called
-    "stored" is F ⊗ S, F an orthogonal matrix from the checkpoint whose order is the odd part of the size (for a size that
-    is one, the transform is the Hadamard one, and F is left out) and S Sylvester's.
+    C crops a vector to the real size and Cᵀ extends it by zeros; r are scales of the rows of Ŵ. The transform
+    "stored" is F ⊗ S. F is an orthogonal matrix from the checkpoint, whose order is the odd part of the size, and S is
+    Sylvester's matrix. If the odd part is 1, F is left out, and the transform is the Hadamard transform.
 
     Args:
         in_features, out_features, bias, options: see [`QuipLinear`].
         padded: (m', n'), the sizes of Ŵ; None: not padded.
-        row_scales: whether there is r.
+        row_scales: whether it has r.
 
     Parameters: as [`QuipLinear`]'s for a linear of m' outputs and n' inputs, but the bias has m entries; and
         row_scales: [m'] or None. factor_in, factor_out: [o, o], o the odd part of n' or m', or None.
     """
+
+    row_scales: nn.Parameter | None
+    factor_in: nn.Parameter | None
+    factor_out: nn.Parameter | None
 
     def __init__(
         self,
@@ -51,7 +56,7 @@ class GeneralLinear(QuipLinear):
         self.incoherence_in, self.incoherence_out = names
 
         device, scales_dtype = self.su.device, self.su.dtype
-        self.bias = zeros((out_features,), self.weight_dtype, device) if bias else None
+        self.register_parameter("bias", zeros((out_features,), self.weight_dtype, device) if bias else None)
         self.register_parameter("row_scales", zeros((rows,), scales_dtype, device) if row_scales else None)
         for side, name, size in (("in", names[0], columns), ("out", names[1], rows)):
             order = odd_part(size) if name == STORED else 1
@@ -72,7 +77,8 @@ class GeneralLinear(QuipLinear):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         columns, rows = self.su.shape[0], self.sv.shape[0]
         t = pad(x.to(dtype), (0, columns - self.in_features))
-        su, name_in = self.su, self._names[0]
+        su: torch.Tensor = self.su
+        name_in = self._names[0]
         if self.factor_in is not None:
             t = self._apply_factor(t * su.to(dtype), self.factor_in, transpose=True)
             su, name_in = torch.ones_like(su), "none"

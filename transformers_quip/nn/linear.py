@@ -20,21 +20,21 @@ class QuipLinear(PackedCodes, nn.Linear):
     """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias, Ŵ = codebook.decode(tensors) (QuIP#, arXiv 2402.04396).
 
     It is an `nn.Linear` so that tools which look for those (PEFT) find it, but it has no weight parameter: `weight` is
-    a read-only stand-in with the shape, dtype and device of the dense weight. All parameters are frozen; there are no
+    a read-only stand-in with the shape, dtype and device of the dense weight. All parameters are frozen; it has no
     buffers. A new module computes zero until its parameters are loaded.
 
-    Where Triton kernels compute it, its codes are brought into their form ([`pack`]), in the place of the stored one.
+    If Triton kernels compute it, its codes are converted into their form ([`pack`]), which replaces the stored one.
 
     Args:
         in_features, out_features: n and m, any positive sizes.
-        bias: whether there is one.
+        bias: whether it has one.
         codebook: its name, with its residual scale if that is not its own (`codebooks.spec`).
         incoherence: name of the transform on both sides, or a pair of names (input side, output side).
         seed: of the transforms' random part.
-        conv1d: whether it stands for a `transformers.pytorch_utils.Conv1D` (what [`dequantize`] gives back does not
-            depend on it; `nn.replace` does).
+        conv1d: whether it replaces a `transformers.pytorch_utils.Conv1D` (the result of [`dequantize`] does not depend
+            on it; `nn.replace` does).
         device, dtype: of the parameters, the dtype of the floating ones and of the stand-in for the weight.
-        scales_dtype: of su, sv and what else the codebook stores in floating point; None: dtype.
+        scales_dtype: of su, sv and the codebook's floating-point tensors; None: dtype.
 
     Parameters:
         codes, …: the tensors that `Codebook.tensors` names (`tensor_names`).
@@ -82,18 +82,18 @@ class QuipLinear(PackedCodes, nn.Linear):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Quantized weights have no random start; nothing calls this but code that means a dense linear."""
+        """Quantized weights have no random initialisation; only code for dense linears calls this."""
         raise TypeError("a quantized linear cannot be initialised at random: load or quantize a weight")
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all tensors that stand for the weight: the codebook's, su and sv (not the bias)."""
+        """Bytes of all tensors of the weight: the codebook's, su and sv (not the bias)."""
         scales = self.su.numel() * self.su.element_size() + self.sv.numel() * self.sv.element_size()
         return packing.stored_bytes(self.weight_tensors(), self.codebook, self.su.shape[0]) + scales
 
     @property
     def true_bits(self) -> float:
-        """Bits per weight, with everything that is stored for it: packed_bytes · 8 / (m·n)."""
+        """Bits per weight, counting all stored tensors: packed_bytes · 8 / (m·n)."""
         return self.packed_bytes * 8 / (self.out_features * self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class QuipLinear(PackedCodes, nn.Linear):
         return self._look_up(x)
 
     def _look_up(self, x: torch.Tensor) -> torch.Tensor:
-        """The output; the next call of this kind is prepared, if it can be."""
+        """The output; it also prepares the next call of this kind, if possible."""
         self.pack_if_wanted()
         layer = self.layer()
         if torch.is_grad_enabled():
@@ -120,7 +120,7 @@ class QuipLinear(PackedCodes, nn.Linear):
         return y
 
     def layer(self) -> Layer:
-        """The module's tensors and names, as the ops take them."""
+        """The module's tensors and names, as arguments of the ops."""
         tensors = self._parameters
         weight = [tensors[name] for name in self.tensor_names]
         names = (self.codebook, self.incoherence_in, self.incoherence_out, self.seed)
@@ -131,10 +131,10 @@ class QuipLinear(PackedCodes, nn.Linear):
         """The dense weight diag(sv) Q_out Ŵ Q_inᵀ diag(su).
 
         Args:
-            dtype: of the result; None: that of the stand-in `weight`.
+            dtype: of the result; None: the dtype of the stand-in `weight`.
 
         Returns:
-            [m, n], so that F.linear(x, weight, bias) is what the module computes.
+            [m, n], so that F.linear(x, weight, bias) equals the output of the module.
         """
         dtype = dtype or self.weight_dtype
         compute = torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,9 +13,9 @@ from .stored import StoredTensors
 
 
 class PackedCodes(StoredTensors):
-    """Codes that [`pack`] brings into the form of the Triton kernels, in the place of the stored one.
+    """Codes that [`pack`] converts into the form of the Triton kernels, which replaces the stored form.
 
-    Whatever leaves the module (state_dict, copies, pickles) and what leaves the GPU is in the stored form again.
+    Codes that leave the module (state_dict, copies, pickles) or the GPU are in the stored form again.
     """
 
     def weight_tensors(self) -> list[torch.Tensor]:
@@ -33,22 +33,22 @@ class PackedCodes(StoredTensors):
         return dict(zip(self.tensor_names, tensors, strict=True))
 
     def pack(self) -> None:
-        """Bring the codes into the form of the Triton kernels, if they are not. Raises `TypeError` if it has none."""
+        """Convert the codes into the form of the Triton kernels, if needed. Raises `TypeError` without such a form."""
         if not self.is_packed:
             self._set(dict(zip(self.tensor_names, packing.pack(self.weight_tensors()), strict=True)))
 
     def unpack(self) -> None:
-        """Bring the codes into the stored form, if they are not."""
+        """Convert the codes into the stored form, if needed."""
         if self.is_packed:
             self._set(self.stored())
 
     def pack_if_wanted(self) -> None:
-        """[`pack`] if Triton kernels are going to compute this module; not where hooks bring and take its codes."""
+        """[`pack`] if Triton kernels will compute this module; not if hooks move its codes in and out."""
         if packing.is_wanted(self.weight_tensors(), self.codebook) and not self._is_offloaded():
             self.pack()
 
     def _is_offloaded(self) -> bool:
-        hook = getattr(self, "_hf_hook", None)  # of accelerate; several are held together by one that has `hooks`
+        hook = getattr(self, "_hf_hook", None)  # of accelerate; a sequence of several has `hooks`
         return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
 
     def _set(self, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-_T = torch.Tensor
-# What may be asked of the stand-in: all that does not read or write a value.
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_T: Any = torch.Tensor  # its attributes are descriptors, which its stubs do not say
+# The functions that the stand-in allows: those that neither read nor write a value.
 _METADATA = {
     # attributes
     *(
@@ -61,30 +64,30 @@ _NO_VALUES = (
 class PackedWeight(torch.Tensor):
     """Has the shape, dtype and device of a dense weight, and no values: using them raises `ValueError`.
 
-    Without that, whatever reads `linear.weight` past the module's forward (merging a LoRA adapter, DoRA's norm, a
+    Otherwise, code that reads `linear.weight` instead of calling the module (merging a LoRA adapter, DoRA's norm, a
     model that multiplies by the weight itself) would silently compute with garbage.
     """
 
     # Transformers' initialisation, which some models begin at the parent of a linear, leaves such a tensor alone.
     _is_hf_initialized = True
-    # What an error says.
+    # The text of an error.
     _no_values = _NO_VALUES
 
     @classmethod
-    def like(cls, vector: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> PackedWeight:
+    def like(cls, vector: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Self:
         """A stand-in of shape [out_features, in_features] and this dtype, on the device of `vector`; no memory."""
         return vector.detach().new_empty((), dtype=dtype).expand(out_features, in_features).as_subclass(cls)
 
-    @property
+    @property  # type: ignore[override]
     def data(self) -> PackedWeight:
-        """Itself: `.data` is asked for metadata too."""
+        """Itself: `.data` is also used to read metadata."""
         return self
 
     @data.setter
     def data(self, value: Any) -> None:
         raise ValueError(f"data: {self._no_values}")
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override] # nobody gives the contents
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod

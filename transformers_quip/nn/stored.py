@@ -1,4 +1,4 @@
-"""The tensors that a quantized module stores for its weight, as its codebook names and describes them."""
+"""The tensors that a quantized module stores for its weight, named and described by its codebook."""
 
 from __future__ import annotations
 
@@ -41,40 +41,40 @@ class StoredTensors(nn.Module):
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The stored tensors by name."""
-        return {name: self._parameters[name] for name in self.tensor_names}
+        return {name: found for name in self.tensor_names if (found := self._parameters[name]) is not None}
 
     def resize_stored(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Make room for tensors whose sizes were not known: empty ones, on the device of the present ones.
 
         Args:
-            shapes: by name; names that are not those of stored tensors and sizes that do not fit are left alone.
+            shapes: by name; names of other tensors, and sizes that do not fit, are ignored.
         """
         for name, grid in self.grids().items():
-            shape, present = shapes.get(name), self._parameters[name]
+            shape, present = shapes.get(name), self.get_parameter(name)
             if shape is not None and tuple(shape) != present.shape and None in grid.shape and grid.fits(shape):
                 self._parameters[name] = nn.Parameter(present.new_empty(tuple(shape)), requires_grad=False)
 
     def take(self, quantized: Any, device: torch.device) -> None:
-        """Copy what was quantized into this module.
+        """Copy a quantized weight into this module.
 
         Args:
             quantized: has `tensors` by name, `su` [n] and `sv` [m] (`quantize.layer.QuantizedWeight`).
-            device: where the copies are going to lie. The module itself may be on the meta device.
+            device: of the copies. The module itself may be on the meta device.
 
         Raises:
-            ValueError: the tensors are not those of this module's codebook and size.
+            ValueError: the tensors do not fit this module's codebook and size.
         """
         rows, columns = self.sv.shape[0], self.su.shape[0]
         codebooks.get(self.codebook).check(quantized.tensors, rows, columns)
         for name in ("su", "sv"):
-            given, size = getattr(quantized, name), self._parameters[name].shape
+            given, size = getattr(quantized, name), self.get_parameter(name).shape
             if given.shape != size:
                 raise ValueError(
                     f"{name} of a [{rows}, {columns}] weight must have shape {list(size)}, got {list(given.shape)}"
                 )
         for name, given in {**quantized.tensors, "su": quantized.su, "sv": quantized.sv}.items():
             # Always a copy: linears that read one input are given one su, and safetensors saves no shared tensors.
-            value = torch.empty(given.shape, dtype=self._parameters[name].dtype, device=device).copy_(given)
+            value = torch.empty(given.shape, dtype=self.get_parameter(name).dtype, device=device).copy_(given)
             self._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

@@ -1,9 +1,9 @@
-"""`torch.ops.quip.*`: what a quantized linear computes. Importing this registers the ops.
+"""`torch.ops.quip.*`: the operations of quantized linears. Importing this registers them.
 
-`schemas` says what the ops take and return, `reference` computes them with plain PyTorch on any device, `autograd`
+`schemas` defines their signatures and fakes, `reference` computes them with plain PyTorch on any device, `autograd`
 differentiates them, `batching` maps them over a dimension. A faster version for a device (`cpu`, `triton`) is registered
-beside the reference and tested against it; `backend` lets the user choose; `cpu.prepared` calls the CPU's version without
-the dispatcher.
+next to the reference and tested against it. `backend` lets the user choose. `cpu.prepared` calls the CPU's version
+without the dispatcher.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Layer", "autograd", "backend", "prepared", "reference", "schemas"]
 
 backend.read_environment()
 
-# PyTorch keeps ops for the life of the process, also where this package is imported a second time.
+# PyTorch keeps ops for the life of the process, even if this package is imported a second time.
 if not hasattr(torch.ops.quip, "linear"):
     schemas.define()
     reference.register()

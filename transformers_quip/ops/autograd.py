@@ -30,7 +30,7 @@ def _linear_setup(ctx: Any, inputs: tuple, output: torch.Tensor | None = None) -
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...] | None = None) -> tuple:
-    """The gradients with respect to x, su, sv and bias. Stored tensors are given none: codes are integers."""
+    """The gradients with respect to x, su, sv and bias. Stored tensors get none: codes are integers."""
     x, su, sv, *stored = ctx.saved_tensors
     if needed is None:
         needed = tuple(ctx.needs_input_grad[i] for i in (0, 2, 3, 4))
@@ -59,7 +59,7 @@ def _linear_backward(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...] | No
 
 
 class _Linear(torch.autograd.Function):
-    """quip::linear with a graph. Its inputs are those of the op, with the list of stored tensors at the end."""
+    """quip::linear with a graph. Its inputs are the op's, with the list of stored tensors at the end."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -104,7 +104,7 @@ def _transform_below(*inputs: Any) -> torch.Tensor:
 
 
 def _linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """quip::linear above its kernels: with derivatives where some are wanted.
+    """quip::linear above its kernels, with derivatives if they are needed.
 
     In forward mode and in function transforms (torch.func), PyTorch differentiates the formula: the op is linear in x, and
     in each of su, sv and bias.
@@ -129,19 +129,19 @@ def _transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) ->
 
 
 def _wants_formula(tensors: tuple[torch.Tensor, ...]) -> bool:
-    """Whether derivatives of these are wanted that an `autograd.Function` does not give."""
+    """Whether derivatives of these are needed that an `autograd.Function` does not give."""
     if torch_private.may_be_dual() and any(forward_ad.unpack_dual(v).tangent is not None for v in tensors):
         return True
     return torch_private.is_transformed() and torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
 
 
-_library: list[torch.library.Library] = []  # what is registered through one is gone with it
+_library: list[torch.library.Library] = []  # kept alive: registrations vanish with their library
 
 
 def register() -> None:
     """Register the derivatives of quip::transform and quip::linear; quip::decode has none.
 
-    Where PyTorch lacks what forward mode needs (see `cpu.torch_private`), only backward mode is registered.
+    If PyTorch lacks a function that forward mode needs (see `cpu.torch_private`), only backward mode is registered.
     """
     if not torch_private.is_usable():
         torch.library.register_autograd("quip::transform", _transform_backward, setup_context=_transform_setup)

@@ -26,7 +26,7 @@ def _nothing() -> None:
 
 def _missing_for_cpu() -> str | None:
     if not cpu_kernels.is_available():
-        return "the compiled CPU library; reinstall transformers-quip where there is a C compiler (gcc or clang)"
+        return "the compiled CPU library; reinstall transformers-quip on a machine with a C compiler (gcc or clang)"
     return None
 
 
@@ -40,7 +40,7 @@ def _missing_for_triton() -> str | None:
     return None
 
 
-# What each backend needs and has not; None if it can run.
+# The missing requirement of each backend; None if it can run.
 _MISSING: dict[str, Callable[[], str | None]] = {
     "auto": _nothing,
     "cpu": _missing_for_cpu,
@@ -50,9 +50,9 @@ _MISSING: dict[str, Callable[[], str | None]] = {
 
 
 class Settings(NamedTuple):
-    """What was chosen. An object is never changed: another choice makes another one.
+    """The user's choices. An object is never changed: another choice makes another one.
 
-    devices: implementations by the type of device, in the place of those that the backend gives it. Only tests set it.
+    devices: implementations by the type of device, instead of the backend's own. Only tests set it.
     """
 
     backend: str = "auto"
@@ -64,7 +64,7 @@ _settings = Settings()
 
 
 def settings() -> Settings:
-    """All that was chosen, for whoever has to see that it changed."""
+    """All current choices, for callers that must notice a change."""
     return _settings
 
 
@@ -80,8 +80,8 @@ def overridden(
     """Other settings for a while, for tests: nothing is checked, so that the CPU can stand for a GPU.
 
     Args:
-        backend, activations: see [`set_backend`] and [`set_activations`]; None: as they are.
-        devices: what [`for_device`] answers, by type of device; None: as it is.
+        backend, activations: see [`set_backend`] and [`set_activations`]; None: unchanged.
+        devices: the result of [`for_device`], by type of device; None: unchanged.
     """
     global _settings
     before = _settings
@@ -96,7 +96,7 @@ def overridden(
 def for_device(device: torch.device | str) -> str:
     """The implementation that computes on a device: "cpu" (the compiled library), "triton" or "reference".
 
-    Whether it is there, and what of a layer it covers, is another question, which `route` answers for each device.
+    For each device, `route` decides whether it is available and which layers it covers.
     """
     kind = device if isinstance(device, str) else device.type
     chosen = _settings.devices.get(kind)
@@ -108,7 +108,7 @@ def for_device(device: torch.device | str) -> str:
 
 
 def set_backend(name: str) -> None:
-    """Choose what computes quantized layers.
+    """Choose the implementation that computes quantized layers.
 
     The environment variable TRANSFORMERS_QUIP_BACKEND does the same when the package is imported.
 
@@ -116,8 +116,8 @@ def set_backend(name: str) -> None:
         name: "auto": the compiled library on the CPU and plain PyTorch on GPUs (the default); "cpu": the compiled library
             for tensors on the CPU; "triton": Triton kernels for tensors on a GPU, which have been tested in Triton's
             interpreter but not yet on a device; "reference": plain PyTorch everywhere.
-            With any choice, what the chosen implementation does not cover (other codebooks, float64, other devices)
-            runs through the reference.
+            With any choice, the reference is the fallback for layers that the chosen implementation does not cover (other
+            codebooks, float64, other devices).
 
     Raises:
         ValueError: the name is not one of these.
@@ -143,7 +143,7 @@ def set_activations(name: str) -> None:
 
     Args:
         name: "auto" (the default): on the CPU "int8" for float16 and bfloat16 and "exact" for float32, elsewhere "exact".
-            "exact": no loss that the dtype of the activations could show. "int8": faster, with an error of about 0.9 %
+            "exact": no loss beyond the rounding of the activations' dtype. "int8": faster, with an error of about 0.9 %
             of a layer's output, which cost less than 0.2 % of a 2-bit model's perplexity (`benchmarks/activations.py`).
 
     Raises:
@@ -160,7 +160,7 @@ def get_activations() -> str:
 
 
 def read_environment() -> None:
-    """Take over what the environment variables say; raises as [`set_backend`] and [`set_activations`] do."""
+    """Apply the environment variables; raises as [`set_backend`] and [`set_activations`] do."""
     for variable, choose in ((BACKEND_VARIABLE, set_backend), (ACTIVATIONS_VARIABLE, set_activations)):
         try:
             choose(os.environ.get(variable) or "auto")

@@ -1,4 +1,4 @@
-"""The ops under torch.func.vmap: one call for all inputs where the layer is the same for all of them."""
+"""The ops under torch.func.vmap: one call for all inputs if they share the layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 
 def linear(info: Any, in_dims: tuple, x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, int]:
-    """quip::linear for every entry of a batch dimension; a loop where tensors of the layer have one too."""
+    """quip::linear for every entry of a batch dimension; a loop if tensors of the layer have one too."""
     x_dim, *others = in_dims
     if x_dim is None or any(dim is not None for dim in pytree.tree_leaves(others)):
         return _loop(torch.ops.quip.linear, info, in_dims, (x, *arguments))

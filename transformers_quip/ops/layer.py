@@ -54,7 +54,7 @@ class Layer(NamedTuple):
 
 
 def named(weight: Sequence[torch.Tensor], book: Codebook, rows: int, columns: int) -> Mapping[str, torch.Tensor]:
-    """The stored tensors of a [rows, columns] weight by name. Raises `ValueError` if they are not those of the codebook."""
+    """The stored tensors of a [rows, columns] weight by name. Raises `ValueError` if they do not fit the codebook."""
     grids = _grids(book, rows, columns)
     if len(weight) != len(grids):
         names = ", ".join(name for name, _, _ in grids)
@@ -63,7 +63,7 @@ def named(weight: Sequence[torch.Tensor], book: Codebook, rows: int, columns: in
     for (name, shape, dtype), tensor in zip(grids, weight, strict=True):
         tensors[name] = tensor
         fits = fits and tensor.dtype is dtype and tensor.shape == shape
-    if not fits:  # or where a grid leaves a size or the type open
+    if not fits:  # or if a grid leaves a size or the type open
         book.check(tensors, rows, columns)
     return tensors
 

@@ -1,6 +1,7 @@
-"""The two forms of a layer's codes: the stored one, and the one that Triton kernels compute with.
+"""The two forms of a layer's codes: the stored form, and the form of the Triton kernels.
 
-Both hold the same bits, and every op takes either. The kernels' is made where they are going to run and replaces the other.
+Both hold the same bits, and every op takes either. The kernels' form is made on the device where they will run, and
+replaces the stored one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .backend import for_device
 def has_packed_form(codebook: str) -> bool:
     """Whether the kernels have a form of their own for codes of this codebook.
 
-    Stored codes of those are never int32, and packed ones always are.
+    Stored codes of these codebooks are never int32, and packed ones always are.
     """
     return codebooks.get(codebook).kernels == "e8p"
 
@@ -30,7 +31,7 @@ def is_packed(weight: Sequence[torch.Tensor], codebook: str) -> bool:
 
 
 def is_wanted(weight: Sequence[torch.Tensor], codebook: str) -> bool:
-    """Whether these tensors should be brought into the kernels' form: they lie where the kernels will run."""
+    """Whether these tensors should be brought into the kernels' form: the kernels will run on their device."""
     return is_run_by_kernels(weight) and has_packed_form(codebook) and not is_packed(weight, codebook)
 
 
@@ -45,16 +46,16 @@ def pack(weight: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def stored(weight: Sequence[torch.Tensor], codebook: str, columns: int) -> Sequence[torch.Tensor]:
-    """Tensors of either form in the stored one.
+    """Tensors of either form, in the stored form.
 
     Raises:
-        ValueError: the kernels' form is not that of a weight with this number of columns.
+        ValueError: tensors in the kernels' form do not fit a weight with this number of columns.
     """
     return [kernels.unpack(codes, columns) for codes in weight] if is_packed(weight, codebook) else weight
 
 
 def stored_bytes(weight: Sequence[torch.Tensor], codebook: str, columns: int) -> int:
-    """Bytes of these tensors, whichever form they have, in the stored one."""
+    """Bytes of these tensors in the stored form, whichever form they have."""
     if is_packed(weight, codebook):
         # as many planes as a code has bytes
         return sum(planes * rows * math.ceil(columns / 8) for planes, rows, _ in (codes.shape for codes in weight))

@@ -1,4 +1,4 @@
-"""The ops in plain PyTorch: slow, readable, on every device, and the truth that faster versions are tested against."""
+"""The ops in plain PyTorch: slow, readable, on every device. They are the definition that faster versions must match."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def transform_formula(x: torch.Tensor, incoherence: str, seed: int, transpose: b
 
 
 def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that stored tensors stand for.
+    """Decode the weight from its stored tensors.
 
     Args:
         weight: the tensors that the codebook stores, in the order of `Codebook.tensors`, or packed (see `packing`).
         codebook: its name.
-        rows, columns: the real ones; the rest of a row's last block is dropped.
+        rows, columns: m and n; the rest of a row's last block is dropped.
         dtype: of the result.
 
     Returns:
         Ŵ [rows, columns].
 
     Raises:
-        ValueError: the tensors are not those of such a weight.
+        ValueError: the tensors do not fit such a weight.
     """
     book = codebooks.get(codebook)
     return book.decode(named(packing.stored(weight, codebook, columns), book, rows, columns), columns, dtype).contiguous()
@@ -91,6 +91,6 @@ def linear_formula(
 
 
 def register() -> None:
-    """Make these the implementation on every device that has none of its own."""
+    """Make these the implementation on every device without one of its own."""
     for function in (transform, decode, linear):
         torch.library.impl(f"quip::{function.__name__}", "default", function)

@@ -1,10 +1,10 @@
-"""The one rule for "the same input as before": a result is reused only where its input is proved to be unchanged.
+"""The one rule for "the same input as before": a result is reused only if its input is proved unchanged.
 
-Linears that read one input (q, k and v; gate and up) repeat a part of the work. What the first of them computed may be
+Linears that read one input (q, k and v; gate and up) repeat a part of the work. The result of the first may be
 reused by the others, its *siblings*, if the input still holds the values that it was computed from. Versions do not prove
-that: `Tensor._version` counts neither what NumPy, DLPack or `.data` write nor anything in inference mode. So a copy of the
-values is kept and compared, byte by byte. For 512 vectors of 576 bfloat16 numbers, copying and comparing take 7 and 10
-microseconds.
+that: `Tensor._version` counts neither writes through NumPy, DLPack or `.data` nor anything in inference mode. So a copy
+of the values is kept and compared, byte by byte. For 512 vectors of 576 bfloat16 numbers, copying and comparing take 7 and
+10 microseconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _compare.restype = ctypes.c_int
 
 @dataclass
 class _Held(Generic[T]):
-    """A result, and what it was computed from."""
+    """A result, and the values that it was computed from."""
 
     thread: int
     x: weakref.ref[torch.Tensor]
@@ -53,9 +53,9 @@ class SameInput(Generic[T]):
 
     A result is handed out if all of this holds: the call comes from the thread that computed it; the input is the same
     tensor object; it and every other tensor that decides the result hold the bytes that they held; and the taker has not
-    had it before. So a linear that is called twice computes twice, and siblings get what they would have computed. Nothing
-    is kept for tensors whose bytes cannot be compared: those that are not contiguous, subclasses, and those on a GPU while
-    a graph of its operations is captured. Comparing on a GPU waits for it, so it pays only where much work is saved.
+    had it before. So a linear that is called twice computes twice, and siblings get the result that they would compute.
+    Nothing is kept for tensors whose bytes cannot be compared: those that are not contiguous, subclasses, and those on a
+    GPU while a graph of its operations is captured. Comparing on a GPU waits for it, so it pays only if much work is saved.
 
     Args:
         memory: makes a tensor for a copy from a name, a shape and a dtype, and may reuse memory; None: `torch.empty`.
@@ -67,12 +67,12 @@ class SameInput(Generic[T]):
         self._unshared: dict[int, int] = {}  # by the taker's id: how often in a row nobody else took what it computed
 
     def take(self, taker: object, tensors: Sequence[torch.Tensor], key: Hashable) -> T | None:
-        """The result that is held, or None where it has to be computed. The other results are forgotten then.
+        """The cached result; None if it has to be computed, and then the cache is cleared.
 
         Args:
-            taker: who asks; each is given a result once.
-            tensors: all whose values decide the result, the input first.
-            key: all else that decides the result.
+            taker: the linear that asks; each gets a result once.
+            tensors: all tensors that the result depends on, the input first.
+            key: everything else that the result depends on.
         """
         held = self._held  # read once: another thread may replace it
         if held is not None and _is_unchanged(held, taker, tensors, key):
@@ -82,7 +82,7 @@ class SameInput(Generic[T]):
         return None
 
     def keep(self, taker: object, tensors: Sequence[torch.Tensor], key: Hashable, result: T) -> None:
-        """Hold what `taker` computed for its siblings, until the input is deleted, or [`take`] is given another one.
+        """Cache the result of `taker` for its siblings, until the input is deleted or [`take`] is called with another one.
 
         Args: see [`take`], which returned None for them.
         """
@@ -131,13 +131,13 @@ class SameInput(Generic[T]):
 
     @property
     def takers(self) -> int:
-        """How many have had the result that is held, the one who computed it included."""
+        """The number of linears that have had the cached result, including the one that computed it."""
         held = self._held
         return 0 if held is None else len(held.takers)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no result is held."""
+        """Whether the cache is empty."""
         return self._held is None
 
     def __deepcopy__(self, memo: dict) -> SameInput[T]:
@@ -159,7 +159,7 @@ def _is_unchanged(held: _Held, taker: object, tensors: Sequence[torch.Tensor], k
 
 
 def have_same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors have one dtype and shape and the same bytes; False where these cannot be compared.
+    """Whether two tensors have one dtype and shape and the same bytes; False if these cannot be compared.
 
     Unlike `torch.equal`, a NaN is equal to itself and 0.0 is not equal to -0.0: equal bytes give equal results.
     """

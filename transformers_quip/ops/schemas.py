@@ -1,4 +1,4 @@
-"""The ops of `torch.ops.quip`: their signatures, and the shape and type of their results without computing them."""
+"""The ops of `torch.ops.quip`: signatures, and fakes that give the shape and type of results without computing them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layer import Layer
 SCHEMAS = {
     # Q x along the last dimension (Qᵀ x if transpose); Q = incoherence.get(incoherence, x.shape[-1], seed).
     "transform": "(Tensor x, str incoherence, int seed, bool transpose) -> Tensor",
-    # The weight Ŵ [rows, columns] that stored tensors stand for.
+    # The weight Ŵ [rows, columns], decoded from stored tensors.
     "decode": "(Tensor[] weight, str codebook, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     # sv ⊙ Q_out(Ŵ Q_inᵀ(su ⊙ x)) + bias for x [..., n]: [..., m] in the dtype of x.
     "linear": f"(Tensor x, {LAYER}) -> Tensor",

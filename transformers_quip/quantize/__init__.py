@@ -1,1 +1,1 @@
-"""The recipe: what is quantized (`plan`), one weight (`layer`), one block (`block`), a whole model (`recipe`)."""
+"""The recipe: the choice of modules (`plan`), one weight (`layer`), one block (`block`), a whole model (`recipe`)."""

@@ -1,4 +1,4 @@
-"""Which modules get how many bits, where an average is asked for that no codebook has.
+"""Choose the bits of each module for an average that no codebook has.
 
 The perplexity of a quantized model grows by about Σ a_l t_l² over its modules, where t_l² is the relative squared error of
 module l's weight and a_l its sensitivity (the linearity theorem of HIGGS, arXiv 2411.17525, section 3). So a_l is
@@ -37,10 +37,10 @@ _UNITS = 1 << 14
 def measure_sensitivities(
     model: PreTrainedModel, names: Sequence[str], ids: torch.Tensor, seed: int = 0
 ) -> dict[str, float]:
-    """How much the model's predictions suffer from errors in each module.
+    """The sensitivity of the model's predictions to errors in each module.
 
     Args:
-        model: dense, in memory; its weights are put back as they were.
+        model: dense, in memory; its weights are restored.
         names: of its dense linears.
         ids: token ids [N, T]; the first `SEQUENCES` sequences are read, up to `TOKENS` tokens of each.
         seed: of the noise.
@@ -69,7 +69,7 @@ def measure_sensitivities(
 
 @contextmanager
 def _disturbed(linear: nn.Module, generator: torch.Generator):
-    """Add Gaussian noise to a dense linear's weight for the time of a `with` block."""
+    """Add Gaussian noise to a dense linear's weight within a `with` block."""
     weight = replace.dense_weight(linear).detach()
     kept = weight.clone()
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
@@ -101,19 +101,19 @@ def allocate(
         sizes: name → weights in the module.
         sensitivities: name → loss for each unit of relative squared error, not negative.
         errors: bits → relative squared error of the codebook with that many bits, for every choice.
-        bits: the most bits a weight on the average.
+        bits: the largest allowed average of bits per weight.
 
     Returns:
-        name → bits. The best choice for sizes in units of their greatest common divisor, or of 1/16384 of the budget
-        where that is larger (rounded up).
+        name → bits. The best choice for sizes in units of their greatest common divisor, or (rounded up) of 1/16384 of
+        the budget if that is larger.
 
     Raises:
-        ValueError: the budget is below the fewest bits there are.
+        ValueError: the budget is below the smallest number of bits.
     """
     choices = sorted(errors)
     if bits < choices[0]:
         raise ValueError(f"bits={bits} is below the fewest that a codebook has, {choices[0]}")
-    # What every module has at least needs no deciding: the budget is what lies above it.
+    # Every module gets the minimum; the budget is the rest above it.
     budget = (bits - choices[0]) * sum(sizes.values())
     unit = max(int(np.gcd.reduce(list(sizes.values()))), int(budget // _UNITS), 1)
     room = int(budget / unit + 1e-9)

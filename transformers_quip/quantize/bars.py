@@ -1,4 +1,4 @@
-"""What the progress bar of a quantization says: block, module, how much was lost, and tqdm's time left."""
+"""The progress bar of a quantization: block, module, error, and tqdm's time left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 
 def advance(bar: tqdm, name: str, error: float, mean: float) -> None:
-    """One module is quantized: its relative error, and the mean of all so far."""
+    """Show a quantized module: its relative error, and the mean of all so far."""
     bar.set_postfix_str(f"{name.rpartition('.')[2]}: relative error {error:.4f}, mean {mean:.4f}", refresh=False)
     bar.update()
 
@@ -27,7 +27,7 @@ class LoadingBar:
         self._bar: tqdm | None = None
 
     def advance(self, name: str, error: float) -> None:
-        """A weight is quantized; the bar appears with the first and goes with the last."""
+        """Count a quantized weight; the bar appears with the first and disappears with the last."""
         if self._bar is None:
             self._bar = tqdm(total=self._total, unit="layer")
         block = _block(name)

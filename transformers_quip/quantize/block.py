@@ -1,7 +1,7 @@
 """One decoder block: observe its linears, then round and replace them, group by group.
 
-Nothing here knows the model around the block, where its weights came from or where its results go: a block and its
-inputs come in, plain data goes out.
+Nothing here depends on the model around the block, on the source of its weights or the destination of its results. The
+input is a block and its inputs; the output is plain data.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ModuleResult:
     Attributes:
         name: its full name in the model.
         shape: (rows, columns) of its weight.
-        quantized: what replaces the weight.
+        quantized: the replacement of the weight.
         seconds: wall time of its rounding; of linears that were rounded together, an equal share.
     """
 
@@ -45,7 +45,7 @@ class ModuleResult:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a report says of it: "name", "shape", "seconds", and the statistics of [`QuantizedWeight`]."""
+        """Its record in a report: "name", "shape", "seconds", and the statistics of [`QuantizedWeight`]."""
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -56,7 +56,7 @@ class ModuleResult:
 
 @dataclass
 class BlockResult:
-    """What a quantized block is made of: plain data, which can be stored or sent to another process.
+    """The result of quantizing a block: plain data, which can be stored or sent to another process.
 
     Attributes:
         modules: the name inside the block → its result, in the order in which they were rounded.
@@ -84,11 +84,11 @@ def quantize_block(
 
     Args:
         block: dense, in memory, on any device.
-        inputs: what it reads.
+        inputs: the inputs of the block.
         configs: the name of a linear inside the block → its options, without an average of bits (`is_mixed`).
         prefix: the block's name in the model with a dot, for names in results and messages.
         on_output: gets the number and the dense block's output [B, T, H] of each batch, once, before anything is replaced.
-        on_module: gets each result as soon as it is there, for a progress bar.
+        on_module: gets each result as soon as it is ready, for a progress bar.
 
     Raises:
         ValueError: see [`quantize_weights`], [`BlockHessians.pop`] and `observe_linears`.
@@ -101,8 +101,8 @@ def quantize_block(
         for leader, group in hessians.groups.items():
             done = quantize_group(block, group, hessians.pop(leader), configs, prefix)
             _replace(block, done, configs)
-            # This is where tuning belongs (QuIP#, section 5): the block is quantized up to this group and dense after it,
-            # `inputs` are what it reads (if `on_output` does not store over them), and `on_output` was given the targets.
+            # Tuning belongs here (QuIP#, section 5): the block is quantized up to this group and dense after it; `inputs`
+            # holds its inputs (unless `on_output` overwrites them), and `on_output` got the targets.
             _collect(done, result, on_module)
         for name in (name for name in configs if name not in reached):
             logger.warning("%s: no calibration token reached it, so it is quantized without calibration", prefix + name)
@@ -140,7 +140,7 @@ def quantize_group(
     Groups of a block that is not tuned in between may be rounded in any order, or in several processes.
 
     Args:
-        module: which holds the dense linears.
+        module: the module that holds the dense linears.
         names: of the linears in it.
         hessian: float32 [n, n] of their input.
         configs, prefix: see [`quantize_block`].
@@ -176,7 +176,7 @@ def by_config(names: Iterable[str], configs: Mapping[str, QuipConfig]) -> list[t
 
 @contextmanager
 def replayed_densely(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """While this is open, the block's quantized linears hold their values as dense weights.
+    """A context in which the block's quantized linears hold their values as dense weights.
 
     Then running the block over many batches costs one product for each linear and batch, instead of decoding each time.
     """

@@ -1,4 +1,4 @@
-"""What is worth knowing of a layer besides its error: how its weights are spread, and how its Hessian is conditioned."""
+"""Diagnostics of a layer besides its error: the distribution of its weights, and the condition of its Hessian."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-# Histograms are of w / rms(w), in so many bins over ±HISTOGRAM_RANGE; what lies outside is counted in the outermost bins.
+# Histograms are of w / rms(w), over ±HISTOGRAM_RANGE; values outside are counted in the outermost bins.
 HISTOGRAM_BINS = 48
 HISTOGRAM_RANGE = 6.0
 _ITERATIONS = 24
@@ -31,8 +31,9 @@ def histogram(values: torch.Tensor) -> list[float]:
 def condition_number(matrix: torch.Tensor) -> float:
     """λ_max / λ_min of a symmetric matrix, by power iteration with it and with its inverse, in float64.
 
-    A Cholesky factor and a few dozen products with a vector, which is little beside rounding. Each iteration approaches
-    its eigenvalue from inside, so the result is at most the condition number; it is mostly within a few per cent.
+    A Cholesky factor and a few dozen products with a vector, which takes little time compared with rounding. Each
+    iteration approaches its eigenvalue from inside, so the result is at most the condition number; it is mostly within a
+    few per cent.
 
     Args:
         matrix: float [n, n].

@@ -1,4 +1,4 @@
-"""One embedding table: every row by itself, with a scale of its own."""
+"""One embedding table: every row is quantized separately, with its own scale."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 @torch.inference_mode(False)
 @torch.no_grad()
 def quantize_embedding(table: torch.Tensor, config: QuipConfig, name: str) -> QuantizedWeight:
-    """Quantize the table of an embedding, with or without calibration alike.
+    """Quantize the table of an embedding, in the same way with and without calibration.
 
-    A token's input to the table is a unit vector, so that the Hessian between tokens is diagonal, whatever the data: there
-    is nothing to feed an error back to, and every rounding method of the papers becomes rounding to the nearest points.
+    A token's input to the table is a unit vector, so the Hessian between tokens is diagonal, whatever the data. Errors
+    cannot be fed back, and every rounding method of the papers becomes rounding to the nearest points.
     Rows may differ in length (SmolLM2's by a factor of three), which a transform between them would even out but a look-up
     cannot undo; so every row is scaled by itself, which costs nothing, since sv is stored anyway. Rows that
     the codebook codes together share only the multiple of the scale that is tried.

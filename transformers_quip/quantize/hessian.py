@@ -1,4 +1,4 @@
-"""A Hessian made ready for rounding: damped, rescaled, rotated as the weights are, and completed to whole blocks."""
+"""Prepare a Hessian for rounding: damp, rescale and rotate it like the weights, and complete it to whole blocks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _FALLBACK = "quantease"
 
 @dataclass(frozen=True, eq=False)
 class PreparedHessian:
-    """The Hessian of one input as rounding needs it, for all linears that read this input.
+    """The prepared Hessian of one input, for all linears that read it.
 
     Attributes:
-        damped: float32 [n, n], H + damping · mean(diag H) · I: what the proxy loss is measured with.
-        damping: as much as a Cholesky factor needs; `config.damping`, or a power of ten times it.
+        damped: float32 [n, n], H + damping · mean(diag H) · I: the Hessian of the proxy loss.
+        damping: enough for a Cholesky factor: `config.damping`, or a power of ten times it.
         su: float32 [n]: random signs, times QuIP's diagonal rescaling (`config.rescale`).
         q_in: the transform of the input side.
         rotated: float32 [n, n], Q_inᵀ diag(su) damped diag(su) Q_in, exactly symmetric.
-        method: what rounds: the config's method, or one that needs no Cholesky factor where there is none.
+        method: the rounding method: the config's, or a fallback without a Cholesky factor if there is none.
     """
 
     damped: torch.Tensor
@@ -86,7 +86,7 @@ def prepare_hessian(hessian: torch.Tensor, weights: torch.Tensor, config: QuipCo
         damped.diagonal().add_(damping * mean)
         su = _input_vector(damped, diagonal, weights, config)
         rotated = _rotate(damped, su, q_in)
-        # Judged as rounding will see it: rounding errors alone can make a small eigenvalue negative.
+        # Judged in the form for rounding: rounding errors alone can make a small eigenvalue negative.
         if torch.linalg.cholesky_ex(rotated.double()).info == 0:
             if attempt:
                 logger.warning("%s: the Hessian is not positive definite, damping grew to %g", names, damping)
@@ -113,7 +113,7 @@ def _input_vector(damped: torch.Tensor, diagonal: torch.Tensor, weights: torch.T
     su = incoherence.signs(weights.shape[1], config.seed, "in").to(weights.device)
     if not config.rescale:
         return su
-    # A column without data has no importance to go by: the average one keeps its weights as good as the others'.
+    # The importance of a column without data is unknown: the average keeps its weights as good as the others'.
     return su * _input_scales(weights, torch.where(diagonal > 0, damped.diagonal(), damped.diagonal().mean()))
 
 

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# On how many rows of each weight scale="auto" tries multiples of the codebook's scale.
+# Number of rows of each weight on which scale="auto" tries multiples of the codebook's scale.
 _SCALE_ROWS = 128
 # Without a Hessian this many numbers are rounded at a time, which bounds the memory of intermediate results.
 CHUNK = 1 << 22
-# Storing sv in the model's dtype is worth a warning where it adds this share to the squared error of the weight.
+# Storing sv in the model's dtype is worth a warning if it adds this share to the squared error of the weight.
 _STORAGE_SHARE = 0.5
 
 
 @dataclass
 class QuantizedWeight:
-    """What replaces a weight W [m, n]:  W ≈ diag(sv) Q_out Ŵ Q_inᵀ diag(su), Ŵ decoded from the stored tensors.
+    """The replacement of a weight W [m, n]:  W ≈ diag(sv) Q_out Ŵ Q_inᵀ diag(su), Ŵ decoded from the stored tensors.
 
     Attributes:
         tensors: by name, as `Codebook.tensors` describes them.
@@ -59,10 +59,10 @@ class _Part:
     Attributes:
         name: of the module.
         weight: float32 [m, n], W.
-        stored_as: the dtype in which sv will be stored: that of the module's weight.
+        stored_as: the dtype in which sv will be stored: the dtype of the module's weight.
         q_out: the transform of the output side.
         rotated: float32, Q_outᵀ diag(signs) W diag(su)⁻¹ Q_in, completed by zeros to whole blocks of the codebook.
-        rms: scalar, of `rotated` without what completes it.
+        rms: scalar, of `rotated` without the completing zeros.
         factor: the multiple of the codebook's published scale at which it is rounded.
     """
 
@@ -75,7 +75,7 @@ class _Part:
     factor: float = 1.0
 
     def unit(self, book: Codebook, factor: float | None = None) -> float:
-        """The length that one unit of the codebook stands for; 1 for a weight of zeros."""
+        """The length of one unit of the codebook; 1 for a weight of zeros."""
         return (self.rms.item() / (book.gaussian_scale * (self.factor if factor is None else factor))) or 1.0
 
     def decoded(self, points: torch.Tensor, su: torch.Tensor, q_in: Transform) -> torch.Tensor:
@@ -191,9 +191,9 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
 @torch.inference_mode(False)
 @torch.no_grad()
 def loss_of_rounding(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor, config: QuipConfig) -> dict[str, float]:
-    """What share of the loss of independent errors remains, where these are rounding errors that feedback has shaped.
+    """The loss of rounding errors with feedback, as a share of the loss of independent errors of the same size.
 
-    Independent errors of relative energy t² lose t² ‖W‖² tr(H) / n. Those of rounding are independent only after the
+    Independent errors of relative energy t² lose t² ‖W‖² tr(H) / n. Rounding errors are independent only after the
     transforms, and before the feedback: with H = 𝓛 D 𝓛ᵀ there, they lose t² ‖W‖² tr(D) / n with that W (QuIP, arXiv
     2307.13304, section 3). So the codebook cancels. Measured on SmolLM2, the ratio is 0.07 to 1.
 
@@ -225,7 +225,7 @@ def loss_of_rounding(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor,
 
 
 def method_without_hessian(config: QuipConfig) -> Rounding:
-    """The config's rounding method where there is no calibration: a method that needs a Hessian becomes "nearest"."""
+    """The config's rounding method without calibration: a method that needs a Hessian becomes "nearest"."""
     method = rounding.get(config.rounding)
     return rounding.get("nearest") if method.needs_hessian else method
 
@@ -239,7 +239,7 @@ def chunks_of_rows(rows: int, columns: int, book: Codebook, method: Rounding) ->
 
 
 def stored(book: Codebook, codes: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that are stored for these codes, in memory of their own."""
+    """The stored tensors of these codes, in their own memory."""
     return {name: tensor.clone() for name, tensor in book.store(codes).items()}
 
 
@@ -282,7 +282,7 @@ def _rotate(
 
 
 def _round(weights: list[torch.Tensor], prepared: PreparedHessian, book: Codebook, sweeps: int, seed: int) -> list[Rounded]:
-    """Round weights that read one input: as one stack of rows where rows are rounded independently, else one by one."""
+    """Round weights that read one input: as one stack if rows are rounded independently, else one by one."""
     hessian = prepared.completed(weights[0].shape[1])
     if not prepared.method.rows_independent:
         return [prepared.method.round(Problem(weight, hessian, book, sweeps, seed)) for weight in weights]
@@ -295,7 +295,7 @@ def _round(weights: list[torch.Tensor], prepared: PreparedHessian, book: Codeboo
 def _choose_scales(parts: list[_Part], prepared: PreparedHessian, book: Codebook, config: QuipConfig) -> None:
     """Give each weight the multiple of the published scale with the least proxy loss on a sample of its rows."""
     samples = [_sample(part, book) for part in parts]
-    # One call for all: where rows are rounded independently, a method's factorisations are made once.
+    # One call for all: if rows are rounded independently, a method's factorisations are computed once.
     units = [[part.unit(book, factor) for part in parts] for factor in book.scale_factors]
     scaled = [sample / unit for row in units for sample, unit in zip(samples, row, strict=True)]
     rounded = _round(scaled, prepared, book, min(config.refinement_sweeps, 2), config.seed)
@@ -335,7 +335,7 @@ def _warn_of_storage(part: _Part, sv: torch.Tensor, energy: torch.Tensor, error:
 def warn_of_storage(
     name: str, dtype: torch.dtype, sv: torch.Tensor, energy: torch.Tensor, error: float, total: float
 ) -> None:
-    """Warn where sv cannot be stored in the model's dtype without a loss that shows: mostly subnormal in float16.
+    """Warn if storing sv in the model's dtype adds a noticeable error: mostly subnormal numbers in float16.
 
     Args:
         name: of the module.

@@ -1,4 +1,4 @@
-"""An average number of bits made into bits for each module, measured on the dense model; see `allocate` for the method."""
+"""Turn an average number of bits into bits for each module, measured on the dense model; `allocate` has the method."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# On how many tokens Hessians are measured where they only serve to choose bits.
+# Number of tokens for Hessians that only serve to choose bits.
 _RATIO_TOKENS = 1 << 15
 
 
 def settle_bits(model: PreTrainedModel, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
-    """Give each module without bits of its own those that `config.bits` as an average allows.
+    """Choose the bits of each module without bits of its own, for `config.bits` as an average.
 
     Args:
-        model: dense, in memory; it is left as it was.
+        model: dense, in memory; it is not changed.
         config: with an average (`is_mixed`); it is not changed.
-        plan: what is going to be quantized.
+        plan: the modules to quantize.
         ids: token ids [N, T] to measure on.
 
     Returns:
@@ -63,7 +63,7 @@ def settle_bits(model: PreTrainedModel, config: QuipConfig, plan: QuantizationPl
 
 
 def hessian_after_blocks(model: PreTrainedModel, name: str, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The Hessian float32 [n, n] of a linear that reads what all blocks make of the tokens: the output embeddings."""
+    """The Hessian float32 [n, n] of a linear that reads the output of all blocks: the output embeddings."""
     linear = model.get_submodule(name)
     weight = replace.dense_weight(linear)
     accumulator = HessianAccumulator(weight.shape[1], weight.device, name)
@@ -75,7 +75,7 @@ def hessian_after_blocks(model: PreTrainedModel, name: str, ids: torch.Tensor, b
 def _losses_of_rounding(
     model: PreTrainedModel, config: QuipConfig, names: Collection[str], plan: QuantizationPlan, ids: torch.Tensor
 ) -> dict[str, float]:
-    """For these modules, how much less errors of rounding matter than independent ones."""
+    """The loss of rounding errors as a share of the loss of independent errors, for these modules."""
     ids = ids[: max(_RATIO_TOKENS // ids.shape[1], 1)]
     blocks_name, blocks = find_blocks(model)
     inputs = capture_inputs(model, blocks, ids, config.batch_size)
@@ -84,7 +84,7 @@ def _losses_of_rounding(
     def add(chosen: Collection[str], hessian: torch.Tensor) -> None:
         for own, alike in by_config(chosen, {name: config.for_module(name) for name in chosen}):
             trial = copy.copy(own)
-            trial.update(bits=MIXED_BITS[0])  # the ratio hardly depends on them
+            trial.update(bits=MIXED_BITS[0])  # the ratio hardly depends on the bits
             weights = {name: replace.dense_weight(model.get_submodule(name)) for name in alike}
             result.update(loss_of_rounding(weights, hessian, trial))
 
@@ -94,6 +94,6 @@ def _losses_of_rounding(
         for leader, group in hessians.groups.items():
             add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
     for outside in (name for name in names if not name.startswith(f"{blocks_name}.")):
-        if not replace.is_dense_embedding(model.get_submodule(outside)):  # whose rows see no feedback
+        if not replace.is_dense_embedding(model.get_submodule(outside)):  # rows of an embedding have no feedback
             add([outside], hessian_after_blocks(model, outside, ids, config.batch_size))
     return result

@@ -1,4 +1,4 @@
-"""What will be quantized and what not, and why: settled from names and shapes before any work is done."""
+"""The plan: which modules are quantized, and why others are not. It needs only names and shapes, before any work."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ VECTORS = "norms, biases and other vectors"
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What happens to one module (or, for what is neither linear nor quantized, to one parameter).
+    """The decision on one module (or on one parameter, if it is neither linear nor quantized).
 
     Attributes:
         name: of the module or parameter.
         shape: (out_features, in_features) of a linear, else the parameter's own.
-        parameters: how many the weight has.
+        parameters: number of entries of the weight.
         linear: whether it is the weight of a dense linear.
-        quantized: whether it is going to be quantized.
-        reason: why not; "" if it is.
+        quantized: whether it will be quantized.
+        reason: why it is not quantized; "" if it is.
         packed_bytes: of the quantized weight: codes, su and sv; 0 if it stays dense.
     """
 
@@ -60,11 +60,11 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """All weights of a model, each with its fate.
+    """All weights of a model, each with its decision.
 
     Attributes:
         entries: linears in the order of the model, then everything else that is not quantized.
-        codebooks: the ones that are used.
+        codebooks: those that are used.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -96,7 +96,7 @@ class QuantizationPlan:
         return 8 * sum(entry.packed_bytes for entry in quantized) / sum(entry.parameters for entry in quantized)
 
     def left_dense(self) -> dict[str, list[PlanEntry]]:
-        """What stays dense, by reason."""
+        """The dense entries, by reason."""
         groups: dict[str, list[PlanEntry]] = {}
         for entry in self.entries:
             if not entry.quantized:
@@ -117,8 +117,8 @@ class QuantizationPlan:
             share = sum(entry.parameters for entry in entries) / self.parameters
             some = ", ".join(entry.name for entry in entries[:3])
             more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
-            what = f"{len(entries)} {reason}" if reason == VECTORS else f"{some}{more} ({reason})"
-            lines.append(f"  left dense, {share:.1%}: {what}")
+            shown = f"{len(entries)} {reason}" if reason == VECTORS else f"{some}{more} ({reason})"
+            lines.append(f"  left dense, {share:.1%}: {shown}")
         return "\n".join(lines)
 
 
@@ -129,12 +129,12 @@ def make_plan(model: PreTrainedModel, config: QuipConfig) -> QuantizationPlan:
     are the output embeddings, heads of other tasks (every linear outside the base model), weights that are tied, modules
     that the model keeps in float32 and those that `config.modules_to_not_convert` names: a prefix up to a dot, a suffix,
     or a regular expression, as everywhere in Transformers (there the list replaces the default, here it adds to it).
-    Output embeddings, embeddings, and without calibration heads of other tasks, are quantized on request: where a pattern
+    Output embeddings, embeddings, and without calibration heads of other tasks, are quantized on request: if a pattern
     of `config.modules` calls them by name ([`is_called`]).
 
     Raises:
-        ValueError: there is nothing to quantize, a size cannot be quantized, a pattern is no regular expression, or
-            embeddings that `config.modules` names are tied, or cannot be quantized as it says.
+        ValueError: there is nothing to quantize, a size cannot be quantized, a pattern is not a regular expression, or
+            embeddings that `config.modules` names are tied, or cannot be quantized in that way.
     """
     if any(isinstance(module, QuipLinear) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is quantized already: start from the original, dense model")
@@ -143,9 +143,7 @@ def make_plan(model: PreTrainedModel, config: QuipConfig) -> QuantizationPlan:
     entries = []
     linears = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
     if not linears:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear (or Conv1D) layer, so there is nothing that QuIP# can quantize"
-        )
+        raise ValueError(f"{type(model).__name__} has no nn.Linear (or Conv1D) layer, so QuIP# cannot quantize it")
     dense = _reasons(model, linears, config)
     for name, module in linears.items():
         shape = linear_shape(module)
@@ -171,7 +169,7 @@ def is_called(name: str, config: QuipConfig) -> bool:
 
 
 def unmatched_patterns(model: nn.Module, config: QuipConfig) -> list[str]:
-    """The patterns of `modules_to_not_convert` and `modules` that mean no module of the model (a misspelling?)."""
+    """The patterns of `modules_to_not_convert` and `modules` that match no module of the model (misspelled?)."""
     names = [name for name, _ in model.named_modules()]
     left = config.modules_to_not_convert or []
     return [pattern for pattern in left if not any(is_named(name, [pattern]) for name in names)] + [
@@ -184,11 +182,11 @@ def _check_patterns(patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"modules_to_not_convert: {pattern!r} is no regular expression ({error})") from None
+            raise ValueError(f"modules_to_not_convert: {pattern!r} is not a regular expression ({error})") from None
 
 
 def _reasons(model: PreTrainedModel, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
-    """Why a linear stays dense, for those that do."""
+    """The reason for each linear that stays dense."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = _tied_modules(model)
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -231,9 +229,9 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
         if not isinstance(module, nn.Embedding) or not is_called(name, config):
             continue
         if not is_dense_embedding(module):
-            what = "limits the norm of its rows" if type(module) is nn.Embedding else f"is a {type(module).__name__}"
+            why = "limits the norm of its rows" if type(module) is nn.Embedding else f"is a {type(module).__name__}"
             raise ValueError(
-                f"modules names {name!r}, which {what}: only a plain nn.Embedding can be quantized, leave it dense"
+                f"modules names {name!r}, which {why}: only a plain nn.Embedding can be quantized, leave it dense"
             )
         tied = _tied_modules(model) if tied is None else tied
         if name in tied:
@@ -266,7 +264,7 @@ def _strict_float32(model: nn.Module) -> Iterable[str]:
 
 
 def _tied_modules(model: nn.Module) -> set[str]:
-    """Modules whose weight is another module's too: by Transformers' table (on the meta device), or by identity."""
+    """Modules that share their weight with another module: by Transformers' table (on the meta device), or by identity."""
     keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {name.rpartition(".")[0] for name in (*keys.keys(), *keys.values())}
     owners: dict[int, list[str]] = {}
@@ -289,7 +287,7 @@ def _packed_bytes(
             incoherence.get(side, size, config.seed)
         except ValueError as error:
             raise ValueError(f"{name} has shape {list(shape)}: {error}") from None
-    if config.is_mixed:  # what it gets is decided later; the average is what it will be about
+    if config.is_mixed:  # its bits are decided later and will be near the average
         return math.ceil(shape[0] * shape[1] * config.bits / 8) + sum(shape) * dtype.itemsize
     book = codebooks.get(config.codebook)
     if book.is_read_only:
@@ -317,7 +315,7 @@ def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[Pla
 
 
 def _rest(model: nn.Module, listed: Iterable[str]) -> Iterator[PlanEntry]:
-    """Parameters that are no weight of these modules."""
+    """Parameters other than the weights of these modules."""
     weights = {f"{name}.weight" for name in listed}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, parameter in model.named_parameters():

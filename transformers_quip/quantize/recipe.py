@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class QuantizationReport:
-    """What a calibrated run did.
+    """The result of a calibrated run.
 
     Attributes:
-        data: which text was used, as a sentence.
-        tokens: how many.
-        config: what was settled: the caller's config with the bits of each module where an average was asked for, and
-            with `calibration`, a record of the data and of the mean relative error. It does not hold the data itself.
+        data: the text that was used, as a sentence.
+        tokens: their number.
+        config: the final config: the caller's, with the bits of each module if an average was asked for, and with
+            `calibration`, a record of the data and of the mean relative error. It does not hold the data itself.
         modules: a record for each quantized module, see [`ModuleResult.record`].
         seconds: wall time of each stage: "data", "allocate", "capture", "observe", "round", "replay".
     """
@@ -52,7 +52,7 @@ class QuantizationReport:
 
     @property
     def mean_relative_error(self) -> float:
-        """Over the modules, each counted once."""
+        """The mean over the modules, each counted once."""
         errors = [record["relative_error"] for record in self.modules]
         return sum(errors) / len(errors)
 
@@ -62,7 +62,7 @@ class QuantizationReport:
 def quantize_model(
     model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None, data: tuple[torch.Tensor, str] | None = None
 ) -> QuantizationReport:
-    """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, where the config names them.
+    """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, if the config names them.
 
     For each block in turn: Hessians from one pass over the calibration tokens, all its weights quantized, and the
     block replayed with them. In addition to the model, memory holds one block's Hessians and one set of hidden states (on
@@ -70,12 +70,12 @@ def quantize_model(
 
     Args:
         model: dense, in memory.
-        config: how; it is not changed.
+        config: the options; it is not changed.
         tokenizer: for a data set of text, before `config.tokenizer` and the model's own.
-        data: what [`load_token_ids`] returned, where that was called before the model was loaded.
+        data: the result of [`load_token_ids`], if that was called before the model was loaded.
 
     Returns:
-        What was done to each module, and the config as it was settled.
+        The result for each module, and the final config.
 
     Raises:
         ValueError: see [`make_plan`], [`load_token_ids`] and [`quantize_weights`].
@@ -112,7 +112,7 @@ def _quantize_model(
             bar.set_description("Embeddings")
             with timed(report.seconds, "round"):
                 _quantize_embeddings(model, embeddings, config, done)
-            with timed(report.seconds, "capture"):  # what follows the quantized model enters the first block from them
+            with timed(report.seconds, "capture"):  # batches that follow the quantized model start here
                 again = capture_inputs(model, blocks, ids, config.batch_size)
                 for batch in following:
                     inputs.hidden[batch] = again.hidden[batch]
@@ -177,7 +177,7 @@ def _quantize_embeddings(
 def _quantize_after_blocks(
     model: nn.Module, name: str, hessian: torch.Tensor, config: QuipConfig, done: Callable[[ModuleResult], None]
 ) -> None:
-    """Quantize a linear that reads what the quantized blocks make of the tokens: the output embeddings."""
+    """Quantize a linear that reads the output of the quantized blocks: the output embeddings."""
     configs = {name: config.for_module(name)}
     for module in quantize_group(model, (name,), hessian, configs).values():
         done(module)

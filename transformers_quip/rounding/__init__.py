@@ -27,8 +27,8 @@ def register(name: str, method: Rounding) -> None:
 
     Args:
         name: as `QuipConfig(rounding=name)` will have it; the method's own `name` must be the same.
-        method: see [`Rounding`] for what it must offer, and [`Problem`] for what it gets. A method that needs a Hessian
-            (`needs_hessian = True`) is replaced by the nearest points where a run has no calibration data.
+        method: see [`Rounding`] for its interface, and [`Problem`] for its input. A method that needs a Hessian
+            (`needs_hessian = True`) is replaced by the nearest points if a run has no calibration data.
 
     Raises:
         ValueError: the name is taken, or the method has another name.

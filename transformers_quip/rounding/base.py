@@ -1,4 +1,4 @@
-"""What every rounding method gets and returns, and the measure that all of them minimise."""
+"""The input and output of every rounding method, and the measure that all of them minimise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..codebooks import Codebook
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A weight to round: everything that a rounding method may look at.
+    """A weight to round, with everything that a rounding method may use.
 
     With the errors E = W − Ŵ, the methods make tr(E H Eᵀ) small; two-sided ones tr(E H Eᵀ H_out) ([`proxy_loss`]).
 
@@ -22,9 +22,9 @@ class Problem:
             `codebook.rows_together` and `codebook.block_size`.
         hessian: float32 [n, n], H = E[x xᵀ] of the inputs after the same transforms, symmetric positive definite; None
             without calibration.
-        codebook: whose points are the choice.
+        codebook: the codebook of the points to choose from.
         sweeps: refinement passes over all columns after the first.
-        seed: of a method that rounds at random.
+        seed: random seed, for stochastic methods.
         hessian_out: float32 [m, m], E[g gᵀ] of the loss's gradients g with respect to the outputs, after the transforms;
             None for the identity. Only two-sided methods read it (YAQA, arXiv 2505.22988).
 
@@ -53,9 +53,9 @@ class Problem:
 
     @property
     def required_hessian(self) -> torch.Tensor:
-        """`hessian`, for a method that cannot do without. Raises `ValueError` where there is none."""
+        """`hessian`, for a method that needs it. Raises `ValueError` if it is None."""
         if self.hessian is None:
-            raise ValueError("this rounding method needs the Hessian of the inputs, and the problem has none")
+            raise ValueError("this rounding method needs the Hessian of the inputs, but the problem has none")
         return self.hessian
 
 
@@ -75,12 +75,12 @@ class Rounding(abc.ABC):
     """Chooses the codes of a weight matrix.
 
     Attributes:
-        name: as the config calls it.
-        needs_hessian: whether the method is of use only with a Hessian.
+        name: as in the config.
+        needs_hessian: whether the method is useful only with a Hessian.
         scalar_only: whether it is defined for grids of single weights alone (codebooks of block size 1, whose values are
             one unit apart).
         rows_independent: whether a row (of a codebook that codes several rows together: each such group of rows) is
-            rounded without a look at the others. Then weights that read the same input are rounded as one stack of rows,
+            rounded independently of the others. Then weights that read the same input are rounded as one stack of rows,
             and large ones in chunks of rows; else each weight is a problem of its own.
     """
 
@@ -107,7 +107,7 @@ def proxy_loss(error: torch.Tensor, hessian: torch.Tensor, hessian_out: torch.Te
     """tr(E H Eᵀ), the error of a linear layer's output over the calibration tokens (QuIP, arXiv 2307.13304, eq. 1).
 
     With an output-side Hessian tr(E H Eᵀ H_out), the second-order change of the model's loss (YAQA, arXiv 2505.22988):
-    the Hessian of the loss with respect to the weight is taken for the Kronecker product of both.
+    the Hessian of the loss with respect to the weight is approximated by the Kronecker product of both.
 
     Args:
         error: [m, n], W − Ŵ.

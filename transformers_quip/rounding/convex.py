@@ -12,20 +12,19 @@ from .stochastic import dither
 
 logger = logging.getLogger(__name__)
 
-# The c of the program: how much feedback may add to the variance of one weight's error. The paper's experiments use 1.
+# The c of the program: the variance that feedback may add to one weight's error. The paper's experiments use 1.
 BOUND = 1.0
 _TOLERANCE = 1e-3
 _ITERATIONS = 200
-# The dual value may fall below the last few, but not below all of them (Grippo, Lampariello and Lucidi's line search).
+# The dual value may fall below some of the last values, but not below all (Grippo, Lampariello and Lucidi's line search).
 _MEMORY = 5
 
 
 class Convex(Rounding):
     """The method of QuIP's guarantee for finite grids.
 
-    LDLQ's feedback can add up, and push what is to be rounded beyond the ends of the grid. Here the feedback is the best
-    among those with which no weight moves much further than by its own rounding; that is drawn by lot, so that errors
-    do not conspire.
+    LDLQ's feedback can add up, and push a weight beyond the ends of the grid. Here the feedback is the best among those
+    with which no weight moves much further than by its own rounding. Rounding is stochastic, so that errors do not align.
     """
 
     name = "convex"

@@ -7,7 +7,7 @@ from .sequential import inverse_of_blocks, start, sweep
 
 
 class Greedy(Rounding):
-    """Every block to the point that is best while all others stay as they are, until nothing changes.
+    """Move every block to the best point while all others are fixed, until nothing changes.
 
     The first pass starts from Ŵ = W: a column is rounded as if those after it could be kept exactly.
     """

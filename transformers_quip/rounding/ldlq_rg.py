@@ -11,7 +11,7 @@ from .ldlq import LDLQ
 
 
 class LDLQRG(Rounding):
-    """LDLQ, the most important columns first: what they lose can still be made good by all others.
+    """LDLQ with the most important columns first: all others can still compensate their errors.
 
     A codebook of several weights keeps its blocks of neighbours together; a block's importance is the trace of its part
     of H.

@@ -16,8 +16,8 @@ class QuantEase(Rounding):
 
     The best pass of each row is kept (of each group of rows that are coded together).
 
-    It asks of H only a positive diagonal (diagonal blocks that have an inverse, for a codebook of several weights), and
-    so serves where a Cholesky factor does not exist.
+    H needs only a positive diagonal (or, for a codebook of several weights, diagonal blocks with an inverse), so this
+    method is the fallback for a Hessian without a Cholesky factor.
     """
 
     name = "quantease"

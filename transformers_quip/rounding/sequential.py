@@ -1,4 +1,4 @@
-"""The two loops that sequential methods are made of: rounding with linear feedback, and coordinate descent.
+"""The two loops of all sequential methods: rounding with linear feedback, and coordinate descent.
 
 Both go through the columns from the last to the first, in panels: within a panel the codebook's own loop runs
 ([`Codebook.round_panel`]), between panels one large matrix product. The result does not depend on the panels.
@@ -23,8 +23,8 @@ def round_with_feedback(
     Args:
         weight: float32 [m, n].
         feedback: float32 [n, n]; only blocks below the diagonal are read.
-        codebook: whose points are the choice.
-        offset: float32 [m, n], added to what is rounded but not counted as its error (a dither).
+        codebook: the codebook of the points to choose from.
+        offset: float32 [m, n], added before rounding but not counted as an error (a dither).
     """
     codes = torch.empty(codebook.codes_shape(*weight.shape), dtype=codebook.code_dtype, device=weight.device)
     points = torch.zeros_like(weight)
@@ -39,7 +39,7 @@ def round_with_feedback(
 
 
 def start(weight: torch.Tensor, codebook: Codebook) -> Rounded:
-    """The start of coordinate descent before anything is rounded: Ŵ = W, and codes without a meaning."""
+    """The start of coordinate descent, before any rounding: Ŵ = W, and codes without a meaning."""
     codes = torch.zeros(codebook.codes_shape(*weight.shape), dtype=codebook.code_dtype, device=weight.device)
     return Rounded(codes, weight.clone())
 

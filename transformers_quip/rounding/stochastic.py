@@ -29,8 +29,8 @@ def dither(weight: torch.Tensor, seed: int) -> torch.Tensor:
     """Noise after which the nearest of the values one unit apart is the stochastic choice: uniform in [−½, ½].
 
     Args:
-        weight: whose shape, dtype and device the noise gets; drawn on the CPU, the same for every device.
-        seed: of the generator.
+        weight: the noise gets its shape, dtype and device. It is drawn on the CPU, so it is the same for every device.
+        seed: random seed.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(weight.shape, generator=generator, dtype=weight.dtype, device="cpu") - 0.5

@@ -1,7 +1,7 @@
 """Loads transformers_quip in every Python that is started with this folder on PYTHONPATH, when it imports Transformers.
 
-Python imports a module of this name when it starts. What else of that name is on the path is run too. Nothing is imported
-here that a program has not imported itself; a program that does not import Transformers does not notice.
+Python imports a module of this name when it starts. Other modules of that name on the path are run too. Nothing is
+imported here that a program has not imported itself: a program that does not import Transformers is not affected.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Fast kernels of transformers-quip: the ground floor, which knows tensors and nothing else of the project.
+"""Fast kernels of transformers-quip. They work on plain tensors and do not depend on the rest of the project.
 
-`cpu` is the compiled library for CPUs. `layout` (with its forms `e8p` and `e8`) is how codes lie on GPUs, and `gpu` the
-Triton kernels that read them, which is imported when it is first asked for: that needs the package `triton`.
+`cpu` is the compiled library for CPUs. `layout` (with its forms `e8p` and `e8`) defines how codes are stored on GPUs.
+`gpu` has the Triton kernels that read them; it is imported on first use, because it needs the package `triton`.
 """
 
 from __future__ import annotations

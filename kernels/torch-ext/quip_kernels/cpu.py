@@ -1,7 +1,7 @@
 """The compiled CPU library: plain C behind ctypes, so that one build serves every version of Python and PyTorch.
 
-The library is built where a C compiler is found at install time. Without it, or on a processor for which it was not
-built, [`is_available`] is False and callers use their PyTorch path, which gives the same results more slowly.
+The library is built at install time if a C compiler is found. Without it, or on a processor for which it was not built,
+[`is_available`] is False, and callers fall back to PyTorch, which gives the same results more slowly.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from .cpu_library import library, loaded
 
 MOST_COLUMNS = 256  # of a panel, fixed in the C source
-# What may follow E8P as a second stage, by the numbers of the C source; codes are then int32: those of E8P, and below
-# them 8 bits (E8) or 16 (E8P) of the second stage's.
+# The codebooks of a second stage after E8P, by their numbers in the C source. Codes are then int32: the E8P code, and
+# below it 8 bits (E8) or 16 bits (E8P) for the second stage.
 SECOND_STAGES = {None: 0, "e8": 1, "e8p": 2}
 
 

@@ -1,4 +1,4 @@
-"""Descriptions of layers for the CPU library, kept: to make and check one takes longer than to compute a small layer."""
+"""Cached descriptions of layers for the CPU library: making and checking one takes longer than computing a small layer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def description(
 ) -> tuple[Description, int]:
     """The description of a layer, which must be kept as long as it is used, and its address.
 
-    A description holds only what is in its key, so one is right for all tensors that have the same key: their addresses,
-    shapes and types. Addresses of different devices differ.
+    A description depends only on its key, so it is right for all tensors with the same key: their addresses, shapes and
+    types. Addresses of different devices differ.
 
     Args:
-        names: all else that decides what is in it, hashable; objects whose addresses are in it are kept alive by the key.
+        names: everything else that the description depends on, hashable; the key keeps these objects alive.
         tensors: all contiguous.
-        make: checks the tensors, and describes them.
+        make: checks the tensors and describes them.
     """
     key = (names, *(None if v is None else (v.data_ptr(), v.shape, v.dtype) for v in tensors))
     found = _layers.get(key)

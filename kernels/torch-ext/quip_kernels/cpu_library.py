@@ -1,4 +1,4 @@
-"""Loading the compiled CPU library, and what it finds on this machine."""
+"""Load the compiled CPU library, and find the instruction sets of this processor."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class TrellisArguments(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where there is none or it does not load (which is a warning)."""
+    """The library; None if it does not exist, or does not load (with a warning)."""
     if not PATH.exists():
-        logger.debug("quip_kernels: no compiled CPU library beside %s, using PyTorch", __file__)  # whoever asks says so
+        logger.debug("quip_kernels: no compiled CPU library next to %s, using PyTorch", __file__)  # callers report it
         return None
     try:
         found = ctypes.CDLL(str(PATH))
@@ -104,10 +104,10 @@ def library() -> ctypes.CDLL | None:
 
 
 def loaded() -> ctypes.CDLL:
-    """The library. Raises `RuntimeError` where there is none: ask `cpu.is_available` first."""
+    """The library. Raises `RuntimeError` if it is missing: check `cpu.is_available` first."""
     found = library()
     if found is None:
-        raise RuntimeError("quip_kernels: there is no compiled CPU library; cpu.is_available() tells")
+        raise RuntimeError("quip_kernels: the compiled CPU library is missing; check cpu.is_available() first")
     return found
 
 
@@ -122,10 +122,10 @@ def _openmp_entry() -> int | None:
 
 @functools.cache
 def default_level() -> int:
-    """The instruction set that products use: the best of this processor, or what QUIP_KERNELS_CPU_LEVEL names.
+    """The instruction set of the products: the best of this processor, or the one in QUIP_KERNELS_CPU_LEVEL.
 
     Raises:
-        ValueError: the variable names no level, or one that this processor has not.
+        ValueError: the variable does not name a level, or names one that this processor does not have.
     """
     best: int = loaded().quip_cpu_level()
     wanted = os.environ.get(LEVEL_VARIABLE, "")

@@ -22,7 +22,7 @@ from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, Trans
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PLANES = (1, 2, 3)
-_LEAST_SIGNS, _MOST_SIGNS = 28, 128  # with fewer, plain products are as quick; with more, addresses do not fit
+_LEAST_SIGNS, _MOST_SIGNS = 28, 128  # with fewer, plain products are as fast; with more, addresses do not fit
 MOST_FEATURES = 1 << 18  # inputs of a layer, fixed in the C source
 # The number of the second stage that codes of this type belong to; see `cpu.SECOND_STAGES`.
 _SECOND = {torch.uint8: SECOND_STAGES["e8"], torch.int16: SECOND_STAGES["e8p"]}
@@ -74,11 +74,11 @@ def linear(
     codes_residual: torch.Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> torch.Tensor:
-    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias for E8P codes; what is None is left out.
+    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias for E8P codes; a part that is None is left out.
 
-    With a second stage, Ŵ is that of the E8P codes and `residual_scale` times that of `codes_residual`.
+    With a second stage, Ŵ is the weight of the E8P codes plus `residual_scale` times the weight of `codes_residual`.
 
-    Meant for few vectors: every vector is multiplied by the codes themselves, in the same way however many there are.
+    Meant for few vectors: every vector is multiplied by the codes themselves, independently of the other vectors.
     The result does not depend on the number of threads.
 
     Args:
@@ -87,7 +87,7 @@ def linear(
         su: [n]; sv, bias: [m]; each float32, bfloat16 or float16.
         transform_in, transform_out: of sizes n and m.
         planes: 3 for the accuracy of float32; 2 or 1 for activations of 16 or 8 bits.
-        dtype: of the result; None: that of x.
+        dtype: of the result; None: the dtype of x.
         level: instruction set, an index of `cpu_library.LEVELS`; None: [`default_level`].
         codes_residual: of the shape of codes; int16 for E8P again, uint8 for the one-byte E8.
 
@@ -119,7 +119,7 @@ def linear(
         default_level() if level is None else level,
         torch.get_num_threads(),
     )
-    del layer  # had to live until here, whatever other threads do to the cache
+    del layer  # kept alive until here, even if another thread drops it from the cache
     if failed:
         raise MemoryError(f"no memory for {count} vectors of {n} inputs and {m} outputs")
     return y
@@ -193,7 +193,7 @@ def transform(
     Args:
         x: float32, bfloat16 or float16 [..., n].
         before, after, bias: [n] of such a dtype, or None.
-        dtype: of the result; None: that of x.
+        dtype: of the result; None: the dtype of x.
         out: a contiguous tensor [..., n] to write to, of such a dtype (then `dtype` is not read); None: a new one.
 
     Raises:
@@ -280,7 +280,7 @@ def _second_stage(codes: torch.Tensor, codes_residual: torch.Tensor | None) -> i
 
 
 def rows_of(x: torch.Tensor, size: int) -> torch.Tensor:
-    """x as [vectors, size] with neighbours in memory along the last dimension; a copy only where it must be."""
+    """x as [vectors, size] with neighbours in memory along the last dimension; copied only if necessary."""
     rows = x.reshape(-1, size) if x.numel() else x.new_empty(0, size)
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
@@ -301,7 +301,7 @@ def type_of(tensor: torch.Tensor, name: str) -> int:
 
 
 def _signs(factor: torch.Tensor) -> torch.Tensor | None:
-    """Of a matrix whose entries have one size, the address of each four in a row: uint16 [order, order/4].
+    """Of a matrix whose entries have one magnitude, the address of each four in a row: uint16 [order, order/4].
 
     The sixteen sums ± a ± b ± c ± d of four entries of two neighbouring columns are 128 bytes each, one after the other.
     None for another matrix, and for one whose sums would have addresses of more than 16 bits.

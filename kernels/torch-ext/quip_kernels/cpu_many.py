@@ -1,9 +1,8 @@
 """E8P layers of many vectors of 16 bits, on a processor with AMX.
 
-Vectors are rotated sixteen at a time, side by side, in what the C source calls a bundle. Each thread decodes a few rows of
-the weight, multiplies all bundles by them while they are in its cache, and forgets them. Products are those of bfloat16
-numbers, summed in float32, as a dense layer's are, or exact ones of the weight with int8; what is between them and the
-result is float32.
+Vectors are rotated sixteen at a time, side by side, in a "bundle" (see bundles.h). Each thread decodes a few rows of the
+weight, multiplies all bundles by them while they are in its cache, and drops them. Products are either bfloat16 products
+summed in float32, as in a dense layer, or exact products of the weight with int8. All further arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from .cpu_linear import DTYPES, Transform, contiguous, layer_of, rows_of
 WHOLE = 32  # sizes of layers are multiples of this
 _DTYPES = {False: (torch.bfloat16,), True: (torch.bfloat16, torch.float16)}  # of x, by whether it becomes int8
 _BUNDLE = 16
-_TILE = 16  # words of 32 bits that a tile has of each row, and
-_MARGIN = 64  # bytes between decoded rows; both are fixed in the C source
-_MOST_DECODED = 1 << 19  # weights that a thread has decoded at a time: half of a cache
-_PIECES = 8  # that each thread takes its share in, at least where there are so many rows
-_TOGETHER = 512  # vectors of which there are products in float32 at a time
+_TILE = 16  # words of 32 bits of each row in a tile; fixed in the C source
+_MARGIN = 64  # bytes between decoded rows; fixed in the C source
+_MOST_DECODED = 1 << 19  # weights that a thread holds decoded at a time: half of a cache
+_PIECES = 8  # the least number of pieces of each thread's share, if there are enough rows
+_TOGETHER = 512  # vectors whose float32 products exist at a time
 
 
 def is_available() -> bool:
-    """Whether the library was built with these kernels, this processor has what they need, and nobody asked for less."""
+    """Whether the library has these kernels, the processor can run them, and no lower instruction level was requested."""
     return library() is not None and LEVELS[default_level()] == "avx512" and _has_amx()
 
 
@@ -44,18 +43,18 @@ def takes(dtype: torch.dtype, m: int, n: int, int8: bool) -> bool:
 def rotated_shape(vectors: int, n: int, int8: bool = False) -> tuple[int, int, int]:
     """The shape of rotated inputs, int32: each is two neighbouring entries of a vector in bfloat16, or four in int8.
 
-    With int8, zeros complete the entries to whole tiles, and the last row has the units of the vectors, in float32.
+    With int8, zeros complete the entries to whole tiles, and the last row has the scales of the vectors, in float32.
     """
     return _even_bundles(vectors), _words(n, int8) + int8, _BUNDLE
 
 
 def workspace(vectors: int, m: int, n: int) -> int:
-    """Numbers of float32 that [`linear`] needs to work with, with PyTorch's present number of threads."""
+    """Size in float32 numbers of the workspace of [`linear`], with PyTorch's current number of threads."""
     return plan(vectors, m, n, False, torch.get_num_threads()).workspace
 
 
 class Plan(NamedTuple):
-    """What [`run`] is told of so many vectors: shape of the rotated inputs, numbers of float32, rows decoded at a time."""
+    """The sizes that [`run`] needs: shape of the rotated inputs, float32 numbers, rows decoded at a time."""
 
     rotated_shape: tuple[int, int, int]
     workspace: int
@@ -65,7 +64,7 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan(vectors: int, m: int, n: int, int8: bool, threads: int) -> Plan:
-    """See [`Plan`]; that of every layer size is kept, because it takes as long as a small layer."""
+    """See [`Plan`]; cached for every layer size, because making one takes as long as a small layer."""
     sums, rows = _even_bundles(min(vectors, _TOGETHER)) * _BUNDLE * m, _rows(m, n, threads)
     decoded = threads * rows * (n // 2 + _MARGIN // 4)
     workspace = sums + max(decoded, (2 * threads * _BUNDLE + 2) * max(m, n))
@@ -87,7 +86,7 @@ def linear(
     residual_scale: float = 1.0,
     int8: bool = False,
 ) -> torch.Tensor:
-    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias; what is None is left out.
+    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias; a part that is None is left out.
 
     The result depends neither on the number of threads nor on the other vectors.
 
@@ -95,8 +94,8 @@ def linear(
         x: bfloat16 [..., n], or float16 if `int8`; n a multiple of 32.
         codes, su, sv, bias, transform_in, transform_out, codes_residual, residual_scale: see `cpu_linear.linear`; m is a
             multiple of 32.
-        int8: whether rotated inputs are rounded to int8, each vector in units of its own; for codes of one stage.
-        rotated: int32 of `rotated_shape`, for Q_inᵀ( su ⊙ x ): what it holds already if `is_rotated`, else written here.
+        int8: whether rotated inputs are rounded to int8, each vector with a scale of its own; for codes of one stage.
+        rotated: int32 of `rotated_shape`, for Q_inᵀ( su ⊙ x ): read if `is_rotated`, else written here.
         memory: float32 [`workspace`] to work with.
 
     Returns:
@@ -118,14 +117,14 @@ def linear(
             f"on {x.device}, {n} and {m}"
         )
     if int8 and codes_residual is not None:
-        raise ValueError("int8 inputs are for codes of one stage, and there are two")
+        raise ValueError("int8 inputs are for codes of one stage, got two stages")
     count, threads = len(rows), torch.get_num_threads()
     planned = plan(count, m, n, int8, threads)
     _check(rotated, "rotated", torch.int32, planned.rotated_shape)
     _check(memory, "memory", torch.float32, (planned.workspace,))
     y = x.new_empty(*x.shape[:-1], m)
     run(address, rows, y, count, rows.stride(0), rotated, is_rotated, int8, memory, planned, threads)
-    del layer  # had to live until here, whatever other threads do to the cache
+    del layer  # kept alive until here, even if another thread drops it from the cache
     return y
 
 
@@ -146,7 +145,7 @@ def run(
 
     Args:
         address: of the layer's description (`cpu_linear.layer_of`).
-        planned: for so many vectors and threads.
+        planned: the plan for this number of vectors and threads.
     """
     start = memory.data_ptr()
     loaded().quip_linear_many(
@@ -176,7 +175,7 @@ def _words(n: int, int8: bool) -> int:
 
 
 def _rows(m: int, n: int, threads: int) -> int:
-    """Rows that a thread decodes at a time: whole tiles, in pieces that all threads have about equally many of."""
+    """Rows that a thread decodes at a time: whole tiles, so that all threads get about the same number of pieces."""
     return max(1, min(_MOST_DECODED // n, m // (_PIECES * threads)) // WHOLE) * WHOLE
 
 

@@ -1,7 +1,7 @@
 """Linear layers of trellis codes on the CPU: the fused layer, its products alone, and the decoded weight.
 
-The library (`cpu.is_available`) computes values from the codes as it goes, in float32, and keeps none of them. What codes
-and tables mean is described in `transformers_quip.codebooks.trellis`.
+The library (`cpu.is_available`) decodes the weights to float32 during the product and does not store them. Codes and tables
+are described in `transformers_quip.codebooks.trellis`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TrellisTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, t
 
 
 class Layout(NamedTuple):
-    """What the codes of a weight are: one of `CODES`, bits per weight, and one of `ORDERS`."""
+    """The format of the codes of a weight: one of `CODES`, bits per weight, and one of `ORDERS`."""
 
     code: str
     k: int
@@ -43,7 +43,7 @@ def linear(
     table: torch.Tensor | None = None,
     level: int | None = None,
 ) -> torch.Tensor:
-    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias in float32 arithmetic; what is None is left out.
+    """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias in float32 arithmetic; a part that is None is left out.
 
     The result depends neither on threads nor on the other vectors.
 
@@ -52,7 +52,7 @@ def linear(
         codes: int16 [m, n/16·K], m a multiple of 16.
         su: [n]; sv, bias: [m]; each float32, bfloat16 or float16.
         transform_in, transform_out: of sizes n and m.
-        layout: what the codes are.
+        layout: the format of the codes.
         table: float32, bfloat16 or float16 [2^Q, V] for a code of `TABULATED`.
         level: instruction set, an index of `cpu_library.LEVELS`; None: `default_level`.
 
@@ -77,14 +77,14 @@ def linear(
         ),
         layout,
     )
-    del layer, tensors  # had to live until here, whatever other threads do to the cache
+    del layer, tensors  # kept alive until here, even if another thread drops them from the cache
     return y
 
 
 def products(
     x: torch.Tensor, codes: torch.Tensor, layout: Layout, table: torch.Tensor | None = None, level: int | None = None
 ) -> torch.Tensor:
-    """Ŵ x for every vector: [`linear`] without all the rest."""
+    """Ŵ x for every vector: [`linear`] without transforms, su, sv and bias."""
     return linear(x, codes, None, None, None, None, None, layout, table, level)
 
 
@@ -103,7 +103,7 @@ def decode(
         codes, layout, table, level: see [`linear`].
         columns: n.
         dtype: of the result.
-        out: where to put it; None: new memory.
+        out: the tensor to write to; None: a new one.
 
     Raises:
         ValueError: a tensor or the dtype is not as described.

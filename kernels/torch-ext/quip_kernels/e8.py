@@ -6,7 +6,7 @@ most 2, or one of 15 of squared norm 4. The weights are multiples of 1/2, and th
     w = (nibble − 8) / 2        nibble in 4 … 12
 
 in the order of `e8p`. In the kernel layout byte i of an int32 word is code i of four: the codes themselves, in one plane
-whose rows are completed as those of E8P.
+whose rows are completed like the rows of E8P.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     rows, count = codes.shape
     width = words(count * 8)
     planes = torch.zeros(1, rows, width, dtype=torch.int32, device=codes.device)
-    # byte by byte: the order of bytes in a word is the machine's, that of the layout is not
+    # byte by byte: the layout fixes the order of bytes in a word, whatever the machine's byte order is
     for i in range(CODES_PER_WORD):
         column = codes[:, i::CODES_PER_WORD].to(torch.int32)
         planes[0, :, : column.shape[1]] |= column << (8 * i)
@@ -66,13 +66,13 @@ def unpack(planes: torch.Tensor, columns: int) -> torch.Tensor:
 
     Args:
         planes: int32 [1, m, words].
-        columns: weights in a row; tells how many of the last codes are real.
+        columns: weights in a row, by which the completing codes at the end are dropped.
 
     Returns:
         uint8 [m, ⌈columns / 8⌉].
 
     Raises:
-        ValueError: the plane is not that of rows of so many weights.
+        ValueError: the plane does not fit rows of this many weights.
     """
     check(planes, columns)
     codes = torch.stack([(planes[0] >> (8 * i)) & 0xFF for i in range(CODES_PER_WORD)], dim=2)
@@ -80,7 +80,7 @@ def unpack(planes: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def check(planes: torch.Tensor, columns: int) -> None:
-    """Raise `ValueError` unless this is the plane of a matrix with so many columns."""
+    """Raise `ValueError` unless this is the plane of a matrix with this many columns."""
     if planes.dtype != torch.int32 or planes.ndim != 3 or planes.shape[0] != 1 or planes.shape[2] != words(columns):
         raise ValueError(
             f"the kernel layout of {columns} columns of E8 codes is int32 [1, m, {words(columns)}], "

@@ -6,18 +6,19 @@ multiples of 1/4,
 
     w = (2·nibble − 15) / 4        nibble in 2 … 13,
 
-and what the kernels work on is the 32-bit word of the eight nibbles of a code:
+and the kernels work on the 32-bit word of the eight nibbles of a code:
 
-    nibbles = table[pattern + 256·p] XOR 14·signs        (each of signs one bit a nibble; their number is even)
+    nibbles = table[pattern + 256·p] XOR 14·signs        (signs: one bit for each nibble; an even number of them are set)
 
 In the kernel layout 4 codes of a row (32 weights) share a word in each of two int32 planes, so that a thread loads 128 bits
-of either at once. Kernels are limited by instructions, so the bits lie where few of those bring them to their places:
+of either at once. Kernels are limited by the number of instructions, so the bits are arranged for few of them:
 
     indices   bits 9i … 9i + 8 = the index of code i (pattern + 256·p); of code 3, the lower 5 bits
     signs     bits 0 … 3 = the upper 4 bits of the index of code 3
               bit 4k + i = bit 4(k − 1) + i XOR the sign of nibble k of code i        k = 1 … 7
 
-so that signs XOR (signs rotated by 4 to the left) has the sign of every nibble; that of nibble 0, as the number is even.
+so that signs XOR (signs rotated by 4 to the left) has the sign of every nibble; also of nibble 0, because an even number
+of signs are set.
 
 Nibble 2j + h of a code is its weight 4h + j: the nibbles at even places are the first four weights, so that four
 consecutive 8-bit activations face four bytes of masked nibbles. Bit 0, which the parity flips, belongs to nibble 0. The
@@ -33,10 +34,10 @@ import torch
 
 CODES_PER_WORD = 4
 WEIGHTS_PER_WORD = 32
-# Rows are completed to so many words with codes 0 (which meet activations 0): 128-bit loads stay aligned.
+# Rows are completed to this many words with codes 0 (which meet activations 0): 128-bit loads stay aligned.
 WORDS_ALIGNMENT = 4
 
-# Coordinates that are 1/2 (the other five are 3/2) in the last 29 patterns, those of squared norm 12.
+# Coordinates that are 1/2 (the other five are 3/2) in the last 29 patterns, of squared norm 12.
 _NORM_TWELVE = (
     "123 023 013 012 367 357 347 356 346 345 267 257 247 256 246 245 167 157 147 156 146 045 067 057 047 056 046 014 237"
 )
@@ -91,7 +92,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     rows, count = codes.shape
     width = words(count * 8)
     planes = torch.zeros(2, rows, width, dtype=torch.int32, device=codes.device)
-    # A few rows at a time: the 32-bit copies of a whole matrix would weigh more than the matrix.
+    # A few rows at a time: 32-bit copies of the whole matrix would take more memory than the matrix.
     for first in range(0, rows, 1024):
         part = codes[first : first + 1024]
         part = torch.nn.functional.pad(part, (0, width * CODES_PER_WORD - count)).to(torch.int32) & 0xFFFF
@@ -117,13 +118,13 @@ def unpack(planes: torch.Tensor, columns: int) -> torch.Tensor:
 
     Args:
         planes: int32 [2, m, words].
-        columns: weights in a row; tells how many of the last codes are real.
+        columns: weights in a row, by which the completing codes at the end are dropped.
 
     Returns:
         int16 [m, ⌈columns / 8⌉].
 
     Raises:
-        ValueError: the planes are not those of rows of so many weights.
+        ValueError: the planes do not fit rows of this many weights.
     """
     check(planes, columns)
     rows, width = planes.shape[1:]
@@ -143,7 +144,7 @@ def unpack(planes: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def check(planes: torch.Tensor, columns: int) -> None:
-    """Raise `ValueError` unless these are the planes of a matrix with so many columns."""
+    """Raise `ValueError` unless these are the planes of a matrix with this many columns."""
     if planes.dtype != torch.int32 or planes.ndim != 3 or planes.shape[0] != 2 or planes.shape[2] != words(columns):
         raise ValueError(
             f"the kernel layout of {columns} columns is int32 [2, m, {words(columns)}], "

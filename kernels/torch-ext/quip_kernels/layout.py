@@ -18,13 +18,13 @@ _BY_PLANES = {2: e8p, 1: e8}
 
 
 class Stage(NamedTuple):
-    """One stage of a weight, as kernels are given it: factor · (the weights that the planes stand for).
+    """One stage of a weight, as kernels take it: factor · (weights of the planes).
 
     Attributes:
         planes: int32 [2, m, words] or [1, m, words].
         table: int32 [512] or [256], on their device.
-        signed: whether there is a plane of signs.
-        factor: what multiplies the weights.
+        signed: whether the layout has a plane of signs.
+        factor: the factor of the weights.
     """
 
     planes: torch.Tensor
@@ -41,7 +41,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(planes: torch.Tensor, columns: int) -> torch.Tensor:
-    """The codes of a kernel layout: the inverse of [`pack`]. Raises `ValueError` for what is none of `columns` columns."""
+    """The codes of a kernel layout: the inverse of [`pack`]. Raises `ValueError` if it does not have `columns` columns."""
     return _form(planes, columns).unpack(planes, columns)
 
 
@@ -55,13 +55,13 @@ def stages(
         columns: n.
 
     Raises:
-        ValueError: they are none, or not of one shape.
+        ValueError: they are not kernel layouts, or not of one shape.
     """
     result = [Stage(planes, _form(planes, columns).table(planes.device), planes.shape[0] == 2, 1.0)]
     if residual is not None:
         table = _form(residual, columns).table(residual.device)
         if residual.shape[1] != planes.shape[1]:
-            raise ValueError(f"stages of {planes.shape[1]} and {residual.shape[1]} rows are not of one weight")
+            raise ValueError(f"stages of {planes.shape[1]} and {residual.shape[1]} rows do not belong to one weight")
         result.append(Stage(residual, table, residual.shape[0] == 2, residual_scale))
     return tuple(result)
 

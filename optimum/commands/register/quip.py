@@ -1,4 +1,4 @@
-"""`optimum-cli quip …`: Optimum finds this file by its place and hands everything after `quip` to our command line."""
+"""`optimum-cli quip …`: Optimum finds this file by its path; it passes everything after `quip` to our command line."""
 
 from argparse import REMAINDER, ArgumentParser
 
@@ -18,7 +18,7 @@ class QuipCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Everything is for us; --help too."""
+        """Takes all arguments, including --help."""
         parser.add_argument("arguments", nargs=REMAINDER)
         parser.print_help = lambda file=None: _main(["--help"])
 

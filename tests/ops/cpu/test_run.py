@@ -148,7 +148,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(without_library
         torch.ops.quip.linear(*args)
     assert relative_error(y, args) < 1e-6
     assert [record.getMessage() for record in caplog.records] == [
-        "there is no compiled CPU library (it is built where a C compiler is found at install time): quantized layers "
+        "the compiled CPU library is missing (it is built if a C compiler is found at install time): quantized layers "
         "run through PyTorch, which is slower"
     ]
 

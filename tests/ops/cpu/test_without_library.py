@@ -15,7 +15,7 @@ from transformers_quip.ops.cpu import run as cpu
 
 @pytest.fixture(params=["missing", "of another machine"])
 def found(request, tmp_path, monkeypatch, caplog):
-    """Why there is no library."""
+    """The reason why the library is missing."""
     path = tmp_path / "_cpu.so"
     if request.param != "missing":
         path.write_bytes(b"\x7fELF of something else")
@@ -57,7 +57,7 @@ def test_layers_are_exact_and_one_line_says_that_they_are_slower(found, activati
     lines = [record for record in caplog.records if record.name.startswith(("transformers_quip", "quip_kernels"))]
     told = [record.getMessage() for record in lines if record.levelno == logging.INFO]
     assert len(told) == 1
-    assert "there is no compiled CPU library" in told[0]
+    assert "the compiled CPU library is missing" in told[0]
     warnings = [record.getMessage() for record in lines if record.levelno > logging.INFO]
     assert len(warnings) == (found != "missing")
     assert all("does not load" in line for line in warnings)

@@ -1,8 +1,8 @@
-"""Checkpoints of ExLlamaV3 ("exl3"): trellis codes of 1 to 8 bits, each linear with its own number of them.
+"""Checkpoints of ExLlamaV3 ("exl3"): trellis codes of 1 to 8 bits, chosen for each linear.
 
-The format was read off the published package; `config.json` has a "quantization_config" with quant_method "exl3", but only
-the tensors tell how each linear is stored. With n' and m' the next multiples of 128, and H the Hadamard transform of blocks
-of 128 numbers,
+The format was derived from the published package. `config.json` has a "quantization_config" with quant_method "exl3", but
+only the tensors tell how each linear is stored. With n' and m' the next multiples of 128, and H the Hadamard transform of
+blocks of 128 numbers,
 
     y = C_m ( svh ⊙ H Ŵ H C_nᵀ ( suh ⊙ x ) ) + bias
 """
@@ -30,7 +30,7 @@ class Exl3(Family):
     kinds = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1", "scale")
 
     def check(self, parameters: Mapping[str, Any]) -> None:
-        """See [`Family.check`]. Nothing: versions differ in the tensors only."""
+        """See [`Family.check`]. Accepts everything: versions differ in the tensors only."""
 
     def folded_factor(self, config: Any, name: str) -> float:
         """See [`Family.folded_factor`]."""

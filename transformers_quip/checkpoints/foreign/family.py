@@ -1,4 +1,4 @@
-"""What a family of foreign checkpoints has to say about itself, so that the rest is common to all."""
+"""The interface of a family of foreign checkpoints; everything else is common to all families."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..headers import DAMAGED, TensorInfo
 
 @dataclass(frozen=True)
 class Form:
-    """The native form of one quantized linear, and what is needed to re-pack its tensors.
+    """The native form of one quantized linear, with the details needed to re-pack its tensors.
 
     Attributes:
         rows, columns: m and n of the linear, without padding.
         codebook, incoherence, residual_scale: as in `QuipConfig`; incoherence a pair.
-        layout: see there.
-        details: what the family's `repack` wants to know besides.
+        layout: see [`Layout`].
+        details: further values for the family's `repack`.
     """
 
     rows: int
@@ -46,7 +46,7 @@ class Source:
 
     Attributes:
         name: of the linear in the file.
-        tensors: what the file says of each, by the last part of its name.
+        tensors: shape, type and file of each, by the last part of its name.
         keys: their names, as Transformers has renamed them.
         read: reads one of them, by the last part of its name; for small ones only, while the loading is planned.
     """
@@ -63,7 +63,7 @@ class Source:
         return int(self.read(kind))
 
     def shape(self, kind: str) -> tuple[int, ...] | None:
-        """Of the tensor, None if there is none."""
+        """The shape of a tensor; None if the tensor is missing."""
         info = self.tensors.get(kind)
         return None if info is None else info.shape
 
@@ -71,7 +71,7 @@ class Source:
         """The shape of a tensor that must be there, with one of these types (and this shape).
 
         Raises:
-            ValueError: it is missing or other than that.
+            ValueError: it is missing, or its type or shape is another.
         """
         info = self.tensors.get(kind)
         if info is None:
@@ -86,13 +86,13 @@ FLOATING = ("F16", "BF16", "F32")
 
 
 class Family(abc.ABC):
-    """A family of checkpoints, such as those of QuIP#.
+    """A family of checkpoints, such as QuIP#'s.
 
     Attributes:
         name: for messages.
         marker: the kind of tensor (the last part of its name) that every quantized linear has.
-        kinds: all of them but the bias.
-        fused: names of linears that are stored as one, by the name under which they are.
+        kinds: all kinds of tensors except the bias.
+        fused: names of linears that are stored as one fused linear, by the name of the fused one.
     """
 
     name: str
@@ -101,12 +101,12 @@ class Family(abc.ABC):
     fused: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def siblings(self, name: str) -> dict[str, str]:
-        """Tensors of a linear that are not called after it: kind → name."""
+        """Tensors of a linear that are stored under other modules: kind → name."""
         return {}
 
     @abc.abstractmethod
     def check(self, parameters: Mapping[str, Any]) -> None:
-        """Look at the checkpoint's description of itself. Raises `ValueError` for what is not supported, by name."""
+        """Look at the checkpoint's description of itself. Raises `ValueError` that names the first unsupported option."""
 
     def folded_factor(self, config: Any, name: str) -> float:
         """The number by which the package multiplied the weight of a linear before it was quantized.
@@ -139,7 +139,7 @@ class Family(abc.ABC):
 
         Args:
             tensors: by kind, as [`Source.tensors`] lists them, all on one device; without the bias.
-            form: what [`describe`] said.
+            form: the result of [`describe`].
 
         Returns:
             By the names of the parameters of `nn.QuipLinear` (`nn.general.GeneralLinear`), contiguous.
@@ -147,7 +147,7 @@ class Family(abc.ABC):
 
 
 def is_one_of(value: Any, known: Collection[str]) -> bool:
-    """Whether a value out of a JSON file is one of these names; it may be of any type, also one without a hash."""
+    """Whether a value out of a JSON file is one of these names; it may be of any type, even unhashable."""
     return isinstance(value, str) and value in known
 
 
@@ -162,7 +162,7 @@ def is_finite_number(value: Any) -> bool:
 
 
 def is_true(parameters: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """Whether a flag of a config is set, which may be missing or null. Raises `ValueError` if it is no boolean."""
+    """Whether a flag of a config is set, which may be missing or null. Raises `ValueError` if it is not a boolean."""
     value = parameters.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"The checkpoint's config has {key}={value!r}, which must be true or false")

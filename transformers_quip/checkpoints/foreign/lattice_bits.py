@@ -69,7 +69,7 @@ def _permute_bits(words: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
 
 @functools.cache
 def _permuted(places: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What becomes of each low and of each high half of a word: int32 [65536]."""
+    """The results for all low halves and for all high halves of a word: int32 [65536]."""
     with torch.device("cpu"):  # models are built under torch.device("meta")
         halves = torch.arange(65536, dtype=torch.int64)
         low, high = torch.zeros_like(halves), torch.zeros_like(halves)

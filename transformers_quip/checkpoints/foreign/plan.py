@@ -1,4 +1,4 @@
-"""Checkpoints of other packages: which family they are of, and where each of their tensors goes in the model.
+"""Plan the loading of a checkpoint of another package: its family, and the place of each of its tensors in the model.
 
 Nothing here reads a large tensor. The result is a [`ForeignPlan`]: the native config, and for every quantized linear the
 tensors that it is made of and a pure function that re-packs them.
@@ -32,7 +32,7 @@ from .quip_sharp import QuipSharp
 
 logger = logging.getLogger(__name__)
 
-# What a quantization_config names as its quant_method. A config with "quip_params" has none.
+# The quant_method of foreign configs, by family. A config with "quip_params" does not have one.
 METHODS: dict[str, Family] = {"QUiP": QuipForAll(), "exl3": Exl3()}
 # Linears that checkpoints split where Transformers' module is one: name there → (name here, all that it is made of).
 _PARTS = {
@@ -67,9 +67,9 @@ class ForeignLinear:
 
     Attributes:
         name: of the native linear in the model.
-        family, form: what [`Family.describe`] said of it.
+        family, form: its family, and the result of [`Family.describe`].
         source: its tensors in the files.
-        dense: the model has no linear there but only the matrix of one (a router): it gets the decoded weight.
+        dense: the model has a plain matrix there instead of a linear (a router): it gets the decoded weight.
     """
 
     name: str
@@ -91,7 +91,7 @@ class ForeignLinear:
             tensors: by kind, as `source.tensors` lists them.
 
         Raises:
-            ValueError: a scale is infinite or no number.
+            ValueError: a scale is infinite or NaN.
         """
         for kind, value in tensors.items():
             if value.is_floating_point() and not value.isfinite().all():
@@ -159,7 +159,7 @@ def make_plan(
     linears, joined = [], {}
     for source in sources:
         if is_outside(model, source.name):
-            logger.warning("%s of the checkpoint is no part of %s and is left out", source.name, type(model).__name__)
+            logger.warning("%s of the checkpoint is not a part of %s and is left out", source.name, type(model).__name__)
             continue
         place = _find_place(model, family, source.name)
         form = family.describe(source, place.rows, place.columns, parameters)
@@ -253,7 +253,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _split(model: nn.Module, rows: int, count: int) -> list[int]:
-    """Outputs of the parts of a linear: of gate and up the half each; of q, k and v as the heads say."""
+    """Output sizes of the parts of a fused linear: a half each for gate and up; by the numbers of heads for q, k and v."""
     if count == 2:
         return [rows // 2] * 2
     config = model.config.get_text_config()
@@ -297,12 +297,12 @@ def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: M
         weight = f"{name}.gate_up_proj" if is_stacked(module) else f"{name}.weight"
         if not (is_dense_linear(module) or is_stacked(module)) or name in there or weight in tied:
             continue
-        if weight not in names or names[weight].shape == ():  # a number stands beside codes for their type
+        if weight not in names or names[weight].shape == ():  # a single number next to codes tells their type
             raise ValueError(f"The checkpoint has neither codes nor a weight for {name}: {DAMAGED}")
 
 
 def native_config(linears: Iterable[ForeignLinear], layouts: Mapping[str, Layout] | None = None) -> QuipConfig:
-    """The native config of these linears: the most frequent options for all, and what differs by patterns of names.
+    """The native config of these linears: the most frequent options for all, and the differences by patterns of names.
 
     Args:
         linears: at least one.
@@ -344,7 +344,7 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_common(records: Mapping[str, dict]) -> dict[str, dict] | None:
-    """Layouts by patterns; what all have in common under "*"."""
+    """Layouts by patterns of names; the part common to all is under "*"."""
     every = list(records.values())
     common = {key: value for key, value in every[0].items() if all(other.get(key) == value for other in every)}
     rest = {name: {key: v for key, v in values.items() if key not in common} for name, values in records.items()}

@@ -1,6 +1,6 @@
 """Checkpoints of QTIP and YAQA (Cornell-RelaxML/qtip): trellis codes of 2, 3 or 4 bits.
 
-The format was read off the published package; `config.json` has a dict "quip_params" with the trellis in it. A linear is
+The format was derived from the published package. `config.json` has a dict "quip_params" with the trellis. A linear is
 
     y = SV ⊙ Q_m Ŵ Q_nᵀ ( SU ⊙ x )
 
@@ -33,7 +33,7 @@ _CODES = {
 _FIXED = {"codebook": "bitshift", "codebook_version": 0, "L": 16, "td_x": 16, "td_y": 16}
 _DEVICES = 8
 _SHORT_NAME = r"\d+_(q|k|v|o|up|gate|down)"
-# Linears whose inputs are split over the devices; of the others it is the outputs.
+# Linears whose inputs are split over the devices; the others split their outputs.
 _SPLIT_INPUTS = ("o_proj", "down_proj")
 
 
@@ -78,12 +78,12 @@ class Qtip(Family):
         source.require("trellis", ("I16",), (rows * columns // 256, 16 * k))
         if not 1 <= k <= 8 or rows % 16 or columns % 16:
             raise ValueError(
-                f"{source.name}.trellis has shape {list(shape)}, which is no trellis of 1 to 8 bits for [{rows}, {columns}]"
+                f"{source.name}.trellis has shape {list(shape)}: it is not a trellis of 1 to 8 bits for [{rows}, {columns}]"
             )
         source.require("SU", FLOATING, (columns,))
         source.require("SV", FLOATING, (rows,))
         step, bits = parameters["V"], parameters.get("tlut_bits")
-        # which of its two layouts the package used is written nowhere: it follows from the kind of trellis
+        # the package does not write which of its two layouts it used: it follows from the kind of trellis
         kernel = code == "hyb" and step == 2 and bits == 9 and k in (2, 3, 4)
         if kernel and (rows % 32 or columns % 32):
             raise ValueError(f"{source.name} is [{rows}, {columns}]; this trellis needs sizes that are multiples of 32")
@@ -117,26 +117,26 @@ class Qtip(Family):
 
 
 def _skipped(parameters: Mapping[str, Any]) -> list[str]:
-    """Linears that were left as they are, such as "0_v" and "1_down". Raises `ValueError` if it is no list of these."""
+    """Linears that were not quantized, such as "0_v" and "1_down". Raises `ValueError` if it is not a list of these."""
     names = parameters.get("skip_list") or []
     if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(_SHORT_NAME, name) for name in names):
-        raise ValueError(f"quip_params of QTIP has skip_list={names!r}, which is no list of names such as '0_v', '1_down'")
+        raise ValueError(f"quip_params of QTIP has skip_list={names!r}: it must be a list of names such as '0_v', '1_down'")
     return names
 
 
 def _short_name(name: str) -> str:
-    """What `skip_list` calls a linear; its own name where that has no such name."""
+    """The name of a linear in `skip_list`; its own name if the list has no name for such linears."""
     match = re.search(r"layers\.(\d+)\.\w+\.(q|k|v|o|up|gate|down)_proj$", name)
     return f"{match[1]}_{match[2]}" if match else name
 
 
 def _transforms(source: Source, parameters: Mapping[str, Any]) -> tuple[str, str]:
-    """Names of the transforms; which of them is split is said by "rcp": 1 for the inputs, 2 for the outputs, 0 for none."""
+    """Names of the transforms; "rcp" says which of them is split: 1 for the inputs, 2 for the outputs, 0 for none."""
     last = source.name.rpartition(".")[2]
     if "rcp" in source.tensors:
         split = source.number("rcp")
     elif is_true(parameters, "split_for_tp"):
-        # a model that was run before it was saved has lost it
+        # a model that was run before it was saved has lost "rcp"
         split = 1 if last in _SPLIT_INPUTS else 2
     else:
         split = 0

@@ -1,11 +1,11 @@
 """Checkpoints of QuIP-for-all (chu-tianxiang/QuIP-for-all): the codebooks of QuIP# for any architecture.
 
-The format was read off the published package; `config.json` has a "quantization_config" with quant_method "QUiP". A
+The format was derived from the published package; `config.json` has a "quantization_config" with quant_method "QUiP". A
 linear is, with the sizes m', n' of the codes,
 
     y = SV ⊙ C_m Q_m' ( Wscale ⊙ Ŵ Q_n'ᵀ C_nᵀ ( SU ⊙ x ) ) + bias
 
-Each of SU and SV may have been merged into the neighbouring layers, and is missing then.
+SU, SV or both may have been merged into the neighbouring layers, and are missing then.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _transform(source: Source, kind: str, size: int, parameters: Mapping[str, An
 
 
 def _residual_scale(parameters: Mapping[str, Any]) -> float | None:
-    """What multiplies the second stage. The package takes the config's number as it is, also the −1 of its default."""
+    """The factor of the second stage. The package uses the config's number unchanged, even its default of −1."""
     codebook = _CODEBOOKS[parameters["codebook"]][0]
     scale = parameters.get("opt_resid_scale")
     if codebook not in _TWO_STAGES:

@@ -1,6 +1,6 @@
 """Checkpoints of QuIP# (Cornell-RelaxML/quip-sharp): E8P with two, three and four bits; D4 and half-integers in old ones.
 
-The format was read off the published package; `config.json` has a dict "quip_params". A linear is
+The format was derived from the published package; `config.json` has a dict "quip_params". A linear is
 
     y = f ⊙ ( SV ⊙ Wscale ⊙ Q_m Ŵ Q_nᵀ ( SU ⊙ x / scaleWH ) )
 
@@ -168,7 +168,7 @@ def _unpermute(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _residual_scale(parameters: Mapping[str, Any], codebook: str) -> float | None:
-    """What multiplies the second stage: QuIP# divides by a number that the config may override."""
+    """The factor of the second stage: QuIP# divides by a number that the config may override."""
     override = parameters.get("resid_scale_override", -1)
     if not is_finite_number(override):
         raise ValueError(f"quip_params has resid_scale_override={override!r}, which is not a finite number")

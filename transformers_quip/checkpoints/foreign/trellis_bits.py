@@ -1,6 +1,6 @@
 """Trellis codes of QTIP and EXL3 files, re-packed into the native layout that `trellis.py` describes.
 
-Every function moves bits and nothing else, and hands back int16 codes [m, n/16·K] on the device of its argument.
+Every function only moves bits, and returns int16 codes [m, n/16·K] on the device of its argument.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def from_qtip_kernel(trellis: torch.Tensor, out_features: int, in_features: int)
         out_features, in_features: m and n, multiples of 32.
 
     Raises:
-        ValueError: the shape or type is another, or K is none of 2, 3 and 4.
+        ValueError: the shape or type is another, or K is not 2, 3 or 4.
     """
     k = _bits(trellis, out_features, in_features, 2 * TILE)
     if k not in (2, 3, 4):
@@ -86,8 +86,8 @@ def from_exl3(trellis: torch.Tensor) -> torch.Tensor:
     codes = torch.empty(tiles_out, tiles_in, width // 2, dtype=torch.int32, device=trellis.device)
     together = max(1, _PIECE // (tiles_in * width))
     for first in range(0, tiles_out, together):
-        # Rotated right by 16 − K bits, then the halves exchanged, each word is: the last 16 − K bits of the word before and
-        # the first K of its own in the low half; in the high half what is in its own from there on.
+        # Each word is rotated right by 16 − K bits, then its halves are exchanged. Its low half then has the last 16 − K
+        # bits of the word before and its own first K bits; its high half has its own bits from there on.
         words_here = words[:, first : first + together].transpose(0, 1).contiguous()
         shifted = words_here << k
         low = words_here.bitwise_right_shift_(32 - k).bitwise_and_((1 << k) - 1)

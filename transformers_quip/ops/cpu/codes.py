@@ -24,7 +24,7 @@ class Call(NamedTuple):
     function: Callable[..., int]
     address: int
     arguments: tuple[int, ...]
-    keep: object  # what is at the address, and what that points to
+    keep: object  # keeps alive the description at the address, and the objects that it points to
 
 
 class E8PCodes:
@@ -40,7 +40,7 @@ class E8PCodes:
         self.planes = planes
 
     def multiply(self, x: torch.Tensor, vectors: Vectors, transforms: Transforms) -> torch.Tensor:
-        """The layer for few vectors; what is None is left out."""
+        """The layer for few vectors; a part that is None is left out."""
         return cpu_linear.linear(x, self.codes, *vectors, *transforms, self.planes, None, None, self.second, self.scale)
 
     def decode(self, rows: slice, out: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class E8PCodes:
         return cpu_linear.decode(self.codes[rows], out.shape[1], out.dtype, None, out, second, self.scale)
 
     def describe(self, n: int, vectors: Vectors, transforms: Transforms) -> tuple[Any, int]:
-        """The layer's description for the library, which must be kept, and its address."""
+        """The layer's description for the library, which must be kept alive, and its address."""
         su, sv, bias = map(cpu_linear.contiguous, vectors)
         tensors = (cpu_linear.contiguous(self.codes), cpu_linear.contiguous(self.second), su, sv, bias)
         description, address = cpu_linear.layer_of(n, tensors, *transforms, self.scale)
@@ -64,7 +64,7 @@ class E8PCodes:
 
 
 class TrellisCodes:
-    """Trellis codes. Between the transforms activations are float32, whatever they are outside."""
+    """Trellis codes. Between the transforms activations are float32, whatever their dtype is outside."""
 
     def __init__(self, layer: Layer):
         tensors = named(layer.weight, layer.book, layer.m, layer.n)
@@ -89,7 +89,7 @@ class TrellisCodes:
 
 
 def codes_of(layer: Layer, planes: int) -> E8PCodes | TrellisCodes:
-    """The codes of a layer whose codebook the library has kernels for."""
+    """The codes of a layer whose codebook has kernels in the library."""
     return TrellisCodes(layer) if layer.book.kernels == "trellis" else E8PCodes(layer, planes)
 
 
@@ -108,7 +108,7 @@ def dtypes_are_known(tensors: Sequence[torch.Tensor]) -> bool:
 def tensors_fit(layer: Layer) -> bool:
     """Whether a layer has the number and the types of tensors that its codebook stores and the library takes.
 
-    The sizes are not looked at.
+    The sizes are not checked.
     """
     known, bias, wanted = cpu_linear.DTYPES, layer.bias, integer_dtypes(layer.codebook)
     if layer.su.dtype not in known or layer.sv.dtype not in known or (bias is not None and bias.dtype not in known):

@@ -34,8 +34,8 @@ def linear(x: torch.Tensor, layer: Layer) -> torch.Tensor:
 class Prepared:
     """A layer for vectors of one dtype: all that stays the same from call to call.
 
-    It holds no tensor. It is for the tensors that it was made with, as long as they lie where they lay; what is written to
-    them changes the layer as it should.
+    It holds no tensor. It is valid for the tensors that it was made with, as long as their addresses do not change. An
+    in-place change of their values takes effect as it should.
     """
 
     present: tuple[tuple[str, weakref.ref[torch.Tensor], int, torch.dtype], ...]
@@ -46,13 +46,13 @@ class Prepared:
     n: int
     routes: Routes
     call: Call
-    bundles: tuple  # what `run.bundled` is told, of a layer whose route for many vectors is BUNDLED
+    bundles: tuple  # the arguments of `run.bundled`, for a layer whose route for many vectors is BUNDLED
 
     def __call__(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None]) -> torch.Tensor | None:
-        """The layer's output, or None where it has to be looked up again.
+        """The layer's output, or None if it has to be prepared again.
 
         Args:
-            x: [..., n]. tensors: by name, the layer's, and maybe others.
+            x: [..., n]. tensors: by name, the layer's, and possibly others.
         """
         n, shape = self.n, x.shape
         count = x.numel() // n
@@ -90,7 +90,7 @@ class Prepared:
 def prepare(
     x: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], names: Sequence[str], layer: Layer
 ) -> Prepared | None:
-    """An object that computes such inputs as x from now on; None where one call of the library does not.
+    """An object that computes further inputs like x; None if one call of the library cannot.
 
     Args:
         x: [..., n].

@@ -1,4 +1,4 @@
-"""Which kernel computes a layer on the CPU: the one place that decides, a pure function of what is in [`Case`]."""
+"""Which kernel computes a layer on the CPU: the one place that decides, a pure function of a [`Case`]."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ MOST_VECTORS: dict[str, dict[int, int]] = {
 
 
 class Case(NamedTuple):
-    """All that decides how a layer is computed.
+    """Everything that the route of a layer depends on.
 
     Attributes:
         kernels: the family of its codebook ("e8p", "trellis"), or None.
-        stages: how many tensors the codebook stores.
+        stages: the number of tensors that the codebook stores.
         dtype: of the activations.
         m, n: outputs and inputs.
-        planes: bytes of an activation where codes are multiplied ([`planes`]).
-        tensors_fit: whether the layer's tensors have the types that the codebook and the library want.
+        planes: bytes of an activation when codes are multiplied ([`planes`]).
+        tensors_fit: whether the layer's tensors have the types that the codebook and the library need.
         has_transforms: whether the library has both transforms.
-        is_usable: whether the library is there and may be used.
-        has_amx: whether the processor has AMX, and the library kernels for it.
+        is_usable: whether the library is available and may be used.
+        has_amx: whether the processor has AMX and the library has kernels for it.
     """
 
     kernels: str | None
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """The route for up to `most` vectors, and the one for more."""
+    """The route for up to `most` vectors, and the route for more."""
 
     few: Route
     most: int
@@ -93,7 +93,7 @@ def route(case: Case, vectors: int) -> Route:
 
 
 def planes(dtype: torch.dtype, activations: str) -> int:
-    """In how many bytes activations of this dtype are multiplied: "exact" keeps more bits than the dtype has."""
+    """Bytes in which activations of this dtype are multiplied: "exact" keeps more bits than the dtype has."""
     if activations == "int8" or (activations == "auto" and dtype != torch.float32):
         return 1
     return 3 if dtype == torch.float32 else 2

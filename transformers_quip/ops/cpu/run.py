@@ -28,7 +28,7 @@ from .route import Case, Route, is_int8, planes, route
 
 logger = logging.getLogger(__name__)
 
-# Weights that DECODED decodes at a time: the dense weight never exists as a whole beside its codes.
+# Weights that DECODED decodes at a time: the dense weight never exists as a whole in addition to its codes.
 DECODED_WEIGHTS = 1 << 22
 
 Side = tuple[kernels.Transform | None, transforms.Transform | None]
@@ -58,7 +58,7 @@ def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: in
 def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """See [`reference.linear`]."""
     layer = Layer(*arguments)
-    if layer.weight[0].dtype is torch.int32:  # may be packed; no codes that kernels take are stored so
+    if layer.weight[0].dtype is torch.int32:  # may be packed: stored codes of kernels are never int32
         layer = layer._replace(weight=stored(layer.weight, layer.codebook, layer.n))
     case = case_of(x.dtype, layer)
     way = route(case, x.numel() // layer.n)
@@ -73,16 +73,16 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return _transform_out(z, layer, q_out, x.dtype)
     if way is Route.BUNDLED:
         if not isinstance(codes, E8PCodes):
-            raise TypeError(f"only E8P codes are computed in bundles, not those of {layer.codebook}")
+            raise TypeError(f"only E8P codes are computed in bundles, got codebook {layer.codebook}")
         keep, address = codes.describe(layer.n, (layer.su, layer.sv, layer.bias), (q_in[0], q_out[0]))
         y = bundled(x, kernels.rows_of(x, layer.n), layer.su, address, layer.m, q_in[0], is_int8(case))
-        del keep  # had to live until here
+        del keep  # kept alive until here
         return y
     return _decoded(x, layer, codes, q_in, q_out)
 
 
 def case_of(dtype: torch.dtype, layer: Layer) -> Case:
-    """What decides how a layer in the stored form is computed for activations of this dtype."""
+    """The facts by which `route` chooses, for a layer in the stored form and activations of this dtype."""
     book, (q_in, q_out) = layer.book, sides(layer)
     usable = _is_usable()
     if usable and book.kernels is None:
@@ -102,11 +102,11 @@ def case_of(dtype: torch.dtype, layer: Layer) -> Case:
 
 
 def _is_usable() -> bool:
-    """Whether the library is there and the user wants it to be used."""
+    """Whether the library is available and the user allows it."""
     if for_device("cpu") != "cpu":
         return False
     if not cpu_kernels.is_available():
-        _tell("there is no compiled CPU library (it is built where a C compiler is found at install time)")
+        _tell("the compiled CPU library is missing (it is built if a C compiler is found at install time)")
         return False
     return True
 
@@ -118,7 +118,7 @@ def _tell(reason: str) -> None:
 
 @functools.lru_cache(maxsize=512)
 def side(incoherence: str, size: int, seed: int) -> Side:
-    """The transform as the library takes it, or as PyTorch applies it; neither for the identity."""
+    """The transform in the library's form, or for PyTorch; both None for the identity."""
     q = transforms.get(incoherence, size, seed)
     if q.is_identity:
         return None, None
@@ -133,7 +133,7 @@ def sides(layer: Layer) -> tuple[Side, Side]:
 
 
 def rotated_inputs() -> SameInput[torch.Tensor]:
-    """What this thread rotated last, Q_inᵀ( su ⊙ x ), for linears that read the same x and have equal su (q, k and v).
+    """The last rotated input of this thread, Q_inᵀ( su ⊙ x ), for linears that read the same x with equal su (q, k, v).
 
     For few vectors, where the rotation is a part of the library's call, sharing would save less than it costs.
     """
@@ -175,7 +175,7 @@ def bundled(
     q_in: kernels.Transform | None,
     int8: bool,
 ) -> torch.Tensor:
-    """Many vectors in one call, which computes the rotated inputs unless they are there already.
+    """Many vectors in one call, which computes the rotated inputs unless this thread has them already.
 
     Args:
         x: [..., n]. rows: the same, [vectors, n] or contiguous, with neighbours in memory along the last dimension.

@@ -1,4 +1,4 @@
-"""Memory to work with, which each thread keeps from one call on the CPU to the next."""
+"""Scratch memory, which each thread keeps from one call on the CPU to the next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-# Bytes of one piece of memory that is kept.
+# Most bytes of one piece of scratch memory.
 MOST_SCRATCH = 1 << 24
 
 _kept = threading.local()
@@ -17,7 +17,7 @@ _kept = threading.local()
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Memory for a result that only this thread needs and only until it asks for this name again.
 
-    The system hands fresh memory out page by page, which took as long as a whole matrix product. So each thread keeps
+    The system provides fresh memory page by page, which took as long as a whole matrix product. So each thread keeps
     one piece of up to `MOST_SCRATCH` bytes for each name.
     """
     count = math.prod(shape)

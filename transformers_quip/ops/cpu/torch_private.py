@@ -1,4 +1,4 @@
-"""The private functions of PyTorch that this package uses, all of them, and whether they are there and do what they should.
+"""All private functions of PyTorch that this package uses, and a check that they exist and work as expected.
 
 The fast path on the CPU does not go through PyTorch's dispatcher, so it must know whether anybody records operations.
 PyTorch has no public function for most of these questions. Each one is asked once when this module is imported, inside a
@@ -49,13 +49,13 @@ class _Private:
         )
 
     def _has_function_mode(self) -> bool:
-        """Whether there is one besides those of `torch.set_default_device`, which only say where new tensors are made."""
+        """Whether a mode is active, except `torch.set_default_device`'s, which only decides where new tensors are made."""
         return any(type(self.function_mode(i)) is not DeviceContext for i in range(self.function_modes()))
 
     def check(self) -> None:
         """Raises `RuntimeError` if an answer is wrong."""
         if self.is_recorded() or self.profiles():
-            # Imported while somebody records: the answers are not known to be wrong, but nothing can be compared.
+            # Imported during a recording: the answers may be right, but they cannot be compared.
             raise RuntimeError("an operation is being recorded while transformers_quip is imported")
         for recorder in (TorchDispatchMode, TorchFunctionMode, forward_ad.dual_level):
             with recorder():
@@ -78,7 +78,7 @@ def _load() -> _Private | None:
     try:
         private = _Private()
         private.check()
-    except Exception as error:  # whatever a later PyTorch raises here, the dispatcher is there
+    except Exception as error:  # a later PyTorch may raise anything; the dispatcher is the fallback
         logger.warning(
             "PyTorch %s is not as expected (%s: %s): quantized layers on the CPU are called through its dispatcher, "
             "which is slower for small batches",
@@ -99,10 +99,10 @@ def is_usable() -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether anybody has to see each operation, or computes something else than its values, or may.
+    """Whether something observes or transforms each operation, or may do so.
 
     That is: a dispatch mode, a function mode, a function transform (vmap, grad, jvp), torch.jit.trace, or forward-mode
-    differentiation. True where this cannot be known. The profiler is asked about apart ([`is_watched`]).
+    differentiation. True if this cannot be known. The profiler is not included ([`is_watched`]).
     """
     return _private is None or _private.is_recorded()
 
@@ -118,10 +118,10 @@ def may_be_dual() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a function transform (torch.func) is at work; False where this cannot be known."""
+    """Whether a function transform (torch.func) is at work; False if this cannot be known."""
     return _private is not None and _private.functorch() is not None
 
 
 def below_autograd() -> AbstractContextManager[Any]:
-    """Inside it, ops build no graph for derivatives; nothing where this PyTorch does not have that."""
+    """Inside it, ops build no graph for derivatives; without effect if this PyTorch does not have it."""
     return nullcontext() if _private is None else _private.below_autograd()

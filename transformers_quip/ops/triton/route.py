@@ -19,7 +19,7 @@ class Route(Enum):
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# The batch size up to which each route is taken; above all of them, a dense weight and a matrix product.
+# The largest batch size of each route; above the last, a dense weight and a matrix product.
 MOST_VECTORS = {
     "e8p": ((Route.DIGITS, 4), (Route.HALVES, 64)),
     "trellis": ((Route.TRELLIS, 8),),
@@ -32,7 +32,7 @@ def route(kernels: str | None, dtype: torch.dtype, vectors: int, is_chosen: bool
     Args:
         kernels: the family of its codebook ("e8p", "trellis"), or None.
         dtype: of the activations.
-        vectors: how many there are.
+        vectors: their number.
         is_chosen: whether Triton kernels compute on the device (`backend.for_device`).
     """
     if not is_chosen or kernels is None or dtype not in DTYPES or vectors == 0:

@@ -1,9 +1,9 @@
 """The ops on GPUs, computed by the Triton kernels of `quip_kernels.gpu` as `route` says.
 
-Codes come in either form (see `packing`); every call brings stored ones into the form of the kernels again.
+Codes come in either form (see `packing`); every call converts stored ones into the form of the kernels again.
 
-They run only where the user asks for them, `set_backend("triton")`: until they have been measured on a device, "auto" is
-the reference there.
+They run only on request, with `set_backend("triton")`: until they have been measured on a device, "auto" is the reference
+there.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: in
 def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """See [`reference.linear`]; takes either form of the codes.
 
-    Where x is float16 or bfloat16, activations between transform and codes are rounded to 16 bits (fixed point in DIGITS,
-    float16 with a scale for each vector above); where it is float32, to 24 and 22 bits, and a product of more vectors than
-    HALVES takes is made in float32 as PyTorch's settings allow.
+    If x is float16 or bfloat16, activations between transform and codes are rounded to 16 bits (fixed point in DIGITS,
+    float16 with a scale for each vector above). If x is float32, they are rounded to 24 and 22 bits, and a product of more
+    vectors than HALVES takes is computed in float32 as PyTorch's settings allow.
     """
     layer = Layer(*arguments)
     way = route(layer.book.kernels, x.dtype, x.numel() // layer.n, _is_chosen(x))
@@ -100,7 +100,7 @@ def rotate(x: torch.Tensor, layer: Layer, way: Route) -> list[torch.Tensor]:
     if way is Route.HALVES:
         return list(small_batch.halves(inner, 2 if x.dtype == torch.float32 else 1))
     if way is Route.DENSE_HALF:
-        # |w| < 4 in all stages together (those of trellis tables are meant for a unit Gaussian) and float16 ends at 65504:
+        # |w| < 4 in all stages together (trellis tables are meant for a unit Gaussian) and float16 ends at 65504:
         # no sum of `columns` products may exceed it
         most = 8192 if layer.book.kernels == "trellis" else 16384
         return list(small_batch.halves(inner, 1, limit=min(1.0, most / columns), width=columns))
@@ -142,7 +142,7 @@ def _trellis_product(
 
 
 def _transform_out(y: torch.Tensor, row_scale: torch.Tensor | None, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-    """sv ⊙ Q_out(y) + bias in the shape and dtype that the output for x has."""
+    """sv ⊙ Q_out(y) + bias in the shape and dtype of the output for x."""
     from quip_kernels.gpu.transform import transform as launch
 
     sv, bias = layer.sv, layer.bias
@@ -169,7 +169,7 @@ def _is_chosen(tensor: torch.Tensor) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _plan(name: str, size: int, seed: int, device: torch.device) -> Plan | None:
-    """The transform for the kernels; None for a transform that is no product of matrices."""
+    """The transform for the kernels; None for a transform that is not a product of matrices."""
     from quip_kernels.gpu.transform import make_plan
 
     factors = transforms.get(name, size, seed).dense_factors
@@ -177,7 +177,7 @@ def _plan(name: str, size: int, seed: int, device: torch.device) -> Plan | None:
 
 
 def register() -> None:
-    """Make these the implementation on CUDA, ROCm and XPU devices, if the package `triton` is there."""
+    """Make these the implementation on CUDA, ROCm and XPU devices, if the package `triton` is installed."""
     if importlib.util.find_spec("triton") is None:
         return
     for function in (transform, decode, linear):

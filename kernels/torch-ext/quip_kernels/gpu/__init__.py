@@ -1,7 +1,8 @@
 """The kernels in Triton, for CUDA, ROCm and XPU devices; importing this needs the package `triton`.
 
-`decode` (what a word of codes means) and `dot` (products) are the parts; `transform`, `quantize`, `matvec`, `small_batch`,
-`dequantize` and `trellis` are a kernel or two each, with the function that launches it; `tune` chooses between ways to.
+`decode` (words of codes to weights) and `dot` (products) are the building blocks. `transform`, `quantize`, `matvec`,
+`small_batch`, `dequantize` and `trellis` have one or two kernels each, with the functions that launch them. `tune` chooses
+the fastest launch parameters.
 """
 
 from . import dequantize, matvec, quantize, small_batch, transform, trellis, tune

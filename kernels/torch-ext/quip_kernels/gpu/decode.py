@@ -1,4 +1,4 @@
-"""From words of codes to nibbles and weights, as all kernels need it. The layouts are described in `..e8p` and `..e8`."""
+"""Words of codes to nibbles and weights, for all kernels. The layouts are described in `..e8p` and `..e8`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load_table(table_pointer, SIGNED: tl.constexpr, GATHER: tl.constexpr):
-    """The table for `look_up`; 0 where that loads each entry by itself."""
+    """The table for `look_up`; 0 if `look_up` loads each entry by itself."""
     if GATHER:
         return tl.load(table_pointer + tl.arange(0, 512 if SIGNED else 256)).to(tl.uint32, bitcast=True)
     else:
@@ -29,7 +29,7 @@ def look_up(table_pointer, table, index, GATHER: tl.constexpr):
 def nibbles_of_words(table_pointer, table, indices, signs, SIGNED: tl.constexpr, GATHER: tl.constexpr):
     """The words of eight nibbles of the four codes in each word of the planes; nibble 2j + h stands for weight 4h + j.
 
-    SIGNED: E8P, w = (2·nibble − 15) / 4; else E8, w = (2·nibble − 16) / 4, and signs is not looked at.
+    SIGNED: E8P, w = (2·nibble − 15) / 4; else E8, w = (2·nibble − 16) / 4, and signs is not read.
     """
     if SIGNED:
         i0, i1, i2 = indices & 0x1FF, (indices >> 9) & 0x1FF, (indices >> 18) & 0x1FF
@@ -37,7 +37,7 @@ def nibbles_of_words(table_pointer, table, indices, signs, SIGNED: tl.constexpr,
     else:
         i0, i1, i2, i3 = indices & 0xFF, (indices >> 8) & 0xFF, (indices >> 16) & 0xFF, indices >> 24
     if GATHER:
-        # one gather for all: each begins with a barrier
+        # one gather for all, because each begins with a barrier
         stacked = look_up(table_pointer, table, tl.join(tl.join(i0, i2), tl.join(i1, i3)), GATHER)
         even, odd = tl.split(stacked)
         n0, n2 = tl.split(even)
@@ -59,7 +59,7 @@ def nibbles_of_words(table_pointer, table, indices, signs, SIGNED: tl.constexpr,
 
 @triton.jit
 def _twice_weight(nibbles, k: tl.constexpr, SIGNED: tl.constexpr):
-    """2w of nibble k as float16: the nibble becomes the units of 64 … 79, so that no conversion is needed."""
+    """2w of nibble k as float16: the nibble is put into the bits of a number 64 … 79, without a conversion."""
     bits = nibbles << 4 if k == 0 else nibbles >> (4 * k - 4)
     return ((bits & 0xF0) | 0x5400).to(tl.uint16).to(tl.float16, bitcast=True) - (71.5 if SIGNED else 72.0)
 

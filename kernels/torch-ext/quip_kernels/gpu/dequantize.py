@@ -60,19 +60,19 @@ def dequantize(
     residual: torch.Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> torch.Tensor:
-    """The weight that codes in kernel layout stand for.
+    """The decoded weight of codes in kernel layout.
 
     Args:
         planes: of the first stage; residual: of the second or None (`quip_kernels.layout`).
-        columns: n, the real columns.
+        columns: n, without completing codes.
         dtype: float16, bfloat16 or float32; one stage is exact in each, two are added in float32 and rounded once.
-        residual_scale: what multiplies the second stage.
+        residual_scale: factor of the second stage.
 
     Returns:
         Ŵ [m, columns], contiguous.
 
     Raises:
-        ValueError: the planes are not those of so many columns.
+        ValueError: the planes do not fit this many columns.
     """
     first, *second = layout.stages(planes, columns, residual, residual_scale)
     rows, words = planes.shape[1:]

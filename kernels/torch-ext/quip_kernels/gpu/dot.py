@@ -1,4 +1,4 @@
-"""Products that Triton does not name: four 8-bit integers at a time, and float32 times signs on 16-bit tensor cores."""
+"""Products that Triton does not offer: four 8-bit integers at a time, and float32 times signs on 16-bit tensor cores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def dot_bytes(a, b, c, ARCH: tl.constexpr):
 def dot_signs(x, signs, TERMS: tl.constexpr):
     """x · signs in float32, for entries 0 and ±1 of a 16-bit dtype.
 
-    x is float32 and is taken apart into TERMS numbers of that dtype, the first its rounding, the next that of the rest:
+    x is float32 and is split into TERMS numbers of that dtype: x rounded, then the remainder rounded, and so on:
     with bfloat16, 2 terms keep 16 bits of x and 3 all 24, over its whole range. TERMS = 0 is one product in float32, of
     any entries. x is on the left because Triton spreads the left side over the warps and repeats the right one in each.
     """

@@ -1,4 +1,4 @@
-"""What every launch asks about the device."""
+"""Properties of the device that every launch needs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def arch() -> str:
 
 @functools.lru_cache(maxsize=16)
 def family(device: torch.device) -> str:
-    """Which tiles fit a device: "cuda", "blackwell" (its tensor cores are programmed in another way), "cdna" (AMD, waves
-    of 64), "rdna" (AMD, waves of 32) or "plain"."""
+    """The family of a device, by which tiles are chosen: "cuda", "blackwell" (its tensor cores are programmed in another
+    way), "cdna" (AMD, waves of 64), "rdna" (AMD, waves of 32) or "plain"."""
     if device.type != "cuda":
         return "plain"
     if torch.version.hip:
@@ -41,7 +41,7 @@ def term_dtype() -> tl.dtype:
 
 @functools.lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
-    """Multiprocessors (compute units, Xe cores) of a device: how many programs it takes to fill it once."""
+    """Multiprocessors (compute units, Xe cores) of a device: the number of programs that fill it once."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     if device.type == "xpu":
@@ -50,7 +50,7 @@ def processors(device: torch.device) -> int:
 
 
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the tensor's device the current one: Triton launches on that, whatever its arguments live on."""
+    """Make the tensor's device the current one: Triton launches there, whatever the device of its arguments is."""
     return current(tensor.device)
 
 

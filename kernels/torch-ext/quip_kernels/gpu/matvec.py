@@ -1,7 +1,7 @@
-"""One to eight vectors times codes, in integers: four weights meet four 8-bit digits of x in one instruction.
+"""One to eight vectors times codes, in integers: one instruction multiplies four weights by four 8-bit digits of x.
 
-The sum over a row is exact (32-bit integers), so the result does not depend on the order in which it is made; only x was
-rounded, to as many digits as were asked for (`quantize`).
+The sum over a row is exact (32-bit integers), so the result does not depend on the order of the sum. Only x was rounded,
+to the chosen number of digits (`quantize`).
 """
 
 from __future__ import annotations
@@ -52,31 +52,31 @@ def matvec_kernel(
     of that, or the last are computed twice.
 
     EVEN: the words are a multiple of BLOCK_WORDS. MERGE: shift the odd nibbles down, which costs an instruction a code
-    and saves half of the accumulators. quads: words / 4, so that the compiler knows that a row begins at 16 bytes.
+    and saves half of the accumulators. quads: words / 4, which tells the compiler that rows are aligned to 16 bytes.
     """
     words = quads * 4
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     part = tl.program_id(1)
-    # fewer vectors are left: begin earlier, and write the same results as another program
+    # if fewer vectors are left, begin earlier: another program writes the same results
     first = tl.minimum(tl.program_id(2) * VECTORS, vectors - VECTORS)
     digits += first * DIGITS * 8 * words
     sums += first * DIGITS
     scales += first
-    # Rows beyond the last compute the last once more, and are not stored.
+    # Programs beyond the last row compute the last row again, and do not store it.
     start_of_row = (tl.minimum(row, rows - 1) * words)[:, None]
     signs_plane = planes + tl.cast(rows, tl.int64) * words
     table_values = load_table(table, SIGNED, GATHER)
 
     SETS: tl.constexpr = 1 if MERGE else 2
-    # Places that do not depend on the block cost no instructions in the loop, but two registers each: of many there are
-    # too few, and a pointer for each digit of a vector walks instead.
+    # Addresses that do not depend on the block cost no instructions in the loop, but two registers each. With many vectors
+    # the registers do not suffice, and a pointer for each digit of a vector is advanced instead.
     WALK: tl.constexpr = VECTORS * DIGITS > 4
     totals = (tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.int32),) * (VECTORS * DIGITS * SETS)
     for block in range(part * blocks_per_part, tl.minimum((part + 1) * blocks_per_part, tl.cdiv(words, BLOCK_WORDS))):
         word = (block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS))[None, :]
         every_second = 0x0F0F0F0F
         if not EVEN:
-            # Beyond the row no nibble counts: those are masked anyway, while a masked load clears its registers first.
+            # Nibbles beyond the row are masked anyway, and a masked load would clear its registers first.
             every_second = tl.where(word < words, 0x0F0F0F0F, 0)
             word = tl.where(word < words, word, word % 4)
         place = start_of_row + word  # first of all: a 64-bit pointer to each row would take registers in the loop
@@ -134,12 +134,12 @@ def matvec(
         digits: of x, from `quantize` or `transform`; at most `MOST_VECTORS` rows.
         planes: codes of the first stage; residual: of the second or None (`quip_kernels.layout`).
         columns: n.
-        residual_scale: what multiplies the second stage.
+        residual_scale: factor of the second stage.
         gather: how table entries are fetched, see `decode.look_up`; None chooses.
 
     Returns:
         float32 [P, M, m]: the result is the sum over the first dimension: the stages, and the parts into which long rows
-        were cut so that every multiprocessor has work. Who reads it next adds them up.
+        were cut so that every multiprocessor has work. The next kernel adds them up.
 
     Raises:
         ValueError: too many vectors, or shapes that do not belong together.
@@ -154,7 +154,7 @@ def matvec(
     chosen = [_choose(digits, stage, gather) for stage in stages]
     try:
         return _run(digits, stages, chosen)
-    except tune.OutOfResources:  # remembered of another device
+    except tune.OutOfResources:  # the remembered answer is of another device
         again = [_choose(digits, stage, gather, unfit=tile) for stage, tile in zip(stages, chosen, strict=True)]
         if again == chosen:
             raise
@@ -172,7 +172,7 @@ def _run(digits: Digits, stages: Sequence[layout.Stage], chosen: list[Tile]) -> 
 
 
 def _choose(digits: Digits, stage: layout.Stage, gather: bool | None, unfit: Tile | None = None) -> Tile:
-    """The tile for one stage, which is measured where there are several."""
+    """The tile for one stage, the fastest by measurement if there are several."""
     _, rows, words = stage.planes.shape
     vectors, count = digits.sums.shape
     candidates = [tile for tile in tiles(vectors, count, arch()) if gather in (None, tile.gather)]
@@ -214,12 +214,12 @@ def _launch(digits: Digits, stage: layout.Stage, tile: Tile, parts: torch.Tensor
 
 
 class Tile(NamedTuple):
-    """How one program of the kernel works, and how many there are.
+    """The work of one program of the kernel, and the number of programs.
 
     Attributes:
-        vectors, rows: that it has. words: of a row, at a time.
-        merge: whether the accumulators of odd and even nibbles are one. gather: see `decode.look_up`.
-        warps: of a program. fill: programs for each multiprocessor that rows are cut for, to hide memory's latency.
+        vectors, rows: of the program. words: words of a row read at a time.
+        merge: whether odd and even nibbles share an accumulator. gather: see `decode.look_up`.
+        warps: of the program. fill: programs for each multiprocessor, by cutting rows, to hide the latency of memory.
     """
 
     vectors: int
@@ -243,7 +243,7 @@ def tiles(vectors: int, digits: int, arch: str) -> list[Tile]:
 
 
 def split(rows: int, words: int, tile: Tile, processors: int) -> int:
-    """How many parts the words are cut into."""
+    """The number of parts that the words are cut into."""
     blocks = triton.cdiv(words, tile.words)
     wanted = triton.cdiv(tile.fill * processors, triton.cdiv(rows, tile.rows))
     return triton.cdiv(blocks, triton.cdiv(blocks, min(wanted, blocks)))

@@ -2,7 +2,7 @@
 
 A row x becomes q = round(x / scale), |q| ≤ limit, scale = max|x| / limit, in balanced digits to the base 256:
 q = d₀ + 256 d₁ + …, each d in −128 … 127. One digit is the usual int8 quantization; two are fixed point with 16 bits, whose
-error is below the rounding of x to float16 or bfloat16; three hold 24 bits, as a float32 does.
+error is below the rounding of x to float16 or bfloat16; three hold 24 bits, like a float32.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Digits(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, columns: int, digits: int, device: torch.device) -> Digits:
-        """Room for `rows` vectors of `columns` numbers. Raises `ValueError` unless digits is 1, 2 or 3."""
+        """Empty memory for `rows` vectors of `columns` numbers. Raises `ValueError` unless digits is 1, 2 or 3."""
         if digits not in (1, 2, 3):
             raise ValueError(f"digits={digits} must be 1, 2 or 3")
         words = e8p.words(columns)
-        # What completes the last word must be zero, and is not written by the kernels.
+        # The rest of the last word must be zero; the kernels do not write it.
         make = torch.empty if words * e8p.WEIGHTS_PER_WORD == columns else torch.zeros
         return cls(
             make(rows, digits, 8, words, dtype=torch.int32, device=device),
@@ -47,13 +47,13 @@ class Digits(NamedTuple):
 
 @triton.jit
 def largest_integer(DIGITS: tl.constexpr):
-    """What max|x| becomes: Σ 127·256^d, so that the top digit fits; of three digits less, as x/scale is rounded too."""
+    """The limit of |q|: Σ 127·256^d, so that the top digit fits; less with three digits, because x/scale is rounded too."""
     return 127.0 if DIGITS == 1 else (32639.0 if DIGITS == 2 else 8355000.0)
 
 
 @triton.jit
 def scale_of(largest, poison, DIGITS: tl.constexpr):
-    """scale and 1/scale for max|x| = largest; poison is 0, or NaN where x is not finite, and so is then the scale."""
+    """scale and 1/scale for max|x| = largest; poison is 0, or NaN if x is not finite, which makes the scale NaN too."""
     limit = largest_integer(DIGITS)
     scale = largest / limit + poison
     return scale, tl.where(largest > 0, limit / largest, 0.0)

@@ -1,6 +1,6 @@
 """A small batch times codes on tensor cores: the weights of a tile are decoded to float16 and never leave the chip.
 
-Activations are float16 with one scale a row; where float16 is not enough, a second float16 holds the rest.
+Activations are float16 with one scale for each row; if float16 is not enough, a second float16 holds the remainder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def halves_kernel(x, values, scales, columns, width, limit, term_stride, TERMS: 
         poison += value * 0.0
     largest = tl.max(most, 0)
     inverse = tl.where(largest > 0, limit / largest, 0.0)
-    # a maximum passes over NaN; whoever has one, or an infinity, gets NaN
+    # a maximum ignores NaN; a row with NaN or infinity becomes NaN
     tl.store(scales + row, largest / limit + tl.sum(poison, 0))
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -63,7 +63,7 @@ def halves_kernel(x, values, scales, columns, width, limit, term_stride, TERMS: 
 def halves(x: torch.Tensor, terms: int, limit: float = 1.0, width: int | None = None) -> Halves:
     """x [M, n] float32, contiguous, as `terms` float16 numbers each, none above `limit`; see [`Halves`].
 
-    `width` ≥ n: columns of the result; None: those of whole words of codes.
+    `width` ≥ n: columns of the result; None: n completed to whole words of codes.
     """
     rows, columns = x.shape
     width = e8p.words(columns) * e8p.WEIGHTS_PER_WORD if width is None else width
@@ -137,7 +137,7 @@ def small_batch(
         x: from [`halves`], at most `LARGEST_BATCH` rows, as wide as whole words of codes.
         planes: codes of the first stage; residual: of the second or None (`quip_kernels.layout`).
         columns: n.
-        residual_scale: what multiplies the second stage.
+        residual_scale: factor of the second stage.
         gather: how table entries are fetched, see `decode.look_up`; None chooses.
 
     Returns:
@@ -162,7 +162,7 @@ def small_batch(
         tile = tune.choose(name, (rows, words), candidates, planes.device, run)
         try:
             run(tile)
-        except tune.OutOfResources:  # remembered of another device
+        except tune.OutOfResources:  # the remembered answer is of another device
             again = tune.choose(name, (rows, words), candidates, planes.device, run, unfit=tile)
             if again == tile:
                 raise
@@ -196,11 +196,11 @@ def _launch(x: Halves, stage: layout.Stage, tile: Tile, parts: torch.Tensor) -> 
 
 
 class Tile(NamedTuple):
-    """How one program of the kernel works.
+    """The work of one program of the kernel.
 
     Attributes:
         gather: see `decode.look_up`. warps: of a program.
-        stages: blocks that are on their way at once; None is Triton's own choice.
+        stages: blocks that are loaded in advance; None: Triton's own choice.
     """
 
     gather: bool
@@ -213,7 +213,7 @@ def tiles(batch: int, family: str) -> list[Tile]:
     usual = Tile(gather=not interpreted(), warps=4)
     if family == "rdna":
         usual = usual._replace(warps=4 if block_batch(batch) == 16 else 16)
-    # where table entries are loaded one by one, no registers are left for the next block's activations
+    # if table entries are loaded one by one, no registers are left for the next block's activations
     other = usual._replace(gather=not usual.gather, stages=1 if family in ("blackwell", "rdna") else None)
     return [usual, other] if family == "rdna" else [usual, usual._replace(warps=8), other]
 
@@ -224,7 +224,7 @@ def block_batch(batch: int) -> int:
 
 
 def split(rows: int, words: int, processors: int) -> int:
-    """How many parts the words are cut into: each multiprocessor gets two programs, each part four blocks of words."""
+    """Parts that the words are cut into: two programs a multiprocessor, at least four blocks of words in each part."""
     blocks = words // BLOCK_WORDS
     wanted = triton.cdiv(2 * processors, triton.cdiv(rows, BLOCK_ROWS))
     return triton.cdiv(blocks, triton.cdiv(blocks, max(1, min(wanted, blocks // 4))))

@@ -1,10 +1,10 @@
-"""Products with Kronecker factors: the incoherence transforms on a GPU, with what stands before and behind them fused in.
+"""Products with Kronecker factors: the incoherence transforms on a GPU, fused with the operations before and after them.
 
 A transform Q = F₁ ⊗ … ⊗ S has dense factors F (Hadamard matrices of order K, or random orthogonal ones) and at the end
 Sylvester's matrix S of a power of two. The factors act on different axes and may be applied in any order:
 
     `sylvester_kernel`  blocks of P neighbours as tiles [P/B, B], one small product of signs for either side; P ≤ 4096
-    `factor_kernel`     y[b, i, r] = Σ_j F[i, j] x[b, j, r] in chunks, for every other factor and what is beyond 4096
+    `factor_kernel`     y[b, i, r] = Σ_j F[i, j] x[b, j, r] in chunks, for all other factors, and powers beyond 4096
 
 The first pass multiplies by a vector (su) and by a factor per row while it loads, or adds up the parts of a split product;
 the last multiplies by a vector (sv) and adds the bias while it stores. Everything is float32 inside.
@@ -30,12 +30,12 @@ LARGEST_BLOCK = 4096
 
 
 class Plan(NamedTuple):
-    """A transform Q, taken apart. Q itself is scale · (factors₁ ⊗ factors₂ ⊗ … ⊗ S_power).
+    """A transform Q, split into factors. Q itself is scale · (factors₁ ⊗ factors₂ ⊗ … ⊗ S_power).
 
     Attributes:
         size: the order of Q.
         factors: dense matrices [K, K] float32 on the device, of entries ±1 or any, in the order of the product.
-        signs: for each, whether its entries are ±1.
+        signs: for each factor, whether its entries are ±1.
         power: order of Sylvester's matrix, a power of two; 1 if there is none.
         scale: the rest of the normalisation.
     """
@@ -87,7 +87,7 @@ def _store(y, post, bias, value, row, column, inside, columns):
 
 @triton.jit
 def _columns_of_tile(A: tl.constexpr, B: tl.constexpr, P: tl.constexpr, loaded: tl.constexpr):
-    """Which number of its row stands where in a tile: [A, B] as it is loaded, [B, A] as `_transform_tile` returns it."""
+    """The index in its row of each number of a tile: [A, B] as loaded, [B, A] as `_transform_tile` returns it."""
     a = tl.arange(0, A)
     b = tl.arange(0, B)
     if loaded or P <= B:
@@ -151,7 +151,7 @@ def sylvester_quantize_kernel(
     row = tl.program_id(0).to(tl.int64)
     place = _columns_of_tile(A, B, A * B, True)
     value = tl.load(x + row * (A * B) + place).to(tl.float32) * tl.load(pre + place).to(tl.float32)
-    # [A, B] once more: four neighbours go into a word
+    # [A, B] again: four neighbours go into a word
     value = tl.trans(_transform_tile(value, A, B, A * B, TERMS, TERM)) * scale
     largest = tl.max(tl.max(tl.abs(value), 1), 0)
     poison = tl.sum(tl.sum(value * 0.0, 1), 0)
@@ -227,12 +227,12 @@ def factor_kernel(
 
 
 def make_plan(size: int, factors: Sequence[torch.Tensor], device: torch.device) -> Plan:
-    """What the kernels need to know of a transform F₁ ⊗ F₂ ⊗ ….
+    """The description of a transform F₁ ⊗ F₂ ⊗ … for the kernels.
 
     Args:
         size: its order.
-        factors: orthogonal matrices, none for the identity, float64 [f, f] on the CPU; entries all of one size are taken
-            for a Hadamard matrix, and those of Sylvester's at the end are put together.
+        factors: orthogonal matrices, none for the identity, float64 [f, f] on the CPU; if all entries have one magnitude it
+            is a Hadamard matrix, and Sylvester's matrices at the end are merged.
     """
     rest = [factor for factor in factors if factor.shape[0] > 1]
     power = 1
@@ -389,7 +389,7 @@ def tile(power: int) -> tuple[int, int]:
 
 
 def warps(numbers: int, family: str) -> int:
-    """Warps for a tile of so many numbers on a family of devices (`launch.family`): no register may be spilled."""
+    """Warps for a tile of this many numbers on a family of devices (`launch.family`): no register may be spilled."""
     if numbers < 2048:
         return 4
     return 16 if numbers == LARGEST_BLOCK and family == "rdna" else 8

@@ -1,8 +1,8 @@
 """Trellis codes on GPUs: products with a few vectors, and the decoded weight. The codes are read as they are stored.
 
-What codes and tables mean is described in `transformers_quip.codebooks.trellis`. A lane has sixteen weights that follow
-each other in a tile's sequence, lane g the weights 16g to 16g + 15: weight i of every lane then takes its state from the
-same bits of the lane's own words, so that all shifts are constants.
+Codes and tables are described in `transformers_quip.codebooks.trellis`. A lane has sixteen consecutive weights of a tile's
+sequence: lane g has the weights 16g to 16g + 15. Weight i of every lane then takes its state from the same bits of the
+lane's own words, so all shifts are constants.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .dot import dot_bytes
 from .launch import arch, device_of, processors
 
 MOST_VECTORS = 8
-MOST_TOGETHER = 4  # of one program
+MOST_TOGETHER = 4  # vectors of one program
 TILE = 16
 CODES = ("1mad", "2mad", "3inst", "mcg", "mul1", "hyb", "quantlut", "lut")
 ORDERS = ("rows", "qtip", "exl3")
@@ -67,7 +67,7 @@ def _computed(s, CODE: tl.constexpr, ARCH: tl.constexpr):
 
 @triton.jit
 def _row_of_table(s, CODE: tl.constexpr, TABLE_BITS: tl.constexpr):
-    """For states s (uint32) in a code with a table: the row, and bit 15 where its first value is to be negated."""
+    """For states s (uint32) in a code with a table: the row, and bit 15 set if its first value is to be negated."""
     h = s if CODE == "lut" else s * (s + 1)
     if CODE == "hyb":
         return (h >> (15 - TABLE_BITS)) & ((1 << TABLE_BITS) - 1), h & 0x8000
@@ -309,7 +309,7 @@ def matvec(
 
 
 def block(vectors: int) -> int:
-    """Tiles that a program of the product works on at once, for so many vectors, so that its sums fit into registers."""
+    """Tiles that a program of the product works on at once, so that the sums for this many vectors fit into registers."""
     return 16 if vectors <= 2 else 8
 
 
@@ -322,7 +322,7 @@ def dequantize(
     order: str,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weight that trellis codes stand for.
+    """The decoded weight of trellis codes.
 
     Args:
         codes, code, k, order, table: see [`matvec`].
@@ -356,7 +356,7 @@ def dequantize(
 
 
 def _constants(code: str, k: int, order: str, table: torch.Tensor | None) -> dict:
-    """What kernels are specialised for."""
+    """The constants that kernels are specialised for."""
     return {
         "K": k,
         "CODE": code,
@@ -378,7 +378,7 @@ def _as_kernels_read(table: torch.Tensor | None) -> torch.Tensor | None:
 
 @functools.lru_cache(maxsize=4096)
 def _words(table: torch.Tensor, address: int, version: int) -> torch.Tensor | None:
-    """Kept for each table, as comparing waits for the device; the other arguments tell when the same tensor has changed."""
+    """Cached for each table, as a comparison waits for the device; the other arguments show changes of the same tensor."""
     halves = table.detach().half()
     return halves.view(torch.int32).flatten() if torch.equal(halves.to(table.dtype), table) else None
 
@@ -386,7 +386,7 @@ def _words(table: torch.Tensor, address: int, version: int) -> torch.Tensor | No
 def _check(codes: torch.Tensor, columns: int, code: str, k: int, order: str, table: torch.Tensor | None) -> None:
     if code not in CODES or order not in ORDERS or not 1 <= k <= 8:
         raise ValueError(
-            f"there is no trellis of code {code!r}, {k} bits and order {order!r}: codes are {', '.join(CODES)}, bits 1 to "
+            f"unknown trellis of code {code!r}, {k} bits and order {order!r}: codes are {', '.join(CODES)}, bits 1 to "
             f"8, orders {', '.join(ORDERS)}"
         )
     expected = (codes.shape[0], columns // TILE * k)

@@ -1,11 +1,12 @@
-"""The fastest of a few ways to launch a kernel, measured on the device once and remembered in a file.
+"""The fastest of a few ways to launch a kernel, measured once on the device and cached in a file.
 
-A shape stands for all whose sizes have the same powers of two, so that a model has a handful of questions. Most of the time
-goes into compiling; when a process has spent `SECONDS`, the rest of its questions are answered by the first candidate, and
-measured by a later process.
+Shapes whose sizes round up to the same powers of two share an answer, so a model has a handful of questions. Most of the
+time goes into compiling. When a process has spent `SECONDS`, the first candidate answers the rest of its questions, and a
+later process measures them.
 
-The file is results of one device and one state of the kernels: NAME-VERSION.json in $QUIP_KERNELS_CACHE, or in quip-kernels
-in the user's cache folder. It may be deleted at any time; what cannot be read or written is measured again.
+The file holds the results of one device and one version of the kernels: NAME-VERSION.json in $QUIP_KERNELS_CACHE, or in
+quip-kernels in the user's cache folder. It may be deleted at any time. If it cannot be read or written, kernels are
+measured again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 Candidate = TypeVar("Candidate")
 
 CACHE_VARIABLE = "QUIP_KERNELS_CACHE"
-# For all questions of a process together; a candidate that is being measured is finished.
+# For all questions of a process together; a measurement that has begun is finished.
 SECONDS = 10.0
 _answers: dict[torch.device, dict[str, int]] = {}
 _spent = 0.0
@@ -56,8 +57,8 @@ def choose(
         candidates: the first is taken where nothing can be measured: in the interpreter, while a CUDA graph is recorded,
             without memory to measure in, when the time is used up.
         run: launches the kernel as a candidate says, on inputs of this shape.
-        unfit: what this function has answered and what does not fit onto the device after all, because the file of answers
-            was made with another one or was edited: if that is still the answer, all are measured again.
+        unfit: an earlier answer of this function that does not fit onto the device, because the file of answers was made
+            on another device or was edited: if it is still the answer, all candidates are measured again.
 
     Raises:
         OutOfResources: no candidate fits onto the device.
@@ -116,7 +117,7 @@ def _device_name(device: torch.device) -> str:
 
 @functools.cache
 def _version() -> str:
-    """Of the kernels and of what compiles them: results of others mean nothing."""
+    """The version of the kernels and of their compiler: results of other versions are not valid."""
     digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -141,13 +142,13 @@ def _read(path: Path) -> dict[str, int]:
         logger.info("%s cannot be read and will be made again (%s)", path, error)
         return {}
     if not isinstance(content, dict):
-        logger.info("%s is not what was written there and will be made again", path)
+        logger.info("%s does not have the expected content and will be made again", path)
         return {}
     return {key: value for key, value in content.items() if type(value) is int and value >= 0}
 
 
 def _write(path: Path, answers: dict[str, int]) -> None:
-    """Together with what other processes have written since; all or nothing. Who may read it is as the umask says."""
+    """Write the file atomically, merged with the answers of other processes. The umask decides who may read it."""
     content = json.dumps(_read(path) | answers, indent=1, sort_keys=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -163,7 +164,7 @@ def _write(path: Path, answers: dict[str, int]) -> None:
 
 
 def _remove_left_over(path: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote, which takes them less than a minute."""
+    """Remove temporary files of killed processes: older than a minute, because writing takes less."""
     for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):  # another process has removed it
             if time.time() - left.stat().st_mtime > 60:
