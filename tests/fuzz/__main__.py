@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from tqdm import tqdm
 
 from .specimens import make_specimens
 from .verdict import FAULTS, ORDER
@@ -27,6 +29,7 @@ GOLDEN = Path(os.environ.get("QUIP_GOLDEN") or Path(__file__).resolve().parents[
 def prepare(folder: Path, only: tuple[str, ...] = (), golden: Path | None = None) -> dict[Path, torch.Tensor]:
     """Make the specimens in `folder`, and say what each computes."""
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    tqdm.set_lock(threading.RLock())  # its own lock is shared by all processes, and a killed one would keep it
     logging.disable(logging.WARNING)
     try:
         return {path: logits(path) for path in make_specimens(folder, golden, only)}

@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from tests import foreign
@@ -43,6 +45,7 @@ from transformers_quip.hub import model_card  # noqa: F401 - imported before the
 
 from .worker import logits
 
+PATIENCE = 300  # seconds
 NEIGHBOURS = ("notes.txt", "other-model")
 _QUICK = ("--dtype", "float32", "--bits", "2")
 _CALIBRATED = ("--num-samples", "4", "--sequence-length", "32", "--batch-size", "2", "--option", "refinement_sweeps=1")
@@ -68,6 +71,7 @@ class Job:
 def prepare(base: Path) -> list[Job]:
     """Make the models that are read and those that are replaced, and list the ways to write."""
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    tqdm.set_lock(threading.RLock())  # its own lock is shared by all processes, and a killed one would keep it
     dense, foreign_folder = base / "dense", base / "foreign"
     tiny_model("llama", num_hidden_layers=1).save_pretrained(dense)
     tiny_tokenizer().save_pretrained(dense)
@@ -134,7 +138,14 @@ class Child:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self) -> int:
-        """Its exit code, negative for a signal."""
+        """Its exit code, negative for a signal. Raises `TimeoutError` if it goes on for minutes."""
+        end = time.monotonic() + PATIENCE
+        while not self.has_ended():
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise TimeoutError(f"a child goes on for more than {PATIENCE} s")
+            time.sleep(0.002)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
