@@ -86,14 +86,16 @@ fuzz-kill: $(VENV)/.installed ## COUNT=500 writers that are killed at random mom
 sanitize: $(VENV)/.installed ## the C library under AddressSanitizer, UBSan and ThreadSanitizer; needs gcc
 	$(BIN)/python -m tests.fuzz.sanitize --seed $(SEED)
 
-lint: $(VENV)/.installed ## ruff, mypy, clang-format, typos
+lint: $(VENV)/.installed ## ruff, mypy, the import contract, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# there is no import-linter for Python 3.10
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/lint-imports; fi
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch] tests/fuzz/sanitize/*.c
 	$(BIN)/typos
 
-format: $(VENV)/.installed ## write what ruff and clang-format would have
+format: $(VENV)/.installed ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i kernels/cpu/*.[ch] tests/fuzz/sanitize/*.c
@@ -141,7 +143,7 @@ docs: $(VENV)/.installed ## the documentation, into build/docs; a warning is an 
 package: $(VENV)/.installed ## the wheel and the source archive, into dist
 	$(BIN)/python -m build
 
-clean: ## remove what was built
+clean: ## remove build outputs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache kernels/torch-ext/quip_kernels/_cpu.*
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 

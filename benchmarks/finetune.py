@@ -43,7 +43,8 @@ def text(options: argparse.Namespace, setting: str, tokenizer) -> torch.Tensor:
     path = CACHE / f"self-{count}-{options.seed}.pt"
     if not path.is_file():
         model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
-        ids, _ = load_token_ids(QuipConfig(num_samples=count, seed=options.seed), model)
+        config = QuipConfig(num_samples=options.num_samples, seed=options.seed)
+        ids, _ = load_token_ids(config, model, held_out=HELD_OUT)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(ids, path)
     return torch.load(path)

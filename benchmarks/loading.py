@@ -221,7 +221,7 @@ def load(folder: Path) -> dict[str, float]:
     }
     del model
     from transformers_quip.checkpoints import memory
-    from transformers_quip.checkpoints.convert import convert
+    from transformers_quip.hf.convert import convert
 
     memory.return_memory([os.path.realpath(file)])
     Path("/proc/self/clear_refs").write_text("5")

@@ -15,27 +15,38 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config import QuipConfig
+    from .hf.patches import restore as restore_transformers
     from .hf.quantizer import QuipQuantizer
     from .nn import QuipLinear
     from .ops.backend import set_activations, set_backend
 
-__all__ = ["QuipConfig", "QuipLinear", "QuipQuantizer", "__version__", "set_activations", "set_backend"]
+__all__ = [
+    "QuipConfig",
+    "QuipLinear",
+    "QuipQuantizer",
+    "__version__",
+    "restore_transformers",
+    "set_activations",
+    "set_backend",
+]
 
+# Public name → the module that has it, and its name there.
 _HOMES = {
-    "QuipConfig": "config",
-    "QuipLinear": "nn",
-    "QuipQuantizer": "hf.quantizer",
-    "set_activations": "ops.backend",
-    "set_backend": "ops.backend",
+    "QuipConfig": ("config", "QuipConfig"),
+    "QuipLinear": ("nn", "QuipLinear"),
+    "QuipQuantizer": ("hf.quantizer", "QuipQuantizer"),
+    "restore_transformers": ("hf.patches", "restore"),
+    "set_activations": ("ops.backend", "set_activations"),
+    "set_backend": ("ops.backend", "set_backend"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module, attribute = _HOMES[name]
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
     globals()[name] = value
-    importlib.import_module(registration.WAITED_FOR)  # who uses one of these means Transformers to know the method
     return value
 
 

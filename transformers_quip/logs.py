@@ -17,9 +17,9 @@ class _Handler(logging.StreamHandler):
     """Writes to the current sys.stderr, if no other handler takes the message."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from transformers.utils import logging as transformers_logging  # not before there is something to say
-
-        if logging.getLogger().handlers or transformers_logging.get_verbosity() > max(record.levelno, logging.WARNING):
+        transformers_logging = sys.modules.get("transformers.utils.logging")  # imported by whoever loads a model
+        verbosity = transformers_logging.get_verbosity() if transformers_logging else logging.WARNING
+        if logging.getLogger().handlers or verbosity > max(record.levelno, logging.WARNING):
             return
         self.stream = sys.stderr
         super().emit(record)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: "; did you mean 'e8p'?", or nothing where no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Registry(Generic[T]):
@@ -46,6 +52,6 @@ class Registry(Generic[T]):
 
     def unknown(self, name: object) -> str:
         """The text of the error for a name that is not registered."""
-        close = difflib.get_close_matches(str(name), self._entries, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{self.kind}={name!r} is not known, choose one of {', '.join(map(repr, self._entries))}{hint}"
+        return (
+            f"{self.kind}={name!r} is not known, choose one of {', '.join(map(repr, self._entries))}{suggest(name, self)}"
+        )

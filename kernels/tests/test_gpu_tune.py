@@ -189,7 +189,7 @@ def test_a_single_candidate_is_not_measured(runs):
 @pytest.mark.parametrize("another", [True, False])
 @pytest.mark.parametrize("module", ["matvec", "small_batch"])
 def test_callers_ask_again(monkeypatch, module, another):
-    """A launch that the device refuses: the kernel's caller launches another candidate, or raises where there is none."""
+    """A launch that the device refuses: the kernel's caller launches another candidate, or raises without one."""
     from quip_kernels import e8p, layout
     from quip_kernels.gpu import matvec, small_batch
     from quip_kernels.gpu.quantize import Digits

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.models import POSITIONS, VOCABULARY, tiny_model
+from transformers_quip import QuipConfig
 from transformers_quip.calibration import load_token_ids, write_text
 
 BOS = 1
@@ -265,3 +266,17 @@ def test_tokenizer_beside_the_model(tmp_path):
     for place in (None, str(tmp_path)):
         ids, _ = load_token_ids(config(["one two three"] * 2, tokenizer=place, **options), model)
         assert ids.tolist() == [[5, 6, 7], [5, 6, 7]]
+
+
+def test_held_out_sequences_are_others_than_those_drawn_without_them():
+    rows = torch.arange(3, 103)[:, None].expand(100, 8).contiguous()
+    config = QuipConfig(dataset=rows, num_samples=20, sequence_length=8, seed=3)
+    model = tiny_model("llama")
+    plain = load_token_ids(config, model)[0]
+    both = load_token_ids(config, model, held_out=5)[0]
+    assert torch.equal(both[:20], plain)
+    assert len(both) == 25
+    assert not set(both[20:, 0].tolist()) & set(plain[:, 0].tolist())
+    # too few for both: those that are held out stay, and no sequence is in both parts
+    few = load_token_ids(QuipConfig(dataset=rows[:22], num_samples=20, sequence_length=8), model, held_out=5)[0]
+    assert sorted(few[:, 0].tolist()) == list(range(3, 25))

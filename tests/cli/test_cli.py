@@ -213,13 +213,6 @@ def test_what_is_missing_is_named_before_a_model_is_loaded(quantized, capsys, mo
     assert "--save needs a folder" in error
 
 
-def test_convert_is_there_when_its_module_is(monkeypatch):
-    monkeypatch.setitem(cli._NEEDS, "convert", "transformers_quip.no_such_module")
-    assert "convert" not in cli.commands.list_commands(None)
-    monkeypatch.setitem(cli._NEEDS, "convert", "transformers_quip.config")
-    assert "convert" in cli.commands.list_commands(None)
-
-
 def test_convert(golden, tmp_path, capsys):
     out = tmp_path / "native"
     code, content, _ = run(capsys, "convert", golden / "qs_E8P12_t128", out, "--json")

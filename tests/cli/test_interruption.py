@@ -40,8 +40,8 @@ def test_convert(golden, tmp_path):
     """Stopped between two linears of a checkpoint that takes long."""
     out = tmp_path / "out"
     slow = (
-        "import time\nfrom transformers_quip.hf import foreign\nreal = foreign.repack\n"
-        "foreign.repack = lambda *a: (time.sleep(30), real(*a))[1]"
+        "import time\nfrom transformers_quip.checkpoints import convert\nreal = convert.repack\n"
+        "convert.repack = lambda *a: (time.sleep(30), real(*a))[1]"
     )
     process = start("convert", golden / "qs_E8P12_t128", out, before=slow)
     wait_for(process, "Re-packing")

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from transformers_quip import QuipConfig, codebooks
 from transformers_quip.config import OPTIONS
+from transformers_quip.config.typed import TypedOptions
 
 
 class Table:
@@ -55,9 +57,23 @@ def test_defaults():
 def test_every_option_is_a_documented_keyword():
     parameters = inspect.signature(QuipConfig).parameters
     assert list(parameters) == list(OPTIONS)
+    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {name: parameter.default for name, parameter in parameters.items()} == {
+        name: option.default for name, option in OPTIONS.items()
+    }
     assert all(f"{name} (default" in QuipConfig.__doc__ for name in OPTIONS)
     with pytest.raises(TypeError):
         QuipConfig(2)
+
+
+def test_every_option_is_an_attribute_with_the_type_of_its_keyword():
+    """As type checkers see them; a keyword may be any sequence where the attribute is a list."""
+    attributes, keywords = get_type_hints(TypedOptions), get_type_hints(TypedOptions.__init__)
+    assert list(attributes) == list(OPTIONS)
+    assert keywords.pop("return") is type(None)
+    assert {name: str(kind).replace("collections.abc.Sequence", "list") for name, kind in keywords.items()} == {
+        name: str(kind) for name, kind in attributes.items()
+    }
 
 
 def test_codebook_chooses_the_bits_and_bits_the_codebook():

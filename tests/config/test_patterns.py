@@ -1,4 +1,4 @@
-"""Shell patterns of module names, and those that would use up the processor."""
+"""The two pattern languages by examples, and patterns that would use up the processor."""
 
 import time
 
@@ -6,7 +6,9 @@ import pytest
 
 from transformers_quip import QuipConfig
 from transformers_quip.config import storage
-from transformers_quip.config.patterns import LONGEST, MOST_PATTERNS, check_patterns, matches
+from transformers_quip.config.patterns import LONGEST, MOST_PATTERNS, check_patterns, is_called, is_named, matches
+
+NAME = "model.layers.1.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,47 @@ def test_too_much(names, said):
 
 def test_names_without_wildcards_are_not_limited():
     check_patterns(f"model.layers.{number}.mlp.up_proj" for number in range(10_000))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("model.layers.1", True),
+        ("model.layers", True),
+        ("layers.1", False),
+        ("up_proj", True),
+        ("1.mlp.up_proj", True),
+        (r".*\.mlp", True),
+        (r"model\.layers\.[2-9]", False),
+        ("model.layers.1.mlp.up", False),
+        ("model.layers.1.", True),
+        ("model.lay|model.layers.1.mlp", True),
+        ("model.lay|model.layers.2", False),
+    ],
+)
+def test_names_are_matched_as_in_transformers(pattern, named):
+    assert is_named(NAME, ["nothing", pattern]) is named
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched", "called"),
+    [
+        (NAME, True, True),
+        ("up_proj", True, True),
+        ("mlp.up_proj", True, True),
+        ("*.up_proj", True, True),
+        ("model.layers.?.*.up_proj", True, True),
+        ("layers.[12].mlp.up_proj", True, True),
+        ("*up_proj", True, False),
+        ("*", True, False),
+        ("model.layers.1.*", True, False),
+        ("mlp", False, False),
+        ("p_proj", False, False),
+        ("layers.[2-9].*", False, False),
+        ("UP_PROJ", False, False),
+    ],
+)
+def test_shell_patterns(pattern, matched, called):
+    assert matches(NAME, pattern) is matched
+    assert is_called(NAME, [pattern]) is called
+    assert is_called(NAME, ["nothing", pattern]) is called

@@ -1,4 +1,4 @@
-"""The record of layouts in a config: what is valid, and that it survives JSON with sorted keys."""
+"""The record of unusual storage in a config: what is valid, and that it survives JSON with sorted keys."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import json
 import pytest
 
 from transformers_quip import QuipConfig
-from transformers_quip.config.storage import PLAIN, Layout
+from transformers_quip.config.storage import PLAIN, Storage
 
-LAYOUTS = (
-    Layout(padded=(512, 128), scales_dtype="float32"),
-    Layout(row_scales=True),
-    Layout(fuses=("up_proj", "gate_proj")),
-    Layout(parts=(("q_proj", 64), ("k_proj", 32), ("v_proj", 32))),
+STORED = (
+    Storage(padded=(512, 128), scales_dtype="float32"),
+    Storage(row_scales=True),
+    Storage(fuses=("up_proj", "gate_proj")),
+    Storage(parts=(("q_proj", 64), ("k_proj", 32), ("v_proj", 32))),
 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_round_trip(layout):
-    values = json.loads(json.dumps(layout.to_dict(), sort_keys=True))
-    assert Layout.from_dict(values) == layout
-    assert Layout.from_dict(values).to_dict() == values
+@pytest.mark.parametrize("storage", STORED)
+def test_round_trip(storage):
+    values = json.loads(json.dumps(storage.to_dict(), sort_keys=True))
+    assert Storage.from_dict(values) == storage
+    assert Storage.from_dict(values).to_dict() == values
 
 
 def test_a_plain_one_is_not_written():
@@ -31,12 +31,12 @@ def test_a_plain_one_is_not_written():
 
 def test_of_a_module():
     config = QuipConfig(dataset=None)
-    config.layout = {"*": {"scales_dtype": "float32"}, "*.down_proj": {"padded": [512, 128]}}
+    config.storage = {"*": {"scales_dtype": "float32"}, "*.down_proj": {"padded": [512, 128]}}
     saved = json.loads(json.dumps(config.to_dict(), sort_keys=True))
     again = QuipConfig.from_dict(saved)
-    assert again.layout_of("model.layers.3.mlp.down_proj") == LAYOUTS[0]
-    assert again.layout_of("model.layers.3.mlp.up_proj") == Layout(scales_dtype="float32")
-    assert QuipConfig().layout_of("lm_head") is PLAIN
+    assert again.storage_of("model.layers.3.mlp.down_proj") == STORED[0]
+    assert again.storage_of("model.layers.3.mlp.up_proj") == Storage(scales_dtype="float32")
+    assert QuipConfig().storage_of("lm_head") is PLAIN
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_of_a_module():
     [
         ([], "must be a dict"),
         ({"": {}}, "must be a dict"),
-        ({"*": 3}, "which is no dict"),
+        ({"*": 3}, "which must be a dict"),
         ({"*": {"pad": [1, 2]}}, "not 'pad'"),
         ({"*": {"padded": [0, 2]}}, "two positive integers"),
         ({"*": {"padded": 2}}, "two positive integers"),

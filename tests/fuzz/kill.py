@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM
 from tests import foreign
 from tests.models import tiny_model, tiny_tokenizer
 from transformers_quip import QuipConfig, cli
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 from transformers_quip.hub import model_card  # noqa: F401 - imported before the forks
 
 from .worker import logits

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests import foreign
 from tests.models import tiny_model
 from transformers_quip import QuipConfig
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 
 FORMATS = Path(__file__).resolve().parent.parent / "formats"
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from transformers_quip import cli
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 from transformers_quip.hub.model_card import write_card
 
 from . import mutate_bin, mutate_config, mutate_tensors  # noqa: F401 - they register their mutations

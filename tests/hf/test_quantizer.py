@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import transformers_quip
 from tests.models import save_tiny_model, tiny_model
 from transformers_quip import QuipConfig, QuipQuantizer
-from transformers_quip.hf import quantizer
+from transformers_quip.hf import methods
 
 
 def test_registered_under_quip():
@@ -44,7 +44,7 @@ def test_a_name_that_another_package_took(monkeypatch):
 
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "quip", Foreign)
     with pytest.raises(ImportError, match="'quip' is taken by .*Foreign"):
-        quantizer.register()
+        methods.register()
 
 
 def test_what_it_tells_transformers():

@@ -8,10 +8,29 @@ import sys
 
 import pytest
 
+# Every part of Transformers' registry: the two mappings, and the two classes that look methods up.
 CHECK = (
-    "import transformers.modeling_utils as waited_for\n"
-    "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\n"
-    "assert m['quip'].__name__ == 'QuipQuantizer'\n"
+    "from transformers.quantizers import auto\n"
+    "import transformers_quip\n"
+    "for name in ('quip', 'QUiP', 'exl3'):\n"
+    "    assert auto.AUTO_QUANTIZER_MAPPING[name] is transformers_quip.QuipQuantizer\n"
+    "    assert name in auto.AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+    "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['quip'] is transformers_quip.QuipConfig\n"
+    "saved = {'quant_method': 'quip', 'bits': 3}\n"
+    "assert auto.AutoHfQuantizer.supports_quant_method(saved)\n"
+    "assert auto.AutoQuantizationConfig.from_dict(saved) == transformers_quip.QuipConfig(bits=3)\n"
+    "assert type(auto.AutoHfQuantizer.from_config(dict(saved))) is transformers_quip.QuipQuantizer\n"
+)
+# The code that loads models has what it needs, and nothing shows how that came about.
+CHECK_LOADING = (
+    "import inspect, sys\n"
+    "import transformers.modeling_utils as modeling\n"
+    "assert modeling.get_hf_quantizer.__wrapped__ is auto.get_hf_quantizer\n"
+    "assert 'def from_pretrained' in inspect.getsource(modeling)\n"
+    "for module in (modeling, auto):\n"
+    "    for loader in (module.__loader__, module.__spec__.loader):\n"
+    "        assert type(loader).__module__ != 'transformers_quip.hf.registration'\n"
+    "assert not [f for f in sys.meta_path if type(f).__name__ == 'Waiting']\n"
 )
 
 
@@ -34,25 +53,31 @@ def test_the_import_brings_neither_torch_nor_transformers():
     run(code)
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import transformers_quip; from transformers import AutoModelForCausalLM, PreTrainedModel",
-        "import transformers.modeling_utils, transformers_quip",
-        "import transformers.quantizers.auto, transformers_quip",
-        "from transformers_quip import QuipConfig; import transformers.quantizers",
-    ],
-    ids=["before", "after", "between", "with the config"],
-)
+ORDERS = {
+    "nothing of transformers": "import transformers_quip",
+    "models": "import transformers_quip; from transformers import AutoModelForCausalLM, PreTrainedModel",
+    "models before": "import transformers.modeling_utils, transformers_quip",
+    "registry": "import transformers_quip, transformers.quantizers.auto",
+    "registry before": "import transformers.quantizers.auto, transformers_quip",
+    "registry's package": "import transformers_quip; from transformers.quantizers import AutoHfQuantizer",
+    "config": "from transformers_quip import QuipConfig; import transformers.quantizers",
+    "configs of transformers": "import transformers_quip; from transformers import AutoConfig, BitsAndBytesConfig",
+    "loader of weights": "import transformers_quip, transformers.core_model_loading, transformers.conversion_mapping",
+    "quantizer": "from transformers_quip import QuipQuantizer",
+    "layer": "from transformers_quip import QuipLinear",
+    "room": "import transformers_quip.hf.modes",
+    "trainer": "import transformers_quip; from transformers import Trainer",
+    "torch": "import torch, transformers_quip, transformers.integrations",
+}
+
+
+@pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS)
 def test_registered_in_any_order(imports):
-    run(
-        f"{imports}\n{CHECK}"
-        "import inspect, sys, transformers_quip\n"
-        "assert 'def from_pretrained' in inspect.getsource(waited_for)\n"
-        "for loader in (waited_for.__loader__, waited_for.__spec__.loader):\n"
-        "    assert type(loader).__module__ != 'transformers_quip.hf.registration'\n"
-        "assert not [f for f in sys.meta_path if type(f).__name__ == 'Waiting']\n"
-    )
+    run(f"{imports}\n{CHECK}{CHECK_LOADING}")
+
+
+def test_registered_while_models_are_not_imported():
+    run(f"import sys, transformers_quip\n{CHECK}assert 'transformers.modeling_utils' not in sys.modules\n")
 
 
 def test_who_uses_a_public_name_finds_the_method_known():

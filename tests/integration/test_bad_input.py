@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from transformers_quip import QuipConfig
-from transformers_quip.hf import quantizer
+from transformers_quip.hf import modes, quantize_weight
 
 UNCALIBRATED = QuipConfig(dataset=None)
 
@@ -23,8 +23,8 @@ def _no_work(monkeypatch, quantized):
     def refuse(*args, **kwargs):
         raise AssertionError("the error came too late: quantizing had begun")
 
-    monkeypatch.setattr(quantizer.QuantizeWeight, "convert", refuse)
-    monkeypatch.setattr(quantizer.QuipQuantizer, "_calibrate", refuse)
+    monkeypatch.setattr(quantize_weight.QuantizeWeight, "convert", refuse)
+    monkeypatch.setattr(modes.Calibrated, "finish", refuse)
 
 
 @pytest.fixture
@@ -123,15 +123,18 @@ def test_a_quip_folder_is_loaded_as_it_is(quantized, ids):
 
 
 def test_calibration_of_a_model_that_is_not_causal(dense, tmp_path):
-    with pytest.raises(ValueError, match=r"LlamaModel is no causal language model.*AutoModelForCausalLM.*dataset=None"):
+    with pytest.raises(
+        ValueError,
+        match=r"LlamaModel cannot be calibrated.*AutoModelForCausalLM.*dataset=None",
+    ):
         AutoModel.from_pretrained(dense("llama"), quantization_config=QuipConfig())
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
     BertForMaskedLM(BertConfig(**small)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="BertForMaskedLM is no causal language model"):
+    with pytest.raises(ValueError, match="BertForMaskedLM cannot be calibrated: it is not a causal language model"):
         BertForMaskedLM.from_pretrained(tmp_path / "bert", quantization_config=QuipConfig())
     t5 = T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=40)
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is no causal language model"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot be calibrated: it is not a causal"):
         T5ForConditionalGeneration.from_pretrained(tmp_path / "t5", quantization_config=QuipConfig())
 
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import tiny_model
 from transformers_quip import QuipConfig
-from transformers_quip.hf import quantizer
+from transformers_quip.hf import quantize_weight
 
 UNCALIBRATED = QuipConfig(dataset=None)
 
@@ -18,9 +18,9 @@ def test_weights_that_are_not_finite_stop_the_run_at_once(tmp_path, value, monke
         model.model.layers[0].self_attn.v_proj.weight[3, 4] = value
     model.save_pretrained(tmp_path)
     seen = []
-    convert = quantizer.QuantizeWeight.convert
+    convert = quantize_weight.QuantizeWeight.convert
     monkeypatch.setattr(
-        quantizer.QuantizeWeight,
+        quantize_weight.QuantizeWeight,
         "convert",
         lambda self, *args, **kwargs: seen.append(kwargs["full_layer_name"]) or convert(self, *args, **kwargs),
     )

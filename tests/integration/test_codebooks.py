@@ -99,7 +99,7 @@ def test_more_bits_lose_less(dense, ids):
     [
         (
             {"bits": 2, "residual_scale": 0.5},
-            "needs a codebook of two stages, which codebook='e8p' is not",
+            "needs a codebook of two stages, and codebook='e8p' has one; choose one of",
         ),
         ({"bits": 4, "residual_scale": 0}, "residual_scale=0 must be None or a finite number other than 0"),
         ({"bits": 4, "residual_scale": float("inf")}, "must be None or a finite number"),

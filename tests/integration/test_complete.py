@@ -19,7 +19,7 @@ from transformers import (
 from tests import foreign
 from tests.models import save_tiny_model, tiny_ids
 from transformers_quip import QuipConfig
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 
 UP = "model.layers.1.mlp.up_proj"
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.integration import two_processes
-from transformers_quip.nn.collectives import as_bytes, install
+from transformers_quip.hf.patches import install
+from transformers_quip.nn.collectives import as_bytes
 
 pytest.importorskip("peft", reason="peft is not installed")
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Mistral3Config, Mistral4Config, P
 
 from tests import foreign
 from tests.models import tiny_config, tiny_ids
-from transformers_quip.checkpoints.convert import convert
 from transformers_quip.checkpoints.foreign.exl3_folded import folded_factor
+from transformers_quip.hf.convert import convert
 
 EXL3 = {"quantization_config": {"quant_method": "exl3", "version": "1.6.5"}}
 

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tests.models import tiny_ids
 from transformers_quip import QuipConfig
-from transformers_quip.hf.quantizer import register
+from transformers_quip.hf.methods import register
 
 NAME = "exl3_mcg_k4"
 

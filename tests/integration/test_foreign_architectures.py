@@ -17,7 +17,7 @@ from transformers import (
 from tests import foreign
 from tests.models import tiny_config, tiny_ids
 from transformers_quip import QuipConfig, QuipLinear
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 
 QKV = {"qkv_proj": ("q_proj:64", "k_proj:32", "v_proj:32"), "gate_up_proj": ("gate_proj:96", "up_proj:96")}
 

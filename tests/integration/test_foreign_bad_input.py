@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import foreign
 from transformers_quip import QuipConfig, QuipLinear
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from transformers_quip import QuipConfig
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 
 NAME = "qfa_E8P12_rand_t128_bin"
 INDEX = "pytorch_model.bin.index.json"

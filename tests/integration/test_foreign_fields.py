@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests import foreign, truth
 from tests.models import tiny_ids
 from transformers_quip import QuipLinear, codebooks
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 
 EXL3 = {"quantization_config": {"quant_method": "exl3", "version": "1.4.1"}}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}

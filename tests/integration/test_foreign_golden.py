@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from transformers_quip import QuipLinear, cli
-from transformers_quip.checkpoints.convert import convert
+from transformers_quip.hf.convert import convert
 from transformers_quip.nn.fused import FusedRows
 
 FOLDERS = (

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from transformers_quip.checkpoints import files
-from transformers_quip.checkpoints.convert import convert
 from transformers_quip.checkpoints.foreign.family import is_finite_number, is_one_of
 from transformers_quip.checkpoints.foreign.plan import family_of
+from transformers_quip.hf.convert import convert
 
 ODD = ([], {}, [[]], {"a": []}, None, True, 3, 2.5, 10**400, "", "x" * 5000, ["E8P12"])
 

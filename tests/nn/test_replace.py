@@ -48,26 +48,6 @@ def test_what_counts_as_a_dense_linear():
     assert not replace.is_dense_linear(nn.Embedding(2, 3))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "named"),
-    [
-        ("model.layers.1", True),
-        ("model.layers", True),
-        ("layers.1", False),
-        ("up_proj", True),
-        ("1.mlp.up_proj", True),
-        (r".*\.mlp", True),
-        (r"model\.layers\.[2-9]", False),
-        ("model.layers.1.mlp.up", False),
-        ("model.layers.1.", True),
-        ("model.lay|model.layers.1.mlp", True),
-        ("model.lay|model.layers.2", False),
-    ],
-)
-def test_names_are_matched_as_in_transformers(pattern, named):
-    assert replace.is_named("model.layers.1.mlp.up_proj", ["nothing", pattern]) is named
-
-
 @pytest.mark.parametrize("module", [nn.Linear(5, 3), Conv1D(3, 5)])
 def test_shape_and_weight_of_both_kinds(module):
     assert replace.linear_shape(module) == (3, 5)

@@ -37,7 +37,11 @@ def is_written_by_the_model(config: Any) -> bool:
 
 
 def load_token_ids(
-    config: Any, model: PreTrainedModel, tokenizer: Any = None, source: Source | None = None
+    config: Any,
+    model: PreTrainedModel,
+    tokenizer: Any = None,
+    source: Source | None = None,
+    held_out: int = 0,
 ) -> tuple[torch.Tensor, str]:
     """Make the token ids to calibrate on.
 
@@ -55,6 +59,7 @@ def load_token_ids(
             dataset="self" alone.
         tokenizer: for texts. Else `config.tokenizer` (an object, or where to load one), else the model's own.
         source: where the model was loaded from, and with which arguments: its tokenizer is read in the same way.
+        held_out: further sequences, after the `num_samples` that are drawn without them.
 
     Returns:
         (int64 [N, T] on the CPU, a description of the data for the log). N is less than num_samples, with a warning,
@@ -66,7 +71,7 @@ def load_token_ids(
             cannot be loaded, a missing column, a mask that does not fit.
         TypeError: `dataset` is, or contains, something else.
     """
-    dataset, samples, seed = config.dataset, config.num_samples, config.seed
+    dataset, samples, seed = config.dataset, config.num_samples + held_out, config.seed
     length = _fitting_length(config.sequence_length, model)
     if is_written_by_the_model(config):
         ids = write_text(model, samples, length, seed, document_length=_DOCUMENT_LENGTH, greedy_tokens=_GREEDY_TOKENS)
@@ -76,11 +81,13 @@ def load_token_ids(
     source = source or Source(getattr(model, "name_or_path", "") or "")
     if isinstance(dataset, str):
         kind = dataset
-        ids = pack(_named(config, length, tokenizers.find_tokenizer(given, source)), samples, length, seed, read_all=True)
+        named = _named(config, samples, length, tokenizers.find_tokenizer(given, source))
+        ids = pack(named, samples, length, seed, read_all=True, held_out=held_out)
     else:
         rows = read_rows(dataset, config.text_column, seed)
         kind = rows.kind
-        ids = pack(_documents(rows, given, source, model), samples, length, seed, read_all=rows.in_memory)
+        documents = _documents(rows, given, source, model)
+        ids = pack(documents, samples, length, seed, read_all=rows.in_memory, held_out=held_out)
     _check_vocabulary(ids, model)
     return ids, f"{kind}: {ids.shape[0]} x {ids.shape[1]} tokens, seed {seed}"
 
@@ -129,20 +136,20 @@ def _fitting_length(length: int, model: PreTrainedModel) -> int:
     return length
 
 
-def _named(config: Any, length: int, tokenizer: Any) -> list[torch.Tensor]:
+def _named(config: Any, samples: int, length: int, tokenizer: Any) -> list[torch.Tensor]:
     """A data set by name, as Optimum's GPTQ quantizer loads it: windows of `length` tokens."""
     name = config.dataset
     try:
         from optimum.gptq.data import get_dataset
 
         with _global_generators_kept():
-            samples = get_dataset(name, tokenizer, nsamples=config.num_samples, seqlen=length, seed=config.seed)
+            found = get_dataset(name, tokenizer, nsamples=samples, seqlen=length, seed=config.seed)
     except Exception as error:  # a missing package, no network, an unknown name: from four libraries
         raise ValueError(
             f"dataset={name!r} could not be loaded ({type(error).__name__}: {tokenizers.first_line(error)}). Data sets by "
             f"name need the packages optimum and datasets, and the network. dataset must be {ALLOWED}."
         ) from error
-    return [torch.as_tensor(sample["input_ids"]).reshape(-1) for sample in samples]
+    return [torch.as_tensor(sample["input_ids"]).reshape(-1) for sample in found]
 
 
 @contextmanager

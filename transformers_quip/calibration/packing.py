@@ -10,7 +10,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-def pack(documents: Iterable[torch.Tensor], samples: int, length: int, seed: int, read_all: bool) -> torch.Tensor:
+def pack(
+    documents: Iterable[torch.Tensor], samples: int, length: int, seed: int, read_all: bool, held_out: int = 0
+) -> torch.Tensor:
     """Join documents end to end, cut them into windows, and draw `samples` of these.
 
     Documents of exactly `length` tokens stay whole, each a window of its own.
@@ -20,6 +22,7 @@ def pack(documents: Iterable[torch.Tensor], samples: int, length: int, seed: int
         samples, length: of the windows.
         seed: of the draw.
         read_all: draw from all documents; else read only as many as are needed.
+        held_out: the last `held_out` of the samples are others than those that are drawn without them.
 
     Returns:
         int64 [N, T]. N is less than `samples`, and T less than `length`, with a warning, where there is too little.
@@ -48,7 +51,8 @@ def pack(documents: Iterable[torch.Tensor], samples: int, length: int, seed: int
             "dataset holds only %d sequences of %d tokens, not num_samples=%d: calibrating on these.",
             len(windows), length, samples,
         )  # fmt: skip
-    if len(windows) <= samples:
+    if len(windows) <= samples and not held_out:
         return windows.clone()
-    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
-    return windows[chosen.sort().values]
+    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    fitted = max(min(samples, len(windows)) - held_out, 0)
+    return windows[torch.cat([drawn[:fitted].sort().values, drawn[fitted:samples].sort().values])]

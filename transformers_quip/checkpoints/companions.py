@@ -82,7 +82,7 @@ def _mapped(path: Path) -> Iterator[str]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        return  # it is copied as it is; whoever reads it says what is wrong
+        return  # it is copied unchanged; the program that reads it reports the error
     mapped = content.get("auto_map") if isinstance(content, dict) else None
     if not isinstance(mapped, dict):
         return

@@ -124,8 +124,8 @@ def _is_new(model: Any, name: str) -> bool:
         return False
     if name.startswith(f"{base}."):
         return False
-    output = getattr(model, "get_output_embeddings", None)
-    head = None if output is None else output()
+    ask: Any = getattr(model, "get_output_embeddings", None)
+    head = None if ask is None else ask()
     if head is not None and model.get_submodule(name.rpartition(".")[0]) is head:
         return not any(architecture.endswith(_GENERATES) for architecture in saved)
     return True

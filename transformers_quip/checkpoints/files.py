@@ -41,6 +41,11 @@ class Files:
                 self._check_equal(self.headers[key], found[key])
             self.headers.update(found)
 
+    def close(self) -> None:
+        """Let go of the files; nothing can be read from them afterwards."""
+        self._open.clear()
+        self._loaded.clear()
+
     def _load(self, file: str) -> dict[str, TensorInfo]:
         self._loaded[file] = tensors = _load(file)
         types = {key: str(type_name(value.dtype)) for key, value in tensors.items()}

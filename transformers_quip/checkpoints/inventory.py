@@ -163,7 +163,7 @@ def read_folder(folder: str | Path) -> Inventory:
             raise ValueError(f"{missing[0]} is missing ({len(missing)} of {len(files)} files): download the model again")
         if missing:
             metadata = content.get("metadata")
-            size = metadata.get("total_size") if isinstance(metadata, Mapping) else None
+            size: Any = metadata.get("total_size") if isinstance(metadata, Mapping) else None
             if not _is_size(size, 2**63):
                 raise ValueError(f"{index} says no total_size, and none of the files that it names is here")
             return Inventory(config, {}, (), size, tuple(weight_map))

@@ -50,7 +50,7 @@ def expand_names(names: Iterable[str]) -> Iterator[str]:
     """The module names that [`compress_names`] folded, one after the other; they are not held in memory.
 
     Raises:
-        ValueError: before the first name, where a range is not one, or where there are more than `MOST` names.
+        ValueError: before the first name, if a range is not valid, or if there are more than `MOST` names.
     """
     folded = []
     count = 0

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
-
+from ..nn.embedding import QuipEmbedding
+from ..nn.linear import QuipLinear
 from .headers import DAMAGED, TensorInfo, type_name
 
 _FLOATING = ("F16", "BF16", "F32", "F64")
@@ -24,7 +24,9 @@ def check_kind(files: Iterable[str]) -> None:
             raise ValueError(f"{file} is not a safetensors file, and transformers-quip reads no other format")
 
 
-def check_tensors(linears: Mapping[str, nn.Module], others: Iterable[str], headers: Mapping[str, TensorInfo]) -> None:
+def check_tensors(
+    linears: Mapping[str, QuipLinear | QuipEmbedding], others: Iterable[str], headers: Mapping[str, TensorInfo]
+) -> None:
     """Check that a checkpoint holds every tensor of every quantized linear, in the right shape and type.
 
     Parameters whose size is known only to the file (`Grid.shape`) get the size that they have there.

@@ -10,7 +10,6 @@ Exit codes: 0 done; 2 the command line is wrong; 3 a value, a model or a file ca
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import signal
 import sys
 import threading
@@ -24,18 +23,16 @@ USAGE, UNUSABLE, UNREACHABLE, STOPPED, TERMINATED = 2, 3, 4, 130, 143
 COMMANDS = ("quantize", "tune", "evaluate", "inspect", "compare", "convert", "push", "chat", "serve", "run")
 # `run` is a name of this module already.
 _MODULES = {"run": "run_program"}
-# A command is available if the module that it calls is installed.
-_NEEDS = {"convert": "transformers_quip.checkpoints.convert"}
 
 
 class _Commands(click.Group):
     """Imports the module of a command when it is asked for."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [name for name in COMMANDS if name not in _NEEDS or importlib.util.find_spec(_NEEDS[name])]
+        return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in self.list_commands(context):
+        if name not in COMMANDS:
             return None
         return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}").command
 

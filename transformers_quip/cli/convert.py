@@ -20,8 +20,8 @@ def command(source: str, out: Path, overwrite: bool, as_json: bool) -> None:
 
     OUT appears only when it is complete; after an error or Ctrl-C it is as it was before.
     """
-    from ..checkpoints.convert import convert
     from ..checkpoints.inventory import read_folder
+    from ..hf.convert import convert
     from ..hub.model_card import try_to_write_card
 
     check_not_source(out, source)

@@ -69,9 +69,7 @@ def command(
     from ..finetune import TuneOptions
 
     options = TuneOptions(learning_rate=learning_rate, epochs=epochs, batch_size=batch_size, held_out=held_out, seed=seed)
-    data = QuipConfig(
-        dataset=dataset_of(dataset), num_samples=num_samples + held_out, sequence_length=sequence_length, seed=seed
-    )
+    data = QuipConfig(dataset=dataset_of(dataset), num_samples=num_samples, sequence_length=sequence_length, seed=seed)
     if data.dataset is None:
         raise click.UsageError("--dataset none: tuning needs text")
     check_not_source(out, model)
@@ -91,7 +89,7 @@ def tune_folder(source: str, dense: str, folder: Path, options: Any, data: Any, 
     reasons: list[str] = []
     tokenizer = find_tokenizer(source, reasons.append, token=loading["token"])
     teacher_model = load_model(dense, **loading)
-    ids, description = load_token_ids(data, teacher_model, tokenizer)
+    ids, description = load_token_ids(data, teacher_model, tokenizer, held_out=options.held_out)
     tell(f"tuning on {description}")
     teacher = record(teacher_model, ids, None if state is None else state / "teacher.bin")
     del teacher_model

@@ -17,7 +17,7 @@ from .residual import ResidualE8P
 from .scalar import Scalar
 from .trellis import Trellis
 
-__all__ = ["Codebook", "Grid", "default_for_bits", "get", "names", "register", "spec"]
+__all__ = ["Codebook", "Grid", "default_for_bits", "get", "is_read_only", "names", "register", "spec"]
 
 _CODEBOOKS: Registry[Callable[[], Codebook]] = Registry("codebook")
 _DEFAULTS: dict[float, str] = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4", 8: "scalar8"}
@@ -136,8 +136,18 @@ def _get(name: str) -> Codebook:
     return _CODEBOOKS[known]().with_residual_scale(residual_scale)
 
 
+def is_read_only(name: object) -> bool:
+    """Whether this names a codebook that is only for checkpoints made elsewhere; [`names`] lists none of them."""
+    if not isinstance(name, str):
+        return False
+    try:
+        return get(name).is_read_only
+    except ValueError:
+        return False
+
+
 def default_for_bits(bits: float) -> str:
-    """The codebook that `bits` alone chooses. Raises `ValueError` where there is none."""
+    """The default codebook for `bits`. Raises `ValueError` if there is none."""
     if bits not in _DEFAULTS:
         raise ValueError(f"bits={bits} has no codebook, choose one of {', '.join(map(str, _DEFAULTS))}")
     return _DEFAULTS[bits]

@@ -1,79 +1,88 @@
 """QuipConfig: how a model is quantized, which options fit together, and its place in config.json.
 
-The single options stand in `options`, their checks in `option_checks`.
+The table of options is in `options`, their checks are in `checks`, and the types that editors see in `typed`.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import codebooks, rounding
+from ..registry import suggest
 from ..version import __version__
 from . import storage
-from .checks import MIXED_BITS, is_read_only, known_bits, short
+from .bits import MIXED_BITS, known_bits
+from .checks import short
 from .options import OPTIONS
 from .patterns import matches
-from .storage import Layout
+from .storage import Storage
+from .typed import TypedOptions
 
 QUANT_METHOD = "quip"
 FORMAT_VERSION = 1
 
-# Written beside the options by the quantizer, not by the caller.
-_RECORDS = ("calibration", "quantized_modules", "layout", "origin")
+# Written by the quantizer, not by the caller.
+# Attribute → its key in config.json.
+_RECORDS = {"calibration": "calibration", "quantized_modules": "quantized_modules", "storage": "layout", "origin": "origin"}
 
 
-class QuipConfig(QuantizationConfigMixin):
+class QuipConfig(TypedOptions, QuantizationConfigMixin):
     """How to quantize a model with QuIP# (arXiv 2402.04396), and how a saved model was quantized.
 
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuipConfig(bits=2))
 
     All options are keywords and can be read as attributes. An unknown option, a value of the wrong type and a
-    combination that cannot work raise `ValueError` with the option, the value and what is allowed.
+    combination that cannot work raise `ValueError` with the option, the value and the allowed values.
 
     Attributes:
         calibration: after a calibrated run, which data was used (a JSON-serialisable dict); else None.
         quantized_modules: after any run, the names of the quantized modules, in the short form of
             `checkpoints.names.compress_names`; else None.
         origin: after any run, which model was quantized, and by which versions (`hub.origin.describe`); else None.
-        layout: for a model that was re-packed from a checkpoint of another package, how its tensors are laid out:
-            {pattern: {…}} with the attributes of [`Layout`]; else None.
-        foreign: of such a checkpoint while it is loaded, its own description of how it was quantized; not saved.
+        storage: for a model that was re-packed from a checkpoint of another package, how its tensors are stored:
+            {pattern: {…}} with the attributes of [`Storage`]; else None. In config.json it is called "layout".
+        foreign: the own description of such a checkpoint's quantization, while it is loaded; not saved.
 
     Options:
     """
 
-    def __init__(self, **options: Any):
-        unknown = [name for name in options if name not in OPTIONS]
-        if unknown:
-            raise ValueError(_unknown_option(unknown[0], options[unknown[0]]))
-        self.quant_method = QUANT_METHOD
-        for name, option in OPTIONS.items():
-            setattr(self, name, options.get(name, option.default))
-        if "bits" not in options and (self.codebook in codebooks.names() or is_read_only(self.codebook)):
-            self.bits = codebooks.get(self.codebook).bits
-        self.calibration: dict[str, Any] | None = None
-        self.quantized_modules: list[str] | None = None
-        self.origin: dict[str, Any] | None = None
-        self.layout: dict[str, dict] | None = None
-        self.foreign: dict[str, Any] | None = None
-        self.validate()
+    if not TYPE_CHECKING:  # type checkers see the keywords of `TypedOptions`
+
+        def __init__(self, **options: Any):
+            unknown = [name for name in options if name not in OPTIONS]
+            if unknown:
+                raise ValueError(_unknown_option(unknown[0], options[unknown[0]]))
+            self.quant_method = QUANT_METHOD
+            for name, option in OPTIONS.items():
+                setattr(self, name, options.get(name, option.default))
+            if "bits" not in options and (self.codebook in codebooks.names() or codebooks.is_read_only(self.codebook)):
+                self.bits = codebooks.get(self.codebook).bits
+            self.calibration: dict[str, Any] | None = None
+            self.quantized_modules: list[str] | None = None
+            self.origin: dict[str, Any] | None = None
+            self.storage: dict[str, dict] | None = None
+            self.foreign: dict[str, Any] | None = None
+            self.validate()
 
     def validate(self) -> None:
         """Check every option and their combination, and settle `codebook`. Raises `ValueError`."""
         for name, option in OPTIONS.items():
             value = getattr(self, name)
-            if name == "bits" and is_read_only(self.codebook):
+            if name == "bits" and codebooks.is_read_only(self.codebook):
                 continue  # such a codebook may have bits that no other has; compared with its own below
             try:
                 setattr(self, name, option.check(value))
             except ValueError as error:
                 raise ValueError(f"QuipConfig: {name}={short(value)} {error}") from None
+        if self.tune != "none" and self.dataset is None:
+            raise ValueError(
+                f"QuipConfig: tune={short(self.tune)} needs text, and dataset=None gives none: choose a data set or 'self'"
+            )
         if self.is_mixed:
             self._validate_mixed()
         else:
@@ -113,14 +122,14 @@ class QuipConfig(QuantizationConfigMixin):
         if self.residual_scale is not None and codebooks.get(self.codebook).residual_scale is None:
             staged = [name for name in codebooks.names() if codebooks.get(name).residual_scale is not None]
             raise ValueError(
-                f"QuipConfig: residual_scale={self.residual_scale} needs a codebook of two stages, which codebook="
-                f"{self.codebook!r} is not; there are {', '.join(map(repr, staged))}"
+                f"QuipConfig: residual_scale={self.residual_scale} needs a codebook of two stages, and codebook="
+                f"{self.codebook!r} has one; choose one of {', '.join(map(repr, staged))}"
             )
         method = rounding.get(self.rounding)
         if not method.works_with(codebooks.get(self.codebook)):
             books = ", ".join(repr(name) for name in codebooks.names() if method.works_with(codebooks.get(name)))
             methods = f"methods for {self.codebook!r}: {', '.join(map(repr, _methods(self.codebook)))}"
-            if is_read_only(self.codebook):
+            if codebooks.is_read_only(self.codebook):
                 methods = f"{self.codebook!r} is for checkpoints that were made elsewhere, and no method rounds to it"
             raise ValueError(
                 f"QuipConfig: rounding={self.rounding!r} does not work with codebook={self.codebook!r}, only with "
@@ -143,11 +152,17 @@ class QuipConfig(QuantizationConfigMixin):
 
     @property
     def codebook_spec(self) -> str:
-        """The codebook with its residual scale in one name, as modules and ops take it (`codebooks.spec`)."""
+        """The codebook with its residual scale in one name, as modules and ops take it (`codebooks.spec`).
+
+        Raises:
+            ValueError: `bits` is an average, for which only single modules have a codebook.
+        """
+        if self.codebook is None:
+            raise ValueError(f"bits={self.bits} is an average over modules: ask `for_module` for the codebook of one")
         return codebooks.spec(self.codebook, self.residual_scale)
 
     def for_module(self, name: str) -> QuipConfig:
-        """The config that holds for the module of this name: this one, or a copy with what `modules` sets for it."""
+        """The config that holds for the module of this name: this one, or a copy with its options of `modules`."""
         options = self._options_of(name)
         return self._with(options) if options else self
 
@@ -159,9 +174,9 @@ class QuipConfig(QuantizationConfigMixin):
         return options
 
     def settle_modules(self, names: Iterable[str]) -> None:
-        """Make `modules` say the same whatever its order, for these modules: Transformers sorts the keys of config.json.
+        """Make the meaning of `modules` independent of its order: Transformers sorts the keys of config.json.
 
-        It stays as it is where no two patterns that match one module set the same option; else it names each module.
+        It is unchanged if no two patterns that match one of these modules set the same option; else it names each module.
         """
         names = list(names)
         for name in names:
@@ -171,13 +186,13 @@ class QuipConfig(QuantizationConfigMixin):
                 self.modules = {name: options for name in names if (options := self._options_of(name))}
                 return
 
-    def layout_of(self, name: str) -> Layout:
-        """How the tensors of the quantized linear of this name are laid out."""
+    def storage_of(self, name: str) -> Storage:
+        """How the tensors of the quantized linear of this name are stored."""
         values: dict[str, Any] = {}
-        for pattern, more in (self.layout or {}).items():
+        for pattern, more in (self.storage or {}).items():
             if matches(name, pattern):
                 values.update(more)
-        return Layout.from_dict(values) if values else storage.PLAIN
+        return Storage.from_dict(values) if values else storage.PLAIN
 
     @property
     def is_mixed(self) -> bool:
@@ -190,7 +205,7 @@ class QuipConfig(QuantizationConfigMixin):
         return self.dataset is not None
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Options that may change when a quantized model is loaded; Transformers asks for them. There are none."""
+        """Options that may change when a quantized model is loaded; Transformers asks for them. None may change."""
         return {}
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
@@ -203,22 +218,22 @@ class QuipConfig(QuantizationConfigMixin):
         return {name: value for name, value in kwargs.items() if name not in OPTIONS}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of the dict that [`to_dict`] returns: Transformers reads the config of a loaded model's config so."""
+        """As in the dict that [`to_dict`] returns: Transformers reads a loaded model's quantization_config like a dict."""
         return self.to_dict().get(key, default)
 
     def without_data(self) -> QuipConfig:
-        """A copy that holds what config.json will hold, not the data set or the tokenizer itself."""
+        """A copy that holds the content of config.json, not the data set or the tokenizer itself."""
         result = copy.copy(self)
         for name, option in OPTIONS.items():
             setattr(result, name, option.stored(getattr(self, name)))
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json stores: JSON-serialisable, and equal after [`from_dict`]."""
+        """The content of config.json: JSON-serialisable, and equal after [`from_dict`]."""
         result: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         result.update((name, option.stored(getattr(self, name))) for name, option in OPTIONS.items())
-        result.update((name, copy.deepcopy(getattr(self, name))) for name in _RECORDS)
-        if self.layout is None:
+        result.update((key, copy.deepcopy(getattr(self, name))) for name, key in _RECORDS.items())
+        if self.storage is None:
             del result["layout"]  # as in most models
         return result
 
@@ -228,7 +243,7 @@ class QuipConfig(QuantizationConfigMixin):
 
         Args:
             config_dict: as [`to_dict`] returns it. Without "format_version" it is read as options.
-            return_unused_kwargs: return (config, the kwargs that are no options).
+            return_unused_kwargs: return (config, the kwargs that are not options).
             kwargs: options to change.
 
         Raises:
@@ -240,7 +255,7 @@ class QuipConfig(QuantizationConfigMixin):
             raise ValueError(f"quant_method={method!r} is not {QUANT_METHOD!r}")
         if "format_version" in values:
             config = cls._from_saved(values)
-        elif values.keys() & set(_RECORDS):
+        elif values.keys() & set(_RECORDS.values()):
             raise ValueError(f"The saved quantization_config has no format_version: {values!r}")
         else:
             config = cls(**values)
@@ -250,7 +265,7 @@ class QuipConfig(QuantizationConfigMixin):
     @classmethod
     def _from_saved(cls, values: dict[str, Any]) -> QuipConfig:
         version = values.pop("format_version")
-        records = {name: values.pop(name, None) for name in _RECORDS}
+        records = {name: values.pop(key, None) for name, key in _RECORDS.items()}
         newer = f"it may need a newer transformers-quip than {__version__}: pip install -U transformers-quip"
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise ValueError(
@@ -266,14 +281,14 @@ class QuipConfig(QuantizationConfigMixin):
         calibration, quantized = records["calibration"], records["quantized_modules"]
         for name in ("calibration", "origin"):
             if not (records[name] is None or isinstance(records[name], dict)):
-                raise ValueError(f"The saved quantization_config has {name}={short(records[name])}, which is no dict")
+                raise ValueError(f"The saved quantization_config has {name}={short(records[name])}: it must be a dict")
         if not (quantized is None or (isinstance(quantized, list) and all(isinstance(n, str) for n in quantized))):
             raise ValueError(
-                f"The saved quantization_config has quantized_modules={short(quantized)}, which is no list of names"
+                f"The saved quantization_config has quantized_modules={short(quantized)}: it must be a list of names"
             )
         try:
             config = cls(**values)
-            config.layout = storage.check(records["layout"])
+            config.storage = storage.check(records["storage"])
         except ValueError as error:
             raise ValueError(f"The saved quantization_config cannot be used: {error}; {newer}") from None
         config.calibration, config.quantized_modules, config.origin = calibration, quantized, records["origin"]
@@ -293,14 +308,12 @@ class QuipConfig(QuantizationConfigMixin):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QuipConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment] # as Python itself does for a class with __eq__ alone
 
 
-QuipConfig.__signature__ = inspect.Signature(
-    [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default) for name, option in OPTIONS.items()]
-)
+QuipConfig.__signature__ = inspect.signature(TypedOptions)
 QuipConfig.__doc__ = (
-    QuipConfig.__doc__.rstrip()
+    (QuipConfig.__doc__ or "").rstrip()
     + "\n"
     + "".join(f"        {name} (default {option.default!r}): {option.doc}\n" for name, option in OPTIONS.items())
 )
@@ -312,13 +325,11 @@ def _methods(codebook: str) -> list[str]:
 
 
 def _overridden(options: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The options of an earlier pattern with those of a later one: one that sets bits or codebook sets both."""
+    """The options of two patterns, of which the later one wins: one that sets bits or codebook sets both."""
     if values.keys() & {"bits", "codebook"}:
         options = {name: value for name, value in options.items() if name not in ("bits", "codebook")}
     return options | values
 
 
 def _unknown_option(name: str, value: Any) -> str:
-    close = difflib.get_close_matches(name, OPTIONS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"QuipConfig has no option {name!r} (given {short(value)}), only {', '.join(OPTIONS)}{hint}"
+    return f"QuipConfig has no option {name!r} (given {short(value)}), only {', '.join(OPTIONS)}{suggest(name, OPTIONS)}"

@@ -1,12 +1,10 @@
-"""The checks of QuipConfig's single options: each returns the value as it is kept, or raises what is allowed.
+"""The checks of QuipConfig's single options: each returns the value as it is kept, or raises an error.
 
-The `ValueError` of a check goes on where its caller has named the option and the value: "must be True or False".
-Beside them stands what else is asked of a value: whether a codebook is read only, how a data set is described.
+The caller names the option and the value; the `ValueError` of a check continues: "must be True or False".
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import sys
@@ -18,9 +16,8 @@ import torch
 
 from .. import codebooks
 from .. import incoherence as transforms
-
-# What single modules may get where `bits` is an average that no codebook has.
-MIXED_BITS = (2, 3, 4)
+from ..registry import suggest
+from .bits import MIXED_BITS, known_bits
 
 
 def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[Any], int]:
@@ -56,11 +53,6 @@ def bits(value: Any) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def known_bits() -> list[float]:
-    """The bits that some codebook has, ascending."""
-    return sorted({codebooks.get(name).bits for name in codebooks.names()})
-
-
 def residual_scale(value: Any) -> float | None:
     if value is None:
         return None
@@ -73,25 +65,15 @@ def name(names: Callable[[], tuple[str, ...]], optional: bool = False) -> Callab
     def check(value: Any) -> str | None:
         if (value is None and optional) or (isinstance(value, str) and value in names()):
             return value
-        close = difflib.get_close_matches(value, names(), n=1) if isinstance(value, str) else []
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"must be one of {', '.join(map(repr, names()))}{' or None' if optional else ''}{hint}")
+        raise ValueError(
+            f"must be one of {', '.join(map(repr, names()))}{' or None' if optional else ''}{suggest(value, names())}"
+        )
 
     return check
 
 
 def codebook(value: Any) -> str | None:
-    return value if is_read_only(value) else name(codebooks.names, optional=True)(value)
-
-
-def is_read_only(codebook: Any) -> bool:
-    """Whether this names a codebook that is only for checkpoints made elsewhere; the list of names has none of them."""
-    if not isinstance(codebook, str):
-        return False
-    try:
-        return codebooks.get(codebook).is_read_only
-    except ValueError:
-        return False
+    return value if codebooks.is_read_only(value) else name(codebooks.names, optional=True)(value)
 
 
 def choice(*allowed: str) -> Callable[[Any], str]:
@@ -129,7 +111,7 @@ def patterns(value: Any) -> list[str] | None:
 
 
 def incoherence(value: Any) -> str | list[str]:
-    check = name(transforms.names_in_files)
+    check: Callable[[Any], Any] = name(transforms.names_in_files)
     if not isinstance(value, (list, tuple)):
         return check(value)
     if len(value) != 2:
@@ -163,35 +145,6 @@ def dataset(value: Any) -> Any:
     return value
 
 
-def describe_dataset(value: Any) -> str | None:
-    """What config.json says of the data: the data itself is not needed to load a quantized model."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        ids = value.get("input_ids")
-        return _counted(len(next(iter(value.values()))), "data set row") if ids is None else describe_dataset(ids)
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return _counted(len(value) if value.ndim > 1 else 1, "token sequence")
-    if not hasattr(value, "__len__"):
-        return "a stream given by the caller"
-    if isinstance(value, (list, tuple)):
-        if isinstance(value[0], int):
-            return _counted(1, "token sequence")
-        if isinstance(value[0], str):
-            return _counted(len(value), "text")
-        if not isinstance(value[0], Mapping) and not _is_chat(value[0]):
-            return _counted(len(value), "token sequence")
-    return _counted(len(value), "data set row")
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Mapping)
-
-
-def _counted(count: int, kind: str) -> str:
-    return f"{count} {kind}{'s' if count != 1 else ''} given by the caller"
-
-
 def tokenizer(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -201,7 +154,7 @@ def tokenizer(value: Any) -> Any:
 
 
 def short(value: Any) -> str:
-    """A value as a message shows it: at most 80 characters, an array by its shape."""
+    """A value for a message: at most 80 characters, an array by its shape."""
     array = isinstance(value, (torch.Tensor, np.ndarray))
     text = f"<{type(value).__name__} of shape {tuple(value.shape)}>" if array else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""The table of QuipConfig's options: for each its default, its check, its sentence, and what config.json gets."""
+"""The table of QuipConfig's options: for each its default, its check, its sentence, and its form in config.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from .. import rounding
 from . import checks as check
+from .data import describe_dataset
 from .patterns import check_patterns
+from .tune import TuneOptions
 
 # The options that `modules` may set for single modules, as format version 1 knows them.
 MODULE_OPTIONS = (
@@ -30,10 +32,10 @@ class Option:
     """One option of [`QuipConfig`].
 
     Args:
-        default: its value where the caller gives none.
-        check: returns the value as it is kept, or raises `ValueError` saying what is allowed.
+        default: its value if the caller gives none.
+        check: returns the value as it is kept, or raises `ValueError` saying which values are allowed.
         doc: one sentence for the user.
-        stored: what config.json gets for a value, where the value itself only lives at run time.
+        stored: the form of a value in config.json, where the value itself only lives at run time.
     """
 
     default: Any
@@ -48,7 +50,7 @@ def _modules(value: Any) -> dict[str, dict] | None:
     if not isinstance(value, dict) or not all(isinstance(pattern, str) and pattern for pattern in value):
         raise ValueError("must be None or a dict of {module name or pattern: {option: value}}")
     check_patterns(value)
-    checked = {}
+    checked: dict[str, dict] = {}
     for pattern, options in value.items():
         if not isinstance(options, dict) or not options:
             raise ValueError(f"has {pattern!r}: {check.short(options)}, but each pattern needs a dict of {{option: value}}")
@@ -67,13 +69,21 @@ def _modules(value: Any) -> dict[str, dict] | None:
     return checked
 
 
-# Every option once: this table makes the signature, the checks, the documentation and the JSON form.
+def _tune(value: Any) -> str | dict[str, Any]:
+    try:
+        options = TuneOptions.parse(value)
+    except ValueError as error:
+        raise ValueError(f"cannot be used: {error}") from None
+    return value if isinstance(value, str) else options.to_dict()
+
+
+# Every option once: the signature, the checks, the documentation and the JSON form come from this table.
 OPTIONS: dict[str, Option] = {
     "bits": Option(
         2,
         check.bits,
-        "Code bits per weight; not needed where `codebook` is given. A number that no codebook has, such as 2.5, is an "
-        "average: modules get 2, 3 or 4 bits by how much their errors are measured to matter.",
+        "Code bits per weight; not needed if `codebook` is given. A number that no codebook has, such as 2.5, is an "
+        "average: modules get 2, 3 or 4 bits by the measured effect of their errors.",
     ),
     "codebook": Option(
         None,
@@ -81,7 +91,7 @@ OPTIONS: dict[str, Option] = {
         "Which values a block of weights may take; None: the default for `bits`.",
     ),
     "residual_scale": Option(
-        None, check.residual_scale, "What multiplies the second stage of a codebook that has one; None: the codebook's own."
+        None, check.residual_scale, "The factor of the second stage of a codebook that has one; None: the codebook's own."
     ),
     "incoherence": Option(
         "hadamard",
@@ -91,18 +101,18 @@ OPTIONS: dict[str, Option] = {
     "rescale": Option(
         True,
         check.boolean,
-        "QuIP's diagonal rescaling: input columns that matter more get finer steps. Only where there is calibration.",
+        "QuIP's diagonal rescaling: input columns that matter more get finer steps. Needs calibration.",
     ),
     "rounding": Option("ldlq", check.name(rounding.names), "How the codes are chosen."),
     "dataset": Option(
         "self",
         check.dataset,
-        "What to calibrate on: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
+        "The calibration data: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
         "name of a data set that Optimum knows (wikitext2, c4, ...), a list of texts, of chats (lists of messages), of "
         "token ids or of dictionaries, a tensor of token ids, a tokenizer's output, a `datasets.Dataset`, a stream (an "
         "`IterableDataset`, a generator) of such rows, which is read as far as needed, or None: no calibration, each "
-        "weight is quantized while it is loaded. Padding is left out, by the attention_mask or by what it looks like.",
-        check.describe_dataset,
+        "weight is quantized while it is loaded. Padding is left out, by the attention_mask or by repeated end tokens.",
+        describe_dataset,
     ),
     "tokenizer": Option(
         None,
@@ -116,15 +126,15 @@ OPTIONS: dict[str, Option] = {
         check.text,
         "The column of a `datasets.Dataset`, or the key of dictionaries, to calibrate on: texts, chats or token ids. With "
         "'text', the default, 'input_ids' (and 'attention_mask') goes before it, and 'messages' or 'conversations' are "
-        "taken where there is no 'text'.",
+        "used if 'text' is missing.",
     ),
     "calibrate_on": Option(
         "mixed",
         check.choice("mixed", "quantized", "dense"),
-        "Whose activations a block is calibrated on: 'quantized', those of the model with all blocks before it quantized; "
-        "'dense', the original model's, as in the paper; 'mixed', every second batch the one or the other.",
+        "The model whose activations a block is calibrated on: 'quantized', with all blocks before it quantized; 'dense', "
+        "the original model, as in the paper; 'mixed', the batches alternate between the two.",
     ),
-    "num_samples": Option(256, check.integer(1), "How many token sequences to calibrate on."),
+    "num_samples": Option(256, check.integer(1), "Number of token sequences to calibrate on."),
     "sequence_length": Option(512, check.integer(1), "Tokens in each of them."),
     "batch_size": Option(8, check.integer(1), "Sequences in one forward pass."),
     "damping": Option(
@@ -143,8 +153,15 @@ OPTIONS: dict[str, Option] = {
         None,
         _modules,
         "Options for single modules: {pattern: {option: value}}. A shell pattern such as '*.down_proj' or 'down_proj' "
-        "means a module's whole name or its end after a dot; where several match, later ones win. Output embeddings and "
+        "means a module's whole name or its end after a dot; if several match, later ones win. Output embeddings and "
         "embeddings that are not tied are quantized if a pattern calls them by name: {'lm_head': …, 'embed_tokens': …}.",
     ),
-    "seed": Option(0, check.integer(0), "Of everything random."),
+    "tune": Option(
+        "none",
+        _tune,
+        "Training after rounding: 'none', 'vectors' (su, sv and the norms learn the dense model's predictions on the "
+        "calibration text; the result is kept only if it is better on windows that were held out), or a dictionary of "
+        "the attributes of `config.tune.TuneOptions`. The dense model's memory is needed a second time meanwhile.",
+    ),
+    "seed": Option(0, check.integer(0), "Random seed."),
 }

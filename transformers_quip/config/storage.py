@@ -1,7 +1,8 @@
-"""How the tensors of a quantized linear are laid out where that is not plain: a record in config.json.
+"""Unusual storage of the tensors of a quantized linear: a record in config.json.
 
-Models that were quantized by transformers-quip need none. Checkpoints that others made are re-packed without loss, and
-what the plain layout has no place for is written down here, for patterns of module names as in the option `modules`.
+Models that were quantized by transformers-quip need no such record. Checkpoints of other packages are re-packed without
+loss; everything that the usual tensors cannot express is recorded here, for patterns of module names as in the option
+`modules`. In config.json the record is called "layout".
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The layout of one quantized linear of m outputs and n inputs.
+class Storage:
+    """How one quantized linear of m outputs and n inputs is stored.
 
     Attributes:
-        padded: (m', n') where the codes are those of a larger matrix. su has n' entries then, sv m'; the input is extended
+        padded: (m', n') where the codes belong to a larger matrix. su has n' entries then, sv m'; the input is extended
             by zeros and the output cropped.
-        row_scales: whether there is a vector [m'] that multiplies the rows of Ŵ before the output transform.
+        row_scales: whether a vector [m'] multiplies the rows of Ŵ before the output transform.
         scales_dtype: of su, sv and the other vectors; None: the model's.
-        fuses: the linears, beside this one in their parent, whose outputs it computes one after the other. They have no
+        fuses: the linears in the same parent module whose outputs it computes one after the other. They have no
             weights of their own.
-        parts: for a linear of the model that is stored as several: the name and the number of outputs of each. (No
-            dict, which Transformers would sort when it writes JSON.)
+        parts: for a linear of the model that is stored as several: the name and the number of outputs of each. (Not a
+            dict: Transformers would sort it when it writes JSON.)
     """
 
     padded: tuple[int, int] | None = None
@@ -38,12 +39,12 @@ class Layout:
     parts: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Layout:
-        """The layout that [`to_dict`] gave. Raises `ValueError` for anything else."""
+    def from_dict(cls, values: Mapping[str, Any]) -> Storage:
+        """The inverse of [`to_dict`]. Raises `ValueError` for anything else."""
         known = [entry.name for entry in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"a layout has {', '.join(known)}, not {unknown[0]!r}")
+            raise ValueError(f"a record of layout has {', '.join(known)}, not {unknown[0]!r}")
         values = dict(values)
         padded = values.get("padded")
         if padded is not None:
@@ -63,7 +64,7 @@ class Layout:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is not plain, JSON-serialisable."""
+        """The attributes that are not the default, JSON-serialisable."""
         result: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -72,11 +73,12 @@ class Layout:
         return result
 
 
-PLAIN = Layout()
+# The usual storage.
+PLAIN = Storage()
 
 
 def check(record: Any) -> dict[str, dict] | None:
-    """The record of a config, {pattern: {…}}. Raises `ValueError` if it is none."""
+    """The record of a config, {pattern: {…}}. Raises `ValueError` if it is something else."""
     if record is None:
         return None
     if not isinstance(record, dict) or not all(isinstance(pattern, str) and pattern for pattern in record):
@@ -84,9 +86,9 @@ def check(record: Any) -> dict[str, dict] | None:
     check_patterns(record)
     for pattern, values in record.items():
         if not isinstance(values, dict):
-            raise ValueError(f"has {pattern!r}: {values!r}, which is no dict")
+            raise ValueError(f"has {pattern!r}: {values!r}, which must be a dict")
         try:
-            Layout.from_dict(values)
+            Storage.from_dict(values)
         except ValueError as error:
             raise ValueError(f"has {pattern!r}: {error}") from None
     return record

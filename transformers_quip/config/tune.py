@@ -17,15 +17,14 @@ class TuneOptions:
     Attributes:
         mode: "none", or "vectors": su, sv and the norms are trained, the codes are fixed.
         learning_rate: of multipliers, which begin at 1; the highest of a schedule that warms up and then falls as a cosine.
-        epochs: how often every window is read.
+        epochs: the number of times that every window is read.
         batch_size: windows in one step.
-        held_out: windows that are never trained on; the best state is chosen by them, and they decide whether the result is
-            kept.
-        warmup: steps until the learning rate is at its highest.
-        looks: how often the held-out windows are read during training.
+        held_out: windows that are never trained on; they select the best state, and decide whether the result is kept.
+        warmup: steps until the learning rate is highest.
+        looks: the number of times that the held-out windows are read during training.
         clip: largest norm of the gradient of all multipliers together.
         norms: whether the weights of norms are trained as well.
-        seed: of the order of the windows.
+        seed: random seed of the order of the windows.
     """
 
     mode: str = "vectors"
@@ -55,7 +54,7 @@ class TuneOptions:
 
     @classmethod
     def parse(cls, value: str | Mapping[str, Any] | TuneOptions | None) -> TuneOptions:
-        """The options that the option `tune` of a config stands for.
+        """Read the option `tune` of a config.
 
         Args:
             value: a mode, or a dictionary of the attributes above.
@@ -81,8 +80,16 @@ class TuneOptions:
         """JSON-serializable."""
         return asdict(self)
 
+    def check_windows(self, count: int) -> None:
+        """Raise `ValueError` if this number of windows of text is too small to train on some and hold out others."""
+        if count < self.batch_size + self.held_out:
+            raise ValueError(
+                f"Tuning needs at least {self.batch_size} windows to train on and {self.held_out} held out, got {count}: "
+                "give more text, or a smaller batch_size or held_out"
+            )
+
     def steps(self, windows: int) -> int:
-        """How many steps the epochs over this number of windows are, at least one."""
+        """The number of steps of all epochs over this number of windows, at least one."""
         return max(1, round(self.epochs * windows / self.batch_size))
 
     def factor(self, step: int, steps: int) -> float:

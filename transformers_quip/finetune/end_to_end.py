@@ -69,6 +69,8 @@ class TuneReport:
         }
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def tune_vectors(
     model: PreTrainedModel,
     teacher: Teacher,
@@ -94,11 +96,7 @@ def tune_vectors(
     """
     started = time.perf_counter()
     count = len(teacher.ids) - options.held_out
-    if count < options.batch_size:
-        raise ValueError(
-            f"Tuning needs at least {options.batch_size} windows to train on and {options.held_out} held out, got "
-            f"{len(teacher.ids)}: give more text, or a smaller batch_size or held_out"
-        )
+    options.check_windows(len(teacher.ids))
     held_out = range(count, len(teacher.ids))
     probe = teacher.ids[:1, :_PROBE_TOKENS].to(model.device)
     head = student_head(model, teacher, probe)

@@ -1,1 +1,1 @@
-"""All that hooks into Transformers, and nothing else."""
+"""Everything that hooks into Transformers, and nothing else."""

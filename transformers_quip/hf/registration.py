@@ -1,8 +1,8 @@
-"""Registers the package with Transformers at the moment when that matters, and not before.
+"""Register the package with Transformers when it is needed, and not earlier.
 
-`import transformers` costs little because it is lazy; PyTorch and the code that loads models are imported when a model is
-asked for. Importing this package must not spoil that, nor make the command line wait. So if that code is not imported
-yet, a finder waits for its import and registers right after it.
+`import transformers` costs little because it is lazy: PyTorch and the code that loads models are imported when a model is
+asked for. Importing this package must not spoil that, nor make the command line wait. So an import finder waits
+until Transformers imports its registry of quantization methods, or its code that loads models, and acts right after that.
 """
 
 from __future__ import annotations
@@ -11,60 +11,70 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
-WAITED_FOR = "transformers.modeling_utils"
-_QUANTIZER = f"{__package__}.quantizer"
+# Module of Transformers → the module and function here that are called after its import.
+_CALLED_AFTER = {
+    "transformers.quantizers.auto": (f"{__package__}.methods", "register"),
+    "transformers.modeling_utils": (f"{__package__}.patches", "install_on_import"),
+}
 
 
 def register() -> None:
-    """Register now if Transformers can load models already, else as soon as it can.
+    """Register now where Transformers has imported its part already, and otherwise right after it does.
 
     Raises:
-        ImportError: another package has taken the name (raised by the import that is waited for, if that is later).
+        ImportError: another package has taken the name "quip" (raised by the import that is waited for, if that is later).
     """
     # A second import of this package, after its modules were dropped, finds the first one's finder.
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__qualname__ != Waiting.__qualname__]
-    if WAITED_FOR in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, Waiting())
+    later = {name for name in _CALLED_AFTER if name not in sys.modules}
+    if later:
+        sys.meta_path.insert(0, Waiting(later))
+    for name in _CALLED_AFTER.keys() - later:
+        _call_after(name)
 
 
-def _register() -> None:
-    importlib.import_module(_QUANTIZER).register()
+def _call_after(name: str) -> None:
+    module, function = _CALLED_AFTER[name]
+    getattr(importlib.import_module(module), function)()
 
 
 class Waiting:
-    """A finder that finds one module, by asking the others, and registers when that has been executed."""
+    """Finds the awaited modules by asking the other finders, and acts when one has been executed."""
+
+    def __init__(self, names: set[str]):
+        self._names = set(names)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of the module that is waited for, with a loader that registers; None for any other."""
-        if name != WAITED_FOR:
+        """The spec of an awaited module, with a loader that acts; None for any other module."""
+        if name not in self._names:
             return None
-        sys.meta_path.remove(self)
+        self._names.remove(name)
+        if not self._names:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)  # type: ignore[assignment] # has what a loader must have
+            spec.loader = _ThenAct(spec.loader)
         return spec
 
 
-class _ThenRegister:
-    """The module's own loader, and `_register` after it."""
+class _ThenAct(Loader):
+    """The module's own loader, and then the call that waits for it."""
 
-    def __init__(self, loader: Any):
+    def __init__(self, loader: Loader):
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader  # nothing of this shows afterwards
+        module.__loader__ = self._loader  # leaves no trace afterwards
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register()
+        _call_after(module.__name__)

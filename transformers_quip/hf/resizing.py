@@ -1,40 +1,33 @@
-"""Another number of tokens is refused, before anything is changed, for a model whose head or table is codes.
+"""Refuse another number of tokens, before any change, for a model whose head or table is quantized.
 
 Transformers' `resize_token_embeddings` replaces the table of the inputs first and the head afterwards, so that an error of
-a quantized head alone would leave a model whose parts do not fit. It has no hook, so the method is wrapped once.
+a quantized head alone would leave a model whose parts do not fit. It has no hook, so `patches` wraps the method.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 from ..nn.stand_in import PackedWeight
 
-_WRAPPED = "_transformers_quip_wrapped"
 
+def resize_token_embeddings(original: Callable) -> Callable:
+    """Checks, then resizes."""
 
-def install() -> None:
-    """Wrap the method, once for the life of the process."""
-    from transformers import PreTrainedModel
-
-    original = getattr(PreTrainedModel.resize_token_embeddings, _WRAPPED, PreTrainedModel.resize_token_embeddings)
-
-    @functools.wraps(original)
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         _check(self, new_num_tokens, pad_to_multiple_of)
         return original(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
-    setattr(resize_token_embeddings, _WRAPPED, original)
-    PreTrainedModel.resize_token_embeddings = resize_token_embeddings
+    return resize_token_embeddings
 
 
 def _check(model: Any, tokens: int | None, multiple: int | None) -> None:
     """Raise `ValueError` if a quantized head or table would have to get another number of rows."""
     if tokens is None and multiple is None:
-        return  # it only asks for the table
+        return  # the caller only asks for the table
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if tokens is None:
         tokens = table.weight.shape[0]

@@ -1,12 +1,11 @@
-"""Makes Transformers write a model card where it saves or pushes a quantized model.
+"""Write a model card when Transformers saves or pushes a quantized model.
 
-Transformers has no hook that knows the folder, so two methods of `PreTrainedModel` are wrapped once. For a model that is
-not quantized by this package they do what they did before.
+Transformers has no hook that knows the folder, so `patches` wraps two methods of `PreTrainedModel` with these functions.
+For a model that is not quantized by this package they behave as before.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,10 @@ from ..config import QUANT_METHOD
 from ..hub.model_card import CARD, remove_stale_card, try_to_write_card
 from .replacing import replaced_model
 
-_WRAPPED = "_transformers_quip_wrapped"
 
+def save_pretrained(original: Callable) -> Callable:
+    """Writes the card of a quantized model, and removes one that no longer fits."""
 
-def install() -> None:
-    """Wrap the methods, once for the life of the process."""
-    from transformers import PreTrainedModel
-
-    for name, wrap in (("save_pretrained", _save_pretrained), ("_upload_modified_files", _upload_modified_files)):
-        method = getattr(PreTrainedModel, name)
-        wrapper = functools.wraps(method)(wrap(getattr(method, _WRAPPED, method)))
-        setattr(wrapper, _WRAPPED, getattr(method, _WRAPPED, method))
-        setattr(PreTrainedModel, name, wrapper)
-
-
-def _save_pretrained(original: Callable) -> Callable:
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         if is_main_process and _is_quantized(self) and _is_saved_alone(self, save_directory, args, kwargs):
             with replaced_model(Path(save_directory)) as folder:
@@ -48,7 +36,9 @@ def _save_pretrained(original: Callable) -> Callable:
     return save_pretrained
 
 
-def _upload_modified_files(original: Callable) -> Callable:
+def upload_modified_files(original: Callable) -> Callable:
+    """Replaces the card that Transformers would upload by the card of the quantized model."""
+
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, files_timestamps: Any, *args: Any, **kwargs: Any
     ) -> Any:

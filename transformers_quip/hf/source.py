@@ -1,20 +1,24 @@
-"""Where the model that is being loaded comes from."""
+"""The source of the model that is being loaded."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.tokenizer import Source
-from .foreign import _source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# The folder or repository that `from_pretrained` is loading, and its arguments.
+LOADED: ContextVar[tuple[str | None, Mapping[str, Any]]] = ContextVar("loaded", default=(None, {}))
 
 
 def source_of(model: PreTrainedModel) -> Source:
     """The folder or repository of a model that `from_pretrained` is loading, and the arguments that it was given.
 
-    Of a repository with an adapter alone, that is the repository of its base model.
+    For a repository with only an adapter, that is the repository of its base model.
     """
-    name, arguments = _source.get()
+    name, arguments = LOADED.get()
     return Source(model.name_or_path or name or "", dict(arguments))

@@ -1,4 +1,4 @@
-"""Empty quantized linears where a config says that a model has some: also fused ones, parts of one, and experts."""
+"""Put empty quantized linears where a config has some: also fused ones, parts of one, and experts."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from torch import nn
 
 from ..incoherence import sides
 from .embedding import QuipEmbedding
-from .empty import check_transforms, empty_like, empty_linear
+from .empty import check_transforms, empty_linear
 from .experts import QuipExperts, expert_shape, is_stacked
 from .fused import FusedRows, Fusion, JoinedLinear
 from .linear import QuipLinear
-from .replace import is_dense_embedding, is_dense_linear, linear_shape
+from .replace import empty_like, is_dense_embedding, is_dense_linear, linear_shape
 
 
 def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
-    """Put empty quantized modules, on the meta device, where the dense ones are; what the model has not is left out.
+    """Put empty quantized modules, on the meta device, where the dense ones are.
+
+    Names that the model does not have are skipped.
 
     Args:
         model: on the meta device or not.
-        recorded: names of the quantized linears and embeddings as config.json has them. A head may be loaded on a base
-            model that was saved alone, or the other way round: the base model's prefix may be missing or too many.
-        config: has `for_module` and `layout_of` (`QuipConfig`).
+        recorded: names of the quantized linears and embeddings as config.json has them; see [`possible_names`].
+        config: has `for_module` and `storage_of` (`QuipConfig`).
 
     Raises:
-        ValueError: a layout does not fit the model.
+        ValueError: a record of config.json does not fit the model.
     """
-    prefix = getattr(model, "base_model_prefix", "") + "."
     modules = dict(model.named_modules())
     joined: dict[str, dict[str, str]] = defaultdict(dict)
     experts: dict[str, dict[str, str]] = defaultdict(dict)
     for name in recorded:
-        for here in dict.fromkeys((name, prefix + name, name.removeprefix(prefix))):
+        for here in possible_names(model, name):
             parent, _, last = here.rpartition(".")
             grandparent = parent.rpartition(".")[0]
-            # a number is not the name of a fused linear: of a name that is in no model nothing else is asked
-            if parent in modules and not last.isdecimal() and config.layout_of(name).fuses:
+            # a number is not the name of a fused linear, so a name that is in no model is not checked further
+            if parent in modules and not last.isdecimal() and config.storage_of(name).fuses:
                 _fuse(model, here, config, name)
             elif here in modules and is_dense_linear(modules[here]):
                 model.set_submodule(here, empty_like(modules[here], config, name))
@@ -101,6 +101,16 @@ def _untie(model: nn.Module) -> None:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
+def possible_names(model: nn.Module, name: str) -> tuple[str, ...]:
+    """The names that a module of a checkpoint may have in this model, the likeliest first.
+
+    A model with a head may be loaded from a checkpoint of its base model alone, or the other way round: the base model's
+    prefix may be missing or too many.
+    """
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    return tuple(dict.fromkeys((name, prefix + name, name.removeprefix(prefix))))
+
+
 def fused_shape(parent: nn.Module, names: Iterable[str], fused: str) -> tuple[list[int], int]:
     """Outputs of each of the linears of a module that are stored as one called `fused`, and their common inputs.
 
@@ -111,8 +121,8 @@ def fused_shape(parent: nn.Module, names: Iterable[str], fused: str) -> tuple[li
     for name in names:
         linear = getattr(parent, name, None)
         if linear is None or not is_dense_linear(linear) or linear.bias is not None:
-            what = "has a bias" if getattr(linear, "bias", None) is not None else "is no dense linear of this model"
-            raise ValueError(f"{fused} fuses {', '.join(names)}, but {name} {what}")
+            fault = "has a bias" if getattr(linear, "bias", None) is not None else "is not a dense linear of this model"
+            raise ValueError(f"{fused} fuses {', '.join(names)}, but {name} {fault}")
         shapes.append(linear_shape(linear))
     if len({columns for _, columns in shapes}) != 1:
         raise ValueError(f"{fused} fuses {', '.join(names)}, which have different inputs: {shapes}")
@@ -121,7 +131,7 @@ def fused_shape(parent: nn.Module, names: Iterable[str], fused: str) -> tuple[li
 
 def _fuse(model: nn.Module, here: str, config: Any, name: str) -> None:
     path, _, last = here.rpartition(".")
-    parent, names = model.get_submodule(path), config.layout_of(name).fuses
+    parent, names = model.get_submodule(path), config.storage_of(name).fuses
     rows, columns = fused_shape(parent, names, here)
     first = getattr(parent, names[0])
     fused = empty_linear(sum(rows), columns, config, name, bias=False, dtype=first.weight.dtype)
@@ -135,7 +145,7 @@ def _fuse(model: nn.Module, here: str, config: Any, name: str) -> None:
 def _join(model: nn.Module, here: str, names: Mapping[str, str], config: Any) -> None:
     linear = model.get_submodule(here)
     prefix = next(iter(names.values())).rpartition(".")[0]
-    parts = dict(config.layout_of(prefix).parts)
+    parts = dict(config.storage_of(prefix).parts)
     rows, columns = linear_shape(linear)
     if set(parts) != set(names) or sum(parts.values()) != rows:
         raise ValueError(

@@ -1,9 +1,8 @@
-"""Putting quantized linears in the place of dense ones inside a model, and back."""
+"""Replace dense linears inside a model by quantized ones, and back."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .embedding import QuipEmbedding
-from .empty import empty_like
+from .empty import empty_linear
 from .linear import QuipLinear
 
 LINEARS = (nn.Linear, Conv1D)
@@ -27,13 +26,19 @@ def is_dense_embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding and module.max_norm is None
 
 
-def is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns means this module.
+def empty_like(linear: nn.Module, config: Any, name: str) -> QuipLinear:
+    """An empty quantized linear in the place of a dense one. The bias is the dense one's parameter, loaded or not.
 
-    A pattern is a prefix up to a dot, a suffix, or a regular expression that matches from the start up to a dot: as in
-    Transformers, of which earlier versions let a prefix end anywhere, so that "layers.1" meant layers.10 too.
+    Args:
+        linear: `nn.Linear` or `Conv1D`; its sizes, its bias and its weight's dtype are used.
+        config, name: see [`empty_linear`].
     """
-    return any(name.endswith(pattern) or re.match(rf"(?:{pattern})(?:\.|$|(?<=\.))", name) for pattern in patterns)
+    rows, columns = linear_shape(linear)
+    biased, conv1d = linear.bias is not None, isinstance(linear, Conv1D)
+    module = empty_linear(rows, columns, config, name, bias=biased, dtype=linear.weight.dtype, conv1d=conv1d)
+    if biased:
+        module.bias = linear.bias
+    return module.train(linear.training)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -47,7 +52,7 @@ def dense_weight(module: nn.Module, weight: torch.Tensor | None = None) -> torch
 
     Args:
         module: `nn.Linear`, `Conv1D` or `nn.Embedding`.
-        weight: its weight as it is stored, where the module does not hold it (yet).
+        weight: its weight as it is stored, if the module does not hold it (yet).
     """
     weight = module.weight if weight is None else weight
     return weight.T if isinstance(module, Conv1D) else weight
@@ -70,7 +75,7 @@ def quantized_linear(linear: nn.Module, quantized: Any, config: Any) -> QuipLine
     Args:
         linear: the dense `nn.Linear` or `Conv1D`; its bias, and its weight's dtype and device are used.
         quantized: has `tensors` by name, `su` [n] and `sv` [m] (`quantize.layer.QuantizedWeight`).
-        config: that of this module ([`QuipConfig`]).
+        config: the config of this module ([`QuipConfig`]).
 
     Raises:
         ValueError: the tensors do not have the shapes of that linear.
@@ -101,7 +106,7 @@ def replace_embedding(model: nn.Module, name: str, quantized: Any, config: Any) 
 def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear | QuipEmbedding:
     """Put a quantized module without values (on the meta device) in the place of the dense one called `name`.
 
-    The bias stays the parameter that it was, loaded or not.
+    The bias stays the same parameter, loaded or not.
     """
     dense = model.get_submodule(name)
     if is_dense_embedding(dense):
@@ -135,13 +140,13 @@ def leave_inference_mode(model: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Switch the gradients of every quantized module's parameters off (loading switches those of floats on)."""
+    """Switch off the gradients of every quantized module's parameters (loading switches on the gradients of floats)."""
     for module in quantized_modules(model).values():
         module.requires_grad_(False)
 
 
 def pack(model: nn.Module) -> None:
-    """Bring the codes of every quantized linear that Triton kernels will compute into their form, once for all calls.
+    """Convert the codes of every quantized linear that Triton kernels will compute into their form, once for all calls.
 
     A module does that by itself when it is first called, but not while it is being compiled.
     """
@@ -153,7 +158,7 @@ def to_dense(module: QuipLinear | QuipEmbedding, dtype: torch.dtype | None = Non
     """The dense module that computes the same: an `nn.Linear`, or the `Conv1D` or `nn.Embedding` that was quantized.
 
     Args:
-        dtype: of its parameters; None: that of the stand-in for the weight.
+        dtype: of its parameters; None: the dtype of the stand-in for the weight.
     """
     if isinstance(module, QuipEmbedding):
         dense = nn.Embedding.from_pretrained(module.dequantize(dtype), freeze=False, padding_idx=module.padding_idx)

@@ -87,7 +87,7 @@ class PackedWeight(torch.Tensor):
     def data(self, value: Any) -> None:
         raise ValueError(f"data: {self._no_values}")
 
-    def __repr__(self) -> str:  # type: ignore[override] # nobody gives the contents
+    def __repr__(self) -> str:  # type: ignore[override] # without the contents
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod

@@ -33,8 +33,6 @@ def _missing_for_cpu() -> str | None:
 def _missing_for_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton (pip install triton)"
-    if importlib.util.find_spec("quip_kernels.gpu") is None:
-        return "the Triton kernels: this version of transformers-quip has none"
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         return "a GPU that PyTorch can use (CUDA, ROCm or XPU)"
     return None

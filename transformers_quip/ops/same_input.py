@@ -51,8 +51,8 @@ class _Held(Generic[T]):
 class SameInput(Generic[T]):
     """The last result that siblings share, reused only for the input that it was computed from.
 
-    A result is handed out if all of this holds: the call comes from the thread that computed it; the input is the same
-    tensor object; it and every other tensor that decides the result hold the bytes that they held; and the taker has not
+    A cached result is returned if all of this holds: the call comes from the thread that computed it; the input is the same
+    tensor object; it and every other tensor that the result depends on still hold the same bytes; and the taker has not
     had it before. So a linear that is called twice computes twice, and siblings get the result that they would compute.
     Nothing is kept for tensors whose bytes cannot be compared: those that are not contiguous, subclasses, and those on a
     GPU while a graph of its operations is captured. Comparing on a GPU waits for it, so it pays only if much work is saved.
@@ -64,7 +64,7 @@ class SameInput(Generic[T]):
     def __init__(self, memory: Callable[[str, Sequence[int], torch.dtype], torch.Tensor] | None = None):
         self._memory = memory
         self._held: _Held[T] | None = None
-        self._unshared: dict[int, int] = {}  # by the taker's id: how often in a row nobody else took what it computed
+        self._unshared: dict[int, int] = {}  # taker's id → number of its results in a row that nobody else took
 
     def take(self, taker: object, tensors: Sequence[torch.Tensor], key: Hashable) -> T | None:
         """The cached result; None if it has to be computed, and then the cache is cleared.

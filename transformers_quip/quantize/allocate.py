@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from ..calibration.arguments import without_cache
 from ..calibration.device import evaluating, execution_device
 from ..nn import replace
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 # Relative squared error of the noise: large enough to be seen in a short text, of the size of a 2-bit codebook's error.
 NOISE = 0.05
 SEQUENCES, TOKENS = 4, 128
@@ -34,9 +31,7 @@ _UNITS = 1 << 14
 
 
 @torch.no_grad()
-def measure_sensitivities(
-    model: PreTrainedModel, names: Sequence[str], ids: torch.Tensor, seed: int = 0
-) -> dict[str, float]:
+def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Tensor, seed: int = 0) -> dict[str, float]:
     """The sensitivity of the model's predictions to errors in each module.
 
     Args:
@@ -52,7 +47,8 @@ def measure_sensitivities(
     Raises:
         ValueError: the model's logits are NaN or Inf.
     """
-    ids = ids[:SEQUENCES, :TOKENS].to(execution_device(model.get_input_embeddings()))
+    find_table: Any = model.get_input_embeddings
+    ids = ids[:SEQUENCES, :TOKENS].to(execution_device(find_table()))
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
         expected = model(input_ids=ids, **without_cache(model)).logits.float().log_softmax(-1)

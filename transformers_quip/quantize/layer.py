@@ -207,7 +207,7 @@ def loss_of_rounding(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor,
     stack = torch.cat([weight.float() for weight in weights.values()])
     hessian = hessian.to(stack)
     prepared = prepare_hessian(hessian, stack, config, ", ".join(weights))
-    book, rotated = codebooks.get(config.codebook), prepared.rotated
+    book, rotated = codebooks.get(config.codebook_spec), prepared.rotated
     lost = rotated.diagonal().sum()
     cholesky, failed = torch.linalg.cholesky_ex(rotated.double())
     if prepared.method.needs_hessian and not failed:

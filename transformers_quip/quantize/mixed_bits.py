@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from .. import codebooks
@@ -15,7 +16,7 @@ from ..calibration import HessianAccumulator, capture_inputs, find_blocks
 from ..calibration.device import evaluating
 from ..calibration.observe import observe_until
 from ..calibration.precision import calibration_autocast
-from ..config import MIXED_BITS
+from ..config.bits import MIXED_BITS
 from ..nn import replace
 from .allocate import allocate, gaussian_error, measure_sensitivities
 from .block import by_config, observe_block
@@ -23,8 +24,6 @@ from .layer import loss_of_rounding
 from .plan import QuantizationPlan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 _RATIO_TOKENS = 1 << 15
 
 
-def settle_bits(model: PreTrainedModel, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
+def settle_bits(model: nn.Module, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
     """Choose the bits of each module without bits of its own, for `config.bits` as an average.
 
     Args:
@@ -62,7 +61,7 @@ def settle_bits(model: PreTrainedModel, config: QuipConfig, plan: QuantizationPl
     return settled
 
 
-def hessian_after_blocks(model: PreTrainedModel, name: str, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+def hessian_after_blocks(model: nn.Module, name: str, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
     """The Hessian float32 [n, n] of a linear that reads the output of all blocks: the output embeddings."""
     linear = model.get_submodule(name)
     weight = replace.dense_weight(linear)
@@ -73,7 +72,7 @@ def hessian_after_blocks(model: PreTrainedModel, name: str, ids: torch.Tensor, b
 
 
 def _losses_of_rounding(
-    model: PreTrainedModel, config: QuipConfig, names: Collection[str], plan: QuantizationPlan, ids: torch.Tensor
+    model: nn.Module, config: QuipConfig, names: Collection[str], plan: QuantizationPlan, ids: torch.Tensor
 ) -> dict[str, float]:
     """The loss of rounding errors as a share of the loss of independent errors, for these modules."""
     ids = ids[: max(_RATIO_TOKENS // ids.shape[1], 1)]

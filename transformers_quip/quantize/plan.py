@@ -7,20 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .. import codebooks, incoherence
 from ..calibration.capture import find_blocks
-from ..config import matches
+from ..config.patterns import is_called, is_named, matches
 from ..nn.linear import QuipLinear
-from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, is_named, linear_shape
+from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, linear_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..config import QuipConfig
 
 OUTPUT_EMBEDDINGS = "output embeddings"
@@ -122,7 +120,7 @@ class QuantizationPlan:
         return "\n".join(lines)
 
 
-def make_plan(model: PreTrainedModel, config: QuipConfig) -> QuantizationPlan:
+def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     """Decide for every weight of the model, on the meta device or not, whether it is quantized.
 
     A calibrated run quantizes the linears inside the decoder blocks; a run without calibration all linears. Left out
@@ -158,14 +156,8 @@ def make_plan(model: PreTrainedModel, config: QuipConfig) -> QuantizationPlan:
     entries = _without_repetitions(model, entries)
     entries += _rest(model, [entry.name for entry in entries])
     configs = (config.for_module(entry.name) for entry in entries if entry.quantized)
-    used = {"chosen for each module" if found.is_mixed else found.codebook: None for found in configs}
+    used = {"chosen for each module" if found.is_mixed else str(found.codebook): None for found in configs}
     return QuantizationPlan(tuple(entries), tuple(used))
-
-
-def is_called(name: str, config: QuipConfig) -> bool:
-    """Whether `config.modules` means this module by name: a pattern matches, and its last part has no wildcard."""
-    last = name.rpartition(".")[2]
-    return any(matches(name, pattern) and pattern.rpartition(".")[2] == last for pattern in config.modules or {})
 
 
 def unmatched_patterns(model: nn.Module, config: QuipConfig) -> list[str]:
@@ -185,9 +177,10 @@ def _check_patterns(patterns: Iterable[str]) -> None:
             raise ValueError(f"modules_to_not_convert: {pattern!r} is not a regular expression ({error})") from None
 
 
-def _reasons(model: PreTrainedModel, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
+def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
     """The reason for each linear that stays dense."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_output: Any = getattr(model, "get_output_embeddings", None)
+    output = None if find_output is None else find_output()
     tied = _tied_modules(model)
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *_strict_float32(model)]
@@ -195,7 +188,7 @@ def _reasons(model: PreTrainedModel, linears: dict[str, nn.Module], config: Quip
     base = {id(module) for module in getattr(model, "base_model", model).modules()}
     reasons = {}
     for name, module in linears.items():
-        if module is output and is_called(name, config):
+        if module is output and is_called(name, config.modules or {}):
             if name in tied:
                 raise _tied_error(name)
         elif module is output:
@@ -210,7 +203,7 @@ def _reasons(model: PreTrainedModel, linears: dict[str, nn.Module], config: Quip
             reasons[name] = FLOAT32
         elif not name.startswith(blocks):
             reasons[name] = OUTSIDE_BLOCKS
-        elif id(module) not in base and not is_called(name, config):
+        elif id(module) not in base and not is_called(name, config.modules or {}):
             reasons[name] = TASK_HEAD
     return reasons
 
@@ -226,7 +219,7 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
     """The embeddings that `config.modules` asks to quantize."""
     entries, tied = [], None
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or not is_called(name, config):
+        if not isinstance(module, nn.Embedding) or not is_called(name, config.modules or {}):
             continue
         if not is_dense_embedding(module):
             why = "limits the norm of its rows" if type(module) is nn.Embedding else f"is a {type(module).__name__}"
@@ -251,7 +244,8 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
 
 def _check_lookup(name: str, config: QuipConfig) -> None:
     """Raise `ValueError` for a codebook whose rows cannot be looked up one by one."""
-    book = None if config.is_mixed else codebooks.get(config.codebook)  # an average chooses among such as have single rows
+    # an average chooses among codebooks that have single rows
+    book = None if config.is_mixed else codebooks.get(config.codebook_spec)
     if book is not None and not book.has_single_rows:
         raise ValueError(
             f"modules names the embedding {name!r}, but codebook {book.name!r} codes {book.rows_together} rows together, "
@@ -289,7 +283,7 @@ def _packed_bytes(
             raise ValueError(f"{name} has shape {list(shape)}: {error}") from None
     if config.is_mixed:  # its bits are decided later and will be near the average
         return math.ceil(shape[0] * shape[1] * config.bits / 8) + sum(shape) * dtype.itemsize
-    book = codebooks.get(config.codebook)
+    book = codebooks.get(config.codebook_spec)
     if book.is_read_only:
         raise ValueError(
             f"{name} cannot be quantized with codebook {book.name!r}: it is for checkpoints that were quantized with it "

@@ -24,8 +24,6 @@ from .mixed_bits import hessian_after_blocks, settle_bits
 from .plan import make_plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
@@ -41,7 +39,8 @@ class QuantizationReport:
         config: the final config: the caller's, with the bits of each module if an average was asked for, and with
             `calibration`, a record of the data and of the mean relative error. It does not hold the data itself.
         modules: a record for each quantized module, see [`ModuleResult.record`].
-        seconds: wall time of each stage: "data", "allocate", "capture", "observe", "round", "replay".
+        seconds: wall time of each stage: "data", "allocate", "capture", "observe", "round", "replay", "tune".
+        tuning: the result of tuning afterwards (`finetune.TuneReport`) as a dictionary with its "history"; None without.
     """
 
     data: str
@@ -49,6 +48,7 @@ class QuantizationReport:
     config: QuipConfig
     modules: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    tuning: dict[str, Any] | None = None
 
     @property
     def mean_relative_error(self) -> float:
@@ -60,7 +60,7 @@ class QuantizationReport:
 @torch.inference_mode(False)
 @torch.no_grad()
 def quantize_model(
-    model: PreTrainedModel, config: QuipConfig, tokenizer: Any = None, data: tuple[torch.Tensor, str] | None = None
+    model: nn.Module, config: QuipConfig, tokenizer: Any = None, data: tuple[torch.Tensor, str] | None = None
 ) -> QuantizationReport:
     """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, if the config names them.
 
@@ -86,7 +86,7 @@ def quantize_model(
 
 
 def _quantize_model(
-    model: PreTrainedModel, config: QuipConfig, tokenizer: Any, data: tuple[torch.Tensor, str] | None
+    model: nn.Module, config: QuipConfig, tokenizer: Any, data: tuple[torch.Tensor, str] | None
 ) -> QuantizationReport:
     plan = make_plan(model, config)
     started = perf_counter()

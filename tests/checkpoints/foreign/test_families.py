@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from transformers_quip.checkpoints.foreign.family import Source
-from transformers_quip.checkpoints.foreign.plan import by_pattern, family_of
+from transformers_quip.checkpoints.foreign.native_config import by_pattern
+from transformers_quip.checkpoints.foreign.plan import family_of
 from transformers_quip.checkpoints.headers import TensorInfo
 
 
@@ -136,7 +137,7 @@ def test_signs_of_old_exl3_files():
 
 
 def test_patterns_mean_what_they_stand_for():
-    from transformers_quip.config import matches
+    from transformers_quip.config.patterns import matches
 
     values = {f"layers.{i}.mlp.{name}": {"a": 1} for i in range(3) for name in ("up", "down")}
     values["layers.1.mlp.up"] = {"a": 2}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...config.storage import Layout
+from ...config.storage import Storage
 from ..headers import DAMAGED
 from . import exl3_folded, trellis_bits
 from .family import FLOATING, Family, Form, Source
@@ -61,7 +61,7 @@ class Exl3(Family):
             columns,
             f"trellis:{code}:k{shape[2] // 16}:exl3",
             ("hadamard-128", "hadamard-128"),
-            layout=Layout(None if padded == (rows, columns) else padded, scales_dtype="float32"),
+            storage=Storage(None if padded == (rows, columns) else padded, scales_dtype="float32"),
         )
 
     def repack(self, tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...config.storage import PLAIN, Layout
+from ...config.storage import PLAIN, Storage
 from ..headers import DAMAGED, TensorInfo
 
 
@@ -22,8 +22,8 @@ class Form:
     Attributes:
         rows, columns: m and n of the linear, without padding.
         codebook, incoherence, residual_scale: as in `QuipConfig`; incoherence a pair.
-        layout: see [`Layout`].
-        details: further values for the family's `repack`.
+        storage: its record in the config.
+        details: further facts that the family's `repack` needs.
     """
 
     rows: int
@@ -31,13 +31,13 @@ class Form:
     codebook: str
     incoherence: tuple[str, str]
     residual_scale: float | None = None
-    layout: Layout = PLAIN
+    storage: Storage = PLAIN
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def padded(self) -> tuple[int, int]:
         """(m', n') of the codes."""
-        return self.layout.padded or (self.rows, self.columns)
+        return self.storage.padded or (self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class Source:
 
     def number(self, kind: str, dtypes: tuple[str, ...] = ("I64", "I32")) -> int:
         """A tensor that must be there and is one integer. Raises `ValueError` if it is not."""
-        if math.prod(self.require(kind, dtypes)) != 1:
-            raise ValueError(f"{self.name}.{kind} has shape {list(self.shape(kind))} instead of one number: {DAMAGED}")
+        shape = self.require(kind, dtypes)
+        if math.prod(shape) != 1:
+            raise ValueError(f"{self.name}.{kind} has shape {list(shape)} instead of one number: {DAMAGED}")
         return int(self.read(kind))
 
     def shape(self, kind: str) -> tuple[int, ...] | None:

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...config import QuipConfig, matches
-from ...config.storage import Layout
+from ...config import QuipConfig
+from ...config.storage import Storage
 from ...nn.experts import expert_shape, is_stacked
-from ...nn.place import empty_linear, fused_shape
+from ...nn.place import fused_shape, possible_names
 from ...nn.replace import is_dense_linear, linear_shape
 from ..complete import is_outside
 from ..headers import DAMAGED, TensorInfo
-from ..names import compress_names
 from .exl3 import Exl3
 from .family import Family, Form, Source, is_one_of
+from .native_config import native_config
 from .qtip import Qtip
 from .quip_for_all import QuipForAll
 from .quip_sharp import QuipSharp
+from .repack import ForeignLinear
 
 logger = logging.getLogger(__name__)
 
@@ -59,61 +60,6 @@ def family_of(parameters: Mapping[str, Any]) -> Family:
         raise ValueError(f"quant_method={method!r} is not one of {', '.join(map(repr, METHODS))}")
     family.check(parameters)
     return family
-
-
-@dataclass(frozen=True)
-class ForeignLinear:
-    """One quantized linear of a foreign checkpoint and its place in the model.
-
-    Attributes:
-        name: of the native linear in the model.
-        family, form: its family, and the result of [`Family.describe`].
-        source: its tensors in the files.
-        dense: the model has a plain matrix there instead of a linear (a router): it gets the decoded weight.
-    """
-
-    name: str
-    family: Family
-    form: Form
-    source: Source
-    dense: bool = False
-
-    @property
-    def first(self) -> str:
-        """Name of one tensor that it becomes."""
-        return f"{self.name}.weight" if self.dense else f"{self.name}.codes"
-
-    @torch.no_grad()
-    def repack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The native tensors by their full names.
-
-        Args:
-            tensors: by kind, as `source.tensors` lists them.
-
-        Raises:
-            ValueError: a scale is infinite or NaN.
-        """
-        for kind, value in tensors.items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise ValueError(f"{self.source.name}.{kind} has numbers that are not finite: {DAMAGED}")
-        others = {kind: value for kind, value in tensors.items() if kind != "bias"}
-        result = {key: value.contiguous() for key, value in self.family.repack(others, self.form).items()}
-        if "folded" in self.form.details:
-            result["sv"] = result["sv"] / self.form.details["folded"]
-        if not all(result[key].isfinite().all() for key in ("su", "sv")):  # divided by a zero
-            raise ValueError(f"The scales of {self.source.name} are not all finite: {DAMAGED}")
-        if "bias" in tensors:
-            result["bias"] = tensors["bias"][: self.form.rows].contiguous()
-        if self.dense:
-            return {self.first: self._decoded(result)}
-        return {f"{self.name}.{key}": value for key, value in result.items()}
-
-    def _decoded(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        form = self.form
-        config = native_config([self])
-        linear = empty_linear(form.rows, form.columns, config, self.name, bias=False, dtype=torch.float32)
-        linear.load_state_dict(dict(tensors), assign=True)
-        return linear.dequantize()
 
 
 @dataclass(frozen=True)
@@ -168,11 +114,11 @@ def make_plan(
         if factor != 1:
             form = replace(form, details={**form.details, "folded": factor})
         if place.fuses:
-            layout = replace(form.layout, fuses=place.fuses)
-            form = replace(form, layout=layout, details={**form.details, "parts": place.counts})
+            storage = replace(form.storage, fuses=place.fuses)
+            form = replace(form, storage=storage, details={**form.details, "parts": place.counts})
         if place.parts:
             parts = tuple(place.parts.items())
-            joined[place.name.rpartition(".")[0]] = Layout(scales_dtype=form.layout.scales_dtype, parts=parts)
+            joined[place.name.rpartition(".")[0]] = Storage(scales_dtype=form.storage.scales_dtype, parts=parts)
         linears.append(ForeignLinear(place.name, family, form, source, place.dense))
     _check_complete(model, linears, names)
     packed = [linear for linear in linears if not linear.dense]
@@ -194,8 +140,12 @@ def _collect(family: Family, headers: Mapping[str, TensorInfo], read: Callable[[
         keys = {kind: f"{name}.{kind}" for kind in (*family.kinds, "bias")} | family.siblings(name)
         keys = {kind: key for kind, key in keys.items() if key in headers}
         tensors = {kind: headers[key] for kind, key in keys.items()}
-        sources.append(Source(name, tensors, keys, lambda kind, tensors=tensors: read(tensors[kind])))
+        sources.append(Source(name, tensors, keys, partial(_read, read, tensors)))
     return sources
+
+
+def _read(read: Callable[[TensorInfo], torch.Tensor], tensors: Mapping[str, TensorInfo], kind: str) -> torch.Tensor:
+    return read(tensors[kind])
 
 
 @dataclass(frozen=True)
@@ -212,8 +162,7 @@ class _Place:
 
 def _find_place(model: nn.Module, family: Family, name: str) -> _Place:
     """Where a linear of a checkpoint belongs. Raises `ValueError` if the model has no such place."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    for here in dict.fromkeys((name, prefix + name, name.removeprefix(prefix))):
+    for here in possible_names(model, name):
         parent_name, _, last = here.rpartition(".")
         module, parent = _module(model, here), _module(model, parent_name)
         if module is not None and is_dense_linear(module):
@@ -221,14 +170,15 @@ def _find_place(model: nn.Module, family: Family, name: str) -> _Place:
         if parent is None:
             expert = re.fullmatch(r"(.+)\.\d+\.([^.]+)", here)
             stacked = _module(model, expert[1]) if expert else None
-            shape = expert_shape(stacked, expert[2]) if stacked is not None and is_stacked(stacked) else None
-            if shape is not None:
-                return _Place(here, *shape)
+            if expert and stacked is not None and is_stacked(stacked):
+                shape = expert_shape(stacked, expert[2])
+                if shape is not None:
+                    return _Place(here, *shape)
             continue
         if module is None and last in family.fused:
             fuses = family.fused[last]
-            rows, columns = fused_shape(parent, fuses, here)
-            return _Place(here, sum(rows), columns, fuses, tuple(rows))
+            counts, columns = fused_shape(parent, fuses, here)
+            return _Place(here, sum(counts), columns, fuses, tuple(counts))
         whole, names = _PARTS.get(last, ("", ()))
         linear = _module(parent, whole) if whole else None
         if module is None and linear is not None and is_dense_linear(linear):
@@ -238,7 +188,8 @@ def _find_place(model: nn.Module, family: Family, name: str) -> _Place:
             return _Place(f"{parent_name}.{whole}.{last}", parts[last], columns, parts=parts, bias=bias)
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
-            return _Place(here, *weight.shape, dense=True)
+            rows, columns = weight.shape
+            return _Place(here, rows, columns, dense=True)
     raise ValueError(
         f"The checkpoint has a quantized linear {name}, but {type(model).__name__} has none of that name: the files belong "
         "to another architecture than config.json says, or Transformers has changed it"
@@ -252,7 +203,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _split(model: nn.Module, rows: int, count: int) -> list[int]:
+def _split(model: Any, rows: int, count: int) -> list[int]:
     """Output sizes of the parts of a fused linear: a half each for gate and up; by the numbers of heads for q, k and v."""
     if count == 2:
         return [rows // 2] * 2
@@ -280,8 +231,9 @@ def _check_bias(source: Source, place: _Place, form: Form) -> None:
         raise ValueError(f"{source.name}.bias is missing: {DAMAGED}")
     if not place.bias and "bias" in source.tensors:
         raise ValueError(f"{source.name}.bias exists, but that linear of the model has none: {DAMAGED}")
-    if place.bias and source.shape("bias") not in ((place.rows,), (form.padded[0],)):
-        raise ValueError(f"{source.name}.bias has shape {list(source.shape('bias'))} instead of [{place.rows}]: {DAMAGED}")
+    shape = source.shape("bias")
+    if shape is not None and shape not in ((place.rows,), (form.padded[0],)):
+        raise ValueError(f"{source.name}.bias has shape {list(shape)} instead of [{place.rows}]: {DAMAGED}")
 
 
 def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: Mapping[str, TensorInfo]) -> None:
@@ -290,7 +242,7 @@ def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: M
     there = {linear.name for linear in linears}
     for linear in linears:
         parent = linear.name.rpartition(".")[0]
-        there.update(f"{parent}.{name}" for name in linear.form.layout.fuses)
+        there.update(f"{parent}.{name}" for name in linear.form.storage.fuses)
         there.update((parent, parent.rpartition(".")[0]))  # the linear that it is a part of, or the experts
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, module in model.named_modules():
@@ -299,74 +251,3 @@ def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: M
             continue
         if weight not in names or names[weight].shape == ():  # a single number next to codes tells their type
             raise ValueError(f"The checkpoint has neither codes nor a weight for {name}: {DAMAGED}")
-
-
-def native_config(linears: Iterable[ForeignLinear], layouts: Mapping[str, Layout] | None = None) -> QuipConfig:
-    """The native config of these linears: the most frequent options for all, and the differences by patterns of names.
-
-    Args:
-        linears: at least one.
-        layouts: of further modules.
-    """
-    linears = list(linears)
-    names = [linear.name for linear in linears]
-    options = {}
-    for linear in linears:
-        form = linear.form
-        sides = form.incoherence
-        values = {"codebook": form.codebook, "residual_scale": form.residual_scale}
-        options[linear.name] = {**values, "incoherence": sides[0] if sides[0] == sides[1] else list(sides)}
-    # a scale belongs to its codebook
-    shared = _most_frequent(options, ("codebook", "residual_scale")) | _most_frequent(options, ("incoherence",))
-    different = {}
-    for name, values in options.items():
-        different[name] = {key: value for key, value in values.items() if value != shared[key]}
-        if different[name].keys() & {"codebook", "residual_scale"}:
-            different[name] |= {key: values[key] for key in ("codebook", "residual_scale")}
-    forms = {linear.name: linear.form.layout for linear in linears}
-    records = {name: layout.to_dict() for name, layout in (forms | dict(layouts or {})).items()}
-    config = QuipConfig(**_without_none(shared), modules=by_pattern(different) or None, dataset=None)
-    config.quantized_modules = compress_names(names)
-    config.layout = _with_common(records)
-    return config
-
-
-def _most_frequent(options: Mapping[str, dict], keys: tuple[str, ...]) -> dict[str, Any]:
-    """The values that most modules have for these options together."""
-    (text, _), *_ = Counter(repr([values[key] for key in keys]) for values in options.values()).most_common(1)
-    return next(
-        {key: values[key] for key in keys} for values in options.values() if repr([values[key] for key in keys]) == text
-    )
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _with_common(records: Mapping[str, dict]) -> dict[str, dict] | None:
-    """Layouts by patterns of names; the part common to all is under "*"."""
-    every = list(records.values())
-    common = {key: value for key, value in every[0].items() if all(other.get(key) == value for other in every)}
-    rest = {name: {key: v for key, v in values.items() if key not in common} for name, values in records.items()}
-    result = {"*": common} if common else {}
-    result.update(by_pattern(rest))
-    return result or None
-
-
-def by_pattern(values: Mapping[str, dict]) -> dict[str, dict]:
-    """Options of single modules, those that are alike for all numbers in a name under one shell pattern.
-
-    Args:
-        values: name → options; modules without any are given too, so that no pattern means them.
-    """
-    groups: dict[str, list[str]] = {}
-    for name in values:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
-    result: dict[str, dict] = {}
-    for pattern, names in groups.items():
-        first = values[names[0]]
-        # a star also means several parts of a name, so that a pattern may match names of another kind
-        if len(names) > 1 and all(values[name] == first for name in values if matches(name, pattern)):
-            names = [pattern]
-        result.update((name, first if name == pattern else values[name]) for name in names)
-    return {name: options for name, options in result.items() if options}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...config.storage import Layout
+from ...config.storage import Storage
 from ..headers import DAMAGED
 from . import trellis_bits
 from .family import FLOATING, Family, Form, Source, is_one_of, is_true
@@ -49,6 +49,7 @@ class Qtip(Family):
         for key, value in _FIXED.items():
             if parameters.get(key, value) != value:
                 raise ValueError(f"quip_params of QTIP has {key}={parameters[key]!r}; only {value!r} is supported")
+        mode: Any
         mode, step, bits = (parameters.get(key) for key in ("decode_mode", "V", "tlut_bits"))
         if not is_one_of(mode, _CODES):
             raise ValueError(f"quip_params of QTIP has decode_mode={mode!r}; supported are {', '.join(map(repr, _CODES))}")
@@ -82,7 +83,8 @@ class Qtip(Family):
             )
         source.require("SU", FLOATING, (columns,))
         source.require("SV", FLOATING, (rows,))
-        step, bits = parameters["V"], parameters.get("tlut_bits")
+        step: int = parameters["V"]
+        bits: Any = parameters.get("tlut_bits")
         # the package does not write which of its two layouts it used: it follows from the kind of trellis
         kernel = code == "hyb" and step == 2 and bits == 9 and k in (2, 3, 4)
         if kernel and (rows % 32 or columns % 32):
@@ -99,7 +101,7 @@ class Qtip(Family):
             columns,
             f"trellis:{code}:k{k}:{'qtip' if kernel else 'rows'}",
             _transforms(source, parameters),
-            layout=Layout(scales_dtype="float32"),
+            storage=Storage(scales_dtype="float32"),
             details={"kernel": kernel},
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...codebooks.residual import PUBLISHED_RESIDUAL_SCALES
-from ...config.storage import Layout
+from ...config.storage import Storage
 from ...incoherence import STORED
 from ...incoherence.quip_for_all import ORDERS
 from ..headers import DAMAGED
@@ -79,8 +79,8 @@ class QuipForAll(Family):
         for kind, size in (("SU", columns), ("SV", rows)):
             if kind in source.tensors or not merged:
                 source.require(kind, FLOATING, (size,))
-        if source.shape("weight") not in (None, ()):
-            raise ValueError(f"{source.name} has both Qidxs and a weight of shape {list(source.shape('weight'))}")
+        if dense := source.shape("weight"):
+            raise ValueError(f"{source.name} has both Qidxs and a weight of shape {list(dense)}")
         (name_in, padded_columns), (name_out, padded_rows) = (
             _transform(source, kind, size, parameters) for kind, size in (("had_left", columns), ("had_right", rows))
         )
@@ -89,12 +89,13 @@ class QuipForAll(Family):
                 f"{source.name} has {padded_columns} columns, which codebook {parameters['codebook']} cannot pack in words"
             )
         source.require("Qidxs", (dtype,), (padded_rows, padded_columns * words // 32))
-        row_scales = len(source.require("Wscale", FLOATING)) > 0 and math.prod(source.shape("Wscale")) > 1
+        scales = source.require("Wscale", FLOATING)
+        row_scales = len(scales) > 0 and math.prod(scales) > 1
         if row_scales:
             source.require("Wscale", FLOATING, (padded_rows,))
         if padded_rows > 1 and row_scales != is_true(parameters, "per_channel", default=row_scales):
             raise ValueError(
-                f"{source.name}.Wscale has shape {list(source.shape('Wscale'))}, but the quantization_config says "
+                f"{source.name}.Wscale has shape {list(scales)}, but the quantization_config says "
                 f"per_channel={parameters['per_channel']}: {DAMAGED}"
             )
         padded = (padded_rows, padded_columns)
@@ -104,7 +105,7 @@ class QuipForAll(Family):
             codebook,
             (name_in, name_out),
             _residual_scale(parameters),
-            Layout(None if padded == (rows, columns) else padded, row_scales, "float32"),
+            Storage(None if padded == (rows, columns) else padded, row_scales, "float32"),
         )
 
     def repack(self, tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torch.Tensor]:
@@ -133,7 +134,7 @@ class QuipForAll(Family):
             for kind, size in (("SU", form.columns), ("SV", form.rows))
         )
         result["su"], result["sv"] = zeros_beyond(su, columns), zeros_beyond(sv, rows)
-        if form.layout.row_scales:
+        if form.storage.row_scales:
             result["row_scales"] = scale
         else:
             result["sv"] = result["sv"] * scale.reshape(())

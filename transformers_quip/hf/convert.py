@@ -1,0 +1,111 @@
+"""A whole checkpoint of another package → a native one, without building its model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..checkpoints.claimed import claimed_folder
+from ..checkpoints.convert import write_native
+from ..checkpoints.files import Files, expand_weights, find_weights
+from ..checkpoints.headers import DAMAGED, read_json
+from ..checkpoints.names import expand_names
+from ..checkpoints.sizes import check_layers
+from ..nn.place import place_all
+from .foreign import check_plan, plan_for
+from .recognise import BESIDE
+
+
+def convert(
+    source: str | Path, destination: str | Path, shard_size: int = 5 * 10**9, trust_remote_code: bool = False
+) -> None:
+    """Re-pack a checkpoint of QuIP#, QuIP-for-all, QTIP or EXL3 into the native format, without loss.
+
+    Memory holds the tensors of one linear, and a model without weights, which tells the shapes. Tensors that are not
+    quantized are copied unchanged, and so are the tokenizer and other files of the model (see `checkpoints.companions`).
+
+    Args:
+        source: a folder, or the name of a repository on the Hub.
+        destination: a folder that is empty or does not exist.
+        shard_size: bytes of tensors in one file.
+        trust_remote_code: whether code of the repository may be run, for architectures that Transformers does not know.
+
+    Raises:
+        ValueError: the checkpoint is of none of these kinds, of a kind that is not supported, or damaged; or the
+            destination is not empty.
+        OSError: the disk is full, for example. After any error the destination is as it was, except for files that
+            another program has written into it.
+    """
+    folder, target = _folder(source), Path(destination)
+    with claimed_folder(target, last="config.json") as work:  # a folder without it is not a model
+        _convert(folder, work, shard_size, trust_remote_code)
+
+
+def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: bool) -> None:
+    """Write the native checkpoint into an empty folder."""
+    model, parameters = _described(folder, trust_remote_code)
+    paths = _weight_files(folder)
+    files = Files(paths)
+    plan = plan_for(model, parameters, files)
+    place_all(model, expand_names(plan.config.quantized_modules), plan.config)
+    check_plan(model, plan, files)
+    write_native(folder, target, model, plan, files, paths, shard_size)
+
+
+def _described(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """The dense model on the meta device, and the description of its quantization.
+
+    Raises:
+        ValueError: Transformers makes no model of config.json, or it is not quantized by a package of this line.
+    """
+    path = folder / "config.json"
+    read_json(path)  # Transformers' own errors do not say which file it is, or what to do
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_layers(config)
+        parameters = _parameters(folder, config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), parameters
+    except (MemoryError, OSError, ImportError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"[:500]
+        raise ValueError(f"No model can be built from {path} ({said}): {DAMAGED}") from error
+
+
+def _folder(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source)))
+
+
+def _parameters(folder: Path, config: Any) -> dict[str, Any]:
+    """The checkpoint's description of its quantization, from any of the places where packages store it."""
+    file = folder / BESIDE
+    for parameters in (
+        getattr(config, "quantization_config", None),
+        getattr(config, "quip_params", None),
+        read_json(file) if file.is_file() else None,
+    ):
+        if isinstance(parameters, dict):
+            if parameters.get("quant_method") == "quip":
+                raise ValueError(f"{folder} is in the native format of transformers-quip already")
+            return parameters
+    raise ValueError(
+        f"{folder} is not a quantized checkpoint: its config.json has neither quantization_config nor quip_params"
+    )
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The files of weights, as Transformers would choose them."""
+    found = find_weights(folder)
+    if found is None:
+        raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of several files")
+    return expand_weights(found)

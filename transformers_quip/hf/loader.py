@@ -1,0 +1,78 @@
+"""Facts about Transformers' loader of weights: how it renames tensors, and how it treats errors."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..checkpoints.headers import DAMAGED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class RaisedLater(dict):
+    """Replaces tensors, so that the loader itself raises the error as soon as it asks for them.
+
+    The loader catches the errors of an op, goes on with all other weights (hours, for a large model), and at the end raises
+    an error without the reason.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def items(self) -> NoReturn:  # it raises
+        raise self.error
+
+
+def names_in_model(
+    model: PreTrainedModel, headers: Mapping[str, Any], conversions: list, whole: bool = False
+) -> dict[str, Any]:
+    """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
+
+    Args:
+        model: the model to load.
+        headers: by their names in the files.
+        conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
+            splits appears under each name (with the shape that it has in the file).
+        whole: whether an expert that is missing among those that Transformers stacks is an error.
+
+    Raises:
+        ValueError: see `whole`.
+    """
+    conversions = copy.deepcopy(list(conversions))  # renaming a key marks the rules as used
+    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    result, stacked = {}, defaultdict(list)
+    for key, info in headers.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        result[name] = info
+        if pattern is not None:
+            converter = next(rule for rule in converters if pattern in rule.source_patterns)
+            first, *others = converter.target_patterns
+            result.update((name.replace(first, other), info) for other in others)
+            if "*" in pattern:
+                stacked[name, pattern].append(key)
+    for (name, _), keys in stacked.items():
+        if whole and name in state:
+            _check_stack(keys, len(state[name]))
+    return result
+
+
+def _check_stack(keys: list[str], count: int) -> None:
+    """Raise `ValueError` unless each expert, from 0 on, has a tensor: Transformers stacks those that it finds."""
+    numbers = {int(found[-1]): key for key in keys if (found := re.findall(r"(?<=\.)\d+(?=\.)", key))}
+    lost = [number for number in range(count) if number not in numbers]
+    if lost and numbers:
+        number, key = next(iter(numbers.items()))
+        head, _, tail = key.rpartition(f".{number}.")
+        raise ValueError(f"The checkpoint has no {head}.{lost[0]}.{tail}, one of {count} that the model stacks: {DAMAGED}")

@@ -1,0 +1,258 @@
+"""The four ways to load a model, of which `begin` chooses one.
+
+Transformers calls `QuipQuantizer`, which passes each call on to the mode. A mode holds facts about one
+loading and not the model itself: a model holds its quantizer, so it could not be freed as soon as nobody uses it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+
+from ..calibration.dataset import is_written_by_the_model, load_token_ids
+from ..checkpoints import native
+from ..checkpoints.complete import check_complete
+from ..checkpoints.files import Files, check_inside
+from ..checkpoints.finite import check_finite, check_small_finite
+from ..checkpoints.headers import read_headers
+from ..checkpoints.memory import PageReleaser
+from ..checkpoints.names import compress_names, expand_names
+from ..config import QuipConfig
+from ..config.tune import TuneOptions
+from ..finetune.recipe import held_out_windows, quantize_and_tune
+from ..hub import origin
+from ..nn import replace
+from ..nn.place import place_all
+from ..quantize.bars import LoadingBar
+from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
+from .foreign import RepackingConverter, check_plan, plan_for
+from .loader import names_in_model
+from .quantize_weight import QuantizeWeight
+from .source import source_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..quantize.recipe import QuantizationReport
+
+logger = logging.getLogger(__name__)
+
+
+def begin(model: PreTrainedModel, config: QuipConfig, pre_quantized: bool, files: Sequence[str]) -> Mode:
+    """Choose the mode for this model, and do all work that comes before the weights are read.
+
+    Args:
+        model: dense, on the meta device.
+        config: of the caller or of the checkpoint.
+        pre_quantized: whether the checkpoint says that it is quantized.
+        files: the checkpoint's files of weights.
+
+    Raises:
+        ValueError: the model cannot be quantized or loaded in this way.
+    """
+    parameters = config.foreign
+    if parameters is None and config.quantized_modules is None:
+        parameters = getattr(model.config, "quip_params", None)
+    if os.path.isdir(model.config.name_or_path):
+        check_inside(model.config.name_or_path, files)
+    if parameters is not None:
+        return Repacked(model, parameters, files)
+    if pre_quantized:
+        return Prequantized(model, config, files)
+    return (Calibrated if config.is_calibrated else WhileLoading)(model, config, files)
+
+
+class Mode:
+    """One way to load a model; its methods are called in their order.
+
+    Attributes:
+        config: the description of the loaded model.
+        pre_quantized: whether the files hold quantized weights.
+    """
+
+    pre_quantized = False
+
+    def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
+        self.config = config
+        self._files = list(files)
+        self._reference = weakref.ref(model)
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        model = self._reference()
+        if model is None:
+            raise RuntimeError("the model that was being loaded is gone")
+        return model
+
+    def conversions(self, rules: list) -> list:
+        """Transformers' renamings for this model with the additions of this mode. The files are checked with them."""
+        raise NotImplementedError
+
+    def bits_of(self, name: str) -> float | None:
+        """The true bits per weight of this weight, if it is quantized while it is read; else None."""
+        return None
+
+    def operation(self) -> ConversionOps:
+        """The operation that the loader calls with each weight for which [`bits_of`] is not None."""
+        raise NotImplementedError
+
+    def finish(self, model: PreTrainedModel) -> QuantizationReport | None:
+        """All weights are read: do the rest. A calibrated run returns its report."""
+        return None
+
+
+class Prequantized(Mode):
+    """A quantized checkpoint: empty quantized linears are put in place before their tensors are read."""
+
+    pre_quantized = True
+
+    def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
+        super().__init__(model, config, files)
+        recorded = config.quantized_modules or []
+        place_all(model, expand_names(recorded), config)
+        if not replace.quantized_modules(model):
+            raise ValueError(
+                f"None of the quantized modules that config.json names exists in {type(model).__name__} "
+                f"(the first is {next(expand_names(sorted(recorded)), 'missing')[:80]}): is this another architecture?"
+            )
+
+    def conversions(self, rules: list) -> list:
+        """See [`Mode.conversions`]: the files must hold every tensor of the model, each in its shape and finite."""
+        if not self._files:
+            return rules
+        native.check_kind(self._files)
+        model, files = self._model, Files(self._files)
+        names = names_in_model(model, files.headers, rules, whole=True)
+        modules = replace.quantized_modules(model)
+        kinds = (replace.is_dense_linear, replace.is_dense_embedding)
+        dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
+        native.check_tensors(modules, dense, names)
+        check_complete(model, names)
+        check_finite(modules, names, files.read)
+        check_small_finite(model, names, files.read)
+        return rules
+
+
+class Repacked(Prequantized):
+    """A checkpoint of another package: each linear is re-packed as it is read, and the config becomes the native one."""
+
+    def __init__(self, model: PreTrainedModel, parameters: dict[str, Any], files: Sequence[str]):
+        self._source = Files(files)
+        self._plan = plan_for(model, parameters, self._source)
+        super().__init__(model, self._plan.config, files)
+        check_plan(model, self._plan, self._source)
+
+    def conversions(self, rules: list) -> list:
+        """See [`Mode.conversions`]: the linears' tensors go to the converter that re-packs them."""
+        return [RepackingConverter(self._plan, PageReleaser(self._files)), *rules]
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """See [`Mode.finish`]: from now on the model is saved in the native format."""
+        self._source.close()
+        if hasattr(model.config, "quip_params"):
+            del model.config.quip_params
+
+
+class _Planned(Mode):
+    """A dense checkpoint: the plan says which modules are quantized, before any weight is read."""
+
+    def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
+        super().__init__(model, config, files)
+        self.plan: QuantizationPlan = make_plan(model, config)
+        self._names = set(self.plan.names)
+
+    def conversions(self, rules: list) -> list:
+        """See [`Mode.conversions`]: every weight that is going to be quantized must be in the files."""
+        if self._files and all(str(file).endswith(".safetensors") for file in self._files):
+            headers = names_in_model(self._model, read_headers(self._files), rules)
+            self._leave_dense(native.check_sources(sorted(self._names), headers))
+        return rules
+
+    def _leave_dense(self, new: list[str]) -> None:
+        """Modules without a weight in the checkpoint, which Transformers initialises at random: no mode needs to know."""
+
+    def _tell(self, model: PreTrainedModel) -> None:
+        """Log the modules to quantize, and patterns that do not match any module."""
+        logger.info(f"{type(model).__name__}: {self.plan.summary()}")
+        for pattern in unmatched_patterns(model, self.config):
+            logger.warning(f"No module of {type(model).__name__} matches {pattern!r} of the quantization_config")
+
+    def _record(self, model: PreTrainedModel) -> None:
+        """Record in the config which modules were quantized, and from which model."""
+        quantized = replace.quantized_modules(model)
+        config = self.config.without_data()
+        config.quantized_modules = compress_names(quantized)
+        config.settle_modules(quantized)
+        config.origin = origin.describe(model.name_or_path)
+        self.config = config
+
+
+class WhileLoading(_Planned):
+    """No calibration: each weight is quantized as it is read, so that the dense model never exists as a whole."""
+
+    def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
+        super().__init__(model, config, files)
+        self._tell(model)
+        if config.bits < 3:
+            logger.warning(
+                f"dataset=None at {config.bits} bits: without calibration the model will be badly damaged (measured: "
+                "perplexities hundreds of times the dense model's). The default, dataset='self', needs no data."
+            )
+        self._operation = QuantizeWeight(config, PageReleaser(files), LoadingBar(self.plan.names))
+
+    def _leave_dense(self, new: list[str]) -> None:
+        if new:
+            logger.warning(f"{', '.join(new)}: not in the checkpoint, so initialised at random and left dense")
+            self._names -= set(new)
+            self._operation.bar = LoadingBar(self._names)
+
+    def bits_of(self, name: str) -> float | None:
+        """See [`Mode.bits_of`]."""
+        return self.plan.true_bits if name.removesuffix(".weight") in self._names else None
+
+    def operation(self) -> ConversionOps:
+        """See [`Mode.operation`]."""
+        return self._operation
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """See [`Mode.finish`]. Raises `ValueError` if a weight that was to be quantized never came."""
+        missed = sorted(self._names - replace.quantized_modules(model).keys())
+        if missed:
+            raise ValueError(
+                f"{len(missed)} weights that were to be quantized were not in the checkpoint: {', '.join(missed[:4])}"
+            )
+        self._record(model)
+
+
+class Calibrated(_Planned):
+    """The model is loaded dense, and then calibrated and quantized block by block."""
+
+    def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
+        if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+            raise ValueError(
+                f"{type(model).__name__} cannot be calibrated: it is not a causal language model with a generation head. "
+                "Load it with AutoModelForCausalLM, or quantize without calibration (dataset=None)"
+            )
+        super().__init__(model, config, files)
+        self._data: tuple[torch.Tensor, str] | None = None
+        if not is_written_by_the_model(config):
+            with torch.device("cpu"):  # the model is made on the meta device, and this is not a part of it
+                self._data = load_token_ids(config, model, source=source_of(model), held_out=held_out_windows(config))
+            if config.tune != "none":
+                TuneOptions.parse(config.tune).check_windows(len(self._data[0]))
+        self._tell(model)
+
+    def finish(self, model: PreTrainedModel) -> QuantizationReport:
+        """See [`Mode.finish`]."""
+        report = quantize_and_tune(model, self.config, data=self._data)
+        self.config = report.config
+        if not replace.quantized_modules(model):
+            raise ValueError(f"{type(model).__name__} was calibrated, but no linear layer was quantized")
+        self._record(model)
+        return report
