@@ -64,11 +64,11 @@ $(OLDEST)/.installed: $(SOURCES) constraints-oldest.txt
 test-oldest: $(OLDEST)/.installed ## the tests with the lowest versions that pyproject.toml allows, on Python 3.10
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS)
 
-# no stamp: what is newest changes from day to day. torch alone stays as it is pinned.
-test-newest: ## the tests with the newest release of everything but torch
+# no stamp: what is newest changes from day to day. torch and triton stay as they are pinned.
+test-newest: ## the tests with the newest release of everything but torch and triton
 	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install -U pip "$$(grep '^torch==' constraints.txt)"
-	$(NEWEST)/bin/python -m pip install -U --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e '.[test,plot]'
+	$(NEWEST)/bin/python -m pip install -U --upgrade-strategy eager $$(grep -E '^(torch|triton)==' constraints.txt) -e '.[test,plot]'
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS)
 
 test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2

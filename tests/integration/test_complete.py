@@ -424,3 +424,82 @@ def test_names_that_would_be_expanded_without_bound(quantized, changed, caplog):
         )
         refuses(folder, "mean more than 1,000,000 modules|not a range of numbers")
         shutil.rmtree(folder)
+
+
+# What config.json calls the method
+
+
+@pytest.mark.parametrize("method", [True, 255, -0.0, "", " ", ["a"], {}, None])
+@pytest.mark.parametrize("kind", ["native", "exl3_mcg_k4", "qfa_D4_had_t128"])
+def test_a_method_that_is_not_a_name(kind, method, quantized, golden, changed):
+    """Transformers would load it as a model that is not quantized, with random weights."""
+    folder = quantized("llama") if kind == "native" else golden / kind
+    folder = changed(folder, config=lambda config: config["quantization_config"].update(quant_method=method))
+    refuses(folder, "quant_method=.*must be the name of a method")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "key"),
+    [("native", "quap", "codes"), ("exl3_mcg_k4", "exl4", "trellis"), ("qfa_D4_had_t128", "QUIP", "Qidxs")],
+)
+def test_a_method_that_nobody_knows(kind, method, key, quantized, golden, changed):
+    folder = quantized("llama") if kind == "native" else golden / kind
+    folder = changed(folder, config=lambda config: config["quantization_config"].update(quant_method=method))
+    refuses(folder, rf"quant_method='{method}', which nobody knows, and the files have .*\.{key}")
+
+
+def test_a_method_of_others_is_none_of_our_business(dense, changed):
+    """As in Transformers: a warning, and the weights as they are."""
+    folder = changed(dense("llama"), config=lambda config: config.update(quantization_config={"quant_method": "other"}))
+    assert type(AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_two_methods(quantized, changed):
+    folder = changed(quantized("llama"), config=lambda config: config["quantization_config"].update(load_in_4bit=-7))
+    refuses(folder, "quant_method='quip' and load_in_4bit")
+
+
+# Types of one size
+
+
+@pytest.mark.parametrize(("name", "kind"), [("exl3_3inst_k2", "svh"), ("exl3_3inst_k2", "suh"), ("qs_E8P12_t128", "SU")])
+def test_a_scale_of_another_type_of_the_same_size(name, kind, golden, changed, tmp_path):
+    key = next(key for key in load_file(golden / name / "model.safetensors") if key.endswith(f".{kind}"))
+
+    def change(tensors):
+        tensors[key] = tensors[key].half().view(torch.bfloat16)
+
+    tensors = load_file(golden / name / "model.safetensors")
+    if tensors[key].dtype != torch.float16:
+        pytest.skip("this checkpoint has scales of another size")
+    folder = changed(golden / name, tensors=change)
+    refuses(folder, rf"{key} has type BF16, and \d+ such tensors have type F16")
+    refuses(folder, "has type BF16", load=convert, destination=tmp_path / "native")
+
+
+def test_a_native_scale_of_another_type_of_the_same_size(dense, changed, tmp_path):
+    AutoModelForCausalLM.from_pretrained(
+        dense("llama"), quantization_config=QuipConfig(dataset=None), dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "q")
+
+    def change(tensors):
+        tensors[f"{UP}.su"] = tensors[f"{UP}.su"].view(torch.float16)
+
+    refuses(changed(tmp_path / "q", tensors=change), rf"{UP}\.su has type F16, and 13 such tensors have type BF16")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index.pop("metadata"), "has no metadata, which Transformers needs"),
+        (lambda index: index.update(metadata=[]), "has no metadata, which Transformers needs"),
+        (lambda index: index.update(weight_map={}), "has an empty weight_map"),
+        (lambda index: index["weight_map"].update({"lm_head.weight": ""}), "has no weight_map from tensors to files"),
+    ],
+)
+def test_an_index_that_is_incomplete(change, said, quantized, tmp_path):
+    AutoModelForCausalLM.from_pretrained(quantized("llama")).save_pretrained(tmp_path, max_shard_size="60KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    change(index)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(tmp_path, said)

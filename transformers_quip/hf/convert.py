@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,15 @@ def convert(
 
 def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: bool) -> None:
     """Write the native checkpoint into an empty folder."""
-    model, parameters = _described(folder, trust_remote_code)
+    read_json(folder / "config.json")  # its error names the file, whatever is in it
+    with _naming(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_layers(config)
+    parameters = _parameters(folder, config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with _naming(folder / "config.json"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     paths = _weight_files(folder)
     files = Files(paths)
     plan = plan_for(model, parameters, files)
@@ -55,27 +65,15 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     write_native(folder, target, model, plan, files, paths, shard_size)
 
 
-def _described(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
-    """The dense model on the meta device, and the description of its quantization.
-
-    Raises:
-        ValueError: Transformers makes no model of config.json, or it is not quantized by a package of this line.
-    """
-    path = folder / "config.json"
-    read_json(path)  # Transformers' own errors do not say which file it is, or what to do
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turns errors of Transformers that are not of the usual types into a `ValueError` that names the file."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        check_layers(config)
-        parameters = _parameters(folder, config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), parameters
-    except (MemoryError, OSError, ImportError):
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"[:500]
-        raise ValueError(f"No model can be built from {path} ({said}): {DAMAGED}") from error
+        raise ValueError(f"{file} cannot be used ({type(error).__name__}: {str(error)[:200]}): {DAMAGED}") from error
 
 
 def _folder(source: str | Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
-from ..checkpoints.complete import check_complete
+from ..checkpoints.complete import check_complete, check_types
 from ..checkpoints.files import Files
 from ..checkpoints.finite import check_small_finite
 from ..checkpoints.foreign.exl3 import Exl3
@@ -42,6 +42,7 @@ def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
         ValueError: a tensor of a quantizer has no place, or a weight is missing (see `checkpoints.complete`); or a bias or
             the weight of a norm is not finite.
     """
+    check_types(files.headers)
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
     rest = {key: info for key, info in files.headers.items() if key not in used}
     made = []

@@ -149,7 +149,8 @@ def _join(model: nn.Module, here: str, names: Mapping[str, str], config: Any) ->
     rows, columns = linear_shape(linear)
     if set(parts) != set(names) or sum(parts.values()) != rows:
         raise ValueError(
-            f"{here} has {rows} outputs; config.json has {parts} as its parts and lists {sorted(names)} as quantized"
+            f"{here} has {rows} outputs; config.json has {parts} as its parts and lists {sorted(names)} as quantized: "
+            "these must be the same parts, and their outputs together those of the linear"
         )
     biased, dtype = linear.bias is not None, linear.weight.dtype
     linears = {
