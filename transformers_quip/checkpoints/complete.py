@@ -42,6 +42,7 @@ def check_complete(model: nn.Module, names: Mapping[str, TensorInfo], made: Coll
         ValueError: with all that is wrong, the first few by name.
     """
     problems = [f"{key} belongs to no module of {type(model).__name__}" for key in untaken(model, names, made)]
+    problems += [f"{key} is there, and is also made of other tensors" for key in sorted(set(made) & names.keys())]
     problems += [f"{key} is missing" for key in not_given(model, {*names, *made})]
     if problems:
         raise ValueError(
@@ -56,7 +57,7 @@ def check_types(headers: Mapping[str, TensorInfo]) -> None:
     Every package of this line writes all tensors of one kind in one of the two.
 
     Args:
-        headers: what the files say of each tensor, by any of its names.
+        headers: shape and type of each tensor, by any of its names.
 
     Raises:
         ValueError: it names one of those that are fewer.

@@ -15,6 +15,7 @@ from ..checkpoints.convert import write_native
 from ..checkpoints.files import Files, expand_weights, find_weights
 from ..checkpoints.headers import DAMAGED, read_json
 from ..checkpoints.names import expand_names
+from ..checkpoints.sizes import check_layers
 from ..nn.place import place_all
 from .foreign import check_plan, plan_for
 from .recognise import BESIDE
@@ -50,6 +51,7 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     read_json(folder / "config.json")  # its error names the file, whatever is in it
     with _naming(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_layers(config)
     parameters = _parameters(folder, config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

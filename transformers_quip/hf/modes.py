@@ -19,7 +19,7 @@ from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import native
 from ..checkpoints.complete import check_complete, check_types
 from ..checkpoints.files import Files, check_inside
-from ..checkpoints.finite import check_finite
+from ..checkpoints.finite import check_finite, check_small_finite
 from ..checkpoints.headers import read_headers
 from ..checkpoints.memory import PageReleaser
 from ..checkpoints.names import compress_names, expand_names
@@ -136,6 +136,7 @@ class Prequantized(Mode):
         check_types(names)
         check_complete(model, names)
         check_finite(modules, names, files.read)
+        check_small_finite(model, names, files.read)
         return rules
 
 

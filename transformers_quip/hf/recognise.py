@@ -17,10 +17,12 @@ from ..checkpoints.files import unreadable
 from ..checkpoints.foreign.family import is_one_of
 from ..checkpoints.foreign.plan import METHODS
 from ..checkpoints.headers import DAMAGED, read_json
+from ..checkpoints.sizes import check_layers
 from ..config import QUANT_METHOD, QuipConfig
 from .claims import check_files, check_method, check_not_ours
 from .methods import ForeignConfig
 from .source import LOADED
+from .undescribed import check_described
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -110,6 +112,7 @@ def get_hf_quantizer(original: Callable) -> Callable:
         settings = getattr(found[0], "quantization_config", None)
         _loads_foreign.set(getattr(settings, "foreign", None) is not None)
         if isinstance(settings, QuipConfig):
+            check_layers(config)
             check_files(name, arguments)
         return found
 
@@ -133,14 +136,17 @@ def load_state_dict(original: Callable) -> Callable:
 
 
 def from_pretrained(original: Callable) -> Callable:
-    """Remembers the source and the arguments as long as the model is being loaded."""
+    """Remembers the source and the arguments during loading, and refuses a dense model out of quantized weights."""
 
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
         token = LOADED.set((name, kwargs))
         try:
-            return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+            asked = {**kwargs, "output_loading_info": True}
+            model, info = original(cls, pretrained_model_name_or_path, *args, **asked)
         finally:
             LOADED.reset(token)
+        check_described(model, info["missing_keys"], info["unexpected_keys"], name)
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     return from_pretrained

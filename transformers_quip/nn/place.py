@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..incoherence import sides
 from .embedding import QuipEmbedding
-from .empty import empty_linear
+from .empty import check_transforms, empty_linear
 from .experts import QuipExperts, expert_shape, is_stacked
 from .fused import FusedRows, Fusion, JoinedLinear
 from .linear import QuipLinear
@@ -43,7 +44,10 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
             elif here in modules and is_dense_linear(modules[here]):
                 model.set_submodule(here, empty_like(modules[here], config, name))
             elif here in modules and is_dense_embedding(modules[here]):
-                model.set_submodule(here, QuipEmbedding.like(modules[here], config.for_module(name)))
+                options, (rows, columns) = config.for_module(name), modules[here].weight.shape
+                # an embedding has a transform on its input side alone
+                check_transforms(name, (sides(options.incoherence)[0], "none"), rows, columns)
+                model.set_submodule(here, QuipEmbedding.like(modules[here], options))
             elif parent in modules and is_dense_linear(modules[parent]):
                 joined[parent][last] = name
             elif grandparent in modules and is_stacked(modules[grandparent]):
