@@ -1,4 +1,4 @@
-"""Figures of tests/fuzz: what became of mutated checkpoints and of killed writers. Hours; it goes on where it was stopped.
+"""Figures of tests/fuzz: the results for mutated checkpoints and killed writers. Takes hours; a stopped run resumes.
 
     python benchmarks/fuzz.py [--mutations 10000] [--kills 300] [--seed 1] [--logs build/fuzz]
 
@@ -45,7 +45,7 @@ def records(module: str, count: int, seed: int, logs: Path) -> list[dict]:
 
 
 def main() -> None:
-    """Run what is missing, and write the counts."""
+    """Run the missing parts, and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=300)

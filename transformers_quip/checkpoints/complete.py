@@ -57,7 +57,7 @@ def check_types(headers: Mapping[str, TensorInfo]) -> None:
     Every package of this line writes all tensors of one kind in one of the two.
 
     Args:
-        headers: what the files say of each tensor, by any of its names.
+        headers: shape and type of each tensor, by any of its names.
 
     Raises:
         ValueError: it names one of those that are fewer.

@@ -1,7 +1,7 @@
-"""Work folders inside a folder that is written to, and how those of killed runs are told from those of live ones.
+"""Work folders inside a destination folder, and the distinction between those of killed runs and of live runs.
 
 A work folder is locked (flock on the folder itself) as long as its process lives. The next run that writes to the same
-place removes what is not locked, and says so.
+place removes the folders that are not locked, and says so.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def lock_folder(folder: Path) -> int | None:
 
 @contextmanager
 def work_in(target: Path) -> Iterator[Path]:
-    """A locked work folder `target`/.partial; what is still in it when the block ends is deleted.
+    """A locked work folder `target`/.partial; it is deleted with its content when the block ends.
 
     Args:
-        target: a folder. What killed runs have left in it is removed first, and a warning names it.
+        target: a folder. Leftovers of killed runs in it are removed first, and a warning names them.
 
     Raises:
         FileExistsError: another process is writing to `target`; or one may be, where the system cannot tell.

@@ -1,6 +1,6 @@
-"""What a folder says of itself, checked before Transformers acts on it: its method, and where its weights are.
+"""Check the claims of a folder before Transformers acts on them: its quantization method, and its files of weights.
 
-Transformers takes a method that it does not know for none at all, and fills the model with random weights.
+Transformers ignores a method that it does not know, and fills the model with random weights.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ..checkpoints.headers import DAMAGED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the tensors that stand beside the codes, in the formats of this line.
+# Names of tensors that are stored together with codes, in the formats of QuIP quantizers.
 _BESIDE = frozenset(("su", "sv", "SU", "SV", "suh", "svh"))
 
 

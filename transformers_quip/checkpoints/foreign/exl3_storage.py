@@ -1,4 +1,4 @@
-"""The list of tensors that exllamav3 writes beside an EXL3 checkpoint, against which the codes of linears are checked.
+"""Check the codes of linears against the list of tensors that exllamav3 writes next to an EXL3 checkpoint.
 
 A tensor without a value (`mcg`, `mul1`) tells which code a linear has, and none means a third one, so that a lost or
 misspelt name makes it another code without an error. `quantization_config.json` has "tensor_storage": {module:
