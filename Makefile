@@ -12,12 +12,14 @@ TRELLIS := 1mad:k2:qtip 2mad:k2:rows 3inst:k2:qtip hyb-q9v2:k2:qtip mcg:k2:exl3 
 MODEL := .cache/SmolLM2-135M-Instruct
 DEMO_ARGUMENTS ?=
 WORKERS ?= 2
+COUNT ?= 500
+SEED ?= 1
 
 # files whose change asks for a new installation
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 
 .PHONY: help install demo test test-oldest test-newest test-slow test-gpu lint format bench bench-quick bench-all \
-	docs package clean distclean
+	docs package clean distclean fuzz fuzz-kill sanitize
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -62,11 +64,11 @@ $(OLDEST)/.installed: $(SOURCES) constraints-oldest.txt
 test-oldest: $(OLDEST)/.installed ## the tests with the lowest versions that pyproject.toml allows, on Python 3.10
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS)
 
-# no stamp: what is newest changes from day to day. torch alone stays as it is pinned.
-test-newest: ## the tests with the newest release of everything but torch
+# no stamp: what is newest changes from day to day. torch and triton stay as they are pinned.
+test-newest: ## the tests with the newest release of everything but torch and triton
 	test -d $(NEWEST) || $(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install -U pip "$$(grep '^torch==' constraints.txt)"
-	$(NEWEST)/bin/python -m pip install -U --upgrade-strategy eager "$$(grep '^torch==' constraints.txt)" -e '.[test,plot]'
+	$(NEWEST)/bin/python -m pip install -U --upgrade-strategy eager $$(grep -E '^(torch|triton)==' constraints.txt) -e '.[test,plot]'
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS)
 
 test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
@@ -75,19 +77,28 @@ test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
+fuzz: $(VENV)/.installed ## COUNT=500 damaged and hostile checkpoints from SEED=1 on; what becomes of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(COUNT) --seed $(SEED) --jobs $(WORKERS)
+
+fuzz-kill: $(VENV)/.installed ## COUNT=500 writers that are killed at random moments
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.kill --count $(COUNT) --seed $(SEED)
+
+sanitize: $(VENV)/.installed ## the C library under AddressSanitizer, UBSan and ThreadSanitizer; needs gcc
+	$(BIN)/python -m tests.fuzz.sanitize --seed $(SEED)
+
 lint: $(VENV)/.installed ## ruff, mypy, the import contract, clang-format, typos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@# there is no import-linter for Python 3.10
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/lint-imports; fi
-	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch]
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch] tests/fuzz/sanitize/*.c
 	$(BIN)/typos
 
 format: $(VENV)/.installed ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i kernels/cpu/*.[ch]
+	$(BIN)/clang-format -i kernels/cpu/*.[ch] tests/fuzz/sanitize/*.c
 
 # In both: only one thing at a time may run on the machine, or its seconds say nothing.
 bench: $(VENV)/.smollm2 $(MODEL)/config.json ## README's tables: quality at 2 to 4 bits, speed of generation (hours)

@@ -85,7 +85,7 @@ def trellis_ways(name: str, m: int, n: int, vectors: int) -> dict[str, Callable[
     """As [`ways_of`], for codes of a trellis codebook; and the time to decode the weight, and to re-pack it from EXL3."""
     book = codebooks.get(name)
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-(2**15), 2**15, book.codes_shape(m, n), generator=generator).to(torch.int16)
+    codes = torch.randint(-(2**15), 2**15, book.tensors(m, n)["codes"].shape, generator=generator).to(torch.int16)
     table = None if book.table_shape is None else torch.randn(book.table_shape, generator=generator).half()
     su, sv = (incoherence.signs(size, 0, role).bfloat16() for size, role in ((n, "in"), (m, "out")))
     x = torch.randn(vectors, n, generator=generator).bfloat16()

@@ -324,7 +324,7 @@ TRELLIS = [
 def some_trellis(code, k, order, shape, m, n, table_dtype=torch.float16):
     generator = torch.Generator().manual_seed(k)
     book = Trellis(code, k, order, shape)
-    codes = torch.randint(-(2**15), 2**15, book.codes_shape(m, n), generator=generator).to(torch.int16)
+    codes = torch.randint(-(2**15), 2**15, book.tensors(m, n)["codes"].shape, generator=generator).to(torch.int16)
     table = None if shape is None else torch.randn(shape, generator=generator).to(table_dtype)
     return book, codes, table
 

@@ -263,7 +263,7 @@ def test_trellis(name, table_dtype, device):
     m, n, name = 272, 1040, f"trellis:{name}"
     book = codebooks.get(name)
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-(2**15), 2**15, book.codes_shape(m, n), generator=generator).to(torch.int16)
+    codes = torch.randint(-(2**15), 2**15, book.tensors(m, n)["codes"].shape, generator=generator).to(torch.int16)
     table = None if book.table_shape is None else torch.randn(book.table_shape, generator=generator).half().to(table_dtype)
     su, sv = torch.randn(n, generator=generator), torch.randn(m, generator=generator)
     stored = {"codes": codes} if table is None else {"codes": codes, "table": table}

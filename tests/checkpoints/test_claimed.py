@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
+from transformers_quip.checkpoints import unfinished
 from transformers_quip.checkpoints.claimed import claimed_folder
 
 
@@ -76,3 +80,37 @@ def test_a_file_is_not_a_folder(tmp_path):
     with pytest.raises(ValueError, match="is not empty"), claimed_folder(tmp_path / "out", last="config.json"):
         pass
     assert (tmp_path / "out").read_text() == "x"
+
+
+def _kill_while(target, code):
+    """A process that stops itself for good inside the block."""
+    pid = os.fork()
+    if not pid:
+        with claimed_folder(target, last="config.json") as work:
+            _write(work)
+            if code == "moving":
+                next(unfinished.move_up(work, target, "config.json"))
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("moment", ["writing", "moving"])
+def test_what_a_killed_run_has_left_is_named_and_removed(moment, tmp_path, caplog):
+    target = tmp_path / "out"
+    _kill_while(target, moment)
+    assert sorted(path.name for path in target.iterdir()) == [".partial", "model.safetensors"][: 1 + (moment == "moving")]
+    with claimed_folder(target, last="config.json") as work:
+        (work / "config.json").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+    assert str(target / ".partial") in caplog.text
+
+
+def test_a_list_of_moved_files_cannot_name_others(tmp_path):
+    """It may come from somebody else's folder."""
+    target, other = tmp_path / "out", tmp_path / "precious"
+    other.write_text("x")
+    (target / ".partial").mkdir(parents=True)
+    (target / ".partial" / ".moving").write_text(f"../precious\n{other}\n..\n.\n")
+    unfinished.remove_dead(target)
+    assert other.read_text() == "x"
+    assert list(target.iterdir()) == []

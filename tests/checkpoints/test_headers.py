@@ -139,3 +139,15 @@ def test_pytorch_is_not_imported():
     code = "import sys, transformers_quip.checkpoints.inventory; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("metadata", [[], "x", 5, {"format": 5}, {"format": "pt", "a": {"b": 1}}, {"a": None}])
+def test_metadata_that_safetensors_refuses(metadata, tmp_path):
+    file = tmp_path / "model.safetensors"
+    header = json.dumps({"__metadata__": metadata, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    if metadata:
+        with pytest.raises(Exception, match="header"), safe_open(file, framework="pt"):
+            pass
+        with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .*__metadata__"):
+            read_header(file)

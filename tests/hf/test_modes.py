@@ -72,6 +72,9 @@ def test_copies_of_a_model_have_nothing_to_load(tmp_path):
         assert len(same.hf_quantizer.report.modules) == len(model.hf_quantizer.report.modules)
         assert same.hf_quantizer.quantization_config == model.hf_quantizer.quantization_config
         assert torch.equal(same(tiny_ids()).logits, expected)
+        weight = same.lm_head.weight
+        assert not same.hf_quantizer.param_needs_quantization(same, "lm_head.weight")
+        assert same.hf_quantizer.param_element_size(same, "lm_head.weight", weight) == weight.element_size()
 
 
 def test_a_mode_does_not_hold_its_model():

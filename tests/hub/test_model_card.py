@@ -240,3 +240,29 @@ def test_files_are_written_whole(tmp_path, monkeypatch):
         model_card.write_whole(tmp_path / "README.md", "later")
     assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "README.md"]
     assert (tmp_path / "README.md").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "model-index: 5",
+        "model-index:\n- name: 5\n  results: x",
+        f"x: {'[' * 3000}{']' * 3000}",
+        "- a\n- b",
+        "5",
+        "tags: {a: [5]}",
+    ],
+    ids=["number", "results", "deep", "list", "scalar", "tags"],
+)
+@pytest.mark.parametrize("body", ["", "# Somebody's words"])
+def test_metadata_of_any_kind_stays_or_is_replaced(metadata, body, tmp_path):
+    """A card that somebody has written stays; one without words is replaced; neither ends in a traceback."""
+    shutil.copytree(Path(__file__).parents[1] / "formats" / "e8p", tmp_path / "model")
+    card = tmp_path / "model" / model_card.CARD
+    card.write_text(f"---\n{metadata}\n---\n{body}\n")
+    before = card.read_text()
+    if not model_card.write_card(tmp_path / "model"):
+        assert card.read_text() == before
+    else:
+        assert not body
+        assert "written by transformers-quip" in card.read_text()

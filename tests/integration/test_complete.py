@@ -286,6 +286,112 @@ def test_a_scale_that_the_dtype_cannot_hold(quantized, changed):
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
+# Numbers of dense vectors
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_norms(name, number, quantized, changed):
+    refuses(changed(quantized("llama"), tensors=filled(name, number)), f"{name} has numbers that are not finite")
+
+
+def test_norms_and_biases_of_foreign_files(tmp_path, changed):
+    folder, _ = foreign.write_checkpoints(
+        "gpt2", tmp_path, foreign.quip_for_all(), foreign.quip_for_all_config(use_rand=False)
+    )
+    for name in ("transformer.h.0.ln_1.bias", "transformer.h.1.mlp.c_fc.bias"):
+        damaged = changed(folder, tensors=filled(name, float("nan")))
+        refuses(damaged, rf"{name} has numbers that are not finite")
+        shutil.rmtree(damaged)
+
+
+# Tensors that are there twice, and descriptions that are not there
+
+
+@pytest.mark.parametrize("kind", ["su", "codes"])
+def test_a_native_tensor_beside_the_foreign_ones_that_it_is_made_of(kind, tmp_path, changed):
+    folder, _ = foreign.write_checkpoints("llama", tmp_path, foreign.qtip("3inst", 2), foreign.qtip_config("3inst", 2))
+    damaged = changed(folder, tensors=renamed(f"{UP}.rcp", f"{UP}.{kind}"))
+    said = rf"{UP}\.{kind} is there, and is also made of other tensors"
+    refuses(damaged, said)
+    refuses(damaged, said, load=convert, destination=tmp_path / "native")
+
+
+@pytest.mark.parametrize("kind", ["mcg", "mul1"])
+def test_a_lost_code_of_exl3(kind, golden, changed, tmp_path):
+    """The list beside the files has it; without the list the linear would be decoded by a third code."""
+    folder = changed(golden / {"mcg": "exl3_mcg_k4", "mul1": "exl3_mul1_k2"}[kind], tensors=removed(f"{K}.{kind}"))
+    said = rf"{K}\.{kind} is missing, which .*quantization_config\.json lists"
+    refuses(folder, said)
+    refuses(folder, said, load=convert, destination=tmp_path / "native")
+
+
+def test_a_list_of_exl3_that_says_another_code(golden, changed):
+    """Somebody has taken one linear from another checkpoint: the tensors decide, as in the package."""
+    other = torch.tensor(-2082680531, dtype=torch.int32)
+
+    def change(tensors):
+        del tensors[f"{K}.mcg"]
+        tensors[f"{K}.mul1"] = other
+
+    model = AutoModelForCausalLM.from_pretrained(changed(golden / "exl3_mcg_k4", tensors=change))
+    assert model.get_submodule(K).codebook.startswith("trellis:mul1")
+
+
+@pytest.mark.parametrize("method", [None, "qu5p", "", "exl4"])
+@pytest.mark.parametrize("family", ["native", "exl3", "qtip"])
+def test_quantized_weights_that_config_json_does_not_describe(family, method, quantized, changed, tmp_path):
+    """Transformers builds a dense model then, and gives it random weights."""
+    if family == "native":
+        folder = quantized("llama")
+    else:
+        make = {"exl3": foreign.exl3, "qtip": lambda: foreign.qtip("3inst", 2)}
+        folder, _ = foreign.write_checkpoints("llama", tmp_path, make[family](), {})
+
+    def config(values):
+        values.pop("quantization_config", None)
+        if method is not None:
+            values["quantization_config"] = {"quant_method": method}
+
+    folder = changed(folder, config=config)
+    said = r"has quantized weights \(.* and \d+ others\), but the quantization_config of its config\.json is missing"
+    if method is not None:
+        said = "which nobody knows, and the files have model|which must be the name of a method"
+    refuses(folder, said)
+    refuses(folder, said, output_loading_info=True)
+
+
+def test_dense_models_load_as_ever(dense):
+    """Also where they miss weights, or have too many: that is Transformers' to say."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(dense("llama"), output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"}
+    assert type(AutoModelForCausalLM.from_pretrained(dense("llama"))) is not tuple
+    assert model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("kind", ["hadamard-128", ["hadamard", "hadamard-128"], ["hadamard-128", "none"]])
+def test_a_transform_that_there_is_not_for_a_size(kind, quantized, changed):
+    """The message names the module, and comes before a forward needs the transform."""
+    folder = changed(quantized("llama"), config=lambda config: config["quantization_config"].update(incoherence=kind))
+    refuses(folder, r"model\.layers\.0\.\S+: the transform hadamard-128 needs a multiple of 128 numbers, and there are")
+
+
+def test_a_scale_that_is_not_a_float(quantized, changed):
+    folder = changed(quantized("llama"), config=lambda config: config["quantization_config"].update(residual_scale=10**400))
+    refuses(folder, "residual_scale=10+.* must be None or a finite number other than 0")
+
+
+def test_a_number_of_layers_that_no_model_has(quantized, changed, tmp_path):
+    folder = changed(quantized("llama"), config=lambda config: config.update(num_hidden_layers=2**63))
+    refuses(folder, "config.json has num_hidden_layers=9223372036854775808, more than any model")
+    work = tmp_path / "foreign"
+    work.mkdir()
+    other, _ = foreign.write_checkpoints("llama", work, foreign.exl3(), {"quantization_config": {"quant_method": "exl3"}})
+    values = json.loads((other / "config.json").read_text()) | {"num_hidden_layers": 2**63}
+    (other / "config.json").write_text(json.dumps(values))
+    refuses(other, "more than any model", load=convert, destination=tmp_path / "native")
+
+
 # Files outside
 
 
@@ -321,3 +427,82 @@ def test_names_that_would_be_expanded_without_bound(quantized, changed, caplog):
         )
         refuses(folder, "mean more than 1,000,000 modules|not a range of numbers")
         shutil.rmtree(folder)
+
+
+# What config.json calls the method
+
+
+@pytest.mark.parametrize("method", [True, 255, -0.0, "", " ", ["a"], {}, None])
+@pytest.mark.parametrize("kind", ["native", "exl3_mcg_k4", "qfa_D4_had_t128"])
+def test_a_method_that_is_not_a_name(kind, method, quantized, golden, changed):
+    """Transformers would load it as a model that is not quantized, with random weights."""
+    folder = quantized("llama") if kind == "native" else golden / kind
+    folder = changed(folder, config=lambda config: config["quantization_config"].update(quant_method=method))
+    refuses(folder, "quant_method=.*must be the name of a method")
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "key"),
+    [("native", "quap", "codes"), ("exl3_mcg_k4", "exl4", "trellis"), ("qfa_D4_had_t128", "QUIP", "Qidxs")],
+)
+def test_a_method_that_nobody_knows(kind, method, key, quantized, golden, changed):
+    folder = quantized("llama") if kind == "native" else golden / kind
+    folder = changed(folder, config=lambda config: config["quantization_config"].update(quant_method=method))
+    refuses(folder, rf"quant_method='{method}', which nobody knows, and the files have .*\.{key}")
+
+
+def test_a_method_of_others_is_none_of_our_business(dense, changed):
+    """As in Transformers: a warning, and the weights as they are."""
+    folder = changed(dense("llama"), config=lambda config: config.update(quantization_config={"quant_method": "other"}))
+    assert type(AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_two_methods(quantized, changed):
+    folder = changed(quantized("llama"), config=lambda config: config["quantization_config"].update(load_in_4bit=-7))
+    refuses(folder, "quant_method='quip' and load_in_4bit")
+
+
+# Types of one size
+
+
+@pytest.mark.parametrize(("name", "kind"), [("exl3_3inst_k2", "svh"), ("exl3_3inst_k2", "suh"), ("qs_E8P12_t128", "SU")])
+def test_a_scale_of_another_type_of_the_same_size(name, kind, golden, changed, tmp_path):
+    key = next(key for key in load_file(golden / name / "model.safetensors") if key.endswith(f".{kind}"))
+
+    def change(tensors):
+        tensors[key] = tensors[key].half().view(torch.bfloat16)
+
+    tensors = load_file(golden / name / "model.safetensors")
+    if tensors[key].dtype != torch.float16:
+        pytest.skip("this checkpoint has scales of another size")
+    folder = changed(golden / name, tensors=change)
+    refuses(folder, rf"{key} has type BF16, and \d+ such tensors have type F16")
+    refuses(folder, "has type BF16", load=convert, destination=tmp_path / "native")
+
+
+def test_a_native_scale_of_another_type_of_the_same_size(dense, changed, tmp_path):
+    AutoModelForCausalLM.from_pretrained(
+        dense("llama"), quantization_config=QuipConfig(dataset=None), dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "q")
+
+    def change(tensors):
+        tensors[f"{UP}.su"] = tensors[f"{UP}.su"].view(torch.float16)
+
+    refuses(changed(tmp_path / "q", tensors=change), rf"{UP}\.su has type F16, and 13 such tensors have type BF16")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index.pop("metadata"), "has no metadata, which Transformers needs"),
+        (lambda index: index.update(metadata=[]), "has no metadata, which Transformers needs"),
+        (lambda index: index.update(weight_map={}), "has an empty weight_map"),
+        (lambda index: index["weight_map"].update({"lm_head.weight": ""}), "has no weight_map from tensors to files"),
+    ],
+)
+def test_an_index_that_is_incomplete(change, said, quantized, tmp_path):
+    AutoModelForCausalLM.from_pretrained(quantized("llama")).save_pretrained(tmp_path, max_shard_size="60KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    change(index)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(tmp_path, said)

@@ -101,3 +101,28 @@ def test_too_little_memory_is_not_damage(monkeypatch, golden):
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(MemoryError):
         files.Files([str(golden / "qfa_E8P12_rand_t128_bin" / "pytorch_model.bin")])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("dtype", {"a": []}), ("vocab_size", 0.5), ("tie_word_embeddings", 3), ("rope_parameters", "*")]
+)
+def test_a_config_that_transformers_cannot_use(key, value, golden, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(golden / "exl3_mcg_k4", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {key: value}))
+    with pytest.raises(ValueError, match=r"config\.json cannot be used"):
+        convert(folder, tmp_path / "native")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "null", "[]", "{", '{"a":' * 5000 + "1" + "}" * 5000, '{"a": ' + "9" * 5000 + "}"]
+)
+def test_a_config_json_that_is_none(text, golden, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(golden / "exl3_mcg_k4", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is not"):
+        convert(folder, tmp_path / "native")

@@ -16,6 +16,7 @@ import click
 import pytest
 
 from transformers_quip import cli
+from transformers_quip.hf import patches
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(
@@ -109,3 +110,10 @@ def test_the_pages_build_without_a_warning(tmp_path):
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "QuipConfig" in (tmp_path / "api.html").read_text()
+
+
+def test_the_architecture_page_lists_every_function_that_is_replaced():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- patches -->\n")[2].partition("\n<!-- end of patches -->")[0]
+    assert shown.splitlines() == list(patches.markdown_rows())
+    assert "hf.patches.restore()" in text

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# The folder of the files until all are written. Of several callers, `mkdir` lets only one succeed.
-WORK = ".partial"
+from .unfinished import WORK, move_up, remove_dead, work_in
 
 
 @contextmanager
 def claimed_folder(target: Path, last: str) -> Iterator[Path]:
     """A folder inside `target` to write files into, which are moved up into `target` when the block ends without an error.
 
-    After an error `target` is as it was: the files of this block are gone, and files of other programs are untouched.
+    After an error `target` is as it was: the files of this block are gone, and files of other programs are untouched. The
+    left-overs of a killed run in `target` are removed first, and a warning names them.
 
     Args:
         target: a folder that is empty or does not exist.
@@ -25,26 +24,24 @@ def claimed_folder(target: Path, last: str) -> Iterator[Path]:
         ValueError: something is in `target`, at the beginning or at the end.
     """
     existed = target.exists()
+    if existed and target.is_dir():
+        remove_dead(target)
     if existed and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(_taken(target))
     target.mkdir(parents=True, exist_ok=True)
-    work = target / WORK
-    try:
-        work.mkdir()
-    except FileExistsError:
-        raise ValueError(_taken(target)) from None
     moved: list[Path] = []
     try:
-        yield work
-        others = sorted({path.name for path in target.iterdir()} - {WORK})
-        if others:
-            raise ValueError(f"{target} got {others[0]} from somebody else meanwhile: choose another folder")
-        for path in sorted(work.iterdir(), key=lambda path: (path.name == last, path.name)):
-            path.rename(target / path.name)
-            moved.append(target / path.name)
-        work.rmdir()
+        with work_in(target) as work:
+            yield work
+            others = sorted({path.name for path in target.iterdir()} - {WORK})
+            if others:
+                raise ValueError(f"{target} got {others[0]} from somebody else meanwhile: choose another folder")
+            moved.extend(move_up(work, target, last))
+    except FileExistsError as error:
+        if error.filename == str(target):
+            raise ValueError(_taken(target)) from None
+        raise
     except BaseException:
-        shutil.rmtree(work)
         for path in moved:
             path.unlink()
         if not existed and not any(target.iterdir()):
@@ -55,5 +52,5 @@ def claimed_folder(target: Path, last: str) -> Iterator[Path]:
 def _taken(target: Path) -> str:
     where = f"{target} is not empty: give a folder that is, or that does not exist"
     if (target / WORK).is_dir():
-        return f"{where} ({WORK} in it is of a run that goes on, or was killed: delete it if none does)"
+        return f"{where} ({WORK} in it is of a run that goes on, or may be: delete it if none does)"
     return where

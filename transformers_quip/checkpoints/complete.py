@@ -42,12 +42,35 @@ def check_complete(model: nn.Module, names: Mapping[str, TensorInfo], made: Coll
         ValueError: with all that is wrong, the first few by name.
     """
     problems = [f"{key} belongs to no module of {type(model).__name__}" for key in untaken(model, names, made)]
+    problems += [f"{key} is there, and is also made of other tensors" for key in sorted(set(made) & names.keys())]
     problems += [f"{key} is missing" for key in not_given(model, {*names, *made})]
     if problems:
         raise ValueError(
             f"The quantized checkpoint does not fit the model: {'; '.join(problems[:4])}"
             f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}: {DAMAGED}."
         )
+
+
+def check_types(headers: Mapping[str, TensorInfo]) -> None:
+    """Refuse scales of which some are float16 and some bfloat16: two types of one size, which a damaged header confuses.
+
+    Every package of this line writes all tensors of one kind in one of the two.
+
+    Args:
+        headers: shape and type of each tensor, by any of its names.
+
+    Raises:
+        ValueError: it names one of those that are fewer.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, info in headers.items():
+        kind = name.rpartition(".")[2]
+        if kind in KINDS and info.dtype in ("F16", "BF16"):
+            found.setdefault(kind, {}).setdefault(info.dtype, []).append(name)
+    for types in found.values():
+        if len(types) == 2:
+            (rare, names), (common, others) = sorted(types.items(), key=lambda item: len(item[1]))
+            raise ValueError(f"{names[0]} has type {rare}, and {len(others)} such tensors have type {common}: {DAMAGED}")
 
 
 def untaken(model: nn.Module, names: Collection[str], made: Collection[str] = ()) -> list[str]:

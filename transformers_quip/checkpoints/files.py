@@ -100,8 +100,10 @@ def expand_weights(path: Path) -> list[str]:
     if path.suffix != ".json":
         return [str(path)]
     names = read_json(path).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+    if not isinstance(names, dict) or not all(isinstance(file, str) and file for file in names.values()):
         raise ValueError(f"{path} has no weight_map from tensors to files: {DAMAGED}")
+    if not names:
+        raise ValueError(f"{path} has an empty weight_map: {DAMAGED}")
     names = sorted(set(names.values()))
     check_inside(path.parent, [str(path.parent / file) for file in names])
     missing = [file for file in names if not (path.parent / file).is_file()]

@@ -1,4 +1,4 @@
-"""Find scales and tables with NaN or infinity, before they make every output of the model NaN."""
+"""Find scales, tables, norms and biases with NaN or infinity, before they make every output of the model NaN."""
 
 from __future__ import annotations
 
@@ -41,3 +41,24 @@ def check_finite(
                     f"{name}.{key} has numbers up to {value.abs().max():.3g}, which {parameter.dtype} cannot hold: load "
                     "the model in another dtype, such as torch.bfloat16"
                 )
+
+
+def check_small_finite(
+    model: nn.Module, headers: Mapping[str, TensorInfo], read: Callable[[TensorInfo], torch.Tensor]
+) -> None:
+    """Check that the dense vectors of a checkpoint (weights of norms, biases) are finite in the files.
+
+    Args:
+        model: with its quantized modules in their places; on the meta device or not.
+        headers, read: see [`check_finite`].
+
+    Raises:
+        ValueError: a number is infinite or NaN.
+    """
+    for name, parameter in model.named_parameters():
+        info = headers.get(name)
+        if info is None or len(info.shape) > 1 or not parameter.is_floating_point():
+            continue
+        value = read(info)
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite: {DAMAGED}")

@@ -152,7 +152,9 @@ def _parse(header: bytes, file: str) -> tuple[dict[str, TensorInfo], int]:
         entries = _load_json(header)
     except ValueError as error:
         raise ValueError(f"its header {error}") from None
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"its header has __metadata__ {str(metadata)[:80]}, which must be a dict of texts")
     tensors, spans = {}, []
     for name, entry in entries.items():
         try:

@@ -170,7 +170,9 @@ def read_folder(folder: str | Path) -> Inventory:
     else:
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
         if not files:
-            raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+            raise ValueError(
+                f"{folder} has neither {SINGLE} nor {INDEX}, and no other format is read: convert the model first"
+            )
     return make_inventory(config, read_headers(files))
 
 

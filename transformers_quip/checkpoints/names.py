@@ -58,7 +58,7 @@ def expand_names(names: Iterable[str]) -> Iterator[str]:
         parts = [_runs(part, name) for part in name.split(".")]
         count += math.prod(sum(map(len, part)) for part in parts if not isinstance(part, str))
         if count > MOST:
-            raise ValueError(f"{_short(name)} and the names before it mean more than {MOST:,} modules")
+            raise ValueError(f"quantized_modules: {_short(name)} and the names before it mean more than {MOST:,} modules")
         folded.append(parts)
     return (expanded for parts in folded for expanded in _expand(parts))
 
@@ -73,7 +73,9 @@ def _runs(part: str, name: str) -> str | list[range]:
         first, _, last = run.partition("-")
         last = last or first
         if max(len(first), len(last)) > _DIGITS or int(first) > int(last):
-            raise ValueError(f"{_short(name)} has {_short(run)}, which is not a range of numbers of modules")
+            raise ValueError(
+                f"quantized_modules: {_short(name)} has {_short(run)}, which is not a range of numbers of modules"
+            )
         runs.append(range(int(first), int(last) + 1))
     return runs
 

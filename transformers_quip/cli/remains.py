@@ -16,12 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..checkpoints.unfinished import lock_folder
 from .console import tell
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 PARTIAL, OLD = ".partial", ".old"
 _LONGEST = 200  # a file name has 255 bytes at most
@@ -59,7 +55,7 @@ def working_folder(place: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
             for parent in (place.parent, place):
                 _clean(parent, place)
             work = make(place)
-            lock = _lock(work)
+            lock = lock_folder(work)
         try:
             yield work
         finally:
@@ -102,7 +98,7 @@ def _folders(parent: Path) -> list[Path]:
 
 def _remove_dead(folder: Path, place: Path) -> None:
     try:
-        lock = _lock(folder)
+        lock = lock_folder(folder)
     except BlockingIOError:
         raise ValueError(
             f"another process is writing to {place} (its work is in {folder.name}): wait for it, or choose another place"
@@ -134,29 +130,6 @@ def _settle(folder: Path, place: Path, finished: bool) -> None:
     tell(f"Put back {home}: a run had moved this model aside when it was killed")
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder for the life of this process; None where that cannot be done.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-    """
-    if fcntl is None:
-        return None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
 @contextmanager
 def _one_at_a_time(parent: Path) -> Iterator[None]:
     """Lock the parent folder for the moment in which work folders are looked for and made.
@@ -167,7 +140,7 @@ def _one_at_a_time(parent: Path) -> Iterator[None]:
     end = time.monotonic() + _PATIENCE
     while True:
         try:
-            lock = _lock(parent)
+            lock = lock_folder(parent)
             break
         except BlockingIOError:
             if time.monotonic() > end:

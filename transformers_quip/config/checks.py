@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def bits(value: Any) -> int | float:
 def residual_scale(value: Any) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value == 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < abs(value) <= sys.float_info.max:
         raise ValueError("must be None or a finite number other than 0")
     return float(value)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..checkpoints.claimed import claimed_folder
 from ..checkpoints.convert import write_native
 from ..checkpoints.files import Files, expand_weights, find_weights
-from ..checkpoints.headers import read_json
+from ..checkpoints.headers import DAMAGED, read_json
 from ..checkpoints.names import expand_names
+from ..checkpoints.sizes import check_layers
 from ..nn.place import place_all
 from .foreign import check_plan, plan_for
 from .recognise import BESIDE
@@ -45,11 +48,14 @@ def convert(
 
 def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: bool) -> None:
     """Write the native checkpoint into an empty folder."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    read_json(folder / "config.json")  # its error names the file, whatever is in it
+    with _naming(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    check_layers(config)
     parameters = _parameters(folder, config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    with _naming(folder / "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     paths = _weight_files(folder)
     files = Files(paths)
@@ -57,6 +63,17 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     place_all(model, expand_names(plan.config.quantized_modules), plan.config)
     check_plan(model, plan, files)
     write_native(folder, target, model, plan, files, paths, shard_size)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turns errors of Transformers that are not of the usual types into a `ValueError` that names the file."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} cannot be used ({type(error).__name__}: {str(error)[:200]}): {DAMAGED}") from error
 
 
 def _folder(source: str | Path) -> Path:

@@ -10,8 +10,11 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
-from ..checkpoints.complete import check_complete
+from ..checkpoints.complete import check_complete, check_types
 from ..checkpoints.files import Files
+from ..checkpoints.finite import check_small_finite
+from ..checkpoints.foreign.exl3 import Exl3
+from ..checkpoints.foreign.exl3_storage import check_codes
 from ..checkpoints.foreign.plan import ForeignPlan, make_plan
 from ..checkpoints.foreign.repack import repack
 from ..checkpoints.memory import PageReleaser
@@ -36,15 +39,21 @@ def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
         model: with the empty quantized modules of the plan in their places.
 
     Raises:
-        ValueError: a tensor of a quantizer has no place, or a weight is missing; see `checkpoints.complete`.
+        ValueError: a tensor of a quantizer has no place, or a weight is missing (see `checkpoints.complete`); or a bias or
+            the weight of a norm is not finite.
     """
+    check_types(files.headers)
     used = {info.key for linear in plan.linears for info in linear.source.tensors.values()}
     rest = {key: info for key, info in files.headers.items() if key not in used}
     made = []
     for linear in plan.linears:
         module = None if linear.dense else model.get_submodule(linear.name)
         made += [linear.first] if module is None else [f"{linear.name}.{key}" for key, _ in module.named_parameters()]
-    check_complete(model, names_in_model(model, rest, get_model_conversion_mapping(model), whole=True), made)
+    names = names_in_model(model, rest, get_model_conversion_mapping(model), whole=True)
+    check_complete(model, names, made)
+    check_small_finite(model, names, files.read)
+    if any(isinstance(linear.family, Exl3) for linear in plan.linears):
+        check_codes(files.headers)
 
 
 class Repack(ConversionOps):

@@ -17,9 +17,9 @@ from transformers.core_model_loading import ConversionOps
 
 from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import native
-from ..checkpoints.complete import check_complete
+from ..checkpoints.complete import check_complete, check_types
 from ..checkpoints.files import Files, check_inside
-from ..checkpoints.finite import check_finite
+from ..checkpoints.finite import check_finite, check_small_finite
 from ..checkpoints.headers import read_headers
 from ..checkpoints.memory import PageReleaser
 from ..checkpoints.names import compress_names, expand_names
@@ -133,8 +133,10 @@ class Prequantized(Mode):
         kinds = (replace.is_dense_linear, replace.is_dense_embedding)
         dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
         native.check_tensors(modules, dense, names)
+        check_types(names)
         check_complete(model, names)
         check_finite(modules, names, files.read)
+        check_small_finite(model, names, files.read)
         return rules
 
 

@@ -84,14 +84,16 @@ TABLE = (
         "PreTrainedModel.from_pretrained",
         recognise.from_pretrained,
         _ON_IMPORT,
-        "Other files of the same model (its tokenizer, for calibration) are read with the same revision, token and folder.",
+        "Other files of the same model (its tokenizer, for calibration) are read with the same revision, token and folder; "
+        "and quantized weights that config.json does not describe are an error instead of a model with random weights.",
     ),
     Patch(
         _MODELS,
         "PreTrainedModel.save_pretrained",
         saving.save_pretrained,
         _ON_LOADING,
-        "A quantized model is saved with a model card, and a dense one without a card that says it is quantized.",
+        "A quantized model is saved completely or not at all, with a model card, and a dense one without a card that says "
+        "it is quantized.",
     ),
     Patch(
         _MODELS,

@@ -102,11 +102,11 @@ class QuipQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether this is a weight to quantize as it is read."""
-        return self._loading.bits_of(param_name) is not None
+        return self._mode is not None and self._mode.bits_of(param_name) is not None
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element that a parameter will have, for device_map="auto"."""
-        bits = self._loading.bits_of(param_name)
+        bits = None if self._mode is None else self._mode.bits_of(param_name)
         return param.element_size() if bits is None else bits / 8
 
     def get_quantize_ops(self) -> ConversionOps:

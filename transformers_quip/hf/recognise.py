@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
-from ..checkpoints.files import expand_weights, find_weights, unreadable
+from ..checkpoints.files import unreadable
 from ..checkpoints.foreign.family import is_one_of
 from ..checkpoints.foreign.plan import METHODS
 from ..checkpoints.headers import DAMAGED, read_json
+from ..checkpoints.sizes import check_layers
 from ..config import QUANT_METHOD, QuipConfig
+from .claims import check_files, check_method, check_not_ours
 from .methods import ForeignConfig
 from .source import LOADED
+from .undescribed import check_described
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -84,15 +87,6 @@ def taken_from_another(config: PretrainedConfig, wanted: Any) -> dict[str, Any] 
     return parameters
 
 
-def check_files(name: str | None, arguments: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if the index of a folder's files is damaged, or names files that are not in the folder."""
-    if name is None or not os.path.isdir(name) or arguments.get("variant") or arguments.get("use_safetensors") is False:
-        return
-    found = find_weights(os.path.join(name, arguments.get("subfolder") or ""))
-    if found is not None:
-        expand_weights(found)
-
-
 def get_hf_quantizer(original: Callable) -> Callable:
     """Finds the description of a foreign checkpoint, and checks its index of files."""
 
@@ -111,10 +105,14 @@ def get_hf_quantizer(original: Callable) -> Callable:
                     "with quantization_config=QuipConfig()"
                 )
             quantization_config = ForeignConfig.from_dict(parameters)
+        check_method(config)
         found = original(config, quantization_config, *args, **kwargs)
+        if found[0] is None and getattr(config, "quantization_config", None) is not None:
+            check_not_ours(config.quantization_config, name, arguments)
         settings = getattr(found[0], "quantization_config", None)
         _loads_foreign.set(getattr(settings, "foreign", None) is not None)
         if isinstance(settings, QuipConfig):
+            check_layers(config)
             check_files(name, arguments)
         return found
 
@@ -138,14 +136,17 @@ def load_state_dict(original: Callable) -> Callable:
 
 
 def from_pretrained(original: Callable) -> Callable:
-    """Remembers the source and the arguments as long as the model is being loaded."""
+    """Remembers the source and the arguments during loading, and refuses a dense model out of quantized weights."""
 
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)
         token = LOADED.set((name, kwargs))
         try:
-            return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+            asked = {**kwargs, "output_loading_info": True}
+            model, info = original(cls, pretrained_model_name_or_path, *args, **asked)
         finally:
             LOADED.reset(token)
+        check_described(model, info["missing_keys"], info["unexpected_keys"], name)
+        return (model, info) if kwargs.get("output_loading_info") else model
 
     return from_pretrained

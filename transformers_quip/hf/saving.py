@@ -10,15 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import QUANT_METHOD
 from ..hub.model_card import CARD, remove_stale_card, try_to_write_card
+from .replacing import replaced_model
 
 
 def save_pretrained(original: Callable) -> Callable:
     """Writes the card of a quantized model, and removes one that no longer fits."""
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and _is_quantized(self) and _is_saved_alone(self, save_directory, args, kwargs):
+            with replaced_model(Path(save_directory)) as folder:
+                result = original(self, folder, is_main_process, *args, **kwargs)
+        else:
+            result = original(self, save_directory, is_main_process, *args, **kwargs)
         if is_main_process and _is_whole(self, save_directory):
             if _is_quantized(self):
                 try_to_write_card(save_directory)
@@ -47,6 +54,19 @@ def upload_modified_files(original: Callable) -> Callable:
 def _is_whole(model: Any, folder: Any) -> bool:
     """Whether the whole model is saved in this folder, not its adapters alone."""
     return not getattr(model, "_hf_peft_config_loaded", False) and (Path(folder) / "config.json").is_file()
+
+
+def _is_saved_alone(model: Any, folder: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether this process alone saves a whole model, to a folder and nowhere else.
+
+    Args:
+        args, kwargs: of `save_pretrained`, behind `is_main_process`.
+    """
+    given = dict(zip(("state_dict", "push_to_hub"), args, strict=False)) | kwargs
+    if given.get("push_to_hub") or kwargs.get("variant") or kwargs.get("distributed_checkpoint"):
+        return False
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not several and not getattr(model, "_hf_peft_config_loaded", False) and not Path(folder).is_file()
 
 
 def _is_quantized(model: Any) -> bool:

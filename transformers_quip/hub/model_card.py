@@ -161,10 +161,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _parse(raw: bytes) -> ModelCard | None:
-    """A card; None if it is not UTF-8 or its metadata is not YAML, so that no program has written it."""
+    """A card; None if it is not UTF-8 or its metadata is not that of a card, so that no program has written it."""
     try:
         return ModelCard(raw.decode(), ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError):
+    except MemoryError:
+        raise
+    except Exception:  # of YAML, or of metadata with values of other types
         return None
 
 

@@ -19,6 +19,8 @@ from .transform import Transform, hadamard, hadamard_128, hadamard_eighths, iden
 
 # Says that a side's transform is kept in the checkpoint (see `nn.general`): such checkpoints are read, none is made.
 STORED = "stored"
+# Those that exist for multiples of a number only.
+IN_BLOCKS = {"hadamard-128": 128, "hadamard-eighths": 8}
 
 _TRANSFORMS: Registry[Callable[[int, int], Transform]] = Registry("incoherence")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..incoherence import STORED, sides
+from ..incoherence import IN_BLOCKS, STORED, sides
 from .general import GeneralLinear
 from .linear import QuipLinear
 
@@ -25,7 +26,7 @@ def empty_linear(
         conv1d: see [`QuipLinear`].
 
     Raises:
-        ValueError: the record of config.json does not fit; the message names the module.
+        ValueError: the codebook, the transforms or the record of config.json do not fit; the message names the module.
     """
     options, storage = config.for_module(name), config.storage_of(name)
     arguments: dict[str, Any] = {
@@ -37,9 +38,22 @@ def empty_linear(
         "dtype": dtype,
         "scales_dtype": None if storage.scales_dtype is None else getattr(torch, storage.scales_dtype),
     }
-    if storage.padded or storage.row_scales or STORED in sides(options.incoherence):
-        try:
+    check_transforms(name, options.incoherence, *(storage.padded or (rows, columns)))
+    try:
+        if storage.padded or storage.row_scales or STORED in sides(options.incoherence):
             return GeneralLinear(columns, rows, bias, padded=storage.padded, row_scales=storage.row_scales, **arguments)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return QuipLinear(columns, rows, bias, **arguments)
+        return QuipLinear(columns, rows, bias, **arguments)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def check_transforms(name: str, incoherence: str | Sequence[str], rows: int, columns: int) -> None:
+    """Refuse transforms that there are not for these sizes, before a forward needs them.
+
+    Raises:
+        ValueError: it names the module.
+    """
+    for side, size in zip(sides(incoherence), (columns, rows), strict=True):
+        block = IN_BLOCKS.get(side, 1)
+        if size % block:
+            raise ValueError(f"{name}: the transform {side} needs a multiple of {block} numbers, and there are {size}")

@@ -3,8 +3,8 @@
 Linears that read one input (q, k and v; gate and up) repeat a part of the work. The result of the first may be
 reused by the others, its *siblings*, if the input still holds the values that it was computed from. Versions do not prove
 that: `Tensor._version` counts neither writes through NumPy, DLPack or `.data` nor anything in inference mode. So a copy
-of the values is kept and compared, byte by byte. For 512 vectors of 576 bfloat16 numbers, copying and comparing take 7 and
-10 microseconds.
+of the values is kept and compared, byte by byte. For 512 vectors of 576 float32 numbers, copying takes 14 and comparing 22
+microseconds, the transform that is saved 111 (AMD EPYC, AVX-512, 2 threads).
 """
 
 from __future__ import annotations
@@ -107,10 +107,7 @@ class SameInput(Generic[T]):
         return copy
 
     def _is_worth_keeping(self, taker: object) -> bool:
-        """Whether somebody may take the result: a linear without siblings (o_proj) is seldom tried again.
-
-        A copy of the input takes about 2 % of a linear's time, for 512 vectors on a processor without AMX.
-        """
+        """Whether somebody may take the result: a linear without siblings (o_proj) is seldom tried again."""
         count = self._unshared.get(id(taker), 0)
         if count < _TRIES:
             return True

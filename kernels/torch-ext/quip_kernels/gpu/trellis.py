@@ -7,8 +7,6 @@ lane's own words, so all shifts are constants.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -368,19 +366,10 @@ def _constants(code: str, k: int, order: str, table: torch.Tensor | None) -> dic
 
 
 def _as_kernels_read(table: torch.Tensor | None) -> torch.Tensor | None:
-    """The table: int32 [2^Q] if it is of pairs that float16 holds, two in a word; else as it is."""
-    if table is None or table.shape[1] != 2 or not table.is_floating_point():
+    """The table: int32 [2^Q], two numbers in a word, if it is of pairs in float16; else as it is."""
+    if table is None or table.shape[1] != 2 or table.dtype != torch.float16:
         return table
-    version = 0 if table.is_inference() else table._version
-    words = _words(table, table.data_ptr(), version)
-    return table if words is None else words
-
-
-@functools.lru_cache(maxsize=4096)
-def _words(table: torch.Tensor, address: int, version: int) -> torch.Tensor | None:
-    """Cached for each table, as a comparison waits for the device; the other arguments show changes of the same tensor."""
-    halves = table.detach().half()
-    return halves.view(torch.int32).flatten() if torch.equal(halves.to(table.dtype), table) else None
+    return table.detach().contiguous().view(torch.int32).flatten()
 
 
 def _check(codes: torch.Tensor, columns: int, code: str, k: int, order: str, table: torch.Tensor | None) -> None:

@@ -1,0 +1,400 @@
+/* Calls every entry point of kernels/cpu with random sizes and buffers of exactly the size that the description asks for, so
+ * that AddressSanitizer sees a read or a write of one byte too many.
+ *
+ *     driver SEED CALLS THREADS [fork]
+ *
+ * THREADS > 1: as many threads make their calls at once, which is what ThreadSanitizer needs. fork: a child computes as well,
+ * after the parent has. Every instruction set and every number of threads must give the same result: the same bits for lattice
+ * codes, nearly the same numbers for trellis codes, which are sums of float32. The exit code is 1 if one does not. */
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "bundles.h"
+#undef MARGIN
+#include "trellis.h"
+
+EXPORT int quip_linear(const quip_layer *, const void *, void *, int64_t, int64_t, int, int, int, int, int);
+EXPORT void quip_decode(const int16_t *, const void *, int, float, int64_t, int64_t, void *, int, int, int);
+EXPORT int quip_trellis_linear(const quip_trellis *, const void *, void *, int64_t, int64_t, int, int, int, int);
+EXPORT int quip_trellis_decode(const quip_trellis *, void *, int, int, int);
+EXPORT void quip_encode(const float *, int64_t, int, float, void *, float *, int);
+EXPORT int quip_round_panel(const float *, const float *, const float *, int64_t, int64_t, int, float, void *, float *,
+                            float *, int);
+EXPORT int quip_round_panel_scalar(const float *, const float *, const float *, int64_t, int64_t, int, uint8_t *, float *,
+                                   float *, int);
+EXPORT void quip_share_threads(void *);
+EXPORT int quip_has_amx(void);
+#if defined(QUIP_AMX)
+EXPORT void quip_linear_many(const quip_layer *, const uint16_t *, uint16_t *, int, int64_t, int64_t, uint32_t *, int, int,
+                             float *, int64_t, float *, int64_t, int);
+#endif
+
+#define MOST_KEPT 64
+#define SAME 0
+#define NEARLY 2e-5
+#define BF16_MARGIN 64 /* bytes between decoded rows, as bundles.h has it */
+
+static int differences;
+static const int THREADS[2] = {1, 4};
+
+/* What one call needs: its random numbers, and its memory, which is freed as a whole. */
+typedef struct {
+    uint64_t state;
+    void *kept[MOST_KEPT];
+    int count;
+} arena;
+
+static uint32_t random_bits(arena *a) {
+    a->state ^= a->state << 13, a->state ^= a->state >> 7, a->state ^= a->state << 17;
+    return (uint32_t)(a->state >> 16);
+}
+static int64_t below(arena *a, int64_t n) {
+    return random_bits(a) % n;
+}
+static int one_in(arena *a, int n) {
+    return below(a, n) == 0;
+}
+
+/* Memory of exactly this size. */
+static void *exact(arena *a, int64_t bytes) {
+    void *result = malloc((size_t)bytes);
+    if ((bytes && !result) || a->count == MOST_KEPT) abort();
+    return a->kept[a->count++] = result;
+}
+static void release(arena *a) {
+    while (a->count) free(a->kept[--a->count]);
+}
+static void *codes_of(arena *a, int64_t bytes) {
+    uint8_t *result = exact(a, bytes);
+    for (int64_t i = 0; i < bytes; i++) result[i] = (uint8_t)random_bits(a);
+    return result;
+}
+static int64_t width(int type) {
+    return type == QUIP_FLOAT32 ? 4 : 2;
+}
+/* Numbers around 1 of a floating type. `odd`: now and then some are infinite, NaN, huge, tiny or zero. */
+static void *numbers(arena *a, int64_t n, int type, int odd) {
+    void *result = exact(a, n * width(type));
+    const int kind = odd ? (int)below(a, 16) : 15;
+    const int64_t at = n ? below(a, n) : 0;
+    for (int64_t i = 0; i < n; i++) {
+        float x = (float)(int32_t)random_bits(a) * 0x1p-30f;
+        if (kind == 0 && i == at) x = NAN;
+        if (kind == 1 && i == at) x = -INFINITY;
+        if (kind == 2) x *= 1e37f;
+        if (kind == 3) x *= 1e-41f;
+        if (kind == 4) x = 0;
+        quip_store(&x, result, type, i, 1);
+    }
+    return result;
+}
+static void *maybe_numbers(arena *a, int64_t n, int type) {
+    return one_in(a, 3) ? 0 : numbers(a, n, type, 0);
+}
+
+/* A size up to `most`: half of the time one next to where loops and vectors end. */
+static int64_t some(arena *a, int64_t most) {
+    static const int64_t edges[] = {1,  7,  8,   9,   15,  16,  17,  31,  32,   33,  63,
+                                    64, 65, 127, 128, 129, 255, 256, 257, 2048, 2049};
+    const int64_t edge = edges[below(a, sizeof edges / sizeof *edges)];
+    return one_in(a, 2) && edge <= most ? edge : 1 + below(a, most);
+}
+
+/* An orthogonal transform of this size, with dense factors and a power of two; its factors are any numbers. */
+static quip_transform *transform_of(arena *a, int64_t size) {
+    quip_transform *q = exact(a, sizeof *q);
+    *q = (quip_transform){.size = size, .power = 1};
+    int64_t rest = size;
+    while (rest % 2 == 0 && !one_in(a, 6)) rest /= 2, q->power *= 2;
+    for (int64_t d = 2; rest > 1 && q->count < 3; d++) {
+        const int64_t order = q->count == 2 || d * d > rest ? rest : d;
+        if (rest % order) continue;
+        const int64_t f = q->count++;
+        q->orders[f] = order, rest /= order;
+        q->factors[f] = numbers(a, order * order, QUIP_FLOAT32, 0);
+        q->transposed[f] = numbers(a, order * order, QUIP_FLOAT32, 0);
+    }
+    return q;
+}
+
+static void expect(int good, const char *what, int64_t m, int64_t n, int64_t detail) {
+    if (good) return;
+    fprintf(stderr, "DIFFERENCE in %s: m %ld, n %ld, %ld\n", what, (long)m, (long)n, (long)detail);
+    __atomic_store_n(&differences, 1, __ATOMIC_RELAXED);
+}
+/* Whether two results are the same, or differ by no more than this part of the largest. Where they are not finite, both are
+ * not: sums in another order may be infinite in one place and NaN in the other. */
+static int agree(const void *x, const void *y, int64_t n, int type, double tolerance) {
+    double most = 0;
+    float u, v;
+    for (int64_t i = 0; i < n; i++) {
+        quip_load(x, type, i, &u, 1);
+        if (isfinite(u) && fabsf(u) > most) most = fabsf(u);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        quip_load(x, type, i, &u, 1), quip_load(y, type, i, &v, 1);
+        if (!(u == v || (!isfinite(u) && !isfinite(v)) || fabs((double)u - v) <= tolerance * most)) return 0;
+    }
+    return 1;
+}
+static double tolerance_of(int type) {
+    return type == QUIP_FLOAT32 ? NEARLY : 1e-2;
+}
+
+/* A layer of E8P codes with what surrounds them. */
+static quip_layer layer_of(arena *a, int64_t m, int64_t n, int second, int wide) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    quip_layer l = {.n = n, .m = m, .second = second, .residual_scale = 0.3};
+    l.su_type = (int)below(a, 3), l.sv_type = (int)below(a, 3), l.bias_type = (int)below(a, 3);
+    l.codes = codes_of(a, 2 * m * blocks);
+    if (second) l.residual = codes_of(a, m * blocks * (second == QUIP_E8P ? 2 : 1));
+    l.su = maybe_numbers(a, n, l.su_type), l.sv = maybe_numbers(a, m, l.sv_type), l.bias = maybe_numbers(a, m, l.bias_type);
+    if (wide && !one_in(a, 3)) l.in = transform_of(a, n), l.out = transform_of(a, m);
+    return l;
+}
+
+static void call_linear(arena *a) {
+    const int64_t n = some(a, one_in(a, 2) ? 600 : 2100), m = some(a, 140), count = one_in(a, 4) ? some(a, 20) : some(a, 4);
+    const int x_type = (int)below(a, 3), y_type = (int)below(a, 3), planes = 1 + (int)below(a, 3);
+    const quip_layer l = layer_of(a, m, n, (int)below(a, 3), n <= 600);
+    const int64_t stride = n + below(a, 5);
+    const void *x = numbers(a, (count - 1) * stride + n, x_type, 1);
+    void *first = 0;
+    for (int level = 0; level <= quip_cpu_level(); level++)
+        for (int t = 0; t < 2; t++) {
+            void *y = exact(a, count * m * width(y_type));
+            expect(!quip_linear(&l, x, y, count, stride, x_type, y_type, planes, level, THREADS[t]), "quip_linear", m, n,
+                   -1);
+            expect(!first || agree(first, y, count * m, y_type, SAME), "quip_linear", m, n, 10 * level + THREADS[t]);
+            first = first ? first : y;
+        }
+    expect(quip_linear(&l, x, first, count, stride, x_type, y_type, 4, 0, 1) == -1, "refusal of four planes", m, n, 4);
+}
+
+static void call_decode(arena *a) {
+    const int64_t n = some(a, 2100), m = some(a, 140);
+    const int type = (int)below(a, 3), second = (int)below(a, 3);
+    const quip_layer l = layer_of(a, m, n, second, 0);
+    void *first = 0;
+    for (int level = 0; level <= quip_cpu_level(); level++)
+        for (int t = 0; t < 2; t++) {
+            void *w = exact(a, m * n * width(type));
+            quip_decode(l.codes, l.residual, second, 0.3f, m, n, w, type, level, THREADS[t]);
+            expect(!first || agree(first, w, m * n, type, SAME), "quip_decode", m, n, 10 * level + THREADS[t]);
+            first = first ? first : w;
+        }
+}
+
+/* A layer of trellis codes with any code, order, number of bits and table. */
+static quip_trellis trellis_of(arena *a, int64_t m, int64_t n) {
+    const int code = (int)below(a, TRELLIS_LUT + 1), tabulated = code >= TRELLIS_HYB;
+    quip_trellis w = {.code = code, .k = 1 + (int)below(a, MOST_BITS), .order = (int)below(a, 3), .step = 1};
+    w.table_type = (int)below(a, 3);
+    if (tabulated) {
+        w.step = 1 + (int)below(a, 2);
+        w.table_bits = code == TRELLIS_LUT ? 16 : 1 + (int)below(a, one_in(a, 6) ? 15 : 10);
+        w.table = numbers(a, ((int64_t)1 << w.table_bits) * w.step, w.table_type, 0);
+    }
+    w.layer = layer_of(a, m, n, QUIP_NO_STAGE, 1);
+    w.layer.codes = codes_of(a, m * n / TILE * w.k * 2);
+    return w;
+}
+
+static void call_trellis_linear(arena *a) {
+    const int64_t n = TILE * some(a, 12), m = TILE * some(a, 8), count = one_in(a, 3) ? some(a, 18) : 1;
+    const quip_trellis w = trellis_of(a, m, n);
+    const int x_type = (int)below(a, 3), y_type = (int)below(a, 3);
+    const int64_t stride = n + below(a, 3);
+    const void *x = numbers(a, (count - 1) * stride + n, x_type, 0);
+    void *first = 0;
+    for (int level = 0; level <= quip_cpu_level(); level++)
+        for (int t = 0; t < 2; t++) {
+            void *y = exact(a, count * m * width(y_type));
+            expect(!quip_trellis_linear(&w, x, y, count, stride, x_type, y_type, level, THREADS[t]), "refusal", m, n,
+                   w.code);
+            expect(!first || agree(first, y, count * m, y_type, tolerance_of(y_type)), "quip_trellis_linear", m, n,
+                   100 * w.code + 10 * level + THREADS[t]);
+            first = first ? first : y;
+        }
+}
+
+static void call_trellis_decode(arena *a) {
+    const int64_t n = TILE * some(a, 20), m = TILE * some(a, 8);
+    const quip_trellis w = trellis_of(a, m, n);
+    const int type = (int)below(a, 3);
+    void *first = 0;
+    for (int level = 0; level <= quip_cpu_level(); level++)
+        for (int t = 0; t < 2; t++) {
+            void *out = exact(a, m * n * width(type));
+            expect(!quip_trellis_decode(&w, out, type, level, THREADS[t]), "refusal", m, n, w.code);
+            expect(!first || agree(first, out, m * n, type, tolerance_of(type)), "quip_trellis_decode", m, n,
+                   100 * w.code + 10 * level + THREADS[t]);
+            first = first ? first : out;
+        }
+    quip_trellis bad = w;
+    bad.k = MOST_BITS + 1;
+    expect(quip_trellis_decode(&bad, first, type, 0, 1) == -1, "refusal of nine bits", m, n, bad.k);
+}
+
+static void call_transform_vectors(arena *a) {
+    const int64_t n = some(a, 1500), count = below(a, 20), stride = n + below(a, 4);
+    const int type = (int)below(a, 3), to = (int)below(a, 3);
+    quip_transform_call call = {.q = transform_of(a, n), .count = count, .x_stride = stride, .x_type = type, .y_type = to};
+    call.before_type = call.after_type = call.bias_type = (int)below(a, 3), call.transpose = (int)below(a, 2);
+    call.x = numbers(a, count ? (count - 1) * stride + n : 0, type, 1);
+    call.before = maybe_numbers(a, n, call.before_type), call.after = maybe_numbers(a, n, call.after_type);
+    call.bias = maybe_numbers(a, n, call.bias_type);
+    void *first = 0;
+    for (int t = 0; t < 2; t++) {
+        call.y = exact(a, count * n * width(to)), call.threads = THREADS[t];
+        expect(!quip_transform_vectors(&call), "quip_transform_vectors", 0, n, -1);
+        expect(!first || agree(first, call.y, count * n, to, SAME), "quip_transform_vectors", 0, n, count);
+        first = first ? first : call.y;
+    }
+}
+
+static int64_t code_bytes(int second) {
+    return second == QUIP_E8P ? 4 : second == QUIP_E8 ? 4 : 2;
+}
+
+static void call_encode(arena *a) {
+    const int second = (int)below(a, 3);
+    const int64_t n = one_in(a, 8) ? 9000 + below(a, 100) : some(a, 300);
+    const float *x = numbers(a, n * BLOCK, QUIP_FLOAT32, 1);
+    void *first = 0;
+    for (int t = 0; t < 2; t++) {
+        void *codes = exact(a, n * code_bytes(second));
+        quip_encode(x, n, second, 0.2f, codes, exact(a, n * BLOCK * 4), THREADS[t]);
+        expect(!first || !memcmp(first, codes, (size_t)(n * code_bytes(second))), "quip_encode", 0, n, second);
+        first = first ? first : codes;
+    }
+}
+
+/* Feedback that does not grow without bound. */
+static float *feedback_of(arena *a, int64_t columns) {
+    float *result = numbers(a, columns * columns, QUIP_FLOAT32, 0);
+    for (int64_t i = 0; i < columns * columns; i++) result[i] *= 0.01f;
+    return result;
+}
+
+static void call_round_panel(arena *a) {
+    const int second = (int)below(a, 3);
+    const int64_t rows = some(a, 150), columns = BLOCK * some(a, one_in(a, 3) ? 32 : 6);
+    const int64_t size = rows * columns / BLOCK * code_bytes(second);
+    const float *target = numbers(a, rows * columns, QUIP_FLOAT32, 1), *base = numbers(a, rows * columns, QUIP_FLOAT32, 0);
+    const float *feedback = feedback_of(a, columns);
+    void *first = 0;
+    for (int t = 0; t < 2; t++) {
+        void *codes = exact(a, size);
+        float *points = exact(a, rows * columns * 4), *delta = exact(a, rows * columns * 4);
+        expect(!quip_round_panel(target, base, feedback, rows, columns, second, 0.2f, codes, points, delta, THREADS[t]),
+               "quip_round_panel", rows, columns, -1);
+        expect(!first || !memcmp(first, codes, (size_t)size), "quip_round_panel", rows, columns, second);
+        first = first ? first : codes;
+    }
+    expect(quip_round_panel(target, base, feedback, rows, 264, second, 0.2f, first, 0, 0, 1) == -1, "refusal", rows, 264,
+           0);
+}
+
+static void call_round_panel_scalar(arena *a) {
+    const int64_t rows = some(a, 150), columns = some(a, 256), size = rows * columns;
+    const int largest = 1 + (int)below(a, 255);
+    const float *target = numbers(a, size, QUIP_FLOAT32, 1), *base = numbers(a, size, QUIP_FLOAT32, 0);
+    const float *feedback = feedback_of(a, columns);
+    void *first = 0;
+    for (int t = 0; t < 2; t++) {
+        uint8_t *codes = exact(a, size);
+        float *points = exact(a, size * 4), *delta = exact(a, size * 4);
+        expect(!quip_round_panel_scalar(target, base, feedback, rows, columns, largest, codes, points, delta, THREADS[t]),
+               "quip_round_panel_scalar", rows, columns, -1);
+        expect(!first || !memcmp(first, codes, (size_t)size), "quip_round_panel_scalar", rows, columns, largest);
+        first = first ? first : codes;
+    }
+}
+
+/* Needs a processor with AMX; elsewhere it does nothing, and the count of its calls says so. */
+static void call_linear_many(arena *a) {
+#if defined(QUIP_AMX)
+    const int64_t n = 32 * some(a, 8), m = 32 * some(a, 5), count = some(a, 70), stride = n + below(a, 3), rows = 32;
+    const int bytes = (int)below(a, 2), type = bytes && one_in(a, 2) ? QUIP_FLOAT16 : QUIP_BFLOAT16;
+    const quip_layer l = layer_of(a, m, n, bytes ? QUIP_NO_STAGE : (int)below(a, 3), 1);
+    const int64_t words = quip_bundle_words(n, bytes), bundles = (count + 2 * LANES - 1) / (2 * LANES) * 2, together = 32;
+    const uint16_t *x = numbers(a, (count - 1) * stride + n, type, 1);
+    void *first = 0;
+    for (int t = 0; t < 2; t++)
+        for (int rotated = 0; rotated < 1; rotated++) {
+            const int64_t largest = m > n ? m : n, turned = (2 * THREADS[t] * LANES + 2) * largest * 4;
+            const int64_t decoded = THREADS[t] * rows * (4 * words + BF16_MARGIN);
+            uint16_t *y = exact(a, count * m * 2);
+            uint32_t *between = exact(a, bundles * (words + bytes) * LANES * 4);
+            float *z = exact(a, together * m * 4), *memory = quip_get_memory(turned > decoded ? turned : decoded);
+            for (int again = 0; again < 2; again++)
+                quip_linear_many(&l, x, y, type, count, stride, between, again, bytes, z, together, memory, rows,
+                                 THREADS[t]);
+            free(memory);
+            expect(!first || agree(first, y, count * m, type, SAME), "quip_linear_many", m, n, count);
+            first = first ? first : y;
+        }
+#else
+    (void)a;
+#endif
+}
+
+static const struct {
+    const char *name;
+    void (*call)(arena *);
+} ENTRIES[] = {
+    {"quip_linear", call_linear},
+    {"quip_decode", call_decode},
+    {"quip_trellis_linear", call_trellis_linear},
+    {"quip_trellis_decode", call_trellis_decode},
+    {"quip_transform_vectors", call_transform_vectors},
+    {"quip_encode", call_encode},
+    {"quip_round_panel", call_round_panel},
+    {"quip_round_panel_scalar", call_round_panel_scalar},
+    {"quip_linear_many", call_linear_many},
+};
+enum { COUNT = sizeof ENTRIES / sizeof *ENTRIES };
+static long made[COUNT], calls;
+
+static void *run(void *seed) {
+    arena a = {.state = 0x9e3779b97f4a7c15u * (uint64_t)(intptr_t)seed | 1};
+    for (long i = 0; i < calls; i++) {
+        const int which = (int)(i % COUNT);
+        if (ENTRIES[which].call == call_linear_many && !quip_has_amx()) continue;
+        ENTRIES[which].call(&a);
+        release(&a);
+        __atomic_fetch_add(&made[which], 1, __ATOMIC_RELAXED);
+    }
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc < 4) return 2;
+    const long seed = atol(argv[1]), threads = atol(argv[3]);
+    pthread_t others[64];
+    calls = atol(argv[2]);
+    quip_share_threads(0); /* threads of the library's own */
+    for (long i = 1; i < threads; i++) pthread_create(&others[i], 0, run, (void *)(intptr_t)(1000 * seed + i));
+    run((void *)(intptr_t)(1000 * seed));
+    for (long i = 1; i < threads; i++) pthread_join(others[i], 0);
+    if (argc > 4) {
+        const pid_t child = fork();
+        if (!child) {
+            run((void *)(intptr_t)(1000 * seed + 77));
+            _exit(differences);
+        }
+        int status;
+        waitpid(child, &status, 0);
+        expect(!status, "a child of fork", 0, 0, status);
+    }
+    printf("level %d, AMX %d:", quip_cpu_level(), quip_has_amx());
+    for (int i = 0; i < COUNT; i++) printf(" %s %ld", ENTRIES[i].name, made[i]);
+    printf("; %s\n", differences ? "DIFFERENCES" : "all agree");
+    return differences;
+}
