@@ -47,6 +47,8 @@ def run(*arguments, variables=()):
 @pytest.mark.parametrize("dataset", ["self", "none"])
 def test_quantize_on_load(folder, dataset):
     options = ["--dataset", dataset, "--num-samples", 4, "--sequence-length", 64, "--windows", 1]
+    if dataset != "none":
+        options += ["--tune", 1]
     alone = shutil.copy(ROOT / "examples/01_quantize_on_load.py", folder.parent / "alone.py")  # it needs no other file
     output = run(alone, folder, *options)
     saved = folder.with_name("tiny-quip-2bit")
