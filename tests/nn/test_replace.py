@@ -48,6 +48,13 @@ def test_what_counts_as_a_dense_linear():
     assert not replace.is_dense_linear(nn.Embedding(2, 3))
 
 
+def test_only_an_embedding_is_replaced_by_a_quantized_embedding():
+    net = Net()
+    with pytest.raises(TypeError, match="fc is a Linear, not an nn.Embedding"):
+        replace.replace_embedding(net, "fc", values(12, 64), QuipConfig())
+    assert type(net.fc) is nn.Linear
+
+
 @pytest.mark.parametrize("module", [nn.Linear(5, 3), Conv1D(3, 5)])
 def test_shape_and_weight_of_both_kinds(module):
     assert replace.linear_shape(module) == (3, 5)

@@ -57,6 +57,7 @@ class ResidualE8P(Codebook):
     block_size = 8
     code_dtype = torch.int32
     kernels = "e8p"
+    residual_scale: float
 
     def __init__(self, name: str, residual_scale: float | None = None):
         stage = STAGES[name]

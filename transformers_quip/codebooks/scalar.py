@@ -71,7 +71,7 @@ class Scalar(Codebook):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See [`Codebook.round_panel`]; compiled if possible, else in PyTorch with columns as rows of memory."""
         if target.device.type == "cpu" and cpu_kernels.is_available() and target.shape[1] <= cpu_kernels.MOST_COLUMNS:
-            panel = (part.contiguous() for part in (target, base, feedback))
+            panel = (target.contiguous(), base.contiguous(), feedback.contiguous())
             return cpu_kernels.scalar_round_panel(*panel, self._largest)
         half = self._largest / 2
         wanted, base = target.T.clone(memory_format=torch.contiguous_format), base.T.contiguous()
@@ -84,7 +84,7 @@ class Scalar(Codebook):
                 wanted[begin:k].addr_(feedback[k, begin:k], delta[k])
             wanted[:begin].addmm_(feedback[begin:end, :begin].T, delta[begin:end])
         codes = (points + half).to(torch.uint8)
-        return tuple(part.T.contiguous() for part in (codes, points, delta))
+        return codes.T.contiguous(), points.T.contiguous(), delta.T.contiguous()
 
     def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See [`Codebook.decode`]. The values are exact in float16, and to 7 bits in bfloat16."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ class QuipExperts(nn.Module):
         experts: for each expert, name → quantized linear; the names are one row of `ROLES`.
     """
 
-    def __init__(self, stacked: nn.Module, experts: Sequence[Mapping[str, nn.Module]]):
+    def __init__(self, stacked: Any, experts: Sequence[Mapping[str, nn.Module]]):
         super().__init__()
         self.num_experts = len(experts)
         self.act_fn = stacked.act_fn
@@ -81,7 +82,7 @@ def is_stacked(module: nn.Module) -> bool:
     return shape == (experts, hidden, twice // 2)
 
 
-def expert_shape(module: nn.Module, role: str) -> tuple[int, int] | None:
+def expert_shape(module: Any, role: str) -> tuple[int, int] | None:
     """(outputs, inputs) of one linear of an expert of a stack, by its name in a checkpoint; None for other names."""
     _, hidden, inner = module.down_proj.shape
     for gate, up, down in ROLES:

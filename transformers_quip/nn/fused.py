@@ -6,7 +6,8 @@ So they are computed together, once, and each module of the model returns its sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,17 +39,17 @@ class FusedRows(nn.Linear):
         self._is_hf_initialized = True
 
     @property
-    def in_features(self) -> int:
+    def in_features(self) -> int:  # type: ignore[override] # on purpose: the fused linear has it
         """n."""
         return self.fusion.linear.in_features
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # type: ignore[override] # on purpose: computed from begin and end
         """The number of its outputs."""
         return self.end - self.begin
 
     @property
-    def weight(self) -> PackedWeight:
+    def weight(self) -> PackedWeight:  # type: ignore[override] # on purpose: a linear without a dense weight
         """A stand-in; see [`QuipLinear.weight`]."""
         linear = self.fusion.linear
         return PackedWeight.like(linear.su, self.out_features, self.in_features, linear.weight_dtype)
@@ -137,16 +138,20 @@ class JoinedLinear(nn.Module):
             self.add_module(name, part)
         self._is_hf_initialized = True
 
+    def parts(self) -> Iterator[Any]:
+        """Its parts in their order: quantized linears, the dense ones that replaced them, or adapters around them."""
+        return self.children()
+
     @property
     def in_features(self) -> int:
         """n."""
-        return next(self.children()).in_features
+        return next(self.parts()).in_features
 
     @property
     def out_features(self) -> int:
         """The sum of the parts' outputs."""
-        return sum(part.out_features for part in self.children())
+        return sum(part.out_features for part in self.parts())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floating point [..., n] → [..., m]."""
-        return torch.cat([part(x) for part in self.children()], dim=-1)
+        return torch.cat([part(x) for part in self.parts()], dim=-1)

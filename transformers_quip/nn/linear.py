@@ -69,7 +69,7 @@ class QuipLinear(PackedCodes, nn.Linear):
         self._is_hf_initialized = True
 
     @property
-    def weight(self) -> PackedWeight:
+    def weight(self) -> PackedWeight:  # type: ignore[override] # on purpose: a linear without a dense weight
         """A stand-in with the shape [m, n], dtype and device of the dense weight; see [`PackedWeight`]."""
         return PackedWeight.like(self.su, self.out_features, self.in_features, self.weight_dtype)
 
@@ -121,7 +121,7 @@ class QuipLinear(PackedCodes, nn.Linear):
 
     def layer(self) -> Layer:
         """The module's tensors and names, as arguments of the ops."""
-        tensors = self._parameters
+        tensors: dict[str, Any] = self._parameters  # only the bias may be None
         weight = [tensors[name] for name in self.tensor_names]
         names = (self.codebook, self.incoherence_in, self.incoherence_out, self.seed)
         return Layer(weight, tensors["su"], tensors["sv"], tensors["bias"], *names)

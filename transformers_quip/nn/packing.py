@@ -20,7 +20,8 @@ class PackedCodes(StoredTensors):
 
     def weight_tensors(self) -> list[torch.Tensor]:
         """The tensors of the weight in their order, as they are."""
-        return [self._parameters[name] for name in self.tensor_names]
+        parameters: dict[str, Any] = self._parameters  # those of the weight are never None
+        return [parameters[name] for name in self.tensor_names]
 
     @property
     def is_packed(self) -> bool:

@@ -15,7 +15,7 @@ from .empty import check_transforms, empty_linear
 from .experts import QuipExperts, expert_shape, is_stacked
 from .fused import FusedRows, Fusion, JoinedLinear
 from .linear import QuipLinear
-from .replace import empty_like, is_dense_embedding, is_dense_linear, linear_shape
+from .replace import DenseLinear, empty_like, is_dense_embedding, is_dense_linear, linear_shape
 
 
 def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
@@ -67,7 +67,7 @@ def restore_structure(model: nn.Module) -> None:
     """After the quantized linears have become dense (`replace.replace_by_dense`): the model's own modules again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, JoinedLinear):
-            model.set_submodule(name, _dense([*module.children()]))
+            model.set_submodule(name, _dense([*module.parts()]))
         elif isinstance(module, QuipExperts):
             weights = {key.removesuffix(".weight"): value for key, value in module.state_dict().items()}
             model.set_submodule(name, module.stack(weights))
@@ -98,7 +98,8 @@ def _untie(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for name in [key for key in tied if isinstance(modules.get(key.rpartition(".")[0]), QuipLinear)]:
         del tied[name]
-        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        config: Any = model.config  # of Transformers
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
 def possible_names(model: nn.Module, name: str) -> tuple[str, ...]:
@@ -143,7 +144,7 @@ def _fuse(model: nn.Module, here: str, config: Any, name: str) -> None:
 
 
 def _join(model: nn.Module, here: str, names: Mapping[str, str], config: Any) -> None:
-    linear = model.get_submodule(here)
+    linear: DenseLinear = model.get_submodule(here)
     prefix = next(iter(names.values())).rpartition(".")[0]
     parts = dict(config.storage_of(prefix).parts)
     rows, columns = linear_shape(linear)
@@ -160,12 +161,12 @@ def _join(model: nn.Module, here: str, names: Mapping[str, str], config: Any) ->
 
 
 def _spread(model: nn.Module, here: str, names: Mapping[str, str], config: Any) -> None:
-    stacked = model.get_submodule(here)
+    stacked: Any = model.get_submodule(here)  # of Transformers
     roles = sorted({key.partition(".")[2] for key in names})
     count = stacked.down_proj.shape[0]
     wanted = {f"{index}.{role}" for index in range(count) for role in roles}
-    shapes = {role: expert_shape(stacked, role) for role in roles}
-    if set(names) != wanted or len(roles) != 3 or None in shapes.values():
+    shapes = {role: shape for role in roles if (shape := expert_shape(stacked, role)) is not None}
+    if set(names) != wanted or len(roles) != 3 or len(shapes) != 3:
         missing = sorted(wanted - set(names)) or roles
         raise ValueError(
             f"{here} has {count} experts, of which only some linears are quantized (not {missing[0]}): all or none can be"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
@@ -14,19 +14,20 @@ from .empty import empty_linear
 from .linear import QuipLinear
 
 LINEARS = (nn.Linear, Conv1D)
+DenseLinear: TypeAlias = nn.Linear | Conv1D
 
 
-def is_dense_linear(module: nn.Module) -> bool:
+def is_dense_linear(module: nn.Module) -> TypeGuard[DenseLinear]:
     """Whether this is exactly an `nn.Linear` or a `Conv1D`: a subclass may compute something else."""
     return type(module) in LINEARS
 
 
-def is_dense_embedding(module: nn.Module) -> bool:
+def is_dense_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
     """Whether this is exactly an `nn.Embedding` that only looks rows up: a subclass may do more (Gemma's scale them)."""
     return type(module) is nn.Embedding and module.max_norm is None
 
 
-def empty_like(linear: nn.Module, config: Any, name: str) -> QuipLinear:
+def empty_like(linear: DenseLinear, config: Any, name: str) -> QuipLinear:
     """An empty quantized linear in the place of a dense one. The bias is the dense one's parameter, loaded or not.
 
     Args:
@@ -41,13 +42,13 @@ def empty_like(linear: nn.Module, config: Any, name: str) -> QuipLinear:
     return module.train(linear.training)
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int]:
+def linear_shape(module: DenseLinear | nn.Embedding) -> tuple[int, int]:
     """(out_features, in_features) of a dense linear; of an embedding, (rows of the table, columns)."""
     rows, columns = module.weight.shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def dense_weight(module: nn.Module, weight: torch.Tensor | None = None) -> torch.Tensor:
+def dense_weight(module: DenseLinear | nn.Embedding, weight: torch.Tensor | None = None) -> torch.Tensor:
     """The weight [out, in] of a dense linear, a view (a Conv1D keeps it transposed), or the table of an embedding.
 
     Args:
@@ -69,7 +70,7 @@ def quantized_modules(model: nn.Module) -> dict[str, QuipLinear | QuipEmbedding]
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def quantized_linear(linear: nn.Module, quantized: Any, config: Any) -> QuipLinear:
+def quantized_linear(linear: DenseLinear, quantized: Any, config: Any) -> QuipLinear:
     """The module that replaces `linear`.
 
     Args:
@@ -95,8 +96,15 @@ def replace_linear(model: nn.Module, name: str, quantized: Any, config: Any) -> 
 
 
 def replace_embedding(model: nn.Module, name: str, quantized: Any, config: Any) -> QuipEmbedding:
-    """Put a quantized embedding in the place of the dense one called `name`, and return it; see [`replace_linear`]."""
+    """Put a quantized embedding in the place of the dense one called `name`, and return it; see [`replace_linear`].
+
+    Raises:
+        TypeError: that module is not an `nn.Embedding`.
+        ValueError: the tensors do not have the shapes of that table.
+    """
     embedding = model.get_submodule(name)
+    if not isinstance(embedding, nn.Embedding):
+        raise TypeError(f"{name} is a {type(embedding).__name__}, not an nn.Embedding")
     module = QuipEmbedding.like(embedding, config)
     module.take(quantized, embedding.weight.device)
     model.set_submodule(name, module)
@@ -109,6 +117,7 @@ def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear | Q
     The bias stays the same parameter, loaded or not.
     """
     dense = model.get_submodule(name)
+    module: QuipLinear | QuipEmbedding
     if is_dense_embedding(dense):
         module = QuipEmbedding.like(dense, config.for_module(name))
     else:
@@ -130,13 +139,13 @@ def leave_inference_mode(model: nn.Module) -> None:
                     owners.setdefault(id(tensor), []).append((tensors, name))
     with torch.inference_mode(False), torch.no_grad():
         for places in owners.values():
-            tensors, name = places[0]
-            tensor = tensors[name]
+            owner, key = places[0]
+            tensor = owner[key]
             copy = tensor.clone()
             if isinstance(tensor, nn.Parameter):
                 copy = nn.Parameter(copy, tensor.requires_grad)
-            for tensors, name in places:
-                tensors[name] = copy
+            for owner, key in places:
+                owner[key] = copy
 
 
 def freeze(model: nn.Module) -> None:
