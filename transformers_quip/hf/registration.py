@@ -11,9 +11,9 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # Module of Transformers → the module and function here that are called after its import.
 _CALLED_AFTER = {
@@ -59,14 +59,14 @@ class Waiting:
             sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenAct(spec.loader)
+            spec.loader = _ThenAct(spec.loader)  # type: ignore[assignment] # importlib.abc takes 6 ms to import
         return spec
 
 
-class _ThenAct(Loader):
+class _ThenAct:
     """The module's own loader, and then the call that waits for it."""
 
-    def __init__(self, loader: Loader):
+    def __init__(self, loader: Any):
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
