@@ -44,11 +44,22 @@ def check_complete(model: nn.Module, names: Mapping[str, TensorInfo], made: Coll
     problems = [f"{key} belongs to no module of {type(model).__name__}" for key in untaken(model, names, made)]
     problems += [f"{key} is there, and is also made of other tensors" for key in sorted(set(made) & names.keys())]
     problems += [f"{key} is missing" for key in not_given(model, {*names, *made})]
+    problems += [f"{key} has the type {names[key].dtype} instead of a floating one" for key in integers(model, names)]
     if problems:
         raise ValueError(
             f"The quantized checkpoint does not fit the model: {'; '.join(problems[:4])}"
             f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}: {DAMAGED}."
         )
+
+
+def integers(model: nn.Module, names: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors of integers in the files that the model reads as floating-point numbers: their bytes mean something else.
+
+    Args:
+        model, names: see [`check_complete`].
+    """
+    floating = {key for key, value in model.state_dict(keep_vars=True).items() if value.is_floating_point()}
+    return [key for key, info in names.items() if key in floating and info.dtype.startswith(("I", "U", "BOOL"))]
 
 
 def check_types(headers: Mapping[str, TensorInfo]) -> None:

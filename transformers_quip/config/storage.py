@@ -49,7 +49,7 @@ class Storage:
         padded = values.get("padded")
         if padded is not None:
             if not isinstance(padded, (list, tuple)) or len(padded) != 2 or not all(map(_is_size, padded)):
-                raise ValueError(f"padded={padded!r} must be two positive integers")
+                raise ValueError(f"padded={padded!r} must be two positive integers up to {_LARGEST:,}")
             values["padded"] = tuple(padded)
         if not isinstance(values.get("row_scales", False), bool):
             raise ValueError(f"row_scales={values['row_scales']!r} must be true or false")
@@ -73,6 +73,8 @@ class Storage:
         return result
 
 
+# Inputs or outputs of a linear: more than any model has, and the size of two of them is still a 64-bit number.
+_LARGEST = 10**8
 # The usual storage.
 PLAIN = Storage()
 
@@ -95,7 +97,7 @@ def check(record: Any) -> dict[str, dict] | None:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
 
 def _is_part(value: Any) -> bool:

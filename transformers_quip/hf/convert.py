@@ -67,10 +67,10 @@ def _convert(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Turns errors of Transformers that are not of the usual types into a `ValueError` that names the file."""
+    """Turns errors of Transformers, which do not name the file, into a `ValueError` that does."""
     try:
         yield
-    except (ValueError, OSError, ImportError, MemoryError):
+    except (OSError, ImportError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(f"{file} cannot be used ({type(error).__name__}: {str(error)[:200]}): {DAMAGED}") from error
