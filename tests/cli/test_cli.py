@@ -373,9 +373,16 @@ def test_tune(quantized, dense, text, tmp_path, capsys):
     out, state = tmp_path / "tuned", tmp_path / "state"
     options = ["--dense", dense, "--dataset", text, "--num-samples", 16, "--sequence-length", 16, "--held-out", 8]
     options += ["--epochs", 8, "--learning-rate", 0.02, "--state", state, "--dtype", "float32"]
-    code, found, err = run(capsys, "tune", quantized, out, *options, "--json")
+    report = tmp_path / "report.html"
+    code, found, err = run(capsys, "tune", quantized, out, *options, "--report", report, "--json")
     assert code == 0, err
     assert found["kept"] is True
+    assert "KL divergence to the dense model while tuning" in report.read_text()
+    assert len(found["history"]) == 8
+    card = (out / "README.md").read_text()
+    assert f"before tuning on 256 tokens | {found['held_out_before']:.4f} |" in card
+    assert f"| the same after tuning (text held out from it) | {found['held_out_after']:.4f} |" in card
+    assert "tuned afterwards" in card
     assert found["held_out_after"] < found["held_out_before"]
     assert "texts given by the caller" in err
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (quantized, out))
