@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from ..calibration.device import evaluating
 from ..config.tune import TuneOptions
+from ..evaluation.kept import logit_map
 from .guard import Verdict, restored_unless_kept, window_divergences
-from .head import Head, divergence_sum, hidden_states, logit_map
+from .head import Head, divergence_sum, hidden_states
 from .product import FrozenProduct, product_dtype
 from .state import Run, fingerprint, load, save
 from .student import Student, tuned

@@ -55,15 +55,36 @@ def body(
         _table(_facts(inventory, config)),
     ]
     if results:
-        rows: list[tuple[str, ...]] = [("data", "perplexity", "dense model", "protocol")]
-        for result in results:
-            dense = result.get("dense_perplexity")
-            shown = "" if dense is None else f"{dense:.4g}"
-            rows.append((result["dataset"], f"{result['perplexity']:.4g}", shown, result["protocol"]))
-        parts += ["## Measured", _table(rows)]
+        parts += ["## Measured", _measured(results)]
     recipe = _recipe(inventory.quantization, config)
     parts += ["## Limits", _limits(inventory), "## How it was made", recipe, "## Citation", _CITATION]
     return "\n\n".join(parts)
+
+
+def _measured(results: list[dict[str, Any]]) -> str:
+    """The measured perplexities, and each column that some result has."""
+    columns = [
+        ("KL divergence", "divergence", "mean", ".4f"),
+        ("dense model's perplexity of its own text", "generation", "perplexity", ".4g"),
+        ("of the dense model's text", "generation", "own_perplexity", ".4g"),
+        ("repeated in its own text", "generation", "repetition", ".1%"),
+        ("in the dense model's", "generation", "own_repetition", ".1%"),
+    ]
+    columns = [column for column in columns if any(column[2] in (r.get(column[1]) or {}) for r in results)]
+    rows: list[tuple[str, ...]] = [("data", "perplexity", "dense model", *(column[0] for column in columns), "protocol")]
+    for result in results:
+        more = ((result.get(part) or {}, key, form) for _, part, key, form in columns)
+        dense = result.get("dense_perplexity")
+        rows.append(
+            (
+                result["dataset"],
+                f"{result['perplexity']:.4g}",
+                "" if dense is None else f"{dense:.4g}",
+                *(format(part[key], form) if key in part else "" for part, key, form in more),
+                result["protocol"],
+            )
+        )
+    return _table(rows)
 
 
 def _facts(inventory: Inventory, config: QuipConfig) -> list[tuple[str, ...]]:
