@@ -81,7 +81,7 @@ def tuning(quantization: Mapping[str, Any]) -> Tuning | None:
     if not isinstance(found, Mapping) or found.get("kept") is not True:
         return None
     before, after = found.get("held_out_before"), found.get("held_out_after")
-    if not all(isinstance(value, float) and math.isfinite(value) for value in (before, after)):
+    if not (isinstance(before, float) and isinstance(after, float) and math.isfinite(before) and math.isfinite(after)):
         return None
     result: Tuning = {"held_out_before": before, "held_out_after": after}
     if type(found.get("tokens")) is int and 0 < found["tokens"] < 2**53:
