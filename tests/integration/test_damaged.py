@@ -133,6 +133,17 @@ def test_a_number_of_experts_that_no_model_has(count, changed, tmp_path):
     assert time.process_time() - begin < 5
 
 
+def test_a_number_of_dense_experts_that_no_model_has(dense, changed, tmp_path):
+    """Transformers stacks those that it finds."""
+    config = QuipConfig(dataset=None, modules_to_not_convert=["experts"])
+    model = AutoModelForCausalLM.from_pretrained(dense("mixtral"), quantization_config=config)
+    model.save_pretrained(tmp_path / "quantized")
+    folder = changed(tmp_path / "quantized", config=lambda config: config.update(num_local_experts=2**31))
+    begin = time.process_time()
+    refuses(folder, r"has no \S+experts\.4\.w\d\.weight, one of 2147483648 that the model stacks")
+    assert time.process_time() - begin < 5
+
+
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
 def test_a_dense_tensor_of_another_shape(name, quantized, changed, golden, tmp_path):
     """Transformers says so after it has read everything, in a log; `convert` would write it."""
