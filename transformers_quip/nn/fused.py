@@ -69,7 +69,7 @@ class FusedRows(nn.Linear):
 class Fusion:
     """The common part of modules that share a fused linear: the linear, and its last outputs until all took theirs.
 
-    The outputs are reused under the rule of `ops.same_input`, with one exception. The weights count as unchanged if they are
+    The outputs are reused under the rule of `ops.same_input`, with one exception: weights count as unchanged if they are
     the same tensors, at the same addresses, of the same versions. So if NumPy, DLPack or `.data` write to them after the
     first sibling was called with x, the others are not affected before the next x. Comparing all bytes of the weights would
     make q, k and v of one token 1.6 to 1.9 times as slow (960x576: 17 more than 27 microseconds; 6144x4096: 513 more than
