@@ -311,17 +311,18 @@ def test_help_is_complete_and_quick():
     for name in cli.commands.list_commands(None):
         command = cli.commands.get_command(click.Context(cli.commands), name)
         assert command.help
-        assert command.short_help
         for parameter in command.params:
             assert isinstance(parameter, click.Argument) or parameter.help, (name, parameter.name)
     code = (
-        "import resource, sys\nfrom transformers_quip.cli import main\nmain(['--help'])\n"
+        "import resource, sys\nfrom transformers_quip.cli import COMMANDS, main\n"
+        "for name in ('', *COMMANDS):\n    main([*name.split(), '--help'])\n"
         "use = resource.getrusage(resource.RUSAGE_SELF)\n"
         "heavy = {'torch', 'transformers', 'rich', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
         "print(use.ru_utime + use.ru_stime, heavy, file=sys.stderr)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert all(name in result.stdout for name in cli.commands.list_commands(None))
+    assert all(f"{name} " in result.stdout for name in cli.commands.list_commands(None))
+    assert all(f"Usage: transformers-quip {name} " in result.stdout for name in cli.commands.list_commands(None))
     seconds, heavy = result.stderr.split(maxsplit=1)
     assert heavy.strip() == "set()"
     assert float(seconds) < 0.7
