@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -62,7 +63,7 @@ class DenseWeights:
             ValueError: there is none, or it has another shape.
         """
         try:
-            module = self._model.get_submodule(name)
+            module: Any = self._model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"{self._source} has no module {name}: is it the dense model that was quantized?") from None
         weight = module.weight.detach()

@@ -91,7 +91,7 @@ def merge_and_requantize(
     if not isinstance(model, peft.PeftModel):
         raise TypeError(f"merge_and_requantize needs a PeftModel, not a {type(model).__name__}")
     base = model.get_base_model()
-    config = getattr(base.config, "quantization_config", None)
+    config: Any = getattr(base.config, "quantization_config", None)
     layers, adapter = adapted_linears(base), _active(model)
     blocks_name, blocks = find_blocks(base)
     layers = {name: layer for name, layer in layers.items() if adapter in layer.lora_A}
@@ -170,7 +170,7 @@ def _merged(layer: Any, adapter: str) -> tuple[nn.Module, float]:
     if layer.use_dora.get(adapter):
         magnitude = layer.lora_magnitude_vector[adapter].weight.float()
         after = after * (magnitude / after.norm(dim=1))[:, None]
-    dense = replace.to_dense(quantized)
+    dense: Any = replace.to_dense(quantized)
     replace.dense_weight(dense).copy_(after)
     if layer.lora_bias.get(adapter):
         dense.bias.add_(layer.lora_B[adapter].bias * scaling)
