@@ -40,22 +40,21 @@ def quantized(options, seed=0):
 
 
 def test_the_order_is_that_of_quip_sharp():
-    class Noted:
-        calls: list = []
-        batches: list = []
+    batches, calls = [], []
 
+    class Noted:
         def observe(self, batch, output):
-            self.batches.append(batch)
+            batches.append(batch)
 
         def tune(self, block, names, remaining):
             state = [isinstance(block.get_submodule(name), QuipLinear) for name in (*names, *remaining)]
             assert state == [True] * len(names) + [False] * len(remaining)
-            self.calls.append((tuple(names), tuple(remaining)))
+            calls.append((tuple(names), tuple(remaining)))
 
     block, inputs, names = entering(tiny_model("llama"))
     quantize_block(block, inputs, dict.fromkeys(names, CONFIG), tuner=Noted())
-    assert Noted.batches == list(range(12))
-    assert Noted.calls == [(group, tuple(sum(LLAMA[number + 1 :], ()))) for number, group in enumerate(LLAMA[:-1])]
+    assert batches == list(range(12))
+    assert calls == [(group, tuple(sum(LLAMA[number + 1 :], ()))) for number, group in enumerate(LLAMA[:-1])]
 
 
 def test_it_helps_on_windows_that_it_was_not_trained_on():

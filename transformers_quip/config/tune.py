@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 MODES = ("none", "vectors", "full")
+MEMORY = ("auto", "fast", "low")
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class TuneOptions:
     """How a quantized model is tuned.
 
     Attributes:
-        mode: "none"; "vectors": su, sv and the norms are trained end to end, the codes are fixed; "full": before that, each
-            block is tuned while it is rounded, in QuIP#'s order, which also trains the weights that are still dense.
+        mode: "none"; "vectors": su, sv and the norms are trained end to end, the codes are fixed; "full": before
+            that, each block is tuned while it is rounded, in QuIP#'s order, which also trains weights that are still dense.
         learning_rate: of multipliers, which begin at 1; the highest of a schedule that warms up and then falls as a cosine.
         epochs: the number of times that every window is read.
         batch_size: windows in one step.
@@ -25,6 +26,8 @@ class TuneOptions:
         looks: the number of times that the held-out windows are read during training.
         clip: largest norm of the gradient of all multipliers together.
         norms: whether the weights of norms are trained as well.
+        memory: "fast" keeps all decoded weights and activations, "low" computes them again in the backward pass,
+            "auto" decides by the free memory.
         seed: random seed of the order of the windows.
         block_windows: calibration windows on which a block is tuned (mode "full"); a quarter of their number more is used
             for comparing.
@@ -42,6 +45,7 @@ class TuneOptions:
     looks: int = 8
     clip: float = 1.0
     norms: bool = True
+    memory: str = "auto"
     seed: int = 0
     block_windows: int = 64
     block_epochs: float = 1.0
@@ -51,6 +55,8 @@ class TuneOptions:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"tune={self.mode!r} is not known, choose one of {', '.join(map(repr, MODES))}")
+        if self.memory not in MEMORY:
+            raise ValueError(f"tune: memory={self.memory!r} is not known, choose one of {', '.join(map(repr, MEMORY))}")
         for name, least in (("batch_size", 1), ("held_out", 2), ("warmup", 0), ("looks", 1), ("block_windows", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -1,7 +1,7 @@
 """Blockwise tuning in QuIP#'s order (arXiv 2402.04396, section 5): between the roundings of a block's groups of linears.
 
-After the linears that read one input are rounded and replaced, the block's remaining dense weights, its norms, and su and sv
-of what is quantized already are trained, so that the block's output follows the output of the dense block. The dense weights
+After the linears that read one input are rounded and replaced, the block's remaining dense weights, its norms, and the su
+and sv that it has already are trained, so that the block's output follows the output of the dense block. The dense weights
 make up for the error that is there, and are rounded afterwards. Only one block's weights are trained at a time.
 """
 

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from ..nn import QuipLinear
-from ..nn.replace import dense_weight
-from .product import FrozenProduct, product_dtype
+from ..nn.replace import DenseLinear, dense_weight
+from .product import DecodedProduct, FrozenProduct, product_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,14 +37,15 @@ class TunedLinear(nn.Module):
     Args:
         quantized: the linear that it replaces; kept, so that the trained values can be merged into it.
         b: multipliers of the inputs [n], shared with other linears, or None.
+        keep: whether the decoded W is kept; otherwise it is decoded in each forward and each backward pass.
     """
 
-    def __init__(self, quantized: QuipLinear, b: nn.Parameter | None):
+    def __init__(self, quantized: QuipLinear, b: nn.Parameter | None, keep: bool = True):
         super().__init__()
         self._quantized = (quantized,)  # in a tuple it is not a part of this module
         device = quantized.su.device
         self.in_features, self.out_features = quantized.in_features, quantized.out_features
-        self.weight = nn.Parameter(quantized.dequantize(torch.float32).to(product_dtype(device)), requires_grad=False)
+        self.weight = nn.Parameter(self._decoded(), requires_grad=False) if keep else None
         self.a = nn.Parameter(torch.ones(quantized.out_features, device=device))
         self.b = b
         self.bias = quantized.bias
@@ -54,11 +55,15 @@ class TunedLinear(nn.Module):
         """The linear that it replaces, under PEFT's name for a wrapped module."""
         return self._quantized[0]
 
+    def _decoded(self) -> torch.Tensor:
+        return self.base_layer.dequantize(torch.float32).to(product_dtype(self.base_layer.su.device))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floating point [..., n] → [..., m] in the same dtype."""
         if self.b is not None:
             x = x * self.b.to(x.dtype)
-        y = FrozenProduct.apply(x, self.weight) * self.a.to(x.dtype)
+        y = DecodedProduct.apply(x, self._decoded) if self.weight is None else FrozenProduct.apply(x, self.weight)
+        y = y * self.a.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -69,16 +74,16 @@ class TrainedLinear(nn.Module):
         dense: the linear (`nn.Linear` or `Conv1D`) that it replaces; kept, so that the trained weight can be stored in it.
     """
 
-    def __init__(self, dense: nn.Module):
+    def __init__(self, dense: DenseLinear):
         super().__init__()
         self._dense = (dense,)  # in a tuple it is not a part of this module
         weight = dense_weight(dense).detach()
         self.weight = nn.Parameter(weight.to(torch.float32, copy=True))
-        self.bias = dense.bias
+        self.bias: nn.Parameter | None = dense.bias
         self._dtype = product_dtype(weight.device)
 
     @property
-    def base_layer(self) -> nn.Module:
+    def base_layer(self) -> DenseLinear:
         """The linear that it replaces."""
         return self._dense[0]
 
@@ -144,20 +149,22 @@ class Student:
             parameter.copy_(values[name])
 
 
-def tuned(model: PreTrainedModel, ids: torch.Tensor, norms: bool = True) -> AbstractContextManager[Student]:
+def tuned(
+    model: PreTrainedModel, ids: torch.Tensor, norms: bool = True, keep: bool = True
+) -> AbstractContextManager[Student]:
     """[`tuned_module`] of a whole model.
 
     Args:
         model: with quantized linears.
         ids: token ids [B, T], a few, for one forward.
-        norms: see [`tuned_module`].
+        norms, keep: see [`tuned_module`].
     """
-    return tuned_module(model, partial(model, input_ids=ids, use_cache=False), norms)
+    return tuned_module(model, partial(model, input_ids=ids, use_cache=False), norms, keep=keep)
 
 
 @contextmanager
 def tuned_module(
-    module: nn.Module, run: Callable[[], Any], norms: bool = True, dense: Iterable[str] = ()
+    module: nn.Module, run: Callable[[], Any], norms: bool = True, dense: Iterable[str] = (), keep: bool = True
 ) -> Iterator[Student]:
     """A context in which the quantized linears of a module are replaced by trainable stand-ins; afterwards they are back.
 
@@ -169,6 +176,7 @@ def tuned_module(
         run: runs it once: that finds out which linears read one input, and which a norm's output.
         norms: whether the weights of norms, and the biases of quantized linears, are trained as well.
         dense: names of dense linears, whose weights are trained as well.
+        keep: whether the decoded weights of all quantized linears are in memory at once; see [`TunedLinear`].
 
     Raises:
         ValueError: the module has no quantized linears.
@@ -180,7 +188,7 @@ def tuned_module(
     frozen = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    linears = {name: TunedLinear(inner, readers.multipliers[name]) for name, inner in quantized.items()}
+    linears = {name: TunedLinear(inner, readers.multipliers[name], keep) for name, inner in quantized.items()}
     trained = {name: TrainedLinear(module.get_submodule(name)) for name in dense}
     for name, stand_in in (linears | trained).items():
         module.set_submodule(name, stand_in)

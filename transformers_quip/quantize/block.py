@@ -102,7 +102,7 @@ def quantize_block(
         configs: the name of a linear inside the block → its options, without an average of bits (`is_mixed`).
         prefix: the block's name in the model with a dot, for names in results and messages.
         on_output: gets the number and the dense block's output [B, T, H] of each batch, once, before anything is replaced.
-        on_module: gets each result as soon as it is ready, for a progress bar; what is tuned later may change its su and sv.
+        on_module: gets each result as soon as it is ready, for a progress bar; later tuning may change its su and sv.
         tuner: tunes the block after each of its groups but the last, which leaves nothing dense to tune.
 
     Raises:
@@ -256,6 +256,7 @@ def _take_tuned(block: nn.Module, result: BlockResult) -> None:
     """Bring the results up to date with the block, whose vectors were tuned after they were collected."""
     for name, module in result.modules.items():
         linear = block.get_submodule(name)
+        assert isinstance(linear, QuipLinear)
         su, sv = (vector.detach().float() for vector in (linear.su, linear.sv))
         columns, rows = len(module.quantized.su), len(module.quantized.sv)
         module.quantized = replace_fields(module.quantized, su=su[:columns], sv=sv[:rows])
