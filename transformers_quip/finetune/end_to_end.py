@@ -19,9 +19,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.device import evaluating
+from ..config import QuipConfig
 from ..config.tune import TuneOptions
+from ..evaluation.kept import logit_map
 from .guard import Verdict, restored_unless_kept, window_divergences
-from .head import Head, divergence_sum, hidden_states, logit_map
+from .head import Head, divergence_sum, hidden_states
 from .product import FrozenProduct, product_dtype
 from .state import Run, fingerprint, load, save
 from .student import Student, tuned
@@ -116,7 +118,17 @@ def tune_vectors(
     else:
         logger.info("%s.", report.verdict)
     report.seconds = time.perf_counter() - started
+    _note(model, report)
     return report
+
+
+def _note(model: PreTrainedModel, report: TuneReport) -> None:
+    """Record the result in the model's config, for config.json and the model card; a gain replaces an earlier result."""
+    config = getattr(model.config, "quantization_config", None)
+    if isinstance(config, QuipConfig):
+        calibration = config.calibration or {}
+        if report.verdict.accepted or "tuning" not in calibration:
+            config.calibration = {**calibration, "tuning": report.to_dict()}
 
 
 def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) -> Head:
