@@ -14,7 +14,7 @@ from transformers_quip.quantize.plan import make_plan
 
 M, N = 48, 96
 MANY = MOST_VECTORS["trellis"][3] + 3
-NAMES = ["trellis:mul1:k2:exl3", "trellis:1mad:k3:rows", "trellis:hyb-q9v2:k2:qtip"]
+NAMES = ["trellis:mul1:k2:exl3", "trellis:mul1:k2.5:exl3", "trellis:1mad:k3:rows", "trellis:hyb-q9v2:k2:qtip"]
 # Relative to the size of the output. Products with decoded weights are in the dtype of x if that is bfloat16.
 ACCURACY = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -137,7 +137,7 @@ def test_module(name):
         assert relative(module(x), x.double() @ weight.T + bias.double()) < 1e-6
     assert relative(module.dequantize(), weight) < 1e-6
     tables = 0 if table is None else table.numel() * 4
-    assert module.packed_bytes == M * N * codebooks.get(name).k // 8 + (M + N) * 4 + tables
+    assert module.packed_bytes == M * N * codebooks.get(name).k / 8 + (M + N) * 4 + tables
     with pytest.raises(ValueError, match="multiples of 16"):
         QuipLinear(N, 40, codebook=name)
 
