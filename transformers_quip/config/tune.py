@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-MODES = ("none", "vectors", "full")
+MODES = ("none", "vectors", "blocks", "full")
 MEMORY = ("auto", "fast", "low")
 
 
@@ -16,8 +16,9 @@ class TuneOptions:
     """How a quantized model is tuned.
 
     Attributes:
-        mode: "none"; "vectors": su, sv and the norms are trained end to end, the codes are fixed; "full": before
-            that, each block is tuned while it is rounded, in QuIP#'s order, which also trains weights that are still dense.
+        mode: "none"; "vectors": su, sv and the norms are trained end to end, the codes are fixed; "blocks": each block is tuned
+            while it is rounded, in QuIP#'s order, which also trains weights that are still dense; "full": first "blocks", then
+            "vectors".
         learning_rate: of multipliers, which begin at 1; the highest of a schedule that warms up and then falls as a cosine.
         epochs: the number of times that every window is read.
         batch_size: windows in one step.
@@ -29,7 +30,7 @@ class TuneOptions:
         memory: "fast" keeps all decoded weights and activations, "low" computes them again in the backward pass,
             "auto" decides by the free memory.
         seed: random seed of the order of the windows.
-        block_windows: calibration windows on which a block is tuned (mode "full"); a quarter of their number more is used
+        block_windows: calibration windows on which a block is tuned; a quarter of their number more is used
             for comparing.
         block_epochs: the number of times that they are read after each group of linears.
         block_learning_rate: of multipliers, in a block.
@@ -67,6 +68,16 @@ class TuneOptions:
                 raise ValueError(f"tune: {name}={value!r} must be a number above 0")
         if not isinstance(self.norms, bool):
             raise ValueError(f"tune: norms={self.norms!r} must be True or False")
+
+    @property
+    def tunes_blocks(self) -> bool:
+        """Whether blocks are tuned while they are rounded."""
+        return self.mode in ("blocks", "full")
+
+    @property
+    def tunes_vectors(self) -> bool:
+        """Whether the vectors are tuned end to end."""
+        return self.mode in ("vectors", "full")
 
     @classmethod
     def parse(cls, value: str | Mapping[str, Any] | TuneOptions | None) -> TuneOptions:
