@@ -70,9 +70,9 @@ def test_many_vectors_in_blocks_of_rows(monkeypatch):
 
 
 def test_linear_with_float64_and_without_transforms(backend):
-    args, _ = arguments(NAMES[2], vectors(2, 5, N), torch.float64)
+    args, _ = arguments(NAMES[3], vectors(2, 5, N), torch.float64)
     args[6:8] = "none", "none"
-    inner = codebooks.get(NAMES[2]).decode(tensors(NAMES[2])[0], N, torch.float64)
+    inner = codebooks.get(NAMES[3]).decode(tensors(NAMES[3])[0], N, torch.float64)
     expected = (args[0] * args[2]) @ inner.T * args[3] + args[4]
     assert relative(torch.ops.quip.linear(*args), expected) < 1e-12
     assert torch.ops.quip.linear(args[0][:, :0], *args[1:]).shape == (2, 0, M)
@@ -109,13 +109,13 @@ def test_schema_fake_and_derivatives(name):
 
 
 def test_codes_and_tables_that_do_not_fit_are_refused(backend):
-    args, _ = arguments(NAMES[2], vectors(1, N))
+    args, _ = arguments(NAMES[3], vectors(1, N))
     codes, table = args[1]
     for name, weight, message in (
-        (NAMES[2], [codes], r"stores codes, table, got 1 tensors"),
-        (NAMES[2], [codes, torch.zeros(256, 2)], r"table .* must be floating point \[512, 2\], got .* \[256, 2\]"),
-        (NAMES[2], [codes[:, :5], table], r"must be torch.int16 \[48, 12\], got torch.int16 \[48, 5\]"),
-        (NAMES[2], [codes, codes], r"table .* must be floating point \[512, 2\], got torch.int16"),
+        (NAMES[3], [codes], r"stores codes, table, got 1 tensors"),
+        (NAMES[3], [codes, torch.zeros(256, 2)], r"table .* must be floating point \[512, 2\], got .* \[256, 2\]"),
+        (NAMES[3], [codes[:, :5], table], r"must be torch.int16 \[48, 12\], got torch.int16 \[48, 5\]"),
+        (NAMES[3], [codes, codes], r"table .* must be floating point \[512, 2\], got torch.int16"),
         (NAMES[0], [codes, table], r"stores codes, got 2 tensors"),
         ("e8p", [torch.zeros(M, 12).short(), table], "'e8p' stores codes, got 2 tensors"),
     ):

@@ -2,8 +2,8 @@
 
 Codes and tables are described in `transformers_quip.codebooks.trellis`. A lane has sixteen consecutive weights of a tile's
 sequence: lane g has the weights 16g to 16g + 15. Weight i of every lane then takes its state from the same bits of the
-lane's own words, so all shifts are constants. With half bits every second lane begins in the middle of a word; its words are
-moved by a byte first.
+lane's own words, so all shifts are constants. With half bits every second lane begins in the middle of a word; its words
+are moved by a byte first.
 """
 
 from __future__ import annotations
