@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,13 @@ from ..calibration.device import evaluating
 from ..config import QuipConfig
 from ..config.tune import TuneOptions
 from ..evaluation.kept import logit_map
+from ..nn.replace import quantized_linears
 from .guard import Verdict, restored_unless_kept, window_divergences
-from .head import Head, divergence_sum, hidden_states
+from .head import CHUNK, Head, divergence_sum, hidden_states
+from .memory import Estimate, blocks_of, decoded_bytes, estimate, fits, recomputed
 from .product import FrozenProduct, product_dtype
 from .state import Run, fingerprint, load, save
-from .student import Student, tuned
+from .student import Student, TrainedLinear, embedding_weights, tuned
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -101,15 +104,35 @@ def tune_vectors(
     options.check_windows(len(teacher.ids))
     held_out = range(count, len(teacher.ids))
     probe = teacher.ids[:1, :_PROBE_TOKENS].to(model.device)
-    head = student_head(model, teacher, probe)
+    trained = embedding_weights(model) if options.embeddings else {}
+    head = student_head(model, teacher, probe, options.embeddings)
+    reading = time.perf_counter()
     before = window_divergences(model, teacher, head, held_out)
+    reading = time.perf_counter() - reading
     report = TuneReport(Verdict.of(before, before), 0, count, count * teacher.ids.shape[1], options.steps(count))
     folder = None if state is None else Path(state)
     mark = "" if folder is None else fingerprint(model, teacher, options)
-    with restored_unless_kept(model) as result:
-        with tuned(model, probe, options.norms) as student:
+    with restored_unless_kept(model, trained) as result:
+        keep = _keep_decoded(model, options)
+        with tuned(model, probe, options.norms, keep, options.embeddings) as student:
             report.trained = sum(value.numel() for value in student.trained().values())
-            _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
+            found = _estimate(model, student, teacher, options, probe)
+            recompute = options.memory == "low" or (
+                options.memory == "auto" and not fits(found.total(keep, False), model.device)
+            )
+            logger.info(
+                "Tuning: %d steps of %d windows, %.1f GB of memory beside the quantized model, about %.0f minutes.",
+                report.steps,
+                options.batch_size,
+                found.total(keep, recompute) / 1e9,
+                # a backward pass costs as much as two forward passes
+                (report.steps * options.batch_size * 3 + len(held_out) * (options.looks + 1))
+                * reading
+                / len(held_out)
+                / 60,
+            )
+            with recomputed(blocks_of(model, student.linears)) if recompute else nullcontext():
+                _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
         report.verdict = Verdict.of(before, window_divergences(model, teacher, head, held_out))
         if report.verdict.accepted:
             result.keep()
@@ -131,7 +154,7 @@ def _note(model: PreTrainedModel, report: TuneReport) -> None:
             config.calibration = {**calibration, "tuning": report.to_dict()}
 
 
-def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) -> Head:
+def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor, trained: bool = False) -> Head:
     """The function that computes the logits of the quantized model.
 
     Raises:
@@ -145,6 +168,8 @@ def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) 
         raise ValueError(
             f"the model predicts {rows} tokens and its teacher {len(teacher.weight)}: both must have one vocabulary"
         )
+    if trained:
+        return Head(TrainedLinear(output, copy=False), logit_map(model, probe))
     if type(output) is nn.Linear:  # the same product as for the teacher, without rounding twice
         weight, bias = output.weight.detach().to(product_dtype(output.weight.device)), output.bias
 
@@ -154,6 +179,22 @@ def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) 
 
         return Head(project, logit_map(model, probe))
     return Head(output, logit_map(model, probe))
+
+
+def _keep_decoded(model: PreTrainedModel, options: TuneOptions) -> bool:
+    linears = quantized_linears(model).values()
+    return options.memory == "fast" or (options.memory == "auto" and fits(decoded_bytes(linears), model.device))
+
+
+def _estimate(
+    model: PreTrainedModel, student: Student, teacher: Teacher, options: TuneOptions, probe: torch.Tensor
+) -> Estimate:
+    """The memory of a step, from what the probe takes."""
+    step = options.batch_size * teacher.ids.shape[1]
+    logits = 6 * 4 * CHUNK * len(teacher.weight)  # of both models, their softmax and a gradient
+    blocks = blocks_of(model, student.linears)
+    with evaluating(model):
+        return estimate(blocks, student, lambda: hidden_states(model, probe), (probe.numel(), step), logits)
 
 
 class _Trainer:
@@ -172,7 +213,7 @@ class _Trainer:
     ):
         self.model, self.student, self.teacher, self.head = model, student, teacher, head
         self.options, self.report, self.folder, self.mark = options, report, folder, mark
-        self.groups = student.groups(options.learning_rate)
+        self.groups = student.groups(options.learning_rate, embedding_rate=options.embedding_rate)
         self.highest = [group["lr"] for group in self.groups]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.95))
         self.best, self.best_loss = student.snapshot(), math.inf
