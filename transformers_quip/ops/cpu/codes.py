@@ -106,7 +106,7 @@ def dtypes_are_known(tensors: Sequence[torch.Tensor]) -> bool:
     return all(v.dtype in cpu_linear.DTYPES or not v.is_floating_point() for v in tensors)
 
 
-def types_fit(codebook: str, weight: Sequence[torch.dtype], vectors: Sequence[torch.dtype | None]) -> bool:
+def types_fit(codebook: str, weight: Sequence[torch.dtype | None], vectors: Sequence[torch.dtype | None]) -> bool:
     """Whether a layer's tensors have the types that its codebook stores and the library takes.
 
     Args:
