@@ -18,13 +18,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..calibration.capture import find_blocks
 from ..calibration.device import evaluating
 from ..config import QuipConfig
 from ..config.tune import TuneOptions
 from ..evaluation.kept import logit_map
+from . import processes
 from .guard import Verdict, restored_unless_kept, window_divergences
 from .head import Head, divergence_sum, hidden_states
 from .product import FrozenProduct, product_dtype
+from .recompute import recomputed
 from .state import Run, fingerprint, load, save
 from .student import Student, tuned
 from .teacher import Teacher
@@ -79,6 +82,8 @@ def tune_vectors(
     options: TuneOptions,
     state: str | os.PathLike | None = None,
     progress: bool = True,
+    checkpointing: bool = False,
+    shard: bool | None = None,
 ) -> TuneReport:
     """Tune the vectors of a quantized model, in place.
 
@@ -92,13 +97,36 @@ def tune_vectors(
         state: a folder for the state of the run. A stopped run resumes from there with the same result, if model, text and
             options are the same.
         progress: show a tqdm bar.
+        checkpointing: keep only the inputs of each decoder block for the backward pass, and compute the block again in it:
+            less memory for about a third more time.
+        shard: in several processes (torchrun, `accelerate launch`), which read a part of each batch each: shard the frozen
+            weights over them (FSDP2). None: if accelerate was told to use FSDP.
 
     Raises:
-        ValueError: too few windows, no quantized linears, other vocabularies, or a model whose logits are not understood.
+        ValueError: too few windows, no quantized linears, other vocabularies, a model whose logits are not understood, or a
+            batch that the processes cannot share out evenly.
     """
+    with torch.autocast(model.device.type, enabled=False):  # the products choose their dtype themselves
+        return _tune_vectors(model, teacher, options, state, progress, checkpointing, shard)
+
+
+def _tune_vectors(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    options: TuneOptions,
+    state: str | os.PathLike | None,
+    progress: bool,
+    checkpointing: bool,
+    shard: bool | None,
+) -> TuneReport:
     started = time.perf_counter()
     count = len(teacher.ids) - options.held_out
     options.check_windows(len(teacher.ids))
+    if options.batch_size % processes.count():
+        raise ValueError(
+            f"batch_size={options.batch_size} must be a multiple of the {processes.count()} processes that share it out"
+        )
+    blocks = find_blocks(model)[1] if checkpointing else None
     held_out = range(count, len(teacher.ids))
     probe = teacher.ids[:1, :_PROBE_TOKENS].to(model.device)
     head = student_head(model, teacher, probe)
@@ -107,7 +135,9 @@ def tune_vectors(
     folder = None if state is None else Path(state)
     mark = "" if folder is None else fingerprint(model, teacher, options)
     with restored_unless_kept(model) as result:
-        with tuned(model, probe, options.norms) as student:
+        with tuned(model, probe, options.norms) as student, recomputed(blocks):
+            if processes.count() > 1 and (processes.wants_sharding() if shard is None else shard):
+                processes.shard(student)
             report.trained = sum(value.numel() for value in student.trained().values())
             _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
         report.verdict = Verdict.of(before, window_divergences(model, teacher, head, held_out))
@@ -186,7 +216,9 @@ class _Trainer:
         first = self._resume()
         with (
             evaluating(self.model),
-            tqdm(total=steps, initial=first, desc="Tuning", unit="step", disable=not progress) as bar,
+            tqdm(
+                total=steps, initial=first, desc="Tuning", unit="step", disable=not (progress and processes.is_first())
+            ) as bar,
         ):
             started = time.perf_counter()
             for step in range(first, steps):
@@ -200,8 +232,9 @@ class _Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.highest, strict=True):
             group["lr"] = rate * self.options.factor(step, self.report.steps)
         tokens = len(chosen) * self.teacher.ids.shape[1]
-        loss = divergence_of(self.model, self.teacher, self.head, chosen) / tokens
+        loss = divergence_of(self.model, self.teacher, self.head, processes.mine(chosen)) / tokens
         loss.backward()
+        loss = processes.add_up_gradients(self.student.trained().values(), loss)
         torch.nn.utils.clip_grad_norm_(list(self.student.trained().values()), self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,7 +251,7 @@ class _Trainer:
         self.report.history.append({"step": step, "windows": windows, "seconds": seconds, "train": train, "held_out": held})
         self.recent = []
         bar.set_postfix_str(f"KL divergence {train:.3f}, held out {held:.3f}")
-        if self.folder is not None:
+        if self.folder is not None and processes.is_first():
             states = {name: self.optimizer.state[value] for name, value in self.student.trained().items()}
             moments = {name: (state["exp_avg"], state["exp_avg_sq"]) for name, state in states.items()}
             values = self.student.snapshot()
