@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.finetune import two_processes
 from tests.finetune.conftest import IDS, pair
+from tests.models import save_tiny_model, tiny_tokenizer
+from transformers_quip import QuipConfig, cli
 from transformers_quip.finetune import processes, record, tune_vectors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,23 +81,6 @@ def test_accelerate_asks_for_fsdp(monkeypatch, value, expected):
     assert processes.wants_sharding() is expected
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt"])
-def test_checkpointing_changes_nothing_but_what_is_kept(arch, monkeypatch):
-    """The result is the same to the last bit, and blocks run twice in a training step."""
-    results, runs = [], []
-    for checkpointing in (False, True):
-        dense, model = pair(arch)
-        teacher, counted = record(dense, IDS[:21], progress=False), [0]
-        forwards = [module for name, module in model.named_modules() if name.endswith(("layers.0", "h.0"))]
-        hook = forwards[0].register_forward_hook(lambda *_, counted=counted: counted.__setitem__(0, counted[0] + 1))
-        tune_vectors(model, teacher, two_processes.OPTIONS, progress=False, checkpointing=checkpointing)
-        hook.remove()
-        assert "forward" not in forwards[0].__dict__
-        results.append([p.clone() for p in model.parameters()])
-        runs.append(counted[0])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 def test_autocast_around_it_changes_nothing():
     results = []
     for enabled in (False, True):
@@ -103,3 +90,37 @@ def test_autocast_around_it_changes_nothing():
             tune_vectors(model, teacher, two_processes.OPTIONS, progress=False)
         results.append([p.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_command_under_accelerate(tmp_path):
+    """The first process writes a model that is what one process writes."""
+    dense, quantized, text = tmp_path / "dense", tmp_path / "quantized", tmp_path / "text.txt"
+    save_tiny_model("llama", dense)
+    tiny_tokenizer().save_pretrained(dense)
+    config = QuipConfig(dataset=IDS[:8], sequence_length=20, num_samples=8, batch_size=4, refinement_sweeps=1)
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(quantized)
+    tiny_tokenizer().save_pretrained(quantized)
+    text.write_text("\n\n".join(f"the {n}th of many short texts about nothing" for n in range(40)))
+    options = ["--dense", dense, "--dataset", text, "--num-samples", 16, "--sequence-length", 16, "--held-out", 6]
+    options += ["--epochs", 4, "--learning-rate", 0.02, "--dtype", "float32", "--json"]
+    results = []
+    for count, device in ((1, []), (2, ["--cpu"]), (2, ["--use_fsdp", "--fsdp_version", 2])):
+        out, state = tmp_path / f"out{len(results)}", tmp_path / f"state{len(results)}"
+        program = ["-m", "transformers_quip", "tune", quantized, out, "--state", state, *options]
+        launcher = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1, *device]
+        done = launch(*([] if count == 1 else launcher), *program)
+        assert done.returncode == 0, done.stderr[-4000:]
+        results.append((json.loads(done.stdout[done.stdout.index("{") :]), load_file(out / "model.safetensors")))
+        assert {path.name for path in state.iterdir()} == {"teacher.bin", "teacher.json", "tuning.safetensors"}
+    (alone, expected), *others = results
+    assert alone["kept"]
+    for found, tensors in others:
+        assert found["held_out_after"] == pytest.approx(alone["held_out_after"], rel=0.02)
+        for name, value in tensors.items():
+            torch.testing.assert_close(value.float(), expected[name].float(), rtol=0.02, atol=0.02, msg=name)
+
+
+def test_several_processes_need_a_state(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(processes, "join", lambda: object())
+    assert cli.main(["tune", str(tmp_path / "model"), str(tmp_path / "out"), "--dense", "d"]) == cli.USAGE
+    assert "--state names a folder" in capsys.readouterr().err

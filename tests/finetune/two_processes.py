@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/finetune/two_processes.py RESULTS
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,26 +15,28 @@ import torch
 
 from tests.finetune.conftest import IDS, pair
 from transformers_quip.finetune import TuneOptions, end_to_end, processes, product, record, student, teacher, tune_vectors
+from transformers_quip.finetune import memory as memory_module
 
 OPTIONS = TuneOptions(epochs=3, batch_size=4, held_out=5, learning_rate=2e-2, looks=4)
 WAYS = {
     "whole": {},
     "sharded": {"shard": True},
-    "checkpointing": {"checkpointing": True},
-    "sharded, checkpointing": {"shard": True, "checkpointing": True},
+    "low memory": {"memory": "low"},
+    "sharded, low memory": {"shard": True, "memory": "low"},
 }
 
 
 def exact() -> None:
     """As the fixture of this name: products in float32."""
-    for module in (product, student, teacher, end_to_end):
+    for module in (memory_module, product, student, teacher, end_to_end):
         module.product_dtype = lambda device: torch.float32
 
 
-def tune(**options) -> dict:
+def tune(memory: str = "auto", **options) -> dict:
     """The history of a run with the sum of the tuned vectors, which differ if anything differed."""
     dense, model = pair("llama")
-    report = tune_vectors(model, record(dense, IDS[:21], progress=False), OPTIONS, progress=False, **options)
+    chosen = dataclasses.replace(OPTIONS, memory=memory)
+    report = tune_vectors(model, record(dense, IDS[:21], progress=False), chosen, progress=False, **options)
     vectors = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.ndim == 1}
     assert not any("FSDP" in type(module).__name__ for module in model.modules())
     return {

@@ -41,7 +41,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
@@ -89,7 +88,7 @@ class Trellis(Codebook):
     block_size = rows_together = TILE
     code_dtype = torch.int16
     is_read_only = True
-    kernels: Literal["trellis"] | None = "trellis"
+    kernels = "trellis"
 
     def __init__(self, code: str, k: float, order: str, table_shape: tuple[int, int] | None = None):
         self.code, self.k, self.order, self.table_shape = code, k, order, table_shape
@@ -112,8 +111,6 @@ class Trellis(Codebook):
         else:
             self.step = 1
         self.bits = float(k)
-        if k not in WHOLE_BITS:
-            self.kernels = None
 
     @classmethod
     def parse(cls, name: str) -> Trellis:

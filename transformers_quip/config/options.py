@@ -159,9 +159,10 @@ OPTIONS: dict[str, Option] = {
     "tune": Option(
         "none",
         _tune,
-        "Training after rounding: 'none', 'vectors' (su, sv and the norms learn the dense model's predictions on the "
-        "calibration text; the result is kept only if it is better on windows that were held out), or a dictionary of "
-        "the attributes of `config.tune.TuneOptions`. The dense model's memory is needed a second time meanwhile.",
+        "Training: 'none', 'vectors' (after rounding, su, sv and the norms learn the dense model's predictions on the "
+        "calibration text; the result is kept only if it is better on windows that were held out), 'full' (each block is "
+        "also tuned while it is rounded, in QuIP#'s order), or a dictionary of the attributes of "
+        "`config.tune.TuneOptions`.",
     ),
     "seed": Option(0, check.integer(0), "Random seed."),
 }

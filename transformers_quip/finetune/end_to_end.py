@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration.capture import find_blocks
 from ..calibration.device import evaluating
 from ..config import QuipConfig
 from ..config.tune import TuneOptions
 from ..evaluation.kept import logit_map
+from ..nn.replace import quantized_linears
 from . import processes
 from .guard import Verdict, restored_unless_kept, window_divergences
-from .head import Head, divergence_sum, hidden_states
+from .head import CHUNK, Head, divergence_sum, hidden_states
+from .memory import Estimate, blocks_of, decoded_bytes, estimate, fits, recomputed
 from .product import FrozenProduct, product_dtype
-from .recompute import recomputed
 from .state import Run, fingerprint, load, save
 from .student import Student, tuned
 from .teacher import Teacher
@@ -82,7 +83,6 @@ def tune_vectors(
     options: TuneOptions,
     state: str | os.PathLike | None = None,
     progress: bool = True,
-    checkpointing: bool = False,
     shard: bool | None = None,
 ) -> TuneReport:
     """Tune the vectors of a quantized model, in place.
@@ -97,9 +97,7 @@ def tune_vectors(
         state: a folder for the state of the run. A stopped run resumes from there with the same result, if model, text and
             options are the same.
         progress: show a tqdm bar.
-        checkpointing: keep only the inputs of each decoder block for the backward pass, and compute the block again in it:
-            less memory for about a third more time.
-        shard: in several processes (torchrun, `accelerate launch`), which read a part of each batch each: shard the frozen
+        shard: in several processes (torchrun, `accelerate launch`), which read a part of each batch each: shard the decoded
             weights over them (FSDP2). None: if accelerate was told to use FSDP.
 
     Raises:
@@ -107,7 +105,7 @@ def tune_vectors(
             batch that the processes cannot share out evenly.
     """
     with torch.autocast(model.device.type, enabled=False):  # the products choose their dtype themselves
-        return _tune_vectors(model, teacher, options, state, progress, checkpointing, shard)
+        return _tune_vectors(model, teacher, options, state, progress, shard)
 
 
 def _tune_vectors(
@@ -116,7 +114,6 @@ def _tune_vectors(
     options: TuneOptions,
     state: str | os.PathLike | None,
     progress: bool,
-    checkpointing: bool,
     shard: bool | None,
 ) -> TuneReport:
     started = time.perf_counter()
@@ -126,20 +123,41 @@ def _tune_vectors(
         raise ValueError(
             f"batch_size={options.batch_size} must be a multiple of the {processes.count()} processes that share it out"
         )
-    blocks = find_blocks(model)[1] if checkpointing else None
+    shard = processes.count() > 1 and (processes.wants_sharding() if shard is None else shard)
     held_out = range(count, len(teacher.ids))
     probe = teacher.ids[:1, :_PROBE_TOKENS].to(model.device)
     head = student_head(model, teacher, probe)
+    reading = time.perf_counter()
     before = window_divergences(model, teacher, head, held_out)
+    reading = time.perf_counter() - reading
     report = TuneReport(Verdict.of(before, before), 0, count, count * teacher.ids.shape[1], options.steps(count))
     folder = None if state is None else Path(state)
     mark = "" if folder is None else fingerprint(model, teacher, options)
     with restored_unless_kept(model) as result:
-        with tuned(model, probe, options.norms) as student, recomputed(blocks):
-            if processes.count() > 1 and (processes.wants_sharding() if shard is None else shard):
-                processes.shard(student)
+        keep = shard or processes.from_first(lambda: _keep_decoded(model, options))
+        with tuned(model, probe, options.norms, keep) as student:
             report.trained = sum(value.numel() for value in student.trained().values())
-            _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
+            found = _estimate(model, student, teacher, options, probe)
+            if shard:
+                processes.shard(student)
+                found = replace(found, weights=found.weights // processes.count() + found.largest)
+            # processes that shard weights must read them equally often
+            recompute = options.memory == "low" or processes.from_first(
+                lambda: options.memory == "auto" and not fits(found.total(keep, False), model.device)
+            )
+            logger.info(
+                "Tuning: %d steps of %d windows, %.1f GB of memory beside the quantized model, about %.0f minutes.",
+                report.steps,
+                options.batch_size,
+                found.total(keep, recompute) / 1e9,
+                # a backward pass costs as much as two forward passes
+                (report.steps * options.batch_size * 3 + len(held_out) * (options.looks + 1))
+                * reading
+                / len(held_out)
+                / 60,
+            )
+            with recomputed(blocks_of(model, student.linears)) if recompute else nullcontext():
+                _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
         report.verdict = Verdict.of(before, window_divergences(model, teacher, head, held_out))
         if report.verdict.accepted:
             result.keep()
@@ -186,6 +204,22 @@ def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) 
     return Head(output, logit_map(model, probe))
 
 
+def _keep_decoded(model: PreTrainedModel, options: TuneOptions) -> bool:
+    linears = quantized_linears(model).values()
+    return options.memory == "fast" or (options.memory == "auto" and fits(decoded_bytes(linears), model.device))
+
+
+def _estimate(
+    model: PreTrainedModel, student: Student, teacher: Teacher, options: TuneOptions, probe: torch.Tensor
+) -> Estimate:
+    """The memory of a step, from what the probe takes."""
+    step = options.batch_size // processes.count() * teacher.ids.shape[1]
+    logits = 6 * 4 * CHUNK * len(teacher.weight)  # of both models, their softmax and a gradient
+    blocks = blocks_of(model, student.linears)
+    with evaluating(model):
+        return estimate(blocks, student, lambda: hidden_states(model, probe), (probe.numel(), step), logits)
+
+
 class _Trainer:
     """All steps of one run; see [`tune_vectors`]."""
 
@@ -213,12 +247,10 @@ class _Trainer:
         steps, size = self.report.steps, self.options.batch_size
         order = _order(self.report.windows, steps * size, self.options.seed)
         looks = {round(steps * (look + 1) / self.options.looks) for look in range(self.options.looks)}
-        first = self._resume()
+        first, hidden = self._resume(), not (progress and processes.is_first())
         with (
             evaluating(self.model),
-            tqdm(
-                total=steps, initial=first, desc="Tuning", unit="step", disable=not (progress and processes.is_first())
-            ) as bar,
+            tqdm(total=steps, initial=first, desc="Tuning", unit="step", disable=hidden) as bar,
         ):
             started = time.perf_counter()
             for step in range(first, steps):
