@@ -30,7 +30,7 @@ from .head import CHUNK, Head, divergence_sum, hidden_states
 from .memory import Estimate, blocks_of, decoded_bytes, estimate, fits, recomputed
 from .product import FrozenProduct, product_dtype
 from .state import Run, fingerprint, load, save
-from .student import Student, tuned
+from .student import Student, TrainedLinear, embedding_weights, tuned
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -126,16 +126,17 @@ def _tune_vectors(
     shard = processes.count() > 1 and (processes.wants_sharding() if shard is None else shard)
     held_out = range(count, len(teacher.ids))
     probe = teacher.ids[:1, :_PROBE_TOKENS].to(model.device)
-    head = student_head(model, teacher, probe)
+    trained = embedding_weights(model) if options.embeddings else {}
+    head = student_head(model, teacher, probe, options.embeddings)
     reading = time.perf_counter()
     before = window_divergences(model, teacher, head, held_out)
     reading = time.perf_counter() - reading
     report = TuneReport(Verdict.of(before, before), 0, count, count * teacher.ids.shape[1], options.steps(count))
     folder = None if state is None else Path(state)
     mark = "" if folder is None else fingerprint(model, teacher, options)
-    with restored_unless_kept(model) as result:
+    with restored_unless_kept(model, trained) as result:
         keep = shard or processes.from_first(lambda: _keep_decoded(model, options))
-        with tuned(model, probe, options.norms, keep) as student:
+        with tuned(model, probe, options.norms, keep, options.embeddings) as student:
             report.trained = sum(value.numel() for value in student.trained().values())
             found = _estimate(model, student, teacher, options, probe)
             if shard:
@@ -179,7 +180,7 @@ def _note(model: PreTrainedModel, report: TuneReport) -> None:
             config.calibration = {**calibration, "tuning": report.to_dict()}
 
 
-def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) -> Head:
+def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor, trained: bool = False) -> Head:
     """The function that computes the logits of the quantized model.
 
     Raises:
@@ -193,6 +194,8 @@ def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) 
         raise ValueError(
             f"the model predicts {rows} tokens and its teacher {len(teacher.weight)}: both must have one vocabulary"
         )
+    if trained:
+        return Head(TrainedLinear(output, copy=False), logit_map(model, probe))
     if type(output) is nn.Linear:  # the same product as for the teacher, without rounding twice
         weight, bias = output.weight.detach().to(product_dtype(output.weight.device)), output.bias
 
@@ -236,7 +239,7 @@ class _Trainer:
     ):
         self.model, self.student, self.teacher, self.head = model, student, teacher, head
         self.options, self.report, self.folder, self.mark = options, report, folder, mark
-        self.groups = student.groups(options.learning_rate)
+        self.groups = student.groups(options.learning_rate, embedding_rate=options.embedding_rate)
         self.highest = [group["lr"] for group in self.groups]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.95))
         self.best, self.best_loss = student.snapshot(), math.inf

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ..calibration.device import evaluating
 from ..evaluation.kept import last_hidden_states
@@ -78,9 +79,15 @@ class Verdict:
 
 
 @contextmanager
-def restored_unless_kept(model: PreTrainedModel) -> Iterator[Kept]:
-    """Restores every small floating-point parameter of the model, unless `keep()` of the yielded object was called."""
+def restored_unless_kept(model: PreTrainedModel, also: Mapping[str, nn.Parameter] | None = None) -> Iterator[Kept]:
+    """Restores every small floating-point parameter of the model, unless `keep()` of the yielded object was called.
+
+    Args:
+        model: the model.
+        also: further parameters to restore, by name.
+    """
     small = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.ndim == 1 and p.device.type != "meta"}
+    small |= also or {}
     before = {name: parameter.detach().clone() for name, parameter in small.items()}
     kept = Kept()
     try:
