@@ -140,6 +140,9 @@ OPTIONS: dict[str, Option] = {
     "damping": Option(
         0.01, check.positive, "Added to the Hessian's diagonal, as a share of its mean; grows until Cholesky works."
     ),
+    "sketch_samples": Option(
+        64, check.integer(1), "Token sequences for the gradients that rounding='yaqa' needs; at most `num_samples`."
+    ),
     "refinement_sweeps": Option(10, check.integer(0), "Passes over the codes after the first rounding."),
     "scale": Option(
         "auto", check.scale, "'auto': measured for each weight; a number multiplies the scale published for the codebook."

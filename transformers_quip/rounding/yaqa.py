@@ -22,8 +22,7 @@ class YAQA(Rounding):
         T = W + [ 𝓜ᵀ E 𝓛 − E ],
 
     where E holds the errors of everything that is rounded already. The sum over the lower rows a needs only the products
-    (E 𝓛)_a, which are computed once for each group. So the cost is one product of H_out's and one of H's size for each group
-    more than LDLQ's. Without H_out, and with H_out = I, this is LDLQ.
+    (E 𝓛)_a, which are computed once for each group. Without H_out, and with H_out = I, this is LDLQ.
 
     A sweep visits the rows again, one by one (or those that the codebook codes together). For fixed other rows, the loss of
     row g is H_out[g, g] times the one-sided loss of the weight W_g + Σ_{a≠g} H_out[g, a] E_a / H_out[g, g], so one pass of
@@ -93,7 +92,7 @@ def _groups(rows: int, height: int) -> list[slice]:
 
 
 def _ragged_ldl(hessian: torch.Tensor, size: int) -> torch.Tensor:
-    """[`block_ldl`] of a matrix whose last block may be smaller: it is completed by an independent part, which is cut off."""
+    """[`block_ldl`] of a matrix whose last block may be smaller: an independent part completes it, and is cut off."""
     rows = len(hessian)
     missing = -rows % size
     completed = torch.block_diag(hessian, torch.eye(missing, dtype=hessian.dtype, device=hessian.device))
