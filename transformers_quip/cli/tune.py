@@ -13,7 +13,7 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 from .quantize import dataset_of
 
 
-@click.command(short_help="Train su, sv and the norms of a quantized model.")
+@click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", required=True, help="The model that was quantized: a folder or an id on the Hub.")
