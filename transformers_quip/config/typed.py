@@ -28,6 +28,7 @@ class TypedOptions:
     damping: float
     sketch_samples: int
     refinement_sweeps: int
+    refit: int
     scale: str | float
     modules_to_not_convert: list[str] | None
     modules: dict[str, dict[str, Any]] | None
@@ -53,6 +54,7 @@ class TypedOptions:
         damping: float = 0.01,
         sketch_samples: int = 64,
         refinement_sweeps: int = 10,
+        refit: int = 0,
         scale: str | float = "auto",
         modules_to_not_convert: Sequence[str] | None = None,
         modules: dict[str, dict[str, Any]] | None = None,

@@ -18,6 +18,7 @@ from ..rounding import Problem, Rounded, Rounding, proxy_loss
 from ..rounding.sequential import diagonal_blocks
 from .diagnostics import condition_number, histogram
 from .hessian import PreparedHessian, prepare_hessian, prepare_output_hessian
+from .scales import refit
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -80,10 +81,10 @@ class _Part:
         """The length of one unit of the codebook; 1 for a weight of zeros."""
         return (self.rms.item() / (book.gaussian_scale * (self.factor if factor is None else factor))) or 1.0
 
-    def decoded(self, points: torch.Tensor, su: torch.Tensor, q_in: Transform) -> torch.Tensor:
-        """Q_out Ŵ Q_inᵀ diag(su) [m, n] for the points that this part was rounded to."""
+    def decoded(self, points: torch.Tensor, q_in: Transform) -> torch.Tensor:
+        """Q_out Ŵ Q_inᵀ [m, n] for the points that this part was rounded to."""
         rows, columns = self.weight.shape
-        return self.q_out.apply(q_in.apply(points[:rows, :columns]).T.contiguous()).T.contiguous() * su
+        return self.q_out.apply(q_in.apply(points[:rows, :columns]).T.contiguous()).T.contiguous()
 
 
 @cpu_matmul_precision("ieee")  # a Hessian rotated in lower precision is no longer positive definite
@@ -137,14 +138,14 @@ def quantize_weights(
     sides = [part.hessian_out for part in parts]
     rounded = _round(scaled, prepared, book, config.refinement_sweeps, config.seed, sides)
     results = {}
-    for part, (codes, points) in zip(parts, rounded, strict=True):
-        decoded = part.decoded(points, prepared.su, prepared.q_in)
-        sv = _output_scales(part.weight, decoded, prepared.damped)
-        error = part.weight - decoded * sv[:, None]
-        _warn_of_storage(part, sv, decoded.square().sum(1), error.square().sum())
+    values = [part.decoded(one.points, prepared.q_in) for part, one in zip(parts, rounded, strict=True)]
+    su, scales = refit([part.weight for part in parts], values, prepared.damped, prepared.su, config.refit)
+    for part, (codes, _), decoded, sv in zip(parts, rounded, values, scales, strict=True):
+        error = part.weight - decoded * su * sv[:, None]
+        _warn_of_storage(part, sv, (decoded * su).square().sum(1), error.square().sum())
         results[part.name] = QuantizedWeight(
             stored(book, codes),
-            prepared.su,
+            su,
             sv,
             {
                 "relative_error": _ratio(error, part.weight, hessian),
@@ -186,7 +187,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
         part_of_codes = slice(begin // book.rows_together, end // book.rows_together)
         found = method.round(Problem(points[begin:end] / unit, None, book, seed=config.seed + begin))
         codes[part_of_codes], points[begin:end] = found
-    decoded = part.decoded(points, su, q_in)
+    decoded = part.decoded(points, q_in) * su
     energy = decoded.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     sv = (decoded * part.weight).sum(1) / energy
     error = (part.weight - decoded * sv[:, None]).square().sum()
@@ -344,14 +345,6 @@ def _sample(part: _Part, book: Codebook) -> torch.Tensor:
     count = min(max(_SCALE_ROWS // together, 1), groups)
     chosen = (torch.arange(count, device=part.rotated.device) * (groups / count)).long()
     return part.rotated.reshape(-1, together, part.rotated.shape[1])[chosen].flatten(0, 1)
-
-
-def _output_scales(weight: torch.Tensor, decoded: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
-    """The sv [m] of least proxy loss for the codes as they are: a weighted least-squares fit, row by row."""
-    moved = decoded @ damped
-    energy = (moved * decoded).sum(1)
-    fitted = (moved * weight).sum(1) / energy.clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(energy > 0, fitted, torch.zeros_like(fitted))
 
 
 def _ratio(error: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> float:
