@@ -16,7 +16,7 @@ from transformers_quip.quantize.plan import make_plan
 ROWS, COLUMNS = 12, 20
 TRANSFORMS = ["hadamard", "kronecker", "none", "hadamard-quip-for-all", ("hadamard", "none"), ("none", "kronecker")]
 # Transforms of other packages' files, for sizes that are multiples of these numbers.
-BLOCKED = {"hadamard-128": 128, "hadamard-eighths": 8}
+BLOCKED = {"hadamard-128": 128, "hadamard-256": 256, "hadamard-eighths": 8}
 SCALAR = {"half-integer", "scalar2", "scalar3", "scalar4", "scalar8"}
 # What is defined for grids of single weights alone (QuIP, arXiv 2307.13304: algorithm 5, and stochastic rounding).
 SCALAR_ONLY = {"stochastic", "convex"}
