@@ -138,6 +138,35 @@ def methods() -> str:
     return table(["method", "mean proxy loss", "wiki perplexity", "news perplexity", "true bits"], lines)
 
 
+def tuning() -> str:
+    """Tuning after and while rounding, against its time."""
+    content = load("finetune")
+    if content is None:
+        return ""
+    source = {"text": "Wikipedia", "self": "self-written"}
+    lines = []
+    for row in sorted(content["rows"], key=lambda row: (row["bits"], row["setting"], -row["perplexity"]["wiki"])):
+        blocks = ["blocks"] if row["mode"] == "full" else []
+        done = " and ".join(blocks + ([f"vectors, {row['epochs']:g} epochs"] if row["epochs"] else [])) or "none"
+        lines.append(
+            [
+                f"{row['bits']:g}",
+                "E8P" if row["codebook"] == "default" and row["bits"] == 2 else row["codebook"],
+                source[row["setting"]],
+                done,
+                f"{(row['quantizing']['cpu'] + row.get('cpu_seconds', 0)) / 60:.0f}",
+                *_perplexities([row]),
+                f"{row['divergence']['wiki']:.3f} / {row['divergence']['news']:.3f}",
+                f"{row['sampled_perplexity']:.2f}",
+                f"{row['repetition']:.2f} ({row['own_repetition']:.2f})",
+                f"{row['true_bits']:.3f}",
+            ]
+        )
+    titles = ["bits", "codebook", "text", "tuning", "CPU minutes", "wiki perplexity", "news perplexity", "KL wiki / news"]
+    titles += ["sampled text, times dense", "repeated 4-grams (dense)", "true bits"]
+    return table(titles, lines) + machine_line(content)
+
+
 def codebooks() -> str:
     """Every codebook on a Gaussian."""
     content = load("codebooks")
@@ -279,6 +308,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "methods": methods,
     "codebooks": codebooks,
+    "tuning": tuning,
     "speed": speed,
     "peers": peers,
     "memory": memory,

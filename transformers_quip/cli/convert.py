@@ -10,7 +10,7 @@ from .console import json_option, show, show_json, size
 from .destination import check_not_source, new_folder
 
 
-@click.command(short_help="Re-pack a checkpoint of another package, without loss.")
+@click.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there, once the new model is complete.")

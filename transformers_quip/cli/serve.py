@@ -17,10 +17,7 @@ from .run_program import run_loaded
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "openai": "openai", "pydantic": "pydantic", "typer": "typer"}
 
 
-@click.command(
-    short_help="Serve a model with an OpenAI-compatible API.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True},
-)
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
 @click.argument("model")
 @click.argument("others", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="localhost", show_default=True, help="Address to listen on.")

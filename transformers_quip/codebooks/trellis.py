@@ -41,7 +41,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
@@ -89,7 +88,7 @@ class Trellis(Codebook):
     block_size = rows_together = TILE
     code_dtype = torch.int16
     is_read_only = True
-    kernels: Literal["trellis"] | None = "trellis"
+    kernels = "trellis"
 
     def __init__(self, code: str, k: float, order: str, table_shape: tuple[int, int] | None = None):
         self.code, self.k, self.order, self.table_shape = code, k, order, table_shape
@@ -112,8 +111,6 @@ class Trellis(Codebook):
         else:
             self.step = 1
         self.bits = float(k)
-        if k not in WHOLE_BITS:
-            self.kernels = None
 
     @classmethod
     def parse(cls, name: str) -> Trellis:
@@ -192,7 +189,7 @@ class Trellis(Codebook):
         if self.table_shape is None:
             if table is not None:
                 raise ValueError(f"codebook {self.name!r} has no table, got {list(table.shape)}")
-            return _computed_on(self.code, device, dtype)
+            return computed_on(self.code, device, dtype)
         if table is None or tuple(table.shape) != self.table_shape or not table.is_floating_point():
             given = "none" if table is None else f"{table.dtype} {list(table.shape)}"
             raise ValueError(f"codebook {self.name!r} needs a floating point table {list(self.table_shape)}, got {given}")
@@ -250,7 +247,8 @@ def _byte_sum(h: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _computed_on(code: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def computed_on(code: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[`computed_values`] on this device, in this dtype."""
     return computed_values(code).to(device=device, dtype=dtype)
 
 

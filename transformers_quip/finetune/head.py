@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Tokens whose logits exist at one time.
-CHUNK = 256
+CHUNK = 128
 
 
 def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -71,6 +71,17 @@ def _divergence(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
 
+def _divergence_gradient(q: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of [`_divergence`], and its gradient with respect to q, which is softmax q - softmax p.
+
+    Autograd would read and write the logits three times as often, and they are the larger part of a small model's step.
+    """
+    q, p = q.log_softmax(-1), p.log_softmax(-1)
+    chances = p.exp()
+    total = p.sub_(q).mul_(chances).masked_fill_(chances == 0, 0.0).sum()
+    return total, q.exp_().sub_(chances)
+
+
 def _trained(head: Head) -> list[nn.Parameter]:
     module = head.project
     if not isinstance(module, nn.Module):
@@ -92,12 +103,13 @@ class _Divergence(torch.autograd.Function):
             part = slice(begin, begin + CHUNK)
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()
-                loss = _divergence(student(h), teacher(states[part]).detach()).sum()
-            found = torch.autograd.grad(loss, [h, *trained])
+                logits = student(h)
+            loss, slope = _divergence_gradient(logits.detach(), teacher(states[part]))
+            found = torch.autograd.grad(logits, [h, *trained], slope)
             gradient[part] = found[0]
-            for total_of_one, more in zip(others, found[1:], strict=True):
-                total_of_one += more
-            total += loss.detach()
+            for whole, more in zip(others, found[1:], strict=True):
+                whole += more
+            total += loss
         ctx.save_for_backward(gradient, *others)
         return total
 

@@ -102,15 +102,22 @@ def _facts(inventory: Inventory, config: QuipConfig) -> list[tuple[str, ...]]:
     ]
     if calibration and "mean_relative_error" in calibration:
         rows.append(("mean relative error of a layer's output", f"{calibration['mean_relative_error']:.4f}"))
+    tuning = claims.tuning(options)
+    if tuning:
+        amount = f" on {tuning['tokens']:,} tokens" if "tokens" in tuning else ""
+        rows.append((f"KL divergence to the dense model, before tuning{amount}", f"{tuning['held_out_before']:.4f}"))
+        rows.append(("the same after tuning (text held out from it)", f"{tuning['held_out_after']:.4f}"))
     return rows
 
 
 def _limits(inventory: Inventory) -> str:
     lines = ["It has the limits and biases of the original model, and has lost some of its quality."]
-    if inventory.quantization.get("origin") and not inventory.quantization.get("calibration"):
+    if inventory.quantization.get("origin") and not claims.calibration(inventory.quantization):
         lines.append("It was quantized without calibration; at 2 bits that damages a model badly.")
     if inventory.quantized_weights < inventory.parameters:
-        lines.append("Embeddings, norms, and all other parameters not counted as quantized above are stored unchanged.")
+        unchanged = "Embeddings, norms, and all other parameters not counted as quantized above are stored unchanged"
+        trained = ", except those that tuning has trained" if claims.tuning(inventory.quantization) else ""
+        lines.append(f"{unchanged}{trained}.")
     return " ".join(lines)
 
 
@@ -139,6 +146,8 @@ def _recipe(options: Mapping[str, Any], config: QuipConfig) -> str:
     given = (
         "\n\nThe data set was given by the caller and is not stored." if "given by" in str(chosen.get("dataset")) else ""
     )
+    if claims.tuning(options) and "tune" not in chosen:
+        given += "\n\nIt was tuned afterwards, as `transformers-quip tune` does it."
     versions = ", ".join(markdown(f"{name} {version}") for name, version in origin.get("versions", {}).items())
     return f"{code}{given}\n\nVersions: {versions or 'not known'}."
 

@@ -73,6 +73,11 @@ class QuipLinear(PackedCodes, nn.Linear):
         """A stand-in with the shape [m, n], dtype and device of the dense weight; see [`PackedWeight`]."""
         return PackedWeight.like(self.su, self.out_features, self.in_features, self.weight_dtype)
 
+    @property
+    def W_q(self) -> PackedWeight:
+        """The stand-in under HQQ's name: PEFT calls `dequantize()` of a linear that has it (DoRA's norm of the weight)."""
+        return self.weight
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(
@@ -113,7 +118,7 @@ class QuipLinear(PackedCodes, nn.Linear):
         """The output; it also prepares the next call of this kind, if possible."""
         self.pack_if_wanted()
         layer = self.layer()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and _ops.prepared.needs_graph(x, self._parameters.values()):
             return torch.ops.quip.linear(x, *layer)
         y = _ops.prepared.linear(x, layer)
         self._prepared = _ops.prepared.prepare(x, self._parameters, self.tensor_names, layer) or self._prepared

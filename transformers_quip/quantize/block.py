@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace as replace_fields
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from ..calibration import BlockHessians, BlockInputs
+from ..calibration.curvature import Curvature
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import QuipLinear, replace
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
@@ -60,11 +62,23 @@ class BlockResult:
 
     Attributes:
         modules: the name inside the block → its result, in the order in which they were rounded.
-        seconds: wall time of each stage: "observe", "round".
+        vectors: the block's norms and biases after tuning, by name; empty without tuning.
+        seconds: wall time of each stage: "observe", "round", "tune".
     """
 
     modules: dict[str, ModuleResult] = field(default_factory=dict)
+    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Tuner(Protocol):
+    """Tunes a block between the roundings of its groups; `finetune.blockwise.BlockTuner`."""
+
+    def observe(self, batch: int, output: torch.Tensor) -> None:
+        """Take the dense block's output [B, T, H] for one batch."""
+
+    def tune(self, block: nn.Module, names: Sequence[str], remaining: Sequence[str]) -> None:
+        """Change the block after the linears `names` were replaced; the linears `remaining` are dense until later."""
 
 
 @cpu_matmul_precision("ieee")
@@ -77,6 +91,8 @@ def quantize_block(
     prefix: str = "",
     on_output: Callable[[int, torch.Tensor], None] | None = None,
     on_module: Callable[[ModuleResult], None] | None = None,
+    tuner: Tuner | None = None,
+    curvature: Mapping[str, Curvature] | None = None,
 ) -> BlockResult:
     """Quantize the linears of one block: observe all of them, then round and replace each group that reads one input.
 
@@ -88,22 +104,28 @@ def quantize_block(
         configs: the name of a linear inside the block → its options, without an average of bits (`is_mixed`).
         prefix: the block's name in the model with a dot, for names in results and messages.
         on_output: gets the number and the dense block's output [B, T, H] of each batch, once, before anything is replaced.
-        on_module: gets each result as soon as it is ready, for a progress bar.
+        on_module: gets each result as soon as it is ready, for a progress bar; later tuning may change its su and sv.
+        curvature: the name of a linear inside the block → its two Hessians, for those with a two-sided rounding method.
+        tuner: tunes the block after each of its groups but the last, which leaves nothing dense to tune.
 
     Raises:
         ValueError: see [`quantize_weights`], [`BlockHessians.pop`] and `observe_linears`.
     """
     result = BlockResult()
     with timed(result.seconds, "observe"):
-        hessians = observe_block(block, tuple(configs), inputs, prefix, on_output)
-    reached = [name for group in hessians.groups.values() for name in group]
-    with timed(result.seconds, "round"):
-        for leader, group in hessians.groups.items():
-            done = quantize_group(block, group, hessians.pop(leader), configs, prefix)
+        hessians = observe_block(block, tuple(configs), inputs, prefix, _both(tuner, on_output))
+    waiting = [name for group in hessians.groups.values() for name in group]
+    reached = frozenset(waiting)
+    for leader, group in hessians.groups.items():
+        with timed(result.seconds, "round"):
+            done = quantize_group(block, group, hessians.pop(leader), configs, prefix, curvature or {})
             _replace(block, done, configs)
-            # Tuning belongs here (QuIP#, section 5): the block is quantized up to this group and dense after it; `inputs`
-            # holds its inputs (unless `on_output` overwrites them), and `on_output` got the targets.
             _collect(done, result, on_module)
+        waiting = [name for name in waiting if name not in group]
+        if tuner is not None and waiting:
+            with timed(result.seconds, "tune"):
+                tuner.tune(block, group, waiting)
+    with timed(result.seconds, "round"):
         for name in (name for name in configs if name not in reached):
             logger.warning("%s: no calibration token reached it, so it is quantized without calibration", prefix + name)
             weight = replace.dense_weight(block.get_submodule(name))
@@ -111,6 +133,8 @@ def quantize_block(
             done = {name: ModuleResult(prefix + name, (weight.shape[0], weight.shape[1]), quantized)}
             _replace(block, done, configs)
             _collect(done, result, on_module)
+    if tuner is not None:
+        _take_tuned(block, result)
     return result
 
 
@@ -134,6 +158,7 @@ def quantize_group(
     hessian: torch.Tensor,
     configs: Mapping[str, QuipConfig],
     prefix: str = "",
+    curvature: Mapping[str, Curvature] | None = None,
 ) -> dict[str, ModuleResult]:
     """Round the linears that read one input; those with the same options as one stack of rows. Nothing is replaced.
 
@@ -143,7 +168,7 @@ def quantize_group(
         module: the module that holds the dense linears.
         names: of the linears in it.
         hessian: float32 [n, n] of their input.
-        configs, prefix: see [`quantize_block`].
+        configs, prefix, curvature: see [`quantize_block`].
 
     Raises:
         ValueError: see [`quantize_weights`].
@@ -152,7 +177,10 @@ def quantize_group(
     for config, alike in by_config(names, configs):
         started = time.perf_counter()
         weights = {prefix + name: replace.dense_weight(module.get_submodule(name)) for name in alike}
-        quantized = quantize_weights(weights, hessian, config)
+        known = {name: curvature[name] for name in alike if name in curvature} if curvature else {}
+        inner = torch.stack([found.hessian_in for found in known.values()]).sum(0) if known else hessian
+        outputs = {prefix + name: found.hessian_out for name, found in known.items()}
+        quantized = quantize_weights(weights, inner, config, outputs)
         seconds = (time.perf_counter() - started) / len(weights)
         for name in alike:
             full_name = prefix + name
@@ -214,6 +242,35 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _replace(block: nn.Module, done: Mapping[str, ModuleResult], configs: Mapping[str, QuipConfig]) -> None:
     for name, module in done.items():
         replace.replace_linear(block, name, module.quantized, configs[name])
+
+
+def _both(
+    tuner: Tuner | None, on_output: Callable[[int, torch.Tensor], None] | None
+) -> Callable[[int, torch.Tensor], None] | None:
+    """A function that gives each batch's output to both."""
+    if tuner is None:
+        return on_output
+
+    def take(batch: int, output: torch.Tensor) -> None:
+        tuner.observe(batch, output)
+        if on_output is not None:
+            on_output(batch, output)
+
+    return take
+
+
+def _take_tuned(block: nn.Module, result: BlockResult) -> None:
+    """Bring the results up to date with the block, whose vectors were tuned after they were collected."""
+    for name, module in result.modules.items():
+        linear = block.get_submodule(name)
+        assert isinstance(linear, QuipLinear)
+        su, sv = (vector.detach().float() for vector in (linear.su, linear.sv))
+        columns, rows = len(module.quantized.su), len(module.quantized.sv)
+        module.quantized = replace_fields(module.quantized, su=su[:columns], sv=sv[:rows])
+    own = {f"{name}.{vector}" for name in result.modules for vector in ("su", "sv")}
+    for name, parameter in block.named_parameters():
+        if parameter.ndim == 1 and parameter.is_floating_point() and name not in own:
+            result.vectors[name] = parameter.detach()
 
 
 def _collect(

@@ -2,7 +2,8 @@
 
 Codes and tables are described in `transformers_quip.codebooks.trellis`. A lane has sixteen consecutive weights of a tile's
 sequence: lane g has the weights 16g to 16g + 15. Weight i of every lane then takes its state from the same bits of the
-lane's own words, so all shifts are constants.
+lane's own words, so all shifts are constants. With half bits every second lane begins in the middle of a word; its words
+are moved by a byte first.
 """
 
 from __future__ import annotations
@@ -11,103 +12,40 @@ import torch
 import triton
 import triton.language as tl
 
-from .dot import dot_bytes
 from .launch import arch, device_of, processors
+from .trellis_values import computed, tabulated
 
 MOST_VECTORS = 8
 MOST_TOGETHER = 4  # vectors of one program
 TILE = 16
 CODES = ("1mad", "2mad", "3inst", "mcg", "mul1", "hyb", "quantlut", "lut")
 ORDERS = ("rows", "qtip", "exl3")
+BITS, HALF_BITS = (1, 2, 3, 4, 5, 6, 7, 8), (1.5, 2.5, 3.5)
 
 
 @triton.jit
-def _byte_sum(h, ARCH: tl.constexpr):
-    """The sum of the four bytes of words, as float32."""
-    if ARCH == "cuda":
-        ones = tl.full(h.shape, 0x01010101, tl.int32)
-        total = dot_bytes(h.to(tl.int32, bitcast=True), ones, tl.zeros(h.shape, tl.int32), ARCH)
-    else:
-        pairs = (h & 0x00FF00FF) + ((h >> 8) & 0x00FF00FF)
-        total = ((pairs + (pairs >> 16)) & 0xFFFF).to(tl.int32, bitcast=True)
-    return total.to(tl.float32)
-
-
-@triton.jit
-def _half(bits):
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _sum_of_halves(h):
-    h = (h & 0x8FFF8FFF) ^ 0x3B603B60
-    return (_half(h >> 16) + _half(h & 0xFFFF)).to(tl.float32)
-
-
-@triton.jit
-def _computed(s, CODE: tl.constexpr, ARCH: tl.constexpr):
-    """The weight of states s (uint32) in a code without a table: float32; of 1mad and 2mad 147.800537109375 times it."""
-    if CODE == "3inst":
-        return _sum_of_halves(s * 89226354 + 64248484)
-    elif CODE == "mcg":
-        return _sum_of_halves(s * 0xCBAC1FED)
-    elif CODE == "mul1":
-        # product and sum are exact in float32: one rounding
-        value = (_byte_sum(s * 0x83DCD12D, ARCH) + 1024.0) * 0.00676727294921875 - 10.3828125
-        return value.to(tl.float16).to(tl.float32)
-    elif CODE == "2mad":
-        h = s * 264435761 + 1013904223
-        h += tl.umulhi(h, tl.full(h.shape, 1664525, tl.uint32))
-        return _byte_sum(h, ARCH) - 510.0
-    else:
-        return _byte_sum(s * 34038481 + 76625530, ARCH) - 510.0
-
-
-@triton.jit
-def _row_of_table(s, CODE: tl.constexpr, TABLE_BITS: tl.constexpr):
-    """For states s (uint32) in a code with a table: the row, and bit 15 set if its first value is to be negated."""
-    h = s if CODE == "lut" else s * (s + 1)
-    if CODE == "hyb":
-        return (h >> (15 - TABLE_BITS)) & ((1 << TABLE_BITS) - 1), h & 0x8000
-    else:
-        return (h >> (16 - TABLE_BITS)) & ((1 << TABLE_BITS) - 1), h & 0
-
-
-@triton.jit
-def _tabulated(table, s, CODE: tl.constexpr, TABLE_BITS: tl.constexpr, STEP: tl.constexpr, HALVES: tl.constexpr):
-    """The weights of states s in a code with a table, a tuple of STEP blocks of float32.
-
-    HALVES: the table has pairs of float16, each in one word; else table[row * STEP + i] is a number of any type.
-    """
-    row, negative = _row_of_table(s, CODE, TABLE_BITS)
-    row = row.to(tl.int32, bitcast=True)
-    if HALVES:
-        word = tl.load(table + row).to(tl.uint32, bitcast=True) ^ negative
-        return _half(word & 0xFFFF).to(tl.float32), _half(word >> 16).to(tl.float32)
-    else:
-        first = tl.load(table + row * STEP).to(tl.float32)
-        first = tl.where(negative != 0, -first, first)
-        if STEP == 1:
-            return (first,)
-        else:
-            return first, tl.load(table + row * STEP + 1).to(tl.float32)
-
-
-@triton.jit
-def _windows(codes, word, first_word, inside, K: tl.constexpr):
-    """For each lane, whose words begin at `word`: K blocks of 32 bits (uint32), number c from its word c on.
+def _windows(codes, lane, first_word, inside, PAIR_BITS: tl.constexpr):
+    """For each lane: ⌈K⌉ blocks of 32 bits (uint32), number c from the lane's bit 16·c on; PAIR_BITS is 2·K.
 
     first_word: of the lane's tile; the tile's last lane goes on there.
     """
-    WORDS: tl.constexpr = 16 * K
+    WORDS: tl.constexpr = 8 * PAIR_BITS
+    HALF: tl.constexpr = PAIR_BITS % 2
+    word = lane * PAIR_BITS // 2
     previous = tl.load(codes + first_word + word, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-    windows = ()
-    for c in tl.static_range(K):
+    words = ()
+    for c in tl.static_range((PAIR_BITS + 1) // 2 + HALF):
         following = tl.load(codes + first_word + (word + c + 1) % WORDS, mask=inside, other=0)
         following = following.to(tl.uint16, bitcast=True).to(tl.uint32)
-        windows = windows + ((previous << 16) | following,)
+        words = words + ((previous << 16) | following,)
         previous = following
-    return windows
+    if HALF:
+        windows = ()
+        for c in tl.static_range((PAIR_BITS + 1) // 2):
+            windows = windows + (tl.where(lane % 2 == 1, (words[c] << 8) | ((words[c + 1] >> 8) & 0xFF), words[c]),)
+        return windows
+    else:
+        return words
 
 
 @triton.jit
@@ -115,7 +53,7 @@ def _weights(
     windows,
     i: tl.constexpr,
     table,
-    K: tl.constexpr,
+    PAIR_BITS: tl.constexpr,
     CODE: tl.constexpr,
     STEP: tl.constexpr,
     TABLE_BITS: tl.constexpr,
@@ -123,11 +61,12 @@ def _weights(
     ARCH: tl.constexpr,
 ):
     """Weights i … i + STEP − 1 of every lane: a tuple of float32 blocks."""
-    s = (windows[i * K // 16] >> (16 - i * K % 16)) & 0xFFFF
+    BEGIN: tl.constexpr = (i * PAIR_BITS + 1) // 2
+    s = (windows[BEGIN // 16] >> (16 - BEGIN % 16)) & 0xFFFF
     if TABLE_BITS > 0:
-        return _tabulated(table, s, CODE, TABLE_BITS, STEP, HALVES)
+        return tabulated(table, s, CODE, TABLE_BITS, STEP, HALVES)
     else:
-        return (_computed(s, CODE, ARCH),)
+        return (computed(s, CODE, ARCH),)
 
 
 @triton.jit
@@ -152,7 +91,7 @@ def trellis_matvec_kernel(
     vectors,
     tiles_per_part,
     factor,
-    K: tl.constexpr,
+    PAIR_BITS: tl.constexpr,
     CODE: tl.constexpr,
     ORDER: tl.constexpr,
     STEP: tl.constexpr,
@@ -170,7 +109,7 @@ def trellis_matvec_kernel(
     row = tl.program_id(0)
     part = tl.program_id(1)
     first = tl.minimum(tl.program_id(2) * VECTORS, vectors - VECTORS)
-    codes += row.to(tl.int64) * tiles * (16 * K)
+    codes += row.to(tl.int64) * tiles * (8 * PAIR_BITS)
     lane = tl.arange(0, 16)[None, :]
     # Weights of one lane lie in one row of the tile, or in two that are eight rows apart.
     SETS: tl.constexpr = 1 if ORDER == "rows" else 2
@@ -179,9 +118,9 @@ def trellis_matvec_kernel(
     for begin in range(part * tiles_per_part, end, BLOCK):
         tile = (begin + tl.arange(0, BLOCK))[:, None]
         inside = (tile < end) & (lane >= 0)
-        windows = _windows(codes, lane * K, tile * (16 * K), inside, K)
+        windows = _windows(codes, lane, tile * (8 * PAIR_BITS), inside, PAIR_BITS)
         for step in tl.static_range(16 // STEP):
-            weights = _weights(windows, step * STEP, table, K, CODE, STEP, TABLE_BITS, HALVES, ARCH)
+            weights = _weights(windows, step * STEP, table, PAIR_BITS, CODE, STEP, TABLE_BITS, HALVES, ARCH)
             for j in tl.static_range(STEP):
                 source = x + tile * 16 + _column(lane, step * STEP + j, ORDER)
                 new_totals = ()
@@ -210,7 +149,7 @@ def trellis_dequantize_kernel(
     weight,
     tiles,
     divisor,
-    K: tl.constexpr,
+    PAIR_BITS: tl.constexpr,
     CODE: tl.constexpr,
     ORDER: tl.constexpr,
     STEP: tl.constexpr,
@@ -221,14 +160,14 @@ def trellis_dequantize_kernel(
 ):
     """weight [16·rows of tiles, 16·tiles] of codes; program (b, r) has BLOCK tiles of row r of tiles."""
     row = tl.program_id(1).to(tl.int64)
-    codes += row * tiles * (16 * K)
+    codes += row * tiles * (8 * PAIR_BITS)
     lane = tl.arange(0, 16)[None, :]
     tile = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     inside = (tile < tiles) & (lane >= 0)
-    windows = _windows(codes, lane * K, tile * (16 * K), inside, K)
+    windows = _windows(codes, lane, tile * (8 * PAIR_BITS), inside, PAIR_BITS)
     values = ()
     for step in tl.static_range(16 // STEP):
-        values = values + _weights(windows, step * STEP, table, K, CODE, STEP, TABLE_BITS, HALVES, ARCH)
+        values = values + _weights(windows, step * STEP, table, PAIR_BITS, CODE, STEP, TABLE_BITS, HALVES, ARCH)
     # Joining adds a last dimension: bits 3, 2, 1 and 0 of i, in this order
     for level in tl.static_range(4):
         joined = ()
@@ -254,7 +193,7 @@ def trellis_dequantize_kernel(
 
 
 def matvec(
-    x: torch.Tensor, codes: torch.Tensor, code: str, k: int, order: str, table: torch.Tensor | None = None
+    x: torch.Tensor, codes: torch.Tensor, code: str, k: float, order: str, table: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Ŵ x for up to eight vectors, in float32.
 
@@ -316,7 +255,7 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
     code: str,
-    k: int,
+    k: float,
     order: str,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -353,10 +292,10 @@ def dequantize(
     return weight
 
 
-def _constants(code: str, k: int, order: str, table: torch.Tensor | None) -> dict:
+def _constants(code: str, k: float, order: str, table: torch.Tensor | None) -> dict:
     """The constants that kernels are specialised for."""
     return {
-        "K": k,
+        "PAIR_BITS": int(2 * k),
         "CODE": code,
         "ORDER": order,
         "STEP": 1 if table is None else 2 if table.dim() == 1 else table.shape[1],
@@ -372,16 +311,16 @@ def _as_kernels_read(table: torch.Tensor | None) -> torch.Tensor | None:
     return table.detach().contiguous().view(torch.int32).flatten()
 
 
-def _check(codes: torch.Tensor, columns: int, code: str, k: int, order: str, table: torch.Tensor | None) -> None:
-    if code not in CODES or order not in ORDERS or not 1 <= k <= 8:
+def _check(codes: torch.Tensor, columns: int, code: str, k: float, order: str, table: torch.Tensor | None) -> None:
+    if code not in CODES or order not in ORDERS or k not in BITS + HALF_BITS * (code == "mul1"):
         raise ValueError(
             f"unknown trellis of code {code!r}, {k} bits and order {order!r}: codes are {', '.join(CODES)}, bits 1 to "
-            f"8, orders {', '.join(ORDERS)}"
+            f"8 (of mul1 also 1.5, 2.5 and 3.5), orders {', '.join(ORDERS)}"
         )
     expected = (codes.shape[0], columns // TILE * k)
     if codes.dtype != torch.int16 or tuple(codes.shape) != expected or columns % TILE or codes.shape[0] % TILE:
         raise ValueError(
-            f"codes of {columns} columns with {k} bits are int16 [m, {expected[1]}], m and n multiples of {TILE}, got "
+            f"codes of {columns} columns with {k} bits are int16 [m, {expected[1]:g}], m and n multiples of {TILE}, got "
             f"{codes.dtype} {list(codes.shape)}"
         )
     has_table = code in CODES[5:]
