@@ -274,7 +274,7 @@ def mutations() -> str:
         counts = [verdicts.get(word, 0) for word in good]
         total = sum(verdicts.values())
         lines.append([name, *(f"{count:,}" for count in (total, *counts, total - sum(counts)))])
-    titles = ["checkpoint", "changed", "no effect", "refused by name", "not detectable", "Transformers' own error", "faults"]
+    titles = ["checkpoint", "changed", "no effect", "refused by name", "not detectable", "Transformers' error", "faults"]
     return table(titles, lines) + machine_line(content)
 
 
