@@ -215,9 +215,10 @@ def test_a_trainers_command_line(quantized, tmp_path):
     rows = [{"text": f"number {row} and others"} for row in range(8)]
     (tmp_path / "data" / "train.json").write_text("\n".join(map(json.dumps, rows)))
     options = ["--model_name_or_path", quantized, "--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out",
-               "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj",
-               "--max_steps", "2", "--max_length", "16", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--report_to", "none", "--use_cpu",
-               "--bf16", "False", "--gradient_checkpointing", "False", "--cpu", "--num_processes", "1"]  # fmt: skip
+               "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "2",
+               "--max_length", "16", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--report_to", "none",
+               "--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False",
+               "--cpu", "--num_processes", "1"]  # fmt: skip
     result = run("trl", "sft", *options, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr[-4000:]
     losses = [float(found) for found in re.findall(r"'loss': '?([0-9.]+)", result.stdout)]
