@@ -47,11 +47,12 @@ class DenseWeights:
         content, _ = like.config.get_config_dict(folder)
         if content.get("quantization_config"):
             raise ValueError(f"{dense} is a quantized model: give the dense one that was quantized")
-        if content.get("model_type") != like.config.model_type:
-            kinds = (
-                f"a model of type {content.get('model_type')}, and the quantized model one of type {like.config.model_type}"
+        kind, expected = content.get("model_type"), like.config.model_type
+        if kind != expected:
+            raise ValueError(
+                f"{dense} is a model of type {kind}, and the quantized model one of type {expected}: give the dense model "
+                "that was quantized"
             )
-            raise ValueError(f"{dense} is {kinds}: give the dense model that was quantized")
         path = find_weights(folder)
         if path is None:
             raise ValueError(f"{dense} holds no model.safetensors or index of several files, so it has no dense weights")
