@@ -23,7 +23,8 @@ SCALAR_ONLY = {"stochastic", "convex"}
 
 
 def test_nothing_is_left_out():
-    assert set(rounding.names()) == {"ldlq", "ldlq-rg", "greedy", "quantease", "convex", "nearest", "stochastic"}
+    known = {"ldlq", "ldlq-rg", "greedy", "quantease", "convex", "nearest", "stochastic", "yaqa"}
+    assert set(rounding.names()) == known
     assert set(codebooks.names()) == {"e8p", "e8p-rvq3", "e8p-rvq4", "d4", *SCALAR}
     assert set(incoherence.names()) == {name for name in TRANSFORMS if isinstance(name, str)} | BLOCKED.keys()
 
