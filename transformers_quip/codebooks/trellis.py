@@ -189,7 +189,7 @@ class Trellis(Codebook):
         if self.table_shape is None:
             if table is not None:
                 raise ValueError(f"codebook {self.name!r} has no table, got {list(table.shape)}")
-            return _computed_on(self.code, device, dtype)
+            return computed_on(self.code, device, dtype)
         if table is None or tuple(table.shape) != self.table_shape or not table.is_floating_point():
             given = "none" if table is None else f"{table.dtype} {list(table.shape)}"
             raise ValueError(f"codebook {self.name!r} needs a floating point table {list(self.table_shape)}, got {given}")
@@ -247,7 +247,8 @@ def _byte_sum(h: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _computed_on(code: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def computed_on(code: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[`computed_values`] on this device, in this dtype."""
     return computed_values(code).to(device=device, dtype=dtype)
 
 

@@ -20,7 +20,7 @@ from ..config import QuipConfig
 from ..nn.replace import quantized_linears
 from ..quantize.block import replayed_densely
 from .dense import DenseWeights
-from .layers import adapted_linears, require_peft
+from .layers import adapted_linears, check_in_memory, require_peft
 from .low_rank import low_rank
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def residual_init(
         raise ValueError("give rank or config, not both: config has a rank")
     if not quantized_linears(model):
         raise ValueError(f"{type(model).__name__} has no quantized linears, so its adapters have no error to begin with")
-    weights = DenseWeights(dense, token)
+    weights = DenseWeights(dense, model.get_base_model() if has_adapters else model, token)
     if config is None:
         rank = _RANK if rank is None else rank
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -117,6 +117,7 @@ def _fill(
     layers = adapted_linears(base)
     adapter = _active_adapter(adapted, layers)
     for name, layer in layers.items():
+        check_in_memory(name, layer)
         weights.weight(name, _shape(layer))
     ids = None
     if data.dataset is not None:

@@ -19,7 +19,7 @@ from ..evaluation import Divergence, divergence, keep_predictions
 from ..nn import replace
 from ..quantize.bars import advance
 from ..quantize.block import ModuleResult, quantize_block
-from .layers import adapted_linears, require_peft
+from .layers import adapted_linears, check_in_memory, require_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -147,6 +147,7 @@ def _check(layers: Mapping[str, Any], adapter: str, config: Any, blocks_name: st
     if not isinstance(config, QuipConfig) or config.foreign is not None:
         raise ValueError("only a model that was quantized by this package can be rounded again: keep the adapter apart")
     for name, layer in layers.items():
+        check_in_memory(name, layer)
         book = codebooks.get(config.for_module(name).codebook_spec)
         if book.is_read_only:
             raise ValueError(f"{name}: the codebook {book.name} encodes nothing, so no weight can be rounded to it")

@@ -43,7 +43,16 @@ def build(name: str, folder: Path) -> tuple[Path, Path]:
     objects = folder / name
     objects.mkdir(parents=True, exist_ok=True)
     newest = max(path.stat().st_mtime for path in [*SOURCES.glob("*.h"), Path(__file__)])
-    flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fPIC", "-pthread", "-fopenmp-simd", f"-I{SOURCES}"]
+    flags = [
+        "-O1",
+        "-g",
+        "-fno-var-tracking-assignments",
+        "-fno-omit-frame-pointer",
+        "-fPIC",
+        "-pthread",
+        "-fopenmp-simd",
+        f"-I{SOURCES}",
+    ]
     running, made = [], []
     for source in [*sorted(SOURCES.glob("*.c")), HERE / "driver.c"]:
         out = objects / f"{source.stem}.o"
