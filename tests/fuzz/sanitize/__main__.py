@@ -114,7 +114,20 @@ def run_tests(library: Path, folder: Path) -> None:
     check = f"from quip_kernels import cpu_library as c; assert c.library() and str(c.PATH).startswith({str(package)!r})"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
     pythonpath = f"pythonpath={ROOT} {package} {ROOT / 'examples'} {ROOT / 'benchmarks'}"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", pythonpath, *tests]
+    # capturing file descriptors would hide the reports, which are not written by Python
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--capture=sys",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        pythonpath,
+        *tests,
+    ]
     if subprocess.run(command, env=environment, cwd=ROOT).returncode:
         raise SystemExit("the kernels' tests fail under AddressSanitizer and UBSan")
 
