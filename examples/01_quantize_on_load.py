@@ -74,7 +74,7 @@ def main(options: argparse.Namespace) -> None:
         dataset = "self"
     else:
         dataset = None if options.dataset == "none" else [Path(options.dataset).read_text(encoding="utf-8")]
-    # su, sv and the norms learn from the same text what the dense model predicts; 8 more sequences decide about the result
+    # su, sv and the norms learn the dense model's predictions on the same text; 8 more sequences decide about the result
     tune = {"epochs": options.tune, "held_out": 8, "batch_size": 2} if options.tune and dataset is not None else "none"
     config = QuipConfig(
         bits=options.bits,

@@ -27,7 +27,7 @@ COMMANDS = {
     "evaluate": "Measure perplexity, divergence, speed and size.",
     "inspect": "Show the content of a saved model without loading it.",
     "compare": "Put two models side by side.",
-    "convert": "Re-pack a checkpoint of another package, without loss.",
+    "convert": "Re-pack a checkpoint of another package, without loss, or write one for exllamav3.",
     "push": "Push a saved model to the Hub.",
     "chat": "Talk to a model.",
     "serve": "Serve a model with an OpenAI-compatible API.",

@@ -147,7 +147,7 @@ def _tune_vectors(
                 lambda: options.memory == "auto" and not fits(found.total(keep, False), model.device)
             )
             logger.info(
-                "Tuning: %d steps of %d windows, %.1f GB of memory beside the quantized model, about %.0f minutes.",
+                "Tuning: %d steps of %d windows, %.1f GB of memory in addition to the quantized model, about %.0f minutes.",
                 report.steps,
                 options.batch_size,
                 found.total(keep, recompute) / 1e9,
@@ -215,7 +215,7 @@ def _keep_decoded(model: PreTrainedModel, options: TuneOptions) -> bool:
 def _estimate(
     model: PreTrainedModel, student: Student, teacher: Teacher, options: TuneOptions, probe: torch.Tensor
 ) -> Estimate:
-    """The memory of a step, from what the probe takes."""
+    """The memory of a step, from that of the probe."""
     step = options.batch_size // processes.count() * teacher.ids.shape[1]
     logits = 6 * 4 * CHUNK * len(teacher.weight)  # of both models, their softmax and a gradient
     blocks = blocks_of(model, student.linears)

@@ -1,4 +1,4 @@
-"""LoRA adapters that begin with what quantization has lost, instead of zero."""
+"""LoRA adapters that begin with the error of quantization, instead of zero."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def residual_init(
     with data, also one block's Hessians and decoded weights, and one set of hidden states.
 
     Args:
-        model: quantized, in memory; or a `PeftModel` with LoRA on it, of which the active adapter begins anew.
+        model: quantized, in memory; or a `PeftModel` with LoRA on it, whose active adapter is initialised again.
         dense: the dense model: a folder with safetensors files, an id on the Hub, or a model in memory.
         rank: of the adapters that are made for a model without any; 16 by default. `lora_alpha` is the same number, so that
             the adapters are not scaled.
@@ -125,7 +125,7 @@ def _fill(
         logger.info("The adapters begin with the errors on %s.", description)
     for layer in layers.values():
         if adapter in layer.lora_B:
-            layer.lora_B[adapter].weight.zero_()  # what it was before has no part in the inputs that are observed
+            layer.lora_B[adapter].weight.zero_()  # its earlier value has no part in the inputs that are observed
     with tqdm(total=len(layers), desc="Adapters", unit="layer", disable=not progress) as bar:
         task = _Task(weights, adapter, niter, bar)
         if ids is None:

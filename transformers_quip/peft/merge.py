@@ -65,7 +65,7 @@ def merge_and_requantize(
 
     A quantized weight cannot take an adapter as it is. So each layer with an adapter is decoded, the adapter is added,
     and the sum is quantized with the options of the model's config, block by block as at first. The rounding errors are
-    new ones; the report says what they cost. Keep the adapter apart if that is too much. Layers without an adapter keep
+    new ones; the report gives their cost. Keep the adapter apart if that is too much. Layers without an adapter keep
     their codes. Adapters of dense layers, and `modules_to_save`, are merged as PEFT does it.
 
     Memory: the model, and one block's Hessians and dense weights.

@@ -6,7 +6,7 @@ import torch
 
 from .base import Problem, Rounded, Rounding, proxy_loss
 from .ldlq import LDLQ, block_ldl
-from .sequential import inverse_of_blocks, round_with_feedback, sweep
+from .sequential import inverse_of_blocks, round_with_feedback, sweep, sweep_feedback
 
 # Rows that are rounded together: fewer use more of the output Hessian, more are faster. Codes of tiles need at least 16.
 ROWS = 8
@@ -56,15 +56,18 @@ class YAQA(Rounding):
             moved[rows] = (weight[rows] - points) @ factor
         loss = proxy_loss(weight - rounded.points, hessian, out)
         conditional = inverse_of_blocks(hessian, book.block_size)
+        feedback = sweep_feedback(hessian, conditional, book.block_size) if problem.sweeps else []
         for _ in range(problem.sweeps):
-            again = self._sweep(problem, conditional, rounded)
+            again = self._sweep(problem, conditional, feedback, rounded)
             new = proxy_loss(weight - again.points, hessian, out)
             if not new < loss:
                 break
             rounded, loss = again, new
         return rounded
 
-    def _sweep(self, problem: Problem, conditional: torch.Tensor, rounded: Rounded) -> Rounded:
+    def _sweep(
+        self, problem: Problem, conditional: torch.Tensor, feedback: list[torch.Tensor], rounded: Rounded
+    ) -> Rounded:
         """One visit of every row; returns new codes and points."""
         weight, book, out = problem.weight, problem.codebook, problem.hessian_out
         assert out is not None
@@ -75,7 +78,7 @@ class YAQA(Rounding):
             target = weight[rows] + torch.linalg.solve(out[rows, rows], others)
             part = slice(rows.start // book.rows_together, rows.stop // book.rows_together)
             found = Rounded(result.codes[part].clone(), result.points[rows].clone())
-            sweep(Problem(target, problem.hessian, book), conditional, found)
+            sweep(Problem(target, problem.hessian, book), conditional, found, feedback)
             self._put(result, rows, *found, book.rows_together)
             error[rows] = weight[rows] - found.points
         return result

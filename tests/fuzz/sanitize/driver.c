@@ -59,8 +59,7 @@ static int one_in(arena *a, int n) {
     return below(a, n) == 0;
 }
 
-/* Memory of exactly this size. */
-static void *exact(arena *a, int64_t bytes) {
+static void *exact(arena *a, int64_t bytes) { /* memory of exactly this size */
     void *result = malloc((size_t)bytes);
     if ((bytes && !result) || a->count == MOST_KEPT) abort();
     return a->kept[a->count++] = result;

@@ -82,7 +82,7 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
 
 
 class Plan(NamedTuple):
-    """All that a layer's tensors need not be asked for: what `route` decides, and the transforms of inputs and outputs."""
+    """The decisions of `route`, and the transforms of inputs and outputs: the values of tensors do not matter."""
 
     case: Case
     routes: Routes
