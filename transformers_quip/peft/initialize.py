@@ -54,8 +54,8 @@ def residual_init(
 
     Without data, BA is the truncated singular value decomposition of W - Ŵ, as in LoftQ (arXiv 2310.08659); the codes stay
     as they are. With data, BA minimises the error of each layer's output on it, ‖(W - Ŵ - BA) H^½‖ with H = E[x xᵀ], as in
-    EoRA (arXiv 2410.21271): the adapters repair more, also without any training. Then the model is read block by
-    block, and each block's inputs are those that the adapters before it lead to.
+    EoRA (arXiv 2410.21271); give many more tokens than the layers have inputs. Then the model is read block by block, and
+    each block's inputs are those that the adapters before it lead to.
 
     The dense weights are read one at a time. In addition to the quantized model, memory holds one of them with its factors;
     with data, also one block's Hessians and decoded weights, and one set of hidden states.
