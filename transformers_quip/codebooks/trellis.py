@@ -41,7 +41,9 @@ from collections.abc import Mapping
 
 import torch
 
+from . import viterbi
 from .base import Codebook, Grid, table
+from .trellis_tables import default_table
 
 TILE = 16
 STATE_BITS = 16
@@ -58,6 +60,8 @@ ORDERS = {
     "qtip": ((8, 4, 2, 2, 2), (3, 0), (2, 1, 4)),
     "exl3": ((8, 4, 2, 2, 2), (2, 0), (3, 1, 4)),
 }
+# Rms of Gaussian weights with the least error, relative to the rms of the values, for 1 to 8 bits.
+_GAUSSIAN_SCALES = (1.15, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _NAME = re.compile(r"trellis:([a-z0-9]+)(?:-q([1-9][0-9]*)v([12]))?:k([1-8]):([a-z0-9]+)")
 _USAGE = (
     f"a trellis codebook is called trellis:CODE:kK:ORDER with CODE one of {', '.join(COMPUTED)}, or of "
@@ -105,6 +109,12 @@ class Trellis(Codebook):
             self.step = 1
         self.bits = float(k)
 
+    @functools.cached_property
+    def gaussian_scale(self) -> float:  # type: ignore[override]
+        """See [`Codebook`]: measured for every number of bits, as a multiple of the rms of all values."""
+        values, _ = _encoder_on(self.name, torch.device("cpu"))
+        return values.square().mean().sqrt().item() * _GAUSSIAN_SCALES[self.k - 1]
+
     @classmethod
     def parse(cls, name: str) -> Trellis:
         """The codebook of this name. Raises `ValueError` if there is none."""
@@ -134,11 +144,33 @@ class Trellis(Codebook):
         raise ValueError(f"rows of codebook {self.name!r} cannot be looked up: {TILE} of them are coded together")
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raises `ValueError`: these codebooks are only read."""
-        raise ValueError(
-            f"codebook {self.name!r} is for checkpoints that were quantized with it elsewhere: nothing here quantizes with "
-            "a trellis. Choose another codebook"
-        )
+        """See [`Codebook.encode`]: the points of a path that `viterbi.py` finds, which are near, if not always nearest.
+
+        A code with a table encodes with the one of `trellis_tables.py`.
+
+        Args:
+            x: float32 [..., 256], tiles row by row.
+
+        Returns:
+            codes int16 [..., 16·K], and points.
+        """
+        tiles = self.check_vectors(x)
+        places, source = _places_on(self.order, x.device)
+        values, metric = _encoder_on(self.name, x.device)
+        states = viterbi.encode(tiles[:, places], metric, self.k)
+        codes = viterbi.pack(states, viterbi.fresh_bits(self.k, self.step))
+        points = values.index_select(0, states.flatten()).view(len(tiles), -1)[:, source]
+        return codes.reshape(*x.shape[:-1], TILE * self.k), points.reshape(x.shape)
+
+    def store(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See [`Codebook.store`]: codes int16 [m/16, n/16, 16·K]."""
+        stored = {"codes": codes.reshape(len(codes) * TILE, -1)}
+        return stored if self.table_shape is None else stored | {"table": self.table.to(codes.device)}
+
+    @property
+    def table(self) -> torch.Tensor | None:
+        """The table that weights are quantized with: float32 [2^Q, V] on the CPU; None for a code without one."""
+        return None if self.table_shape is None else default_table(self.code, *self.table_shape)
 
     def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See [`Codebook.decode`].
@@ -212,6 +244,23 @@ def _lay_out(sequence: torch.Tensor, order: str, weight: torch.Tensor) -> None:
     pair = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[weight.element_size()]
     source = sequence.view(*tiles, *sizes).view(pair).permute(dimensions)
     weight.view(pair).view(source.shape).copy_(source)
+
+
+@functools.lru_cache(maxsize=16)
+def _places_on(order: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each weight of a tile's sequence its place in the tile, row by row; and the inverse."""
+    sizes, row, column = ORDERS[order]
+    source = torch.arange(TILE * TILE).view(sizes).permute(*row, *column).flatten()
+    return source.argsort().to(device), source.to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _encoder_on(name: str, device: torch.device) -> tuple[torch.Tensor, viterbi.Metric]:
+    """The values of every state, float32 [65536, V], and the same as integers."""
+    book = Trellis.parse(name)
+    values = book.values(book.table, torch.device("cpu")).view(STATES, -1)
+    metric = viterbi.metric(values, book.k)
+    return values.to(device), metric._replace(levels=metric.levels.to(device))
 
 
 @table
