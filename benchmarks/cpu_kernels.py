@@ -94,7 +94,7 @@ def trellis_ways(name: str, m: int, n: int, vectors: int) -> dict[str, Callable[
     stored = {"codes": codes} if table is None else {"codes": codes, "table": table}
     arguments = (x, list(stored.values()), su, sv, None, name, "hadamard", "hadamard", 0)
     layout = trellis_kernels.Layout(book.code, book.k, book.order)
-    foreign = torch.randint(-(2**15), 2**15, (n // 16, m // 16, 16 * book.k), generator=generator).to(torch.int16)
+    foreign = torch.randint(-(2**15), 2**15, (n // 16, m // 16, int(16 * book.k)), generator=generator).to(torch.int16)
 
     weight = book.decode(stored, n)
     expected = x.double() @ weight.double().T

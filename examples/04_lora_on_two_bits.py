@@ -1,8 +1,9 @@
 """Train LoRA adapters (PEFT) on top of a quantized model: the 2-bit weights stay frozen, the adapters learn a text.
 
-    python examples/04_lora_on_two_bits.py FOLDER [--text FILE] [--steps 20]
+    python examples/04_lora_on_two_bits.py FOLDER [--text FILE] [--steps 20] [--dense DENSE]
 
-FOLDER is a quantized model, such as example 01 saves. Merging the adapters needs dense weights: `model.dequantize()` first.
+FOLDER is a quantized model, such as example 01 saves. With --dense, the model that was quantized, the adapters begin with
+the error of the quantized weights instead of zero. docs/adapters.md says how adapters are merged.
 
 Output for a tiny model with random weights (loss in nats per token on the training text):
 
@@ -25,7 +26,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import transformers_quip  # noqa: F401 - makes Transformers understand quantized models
+from transformers_quip.peft import residual_init
 
 TEXT = "In the beginning there were two bits, and the two bits were enough. " * 8
 
@@ -33,6 +34,7 @@ TEXT = "In the beginning there were two bits, and the two bits were enough. " * 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a quantized model")
+    parser.add_argument("--dense", help="the dense model: the adapters begin with the error of the quantized weights")
     parser.add_argument("--text", type=Path, help="training text; a sentence by default")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rank", type=int, default=4)
@@ -50,6 +52,8 @@ def main(options: argparse.Namespace) -> None:
 
     # "all-linear" finds the quantized linears: they are nn.Linear to PEFT
     adapted = get_peft_model(model, LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if options.dense:
+        residual_init(adapted, options.dense)
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in adapted.parameters())
     print(f"trainable: {sum(p.numel() for p in trainable):,} of {total:,} stored parameters")

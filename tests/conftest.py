@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("QUIP_GOLDEN") or ROOT.parent / "shared" / "golden")
+GOLDEN_EXL3_1_6 = Path(os.environ.get("QUIP_GOLDEN_EXL3_1_6") or GOLDEN.parent / "golden_exl3_1_6")
 
 
 def pytest_configure(config):
@@ -29,6 +30,14 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip(f"the golden checkpoints are not in {GOLDEN} (QUIP_GOLDEN names another folder)")
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_exl3_1_6() -> Path:
+    """Folder of the golden checkpoints as exllamav3 1.6 writes them, beside the others or in QUIP_GOLDEN_EXL3_1_6."""
+    if not GOLDEN_EXL3_1_6.is_dir():
+        pytest.skip(f"the golden checkpoints are not in {GOLDEN_EXL3_1_6} (QUIP_GOLDEN_EXL3_1_6 names another folder)")
+    return GOLDEN_EXL3_1_6
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 
 import torch
 
@@ -146,14 +148,14 @@ def trellis_place(order, q):
 
 def trellis_weight(name: str, codes: torch.Tensor, columns: int, table: torch.Tensor | None = None) -> torch.Tensor:
     """Ŵ float64 [m, columns] of the stored codes of a trellis codebook, int16 [m, columns / 16 · K]."""
-    code, k, order = re.fullmatch(r"trellis:([a-z0-9]+)(?:-q.*)?:k(\d):([a-z0-9]+)", name).groups()
-    k, step, m = int(k), 1 if table is None else table.shape[1], len(codes)
+    code, k, order = re.fullmatch(r"trellis:([a-z0-9]+)(?:-q.*)?:k([\d.]+):([a-z0-9]+)", name).groups()
+    k, step, m = Fraction(k), 1 if table is None else table.shape[1], len(codes)
     weight = torch.empty(m, columns, dtype=torch.float64)
-    for tile, words in enumerate((codes.long() & 0xFFFF).reshape(-1, 16 * k).tolist()):
+    for tile, words in enumerate((codes.long() & 0xFFFF).reshape(-1, int(16 * k)).tolist()):
         down, right = divmod(tile, columns // 16)
         bits = "".join(f"{word:016b}" for word in words)
         for t in range(256 // step):
-            state = int("".join(bits[(t * k * step + j) % len(bits)] for j in range(16)), 2)
+            state = int("".join(bits[(math.ceil(t * k * step) + j) % len(bits)] for j in range(16)), 2)
             for i, weights in enumerate(trellis_value(code, state, table)):
                 row, column = trellis_place(order, t * step + i)
                 weight[16 * down + row, 16 * right + column] = weights
@@ -296,8 +298,8 @@ def random_linear(
     elif codebook == "d4":
         codes = {"codes": octets(-(-n // 4))}
     elif codebook.startswith("trellis:"):
-        q, v, k = re.fullmatch(r"trellis:[a-z0-9]+(?:-q(\d+)v(\d))?:k(\d):[a-z0-9]+", codebook).groups()
-        words_of_a_row = (m, n // 16 * int(k))
+        q, v, k = re.fullmatch(r"trellis:[a-z0-9]+(?:-q(\d+)v(\d))?:k([\d.]+):[a-z0-9]+", codebook).groups()
+        words_of_a_row = (m, int(n // 16 * float(k)))
         codes = {"codes": torch.randint(-(2**15), 2**15, words_of_a_row, generator=generator).to(torch.int16)}
         if q:
             codes["table"] = torch.randn(2 ** int(q), int(v), generator=generator).to(dtype)

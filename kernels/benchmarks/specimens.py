@@ -235,9 +235,9 @@ def _factor(order: int, terms: int) -> Specimen:
     )
 
 
-def _trellis_constants(code: str, k: int, order: str, table_bits: int, step: int, halves: bool) -> dict[str, Any]:
+def _trellis_constants(code: str, k: float, order: str, table_bits: int, step: int, halves: bool) -> dict[str, Any]:
     return {
-        "K": k,
+        "PAIR_BITS": int(2 * k),
         "CODE": code,
         "ORDER": order,
         "STEP": step,
@@ -275,7 +275,7 @@ def _trellis_dequantize(*layout: Any) -> Specimen:
     )
 
 
-def _trellis_table(code: str, k: int, order: str, table_bits: int, step: int, halves: bool) -> str:
+def _trellis_table(code: str, k: float, order: str, table_bits: int, step: int, halves: bool) -> str:
     return "*i32" if halves else "*fp32" if table_bits else "*i16"
 
 
@@ -291,6 +291,9 @@ _TRELLIS = {
             ("mcg", 4, "exl3"),
             ("mul1", 1, "exl3"),
             ("mul1", 2, "exl3"),
+            ("mul1", 1.5, "exl3"),
+            ("mul1", 2.5, "exl3"),
+            ("mul1", 3.5, "exl3"),
             ("mul1", 5, "exl3"),
             ("mul1", 8, "exl3"),
         )

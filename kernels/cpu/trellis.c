@@ -56,7 +56,7 @@ static trellis_kernels kernels_of(int level, int code) {
 static int make_plan(const quip_trellis *w, const trellis_kernels *kernels, trellis_plan *plan) {
     memset(plan, 0, sizeof *plan);
     plan->code = w->code;
-    plan->step_bits = w->k * w->step;
+    plan->pair_bits = w->pair_bits * w->step;
     kernels->prepare(plan);
     if (!w->table) return 0;
     const int64_t rows = (int64_t)1 << w->table_bits, size = rows * w->step;
@@ -94,9 +94,13 @@ static int make_plan(const quip_trellis *w, const trellis_kernels *kernels, trel
     return 0;
 }
 
+static int64_t words_of_tile(const quip_trellis *w) {
+    return (int64_t)TILE / 2 * w->pair_bits;
+}
+
 /* Tile number t; a copy if it is so near to the end of the codes that kernels would read beyond them. */
 static const int16_t *tile_with_margin(const quip_trellis *w, int64_t t, int16_t *copy) {
-    const int64_t words = (int64_t)TILE * w->k, all = w->layer.m / TILE * (w->layer.n / TILE);
+    const int64_t words = words_of_tile(w), all = w->layer.m / TILE * (w->layer.n / TILE);
     const int16_t *tile = (const int16_t *)w->layer.codes + t * words;
     if ((all - t - 1) * words * 2 >= MARGIN) return tile;
     memcpy(copy, tile, (size_t)words * sizeof *tile);
@@ -107,7 +111,7 @@ static const int16_t *tile_with_margin(const quip_trellis *w, int64_t t, int16_t
 static void multiply_rows(void *context, int64_t first, int64_t last) {
     work *j = context;
     const quip_trellis *w = j->w;
-    const int64_t tiles = w->layer.n / TILE, words = (int64_t)TILE * w->k, stride = 2 * TILE * j->count;
+    const int64_t tiles = w->layer.n / TILE, words = words_of_tile(w), stride = 2 * TILE * j->count;
     int16_t copy[TILE * MOST_BITS + MARGIN] = {0};
     float weights[TOGETHER][TILE_WEIGHTS] __attribute__((aligned(64)));
     const int64_t bytes = j->count * TILE_WEIGHTS * (int64_t)sizeof(float);
@@ -173,9 +177,10 @@ static void decode_rows(void *context, int64_t first, int64_t last) {
 static int is_sound(const quip_trellis *w) {
     const int tabulated = w->code >= TRELLIS_HYB;
     const int64_t m = w->layer.m, n = w->layer.n;
-    return w->code >= TRELLIS_1MAD && w->code <= TRELLIS_LUT && w->k >= 1 && w->k <= MOST_BITS && m >= 0 && n > 0 &&
-           m % TILE == 0 && n % TILE == 0 && w->order >= TRELLIS_ROWS && w->order <= TRELLIS_EXL3 &&
-           !!w->table == tabulated && (w->step == 1 || (w->step == 2 && tabulated)) &&
+    return w->code >= TRELLIS_1MAD && w->code <= TRELLIS_LUT && w->pair_bits >= 2 && w->pair_bits <= 2 * MOST_BITS &&
+           (w->pair_bits % 2 == 0 || (w->code == TRELLIS_MUL1 && w->pair_bits < 8)) && m >= 0 && n > 0 && m % TILE == 0 &&
+           n % TILE == 0 && w->order >= TRELLIS_ROWS && w->order <= TRELLIS_EXL3 && !!w->table == tabulated &&
+           (w->step == 1 || (w->step == 2 && tabulated)) &&
            (!tabulated || (w->table_bits >= 1 && w->table_bits + (w->code == TRELLIS_HYB) <= 16)) &&
            (w->code != TRELLIS_LUT || w->table_bits == 16) && (!w->layer.in || w->layer.in->size == n) &&
            (!w->layer.out || w->layer.out->size == m) && w->layer.second == QUIP_NO_STAGE;

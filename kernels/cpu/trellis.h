@@ -15,16 +15,16 @@ enum { TRELLIS_ROWS, TRELLIS_QTIP, TRELLIS_EXL3 };
 enum { TABLE_NONE, TABLE_SINGLE, TABLE_PAIRS, TABLE_HALVES };
 
 typedef struct {
-    quip_layer layer;             /* codes: [m / 16][n / 16][16 k]; it has no second stage */
-    const void *table;            /* [2^table_bits][step], null for a code without one */
-    int32_t code, k, order, step; /* step: weights of a state, 1 or 2 */
+    quip_layer layer;                     /* codes: [m / 16][n / 16][8 pair_bits]; it has no second stage */
+    const void *table;                    /* [2^table_bits][step], null for a code without one */
+    int32_t code, pair_bits, order, step; /* pair_bits: of two weights; step: weights of a state, 1 or 2 */
     int32_t table_bits, table_type;
 } quip_trellis;
 
 /* The constants that are computed once for all tiles. */
 typedef struct {
-    uint8_t places[2][64] __attribute__((aligned(64))); /* places of the sixteen states of a group, see `prepare` */
-    int32_t code, step_bits;                            /* bits from one state to the next */
+    uint8_t places[4][64] __attribute__((aligned(64))); /* places of the sixteen states of a group, see `prepare` */
+    int32_t code, pair_bits;                            /* bits from one state to the second next */
     int32_t kind, bits, multiplied; /* the index into the table is the highest `bits` of 16, of s (s + 1) or of s itself */
     union {
         float *values;

@@ -10,35 +10,40 @@
 #define KERNELS quip_trellis_avx2
 #include "trellis_vectors.h"
 
+/* The byte from which the bytes of a half of a group are counted: an even one. */
+INLINE int first_byte(const trellis_plan *plan, int half, int odd) {
+    return ((half * plan->pair_bits >> 1) + odd) & ~1;
+}
+
 /* A lane gets the four bytes in which its state begins, the first one highest; the state is then at most 7 bits too far up.
- * For either half of the group: places[h] has 32 indices of bytes and eight shifts; the bytes are counted from an even one. */
+ * For either half h of a group: places[2 * odd + h] has 32 indices of bytes and eight shifts. */
 static void prepare(trellis_plan *plan) {
-    for (int h = 0; h < 2; h++) {
-        const int from = h * plan->step_bits & ~1;
+    for (int variant = 0; variant < 4; variant++) {
+        const int odd = variant / 2, h = variant % 2, from = first_byte(plan, h, odd);
         for (int l = 0; l < WIDTH; l++) {
-            const int begin = (h * WIDTH + l) * plan->step_bits - 8 * from, byte = begin / 8;
+            const int begin = 8 * odd + ((h * WIDTH + l) * plan->pair_bits + 1) / 2 - 8 * from, byte = begin / 8;
             /* memory has the second byte of a word first; bits beyond the sixteenth byte are shifted away */
-            for (int i = 0; i < 4; i++) plan->places[h][4 * l + 3 - i] = ((byte + i) ^ 1) & 15;
+            for (int i = 0; i < 4; i++) plan->places[variant][4 * l + 3 - i] = ((byte + i) ^ 1) & 15;
             const uint8_t shift[4] = {(uint8_t)(16 - begin % 8), 0, 0, 0};
-            memcpy(plan->places[h] + 32 + 4 * l, shift, sizeof shift);
+            memcpy(plan->places[variant] + 32 + 4 * l, shift, sizeof shift);
         }
     }
 }
 
-TARGET INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane) {
-    const int half = lane / WIDTH;
-    const __m128i part = _mm_loadu_si128((const __m128i *)(bytes + (half * plan->step_bits & ~1)));
-    const __m256i index = _mm256_load_si256((const __m256i *)plan->places[half]);
-    const __m256i shift = _mm256_load_si256((const __m256i *)(plan->places[half] + 32));
+TARGET INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane, int odd) {
+    const int half = lane / WIDTH, variant = 2 * odd + half;
+    const __m128i part = _mm_loadu_si128((const __m128i *)(bytes + first_byte(plan, half, odd)));
+    const __m256i index = _mm256_load_si256((const __m256i *)plan->places[variant]);
+    const __m256i shift = _mm256_load_si256((const __m256i *)(plan->places[variant] + 32));
     const __m256i four = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(part), index);
     return (words)_mm256_srlv_epi32(four, shift) & 0xffffu;
 }
 
-TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lane, int16_t first) {
+TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lane, int odd, int16_t first) {
     uint8_t copy[MARGIN]; /* at most 32 bytes of this tile, then its first ones */
     memcpy(copy, bytes, 32);
-    memcpy(copy + 2 * plan->step_bits, &first, sizeof first);
-    return states(plan, copy, lane);
+    memcpy(copy + plan->pair_bits + odd, &first, sizeof first);
+    return states(plan, copy, lane, odd);
 }
 
 TARGET INLINE words two_mads(words s) {

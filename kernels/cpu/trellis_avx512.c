@@ -9,32 +9,36 @@
 #define KERNELS quip_trellis_avx512
 #include "trellis_vectors.h"
 
-/* Each 64 bits get the eight bytes in which two states begin, the first byte highest (places[0]), of which eight bits from
- * any bit on make a byte of a state (places[1]). */
+/* Each 64 bits get the eight bytes in which two states begin, the first byte highest (places[2 * odd]), of which eight bits
+ * from any bit on make a byte of a state (places[2 * odd + 1]). */
 static void prepare(trellis_plan *plan) {
-    for (int l = 0; l < WIDTH; l++) {
-        const int pair = l / 2 * 2, byte = pair * plan->step_bits / 8, begin = l * plan->step_bits - 8 * byte;
-        /* memory has the second byte of a word first; bits beyond 32 bytes are shifted away */
-        for (int i = 0; i < 8; i++) plan->places[0][4 * pair + 7 - i] = (uint8_t)(((byte + i) ^ 1) & 31);
-        for (int i = 0; i < 4; i++) plan->places[1][4 * l + i] = (uint8_t)(48 - begin + 8 * i);
-    }
+    for (int odd = 0; odd < 2; odd++)
+        for (int l = 0; l < WIDTH; l++) {
+            const int pair = l / 2, byte = odd + pair * plan->pair_bits / 8;
+            const int begin = 8 * odd + (l * plan->pair_bits + 1) / 2 - 8 * byte;
+            /* memory has the second byte of a word first; bits beyond 32 bytes are shifted away */
+            for (int i = 0; i < 8; i++) plan->places[2 * odd][8 * pair + 7 - i] = (uint8_t)(((byte + i) ^ 1) & 31);
+            for (int i = 0; i < 4; i++) plan->places[2 * odd + 1][4 * l + i] = (uint8_t)(48 - begin + 8 * i);
+        }
 }
 
 /* Sixteen states lie in 32 bytes; a load of only these crosses two cache lines less often. */
-TARGET INLINE words states_in(const trellis_plan *plan, __m256i bytes) {
-    const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(plan->places[0]), _mm512_castsi256_si512(bytes));
-    return (words)_mm512_maskz_multishift_epi64_epi8(0x3333333333333333, _mm512_load_si512(plan->places[1]), eight);
+TARGET INLINE words states_in(const trellis_plan *plan, __m256i bytes, int odd) {
+    const uint8_t (*places)[64] = plan->places + 2 * odd;
+    const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(places[0]), _mm512_castsi256_si512(bytes));
+    return (words)_mm512_maskz_multishift_epi64_epi8(0x3333333333333333, _mm512_load_si512(places[1]), eight);
 }
 
-TARGET INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane) {
+TARGET INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane, int odd) {
     (void)lane;
-    return states_in(plan, _mm256_loadu_si256((const __m256i *)bytes));
+    return states_in(plan, _mm256_loadu_si256((const __m256i *)bytes), odd);
 }
 
-TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lane, int16_t first) {
+TARGET INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lane, int odd, int16_t first) {
     (void)lane;
     const __m256i read = _mm256_loadu_si256((const __m256i *)bytes);
-    return states_in(plan, _mm256_mask_set1_epi16(read, (__mmask16)(1u << plan->step_bits), first));
+    const __mmask16 place = (__mmask16)(1u << (plan->pair_bits + odd) / 2);
+    return states_in(plan, _mm256_mask_set1_epi16(read, place, first), odd);
 }
 
 /* In the lower halves of 64 bits. Operands and products are of 52 bits: g = A s + B is computed modulo 2^32 in the highest

@@ -12,7 +12,8 @@
  * any bit on make a byte of a state (places[1]). */
 static void prepare(trellis_plan *plan) {
     for (int l = 0; l < STATES; l++) {
-        const int four = l / 4 * 4, byte = four * plan->step_bits / 8, begin = l * plan->step_bits - 8 * byte;
+        const int step_bits = plan->pair_bits / 2; /* these codes have no half bits */
+        const int four = l / 4 * 4, byte = four * step_bits / 8, begin = l * step_bits - 8 * byte;
         /* memory has the second byte of a word first */
         for (int i = 0; i < 8; i++) plan->places[0][2 * four + 7 - i] = (uint8_t)((byte + i) ^ 1);
         for (int i = 0; i < 2; i++) plan->places[1][2 * l + i] = (uint8_t)(48 - begin + 8 * i);
@@ -20,11 +21,11 @@ static void prepare(trellis_plan *plan) {
 }
 
 TARGET INLINE __m512i states(const trellis_plan *plan, const int16_t *tile, int group) {
-    const int16_t *from = tile + 2 * group * plan->step_bits;
+    const int16_t *from = tile + group * plan->pair_bits;
     /* With less than 8 bits the states lie in 32 bytes; a load of only these crosses two cache lines less often. */
-    __m512i bytes = plan->step_bits < 8 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from))
-                                        : _mm512_loadu_si512(from);
-    if (group + 1 == GROUPS) bytes = _mm512_mask_set1_epi16(bytes, (__mmask32)1 << 2 * plan->step_bits, tile[0]);
+    __m512i bytes = plan->pair_bits < 16 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from))
+                                         : _mm512_loadu_si512(from);
+    if (group + 1 == GROUPS) bytes = _mm512_mask_set1_epi16(bytes, (__mmask32)1 << plan->pair_bits, tile[0]);
     const __m512i eight = _mm512_permutexvar_epi8(_mm512_load_si512(plan->places[0]), bytes);
     return _mm512_multishift_epi64_epi8(_mm512_load_si512(plan->places[1]), eight);
 }
@@ -72,7 +73,7 @@ TARGET INLINE void products_as(const trellis_plan *plan, const int16_t *codes, i
 #pragma GCC unroll 16
     for (int i = 0; i < 2 * GROUPS; i++) sum[i] = _mm512_loadu_ps(sums + TILE * i);
     for (int64_t t = 0; t < tiles; t++) {
-        const int16_t *tile = codes + t * (TILE * plan->step_bits);
+        const int16_t *tile = codes + t * (TILE / 2 * plan->pair_bits);
         const __m512 x[2] = {_mm512_loadu_ps(views + 2 * TILE * t), _mm512_loadu_ps(views + 2 * TILE * t + TILE)};
 #pragma GCC unroll 8
         for (int g = 0; g < GROUPS; g++) {

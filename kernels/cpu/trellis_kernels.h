@@ -3,7 +3,8 @@
  * The includer defines TARGET, the attribute of functions; KERNELS, the exported name; WIDTH, the lanes; then,
  * with the types of vectors of trellis_vectors.h,
  *   prepare(plan)                   fills plan->places
- *   states(plan, bytes, lane)       states of a group, from number `lane` on; its bits begin at `bytes`
+ *   states(plan, bytes, lane, odd)  states of a group, from number `lane` on; its bits begin at bytes + odd, bytes being
+ *                                   even: groups of half bits have an odd number of bytes
  *   last_states(..., first)         the same of the last group of a tile, whose last state goes on in the word `first`
  *   two_mads(s)                     the 32 bits of code 2mad whose bytes are added
  *   byte_sums(h)                    the bits of the float32 2^23 + 1024 + the sum of the four bytes
@@ -85,9 +86,12 @@ TARGET INLINE void values_at(const trellis_plan *plan, const words *index, float
         widen(look_up(plan->halves, *index), first, second);
 }
 
-TARGET INLINE words states_of_group(const trellis_plan *plan, const int16_t *tile, int group, int groups, int lane) {
-    const uint8_t *bytes = (const uint8_t *)tile + 2 * group * plan->step_bits;
-    return group + 1 < groups ? states(plan, bytes, lane) : last_states(plan, bytes, lane, tile[0]);
+/* half: whether pair_bits is odd, a constant. */
+TARGET INLINE words states_of_group(const trellis_plan *plan, const int16_t *tile, int group, int groups, int lane,
+                                    int half) {
+    const int odd = half ? group & 1 : 0;
+    const uint8_t *bytes = (const uint8_t *)tile + group * plan->pair_bits - odd;
+    return group + 1 < groups ? states(plan, bytes, lane, odd) : last_states(plan, bytes, lane, odd, tile[0]);
 }
 
 #define INDEXED 8 /* tiles whose indices are computed together */
@@ -95,11 +99,12 @@ TARGET INLINE words states_of_group(const trellis_plan *plan, const int16_t *til
 /* Place in the sequence of the first weight of vector number i, of those that come from states `lane` and on of each group. */
 #define PLACE(i) (step == 1 ? TILE * (i) + lane : (i) / 2 * 2 * TILE + 2 * lane + (i) % 2 * WIDTH)
 
-TARGET INLINE void decode_as(const trellis_plan *plan, const int16_t *tile, float *weights, int code, int kind) {
+TARGET INLINE void decode_whole_or_half(const trellis_plan *plan, const int16_t *tile, float *weights, int code, int kind,
+                                        int half) {
     const int step = kind < TABLE_PAIRS ? 1 : 2, groups = TILE / step;
     for (int lane = 0; lane < TILE; lane += WIDTH) UNROLL
         for (int g = 0; g < groups; g++) {
-            const words s = states_of_group(plan, tile, g, groups, lane);
+            const words s = states_of_group(plan, tile, g, groups, lane, half);
             floats first, second;
             if (kind == TABLE_NONE)
                 first = value_of(s, code);
@@ -112,18 +117,22 @@ TARGET INLINE void decode_as(const trellis_plan *plan, const int16_t *tile, floa
         }
 }
 
+TARGET INLINE void decode_as(const trellis_plan *plan, const int16_t *tile, float *weights, int code, int kind) {
+    decode_whole_or_half(plan, tile, weights, code, kind, 0);
+}
+
 TARGET INLINE void computed_products(const trellis_plan *plan, const int16_t *tile, int64_t tiles, const float *views,
-                                     float *sums, int code) {
+                                     float *sums, int code, int half) {
     for (int lane = 0; lane < TILE; lane += WIDTH) {
         floats sum[TILE];
         UNROLL
         for (int i = 0; i < TILE; i++) sum[i] = load(sums + TILE * i + lane);
         for (int64_t t = 0; t < tiles; t++) {
-            const int16_t *codes = tile + t * (plan->step_bits * TILE);
+            const int16_t *codes = tile + t * (plan->pair_bits * TILE / 2);
             const floats x[2] = {load(views + 2 * TILE * t + lane), load(views + 2 * TILE * t + TILE + lane)};
             UNROLL
             for (int g = 0; g < TILE; g++)
-                sum[g] += value_of(states_of_group(plan, codes, g, TILE, lane), code) * x[g % 2];
+                sum[g] += value_of(states_of_group(plan, codes, g, TILE, lane, half), code) * x[g % 2];
         }
         UNROLL
         for (int i = 0; i < TILE; i++) store(sums + TILE * i + lane, sum[i]);
@@ -139,11 +148,11 @@ TARGET INLINE void tabulated_products(const trellis_plan *plan, const int16_t *t
     for (int lane = 0; lane < TILE; lane += WIDTH)
         for (int64_t begin = 0; begin < tiles; begin += INDEXED) {
             const int count = tiles - begin < INDEXED ? (int)(tiles - begin) : INDEXED;
-            const int16_t *codes = tile + begin * (plan->step_bits * groups);
+            const int16_t *codes = tile + begin * (plan->pair_bits * groups / 2);
             const float *view = views + 2 * TILE * begin;
-            for (int t = 0; t < count; t++, codes += plan->step_bits * groups) UNROLL
+            for (int t = 0; t < count; t++, codes += plan->pair_bits * groups / 2) UNROLL
                 for (int g = 0; g < groups; g++)
-                    index[t][g] = index_of(plan, states_of_group(plan, codes, g, groups, lane));
+                    index[t][g] = index_of(plan, states_of_group(plan, codes, g, groups, lane, 0));
             floats sum[TILE];
             UNROLL
             for (int i = 0; i < TILE; i++) sum[i] = load(sums + PLACE(i));
@@ -165,7 +174,7 @@ TARGET INLINE void tabulated_products(const trellis_plan *plan, const int16_t *t
 TARGET INLINE void products_as(const trellis_plan *plan, const int16_t *tile, int64_t tiles, const float *views, float *sums,
                                int code, int kind) {
     if (kind == TABLE_NONE)
-        computed_products(plan, tile, tiles, views, sums, code);
+        computed_products(plan, tile, tiles, views, sums, code, 0);
     else
         tabulated_products(plan, tile, tiles, views, sums, kind);
 }
@@ -185,11 +194,30 @@ TARGET INLINE void products_as(const trellis_plan *plan, const int16_t *tile, in
     default: function(__VA_ARGS__, TRELLIS_MUL1, TABLE_NONE); return;                                                  \
     }
 
+/* Half bits, which code mul1 alone has, are functions of their own: the compiler's choice of registers for the others then
+ * stays as good as without them. */
+TARGET __attribute__((noinline)) static void decode_half(const trellis_plan *plan, const int16_t *tile, float *weights) {
+    decode_whole_or_half(plan, tile, weights, TRELLIS_MUL1, TABLE_NONE, 1);
+}
+
+TARGET __attribute__((noinline)) static void half_products(const trellis_plan *plan, const int16_t *codes, int64_t tiles, const float *views,
+                                          float *sums) {
+    computed_products(plan, codes, tiles, views, sums, TRELLIS_MUL1, 1);
+}
+
 TARGET static void decode(const trellis_plan *plan, const int16_t *tile, float *weights) {
+    if (plan->pair_bits % 2) {
+        decode_half(plan, tile, weights);
+        return;
+    }
     FOR_EACH_KIND(decode_as, plan, tile, weights)
 }
 
 TARGET static void products(const trellis_plan *plan, const int16_t *codes, int64_t tiles, const float *views, float *sums) {
+    if (plan->pair_bits % 2) {
+        half_products(plan, codes, tiles, views, sums);
+        return;
+    }
     FOR_EACH_KIND(products_as, plan, codes, tiles, views, sums)
 }
 

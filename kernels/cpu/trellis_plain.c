@@ -13,10 +13,10 @@ static void prepare(trellis_plan *plan) {
     (void)plan;
 }
 
-INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane) {
+INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane, int odd) {
     words found;
     for (int l = 0; l < WIDTH; l++) {
-        const int begin = (lane + l) * plan->step_bits;
+        const int begin = 8 * odd + ((lane + l) * plan->pair_bits + 1) / 2;
         uint16_t two[2];
         memcpy(two, bytes + 2 * (begin / 16), sizeof two);
         found[l] = ((uint32_t)two[0] << 16 | two[1]) >> (16 - begin % 16) & 0xffff;
@@ -24,11 +24,11 @@ INLINE words states(const trellis_plan *plan, const uint8_t *bytes, int lane) {
     return found;
 }
 
-INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lane, int16_t first) {
+INLINE words last_states(const trellis_plan *plan, const uint8_t *bytes, int lane, int odd, int16_t first) {
     uint8_t copy[34]; /* at most 32 bytes of this tile, then its first ones */
     memcpy(copy, bytes, 32);
-    memcpy(copy + 2 * plan->step_bits, &first, sizeof first);
-    return states(plan, copy, lane);
+    memcpy(copy + plan->pair_bits + odd, &first, sizeof first);
+    return states(plan, copy, lane, odd);
 }
 
 INLINE words two_mads(words s) {

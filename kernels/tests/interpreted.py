@@ -318,11 +318,14 @@ TRELLIS = [
     ("hyb", 5, "exl3", (256, 1)),
     ("quantlut", 3, "rows", (1024, 2)),
     ("lut", 2, "rows", (65536, 1)),
+    ("mul1", 1.5, "exl3", None),
+    ("mul1", 2.5, "exl3", None),
+    ("mul1", 3.5, "exl3", None),
 ]
 
 
 def some_trellis(code, k, order, shape, m, n, table_dtype=torch.float16):
-    generator = torch.Generator().manual_seed(k)
+    generator = torch.Generator().manual_seed(int(k))
     book = Trellis(code, k, order, shape)
     codes = torch.randint(-(2**15), 2**15, book.tensors(m, n)["codes"].shape, generator=generator).to(torch.int16)
     table = None if shape is None else torch.randn(shape, generator=generator).to(table_dtype)
@@ -335,10 +338,10 @@ def stored(codes, table):
 
 @pytest.mark.parametrize("case", TRELLIS)
 def test_trellis_dequantize_is_exact(case):
-    book, codes, table = some_trellis(*case, 16, 144)
+    book, codes, table = some_trellis(*case, 16, 160)
     for dtype in (torch.float32, torch.float16):
-        weight = trellis.dequantize(codes, 144, dtype, *case[:3], table)
-        assert torch.equal(weight, book.decode(stored(codes, table), 144, dtype))
+        weight = trellis.dequantize(codes, 160, dtype, *case[:3], table)
+        assert torch.equal(weight, book.decode(stored(codes, table), 160, dtype))
 
 
 @pytest.mark.parametrize("code", trellis.CODES[:5])
@@ -352,11 +355,11 @@ def test_trellis_dequantize_of_many_states(code):
 
 @pytest.mark.parametrize(("case", "batch"), [*((case, 1 + i % 3) for i, case in enumerate(TRELLIS)), (TRELLIS[4], 5)])
 def test_trellis_matvec(case, batch):
-    book, codes, table = some_trellis(*case, 16, 304, torch.bfloat16 if case[1] == 3 else torch.float32)
-    x = vectors(batch, 304)
+    book, codes, table = some_trellis(*case, 16, 320, torch.bfloat16 if case[1] == 3 else torch.float32)
+    x = vectors(batch, 320)
     y = trellis.matvec(x, codes, *case[:3], table)
     assert y.shape[1:] == (batch, 16)
-    assert relative(y.sum(0), x.double() @ book.decode(stored(codes, table), 304, torch.float64).T) < 1e-6
+    assert relative(y.sum(0), x.double() @ book.decode(stored(codes, table), 320, torch.float64).T) < 1e-6
 
 
 def test_trellis_matvec_in_parts():
@@ -373,6 +376,8 @@ def test_trellis_matvec_in_parts():
         (TRELLIS[4], 9, torch.float32),
         (TRELLIS[6], 9, torch.bfloat16),
         (TRELLIS[6], 3, torch.float32),
+        (TRELLIS[-2], 1, torch.float16),
+        (TRELLIS[-2], 9, torch.float32),
     ],
 )
 def test_trellis_linear(case, batch, dtype):
@@ -403,6 +408,8 @@ def test_trellis_that_does_not_fit_is_refused():
         trellis.matvec(vectors(9, 32), codes, *layout, table)
     with pytest.raises(ValueError, match="unknown trellis"):
         trellis.matvec(vectors(1, 32), codes, "hyb", 9, "qtip", table)
+    with pytest.raises(ValueError, match="unknown trellis"):
+        trellis.matvec(vectors(1, 32), codes, "mcg", 2.5, "exl3")
 
 
 @pytest.mark.slow

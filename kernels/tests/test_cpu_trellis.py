@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the CPU library 
 LEVELS = range(len(cpu_library.LEVELS))
 COMPUTED = [Layout(code, k, order) for code in kernels.CODES[:5] for k, order in ((2, "rows"), (3, "exl3"), (8, "qtip"))]
 COMPUTED += [Layout(code, k, "exl3") for code in ("2mad", "mcg", "mul1") for k in (1, 4, 5, 6, 7)]
+COMPUTED += [Layout("mul1", k, "exl3") for k in (1.5, 2.5, 3.5)]
 TABULATED = [
     (Layout("hyb", 2, "qtip"), (512, 2)),
     (Layout("hyb", 3, "qtip"), (512, 2)),
@@ -35,7 +36,8 @@ def processor_has(level):
 
 
 def some_codes(m, n, k):
-    codes = torch.randint(-(2**15), 2**15, (m, n // 16 * k), generator=torch.Generator().manual_seed(m + n + k))
+    generator = torch.Generator().manual_seed(m + n + int(k))
+    codes = torch.randint(-(2**15), 2**15, (m, int(n // 16 * k)), generator=generator)
     return codes.to(torch.int16)
 
 
@@ -56,7 +58,7 @@ def truth(codes, n, layout, table, dtype=torch.float32):
 @pytest.mark.parametrize(("layout", "shape"), CASES, ids=str)
 def test_decode_is_exact(layout, shape, level):
     # n: more tiles than are converted at a time, and not a multiple of that
-    m, n, table = 32, 144, some_table(shape)
+    m, n, table = 32, 160, some_table(shape)
     codes = some_codes(m, n, layout.k)
     weight = kernels.decode(codes, n, torch.float32, layout, table, level=processor_has(level))
     assert torch.equal(weight, truth(codes, n, layout, table))
@@ -96,7 +98,7 @@ def test_tables_of_every_type(code, dtype, level):
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize(("layout", "shape"), CASES, ids=str)
 def test_products(layout, shape, vectors, level):
-    m, n, table = 48, 176, some_table(shape)
+    m, n, table = 48, 192, some_table(shape)
     codes = some_codes(m, n, layout.k)
     x = torch.randn(vectors, n, generator=torch.Generator().manual_seed(3))
     z = kernels.products(x, codes, layout, table, level=processor_has(level))
@@ -171,6 +173,8 @@ def test_what_does_not_fit_is_refused():
         kernels.decode(codes[:8], 32, torch.float32, layout)
     with pytest.raises(ValueError, match="has no trellis"):
         kernels.decode(codes, 32, torch.float32, Layout("4mad", 2, "rows"))
+    with pytest.raises(ValueError, match="has no trellis"):
+        kernels.decode(codes, 32, torch.float32, Layout("mcg", 2.5, "exl3"))
     with pytest.raises(ValueError, match="mul1 has no table"):
         kernels.decode(codes, 32, torch.float32, layout, table)
     with pytest.raises(ValueError, match="hyb needs a table"):

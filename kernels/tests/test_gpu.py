@@ -252,7 +252,7 @@ def test_compiled_equals_eager(mode, device):
 
 TRELLIS = (
     "1mad:k2:rows 2mad:k4:qtip 3inst:k3:exl3 mcg:k1:exl3 mul1:k2:exl3 mul1:k5:exl3 mul1:k8:exl3 hyb-q9v2:k2:qtip "
-    "quantlut-q10v1:k4:rows lut-q16v2:k3:rows"
+    "mul1:k1.5:exl3 mul1:k2.5:exl3 mul1:k3.5:exl3 quantlut-q10v1:k4:rows lut-q16v2:k3:rows"
 )
 
 
@@ -260,7 +260,7 @@ TRELLIS = (
 @pytest.mark.parametrize("name", TRELLIS.split())
 def test_trellis(name, table_dtype, device):
     """Weights are those of the reference to the bit; layers agree with it for every number of vectors."""
-    m, n, name = 272, 1040, f"trellis:{name}"
+    m, n, name = 272, 1056, f"trellis:{name}"
     book = codebooks.get(name)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-(2**15), 2**15, book.tensors(m, n)["codes"].shape, generator=generator).to(torch.int16)

@@ -41,6 +41,7 @@ USUAL = (
     "factor 28 terms 2",
     "trellis hyb k2 qtip 1",
     "trellis mul1 k2 exl3 dequantize",
+    "trellis mul1 k2.5 exl3 1",
 )
 USUAL_TARGETS = ("sm_90", "gfx942")
 # Bytes that one program may have.

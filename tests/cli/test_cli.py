@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import click
 import pytest
@@ -126,22 +127,100 @@ def test_inspect(quantized, capsys):
 
 def test_evaluate(quantized, dense, text, capsys):
     options = ["--dataset", text, "--windows", 3, "--length", 32, "--new-tokens", 3]
-    code, content, _ = run(capsys, "evaluate", quantized, "--dense", dense, *options, "--save", "--json")
+    written = ["--texts", 2, "--text-length", 9]
+    code, content, _ = run(capsys, "evaluate", quantized, "--dense", dense, *written, *options, "--save", "--json")
     assert code == 0
-    from transformers_quip.evaluation import divergence, perplexity
+    from transformers_quip.evaluation import divergence, generation_quality, perplexity
 
     ids = torch.tensor(list(map(ord, text.read_text()))[:96]).view(3, 32)
     model, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (quantized, dense))
     assert content["perplexity"] == pytest.approx(perplexity(model, ids), rel=1e-6)
     assert content["dense_perplexity"] == pytest.approx(perplexity(reference, ids), rel=1e-6)
     assert content["divergence"]["mean"] == pytest.approx(divergence(model, reference, ids).mean, rel=1e-5)
+    expected = generation_quality(model, reference, ids[:2, :16], 9)
+    assert content["generation"] == {
+        "perplexity": pytest.approx(expected.perplexity, rel=1e-6),
+        "own_perplexity": pytest.approx(expected.own_perplexity, rel=1e-6),
+        "repetition": expected.repetition,
+        "own_repetition": expected.own_repetition,
+        "texts": 2,
+        "prompt_tokens": 16,
+        "written_tokens": 9,
+    }
     assert content["speed"]["written_tokens"] == 3
     assert content["protocol"] == "text.txt, 3 windows of 32 tokens"
     card = (quantized / "README.md").read_text()
-    assert f"| text.txt | {content['perplexity']:.4g} | {content['dense_perplexity']:.4g} |" in card
+    figures = f"{content['perplexity']:.4g} | {content['dense_perplexity']:.4g} | {content['divergence']['mean']:.4f}"
+    own = content["generation"]
+    assert (
+        f"| text.txt | {figures} | {own['perplexity']:.4g} | {own['own_perplexity']:.4g} | {own['repetition']:.1%} |"
+        in card
+    )
     assert "model-index" in card
     shown = run(capsys, "evaluate", quantized, *options[:-1], 0)[1]
     assert f"{content['perplexity']:.4g}" in shown
+    shown = run(capsys, "evaluate", quantized, "--dense", dense, *written, *options[:-1], 0)[1]
+    assert f"{own['perplexity']:.4g}" in shown
+    assert f"{own['own_repetition']:.1%}" in shown
+
+
+@pytest.mark.parametrize("dataset", ["text", "self"])
+def test_evaluate_has_one_model_in_memory(quantized, dense, text, capsys, monkeypatch, dataset):
+    from transformers_quip.cli import evaluate
+
+    loaded, load = [], evaluate.load_model
+
+    def alone(source, **options):
+        assert not [name for name, model in loaded if model() is not None], source
+        model = load(source, **options)
+        loaded.append((str(source), weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(evaluate, "load_model", alone)
+    options = ["--windows", 2, "--length", 16, "--new-tokens", 0, "--texts", 1, "--text-length", 8]
+    code, _, error = run(
+        capsys, "evaluate", quantized, "--dense", dense, "--dataset", text if dataset == "text" else "self", *options
+    )
+    assert code == 0, error
+    order = [quantized, dense] if dataset == "text" else [dense, quantized, dense]
+    assert [name for name, _ in loaded] == list(map(str, order))
+
+
+def test_evaluate_a_model_whose_predictions_cannot_be_kept(quantized, dense, text, capsys, monkeypatch):
+    """Its logits do not follow from its hidden states in a known way, so both models are in memory."""
+    from transformers_quip.cli import evaluate
+
+    options = [
+        "--dense",
+        dense,
+        "--dataset",
+        text,
+        "--windows",
+        2,
+        "--length",
+        16,
+        "--texts",
+        0,
+        "--new-tokens",
+        0,
+        "--json",
+    ]
+    expected, load = run(capsys, "evaluate", quantized, *options)[1], evaluate.load_model
+
+    def squared(source, **options):
+        model = load(source, **options)
+        model.register_forward_hook(square)
+        return model
+
+    def square(module, arguments, output):
+        output.logits = output.logits * output.logits.abs()
+
+    assert "generation" not in expected
+    monkeypatch.setattr(evaluate, "load_model", squared)
+    code, found, error = run(capsys, "evaluate", quantized, *options)
+    assert code == 0, error
+    assert "both models are in memory at once: LlamaForCausalLM computes its logits" in error
+    assert found["divergence"]["mean"] != pytest.approx(expected["divergence"]["mean"], rel=1e-3)
 
 
 def test_compare(quantized, dense, text, capsys):
@@ -294,9 +373,16 @@ def test_tune(quantized, dense, text, tmp_path, capsys):
     out, state = tmp_path / "tuned", tmp_path / "state"
     options = ["--dense", dense, "--dataset", text, "--num-samples", 16, "--sequence-length", 16, "--held-out", 8]
     options += ["--epochs", 8, "--learning-rate", 0.02, "--state", state, "--dtype", "float32"]
-    code, found, err = run(capsys, "tune", quantized, out, *options, "--json")
+    report = tmp_path / "report.html"
+    code, found, err = run(capsys, "tune", quantized, out, *options, "--report", report, "--json")
     assert code == 0, err
     assert found["kept"] is True
+    assert "KL divergence to the dense model while tuning" in report.read_text()
+    assert len(found["history"]) == 8
+    card = (out / "README.md").read_text()
+    assert f"before tuning on 256 tokens | {found['held_out_before']:.4f} |" in card
+    assert f"| the same after tuning (text held out from it) | {found['held_out_after']:.4f} |" in card
+    assert "tuned afterwards" in card
     assert found["held_out_after"] < found["held_out_before"]
     assert "texts given by the caller" in err
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (quantized, out))

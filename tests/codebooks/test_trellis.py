@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ NAMES = [
     "trellis:3inst:k1:exl3",
     "trellis:mcg:k5:exl3",
     "trellis:mul1:k8:exl3",
+    "trellis:mul1:k1.5:exl3",
+    "trellis:mul1:k2.5:exl3",
+    "trellis:mul1:k3.5:exl3",
     "trellis:hyb-q9v2:k2:qtip",
     "trellis:hyb-q9v2:k3:qtip",
     "trellis:hyb-q9v2:k4:qtip",
@@ -38,7 +42,8 @@ def brute_force(book, streams, m, n, table):
     for tile, bits in enumerate(streams):
         down, right = divmod(tile, n // 16)
         for step in range(256 // v):
-            window = [bits[(step * book.k * v + j) % len(bits)] for j in range(16)]
+            begin = math.ceil(step * book.k * v)
+            window = [bits[(begin + j) % len(bits)] for j in range(16)]
             state = int("".join(map(str, window)), 2)
             for i, w in enumerate(trellis_value(book.code, state, table)):
                 row, column = trellis_place(book.order, step * v + i)
@@ -47,7 +52,7 @@ def brute_force(book, streams, m, n, table):
 
 
 def some_streams(tiles, k):
-    return torch.randint(0, 2, (tiles, 256 * k), generator=torch.Generator().manual_seed(k)).tolist()
+    return torch.randint(0, 2, (tiles, int(256 * k)), generator=torch.Generator().manual_seed(int(2 * k))).tolist()
 
 
 def words(bits, size=16):
@@ -71,9 +76,9 @@ def tensors(codes, table=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decode_is_the_description(name):
-    book, m, n = Trellis.parse(name), 32, 48
+    book, m, n = Trellis.parse(name), 32, 64
     assert book.name == name
-    streams, table = some_streams(6, book.k), some_table(book)
+    streams, table = some_streams(8, book.k), some_table(book)
     codes = as_int16([words(bits) for bits in streams]).view(m, -1)
     assert codes.shape == book.tensors(m, n)["codes"].shape
     assert torch.equal(book.decode(tensors(codes, table), n).double(), brute_force(book, streams, m, n, table))
@@ -125,16 +130,16 @@ def test_qtip_kernel_layout(k):
     assert torch.equal(book.decode(tensors(codes, table), n).double(), brute_force(book, streams, m, n, table))
 
 
-@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize("k", [*range(1, 9), 1.5, 2.5, 3.5])
 def test_exl3_layout(k):
-    book, m, n = Trellis("mul1", k, "exl3"), 16, 48
-    streams = some_streams(3, k)
+    book, m, n = Trellis("mul1", k, "exl3"), 16, 64
+    streams = some_streams(4, k)
     tiles = []
     for bits in streams:
-        # windows end where native ones begin K bits later: the stored ring is the native one turned by 16 − K bits
-        turned = bits[16 - k :] + bits[: 16 - k]
+        # windows end where native ones begin ⌊K⌋ bits later: the stored ring is the native one turned by 16 − ⌊K⌋ bits
+        turned = bits[16 - int(k) :] + bits[: 16 - int(k)]
         tiles.append([half for word in words(turned, 32) for half in (word & 0xFFFF, word >> 16)])
-    stored = as_int16(tiles).view(n // 16, m // 16, 16 * k)
+    stored = as_int16(tiles).view(n // 16, m // 16, int(16 * k))
     codes = trellis_bits.from_exl3(stored)
     assert torch.equal(book.decode(tensors(codes), n).double(), brute_force(book, streams, m, n, None))
 
@@ -152,6 +157,21 @@ def test_layouts_lose_no_bit():
         numbers = {(int(row.nonzero()[0]), int(row.sum()) & 0xFFFF) for row in moved}
         assert len(numbers) == len(stored)
         assert all(number & (number - 1) == 0 for _, number in numbers)
+
+
+@pytest.mark.parametrize("k", [2, 1.5, 2.5, 3.5])
+def test_exl3_windows_end_where_their_steps_end(k):
+    """EXL3's own description, without the native one: state i ends after ⌊(i + 1)·K⌋ bits of the stored ring."""
+    stored = as_int16(torch.randint(0, 65536, (2, 1, int(16 * k)), generator=torch.Generator().manual_seed(0)).tolist())
+    weight = Trellis("mul1", k, "exl3").decode(tensors(trellis_bits.from_exl3(stored)), 32)
+    for tile in range(2):
+        halves = (stored[tile, 0].long() & 0xFFFF).view(-1, 2).flip(1).flatten().tolist()
+        ring = "".join(f"{half:016b}" for half in halves)
+        for i in range(256):
+            end = math.floor((i + 1) * k)
+            state = int("".join(ring[bit % len(ring)] for bit in range(end - 16, end)), 2)
+            row, column = trellis_place("exl3", i)
+            assert weight[row, 16 * tile + column] == trellis_value("mul1", state, None)[0]
 
 
 def golden_cases(golden, family):
@@ -179,13 +199,14 @@ def test_golden_qtip(golden):
     assert found >= 6
 
 
-def test_golden_exl3(golden):
+@pytest.mark.parametrize("folder", ["golden", "golden_exl3_1_6"])
+def test_golden_exl3(folder, request):
     found = 0
-    for _, model, name, expected in golden_cases(golden, "exl3"):
+    for _, model, name, expected in golden_cases(request.getfixturevalue(folder), "exl3"):
         code = next((code for code in ("mcg", "mul1") if f"{name}.{code}" in model.keys()), "3inst")  # noqa: SIM118
         stored = model.get_tensor(f"{name}.trellis")
         codes = trellis_bits.from_exl3(stored)
-        book = Trellis(code, stored.shape[2] // 16, "exl3")
+        book = Trellis(code, stored.shape[2] / 16, "exl3")
         assert torch.equal(book.decode(tensors(codes), expected.shape[0], torch.float16).T, expected)
         found += 1
     assert found >= 6
@@ -196,6 +217,11 @@ def test_golden_exl3(golden):
     [
         "trellis:mul1:k9:exl3",
         "trellis:mul1:k0:exl3",
+        "trellis:mul1:k4.5:exl3",
+        "trellis:mul1:k2.25:exl3",
+        "trellis:mul1:k2.0:exl3",
+        "trellis:mul1:k2.5:rows",
+        "trellis:mcg:k2.5:exl3",
         "trellis:mul1:k2",
         "trellis:mul1:k2:columns",
         "trellis:4mad:k2:rows",
@@ -220,17 +246,18 @@ def test_names_are_found():
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_tensors(name):
     book = Trellis.parse(name)
-    grids = book.tensors(32, 48)
-    assert grids["codes"] == ((32, 3 * book.k), torch.int16, 0)
+    grids = book.tensors(32, 64)
+    assert grids["codes"] == ((32, int(4 * book.k)), torch.int16, 0)
+    assert 8 * grids["codes"].nbytes(torch.float16) == book.bits * 32 * 64
     table = some_table(book)
     assert list(grids) == ["codes"] + ["table"] * (table is not None)
-    codes = torch.zeros(32, 3 * book.k, dtype=torch.int16)
-    book.check(tensors(codes, table), 32, 48)
+    codes = torch.zeros(32, int(4 * book.k), dtype=torch.int16)
+    book.check(tensors(codes, table), 32, 64)
     if table is not None:
         assert (grids["table"].shape, grids["table"].dtype.is_floating_point) == (book.table_shape, True)
         assert grids["table"].nbytes(torch.float16) == table.nbytes
-        with pytest.raises(ValueError, match=r"table of a \[32, 48\] layer .* must be floating point \["):
-            book.check(tensors(codes, table[:, :0]), 32, 48)
+        with pytest.raises(ValueError, match=r"table of a \[32, 64\] layer .* must be floating point \["):
+            book.check(tensors(codes, table[:, :0]), 32, 64)
     with pytest.raises(ValueError, match="rows of codebook .* cannot be looked up: 16 of them are coded together"):
         book.select_rows(tensors(codes, table), torch.tensor([0]))
 
@@ -239,6 +266,8 @@ def test_what_does_not_fit_is_refused():
     book, hyb = Trellis("mul1", 2, "exl3"), Trellis("hyb", 2, "qtip", (512, 2))
     with pytest.raises(ValueError, match=r"tiles of 16x16.*\[16, 24\]"):
         book.tensors(16, 24)
+    with pytest.raises(ValueError, match=r"multiples of 16 and 32, got \[16, 48\]"):
+        Trellis("mul1", 2.5, "exl3").tensors(16, 48)
     with pytest.raises(ValueError, match=r"are int16 \[16, 4\], got torch.int16 \[16, 6\]"):
         book.decode(tensors(torch.zeros(16, 6, dtype=torch.int16)), 32)
     with pytest.raises(ValueError, match=r"has no table, got \[512, 2\]"):
@@ -253,7 +282,8 @@ def test_what_does_not_fit_is_refused():
         trellis_bits.from_qtip_kernel(torch.zeros(2, 32, dtype=torch.int16), 16, 32)
     with pytest.raises(ValueError, match="2, 3 or 4 bits, got 5"):
         trellis_bits.from_qtip_kernel(torch.zeros(4, 80, dtype=torch.int16), 32, 32)
-    with pytest.raises(ValueError, match=r"got torch.int32 \[2, 32\]"):
+    with pytest.raises(ValueError, match=r"got torch.int32 \[1, 2, 32\]"):
         trellis_bits.from_exl3(torch.zeros(1, 2, 32, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"16·K words, K = 1 to 8, got torch.int16 \[2, 40\]"):
-        trellis_bits.from_exl3(torch.zeros(1, 2, 40, dtype=torch.int16))
+    for shape in ((1, 2, 40), (2, 2, 72), (2, 2, 20), (2, 32)):
+        with pytest.raises(ValueError, match=r"1.5, 2.5 or 3.5 and n a multiple of 32, got torch.int16 \["):
+            trellis_bits.from_exl3(torch.zeros(*shape, dtype=torch.int16))

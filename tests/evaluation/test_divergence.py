@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.models import tiny_ids, tiny_model
-from transformers_quip.evaluation import divergence
+from transformers_quip.evaluation import divergence, keep_predictions
+from transformers_quip.evaluation.kept import UnknownHead
 
 
 def by_hand(model, reference, ids, bos=None):
@@ -68,3 +69,31 @@ def test_bad_input():
         divergence(model, model, torch.rand(1, 4))
     with pytest.raises(ValueError, match="L >= 2"):
         divergence(model, model, tiny_ids(1, 1))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3", "opt"])
+@pytest.mark.parametrize("kept", ["model", "reference"])
+def test_kept_predictions_are_those_of_the_model(arch, kept):
+    changes = {"final_logit_softcapping": 3.0} if arch == "gemma3" else {}
+    pair = {"model": tiny_model(arch, seed=1, **changes), "reference": tiny_model(arch, seed=2, **changes)}
+    ids = tiny_ids(5, 9)
+    values, same = by_hand(pair["model"], pair["reference"], ids, bos=1)
+    pair[kept] = keep_predictions(pair[kept], torch.nn.functional.pad(ids, (1, 0), value=1), batch_size=2)
+    result = divergence(pair["model"], pair["reference"], ids, batch_size=3, bos=1)
+    assert result.mean == pytest.approx(sum(values) / len(values), rel=1e-4)
+    assert result.top1_agreement == sum(same) / len(same)
+
+
+def test_kept_predictions_do_not_follow_the_model():
+    model, ids = tiny_model("llama"), tiny_ids(2, 5)
+    kept, before = keep_predictions(model, ids), model(ids).logits.detach()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(kept.logits(0, 2), before)
+
+
+def test_a_model_without_a_known_head():
+    model = tiny_model("llama")
+    with pytest.raises(UnknownHead, match="LlamaModel has no language modelling head"):
+        keep_predictions(model.model, tiny_ids(1, 4))

@@ -65,6 +65,31 @@ def test_what_it_says(model, page):
     assert widths == {230.0, 460.0}  # 40 and 80
 
 
+TUNING = {
+    "held_out_before": 2.0,
+    "held_out_after": 0.5,
+    "kept": True,
+    "history": [{"step": 4, "train": 1.5, "held_out": 1.0}, {"step": 8, "train": 0.75, "held_out": 0.5}],
+}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_divergence_while_tuning(model, tmp_path, kept):
+    text = write_report(tmp_path / "out.html", model, records=(), tuning={**TUNING, "kept": kept}).read_text()
+    assert "<h2>Layers</h2>" not in text
+    assert "2.0000 before tuning, 0.5000 after" in text
+    assert ("as it was before tuning" in text) is not kept
+    # the axis of divergences ends at 2, 190 pixels above 0; that of steps goes from 0 to 8 over 690 pixels
+    held_out, training = (
+        re.findall(r"([\d.]+),([\d.]+)", line) for line in re.findall(r'<polyline points="([^"]*)"', text)
+    )
+    assert [tuple(map(float, point)) for point in held_out] == [(60, 10), (60 + 345, 105), (60 + 690, 152.5)]
+    assert [tuple(map(float, point)) for point in training] == [(60 + 345, 57.5), (60 + 690, 128.8)]
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
+
+
 def test_it_is_one_file(page):
     text = page.read_text()
     assert not re.search(r"https?://(?!www\.w3\.org)|<script|<link|<img|@import|url\(", text)

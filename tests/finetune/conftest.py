@@ -9,7 +9,7 @@ import torch
 
 from tests.models import tiny_model
 from transformers_quip import QuipConfig
-from transformers_quip.finetune import head, product, student, teacher
+from transformers_quip.finetune import head, memory, product, student, teacher
 from transformers_quip.quantize.recipe import quantize_model
 
 IDS = torch.randint(3, 128, (24, 20), generator=torch.Generator().manual_seed(5))
@@ -17,7 +17,7 @@ IDS = torch.randint(3, 128, (24, 20), generator=torch.Generator().manual_seed(5)
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    for module in (product, student, teacher):
+    for module in (memory, product, student, teacher):
         monkeypatch.setattr(module, "product_dtype", lambda device: torch.float32)
     monkeypatch.setattr("transformers_quip.finetune.end_to_end.product_dtype", lambda device: torch.float32)
     monkeypatch.setattr(head, "CHUNK", 7)  # several chunks, and an incomplete one

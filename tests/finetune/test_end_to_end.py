@@ -11,6 +11,7 @@ import torch
 
 from tests.finetune.conftest import IDS, pair
 from tests.models import tiny_model
+from transformers_quip import QuipConfig
 from transformers_quip.finetune import TuneOptions, Verdict, record, tune_vectors, window_divergences
 from transformers_quip.finetune.end_to_end import _order, student_head
 
@@ -107,3 +108,16 @@ def test_order_reads_every_window_once_before_any_twice():
     assert len(order) == 13
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
     assert order == _order(5, 13, seed=3) != _order(5, 13, seed=4)
+
+
+@pytest.mark.parametrize("earlier", [None, {"kept": True}])
+def test_a_result_without_gain_does_not_replace_the_record_of_a_gain(models, earlier):
+    dense, model = models[0], copy.deepcopy(models[1])
+    model.config.quantization_config = QuipConfig(bits=2)
+    if earlier:
+        model.config.quantization_config.calibration = {"tokens": 6, "tuning": earlier}
+    wild = TuneOptions(epochs=1, batch_size=4, held_out=8, learning_rate=20.0, clip=1e9, warmup=0)
+    tune_vectors(model, record(dense, IDS), wild, progress=False)
+    calibration = model.config.quantization_config.calibration
+    assert calibration["tuning"]["kept"] is (earlier is not None)
+    assert calibration.get("tokens") == (6 if earlier else None)

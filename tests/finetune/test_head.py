@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.models import tiny_ids, tiny_model
-from transformers_quip.finetune.head import Head, LogitMap, divergence_per_token, divergence_sum, logit_map
+from transformers_quip.evaluation.kept import LogitMap, logit_map
+from transformers_quip.finetune.head import Head, divergence_per_token, divergence_sum
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN, STATES = (torch.randn(23, 12, generator=GENERATOR, dtype=torch.float64) for _ in range(2))

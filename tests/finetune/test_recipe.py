@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from tests.finetune.conftest import IDS
 from tests.models import save_tiny_model
 from transformers_quip import QuipConfig
+from transformers_quip.evaluation import write_report
 
 TUNE = {"epochs": 8, "batch_size": 4, "held_out": 8, "learning_rate": 2e-2}
 OPTIONS = {"dataset": IDS, "num_samples": 16, "sequence_length": 20, "batch_size": 4, "refinement_sweeps": 1}
@@ -42,6 +43,12 @@ def test_it_tunes_what_it_quantized(folder, tmp_path):
         loss = [(p.exp() * (p - m(other).logits.double().log_softmax(-1))).sum(-1).mean() for m in (plain, tuned)]
     assert loss[1] < 0.95 * loss[0]
     tuned.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"| {record['held_out_after']:.4f} |" in card
+    assert "tuned afterwards" not in card  # the call that makes it has the option
+    page = write_report(tmp_path / "report.html", tuned).read_text()
+    assert "KL divergence to the dense model while tuning" in page
+    assert "<h2>Layers</h2>" in page
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.quantization_config.tune == {**record_of(TUNE)}
     assert all(torch.equal(again.state_dict()[name], value) for name, value in tuned.state_dict().items())

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import AutoModelForCausalLM
 
-from transformers_quip.hub import model_card
+from transformers_quip.hub import claims, model_card
 from transformers_quip.hub.model_card import make_card, write_card
 from transformers_quip.hub.origin import describe, find_repo_id
 
@@ -266,3 +266,19 @@ def test_metadata_of_any_kind_stays_or_is_replaced(metadata, body, tmp_path):
     else:
         assert not body
         assert "written by transformers-quip" in card.read_text()
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        "x",
+        {"tuning": "x"},
+        {"tuning": {"kept": True}},
+        {"tuning": {"kept": True, "held_out_before": "1", "held_out_after": 0.5}},
+        {"tuning": {"kept": True, "held_out_before": 1.0, "held_out_after": float("nan")}},
+        {"tuning": {"kept": False, "held_out_before": 1.0, "held_out_after": 0.5}},
+    ],
+)
+def test_tuning_that_is_not_described_or_not_kept(calibration):
+    assert claims.tuning({"calibration": calibration}) is None
+    assert claims.calibration({"calibration": calibration}) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests import foreign
 from tests.integration.test_complete import UP, K, filled, refuses, removed, renamed
+from transformers_quip import QuipConfig
 from transformers_quip.hf.convert import convert
 
 # Numbers of dense vectors
@@ -117,6 +119,57 @@ def test_a_number_of_layers_that_no_model_has(quantized, changed, tmp_path):
     values = json.loads((other / "config.json").read_text()) | {"num_hidden_layers": 2**63}
     (other / "config.json").write_text(json.dumps(values))
     refuses(other, "more than any model", load=convert, destination=tmp_path / "native")
+
+
+@pytest.mark.parametrize("count", [10**6, 2**31])
+def test_a_number_of_experts_that_no_model_has(count, changed, tmp_path):
+    """Found by the names in the files, and not by a list of all names that there should be."""
+    config = {"quantization_config": {"quant_method": "exl3"}}
+    folder, _ = foreign.write_checkpoints("mixtral", tmp_path, foreign.exl3(), config)
+    folder = changed(folder, config=lambda config: config.update(num_local_experts=count))
+    begin = time.process_time()
+    refuses(folder, rf"experts has {count} experts, of which only some linears are quantized \(not 4\.w1\)")
+    refuses(folder, f"experts has {count} experts", load=convert, destination=tmp_path / "native")
+    assert time.process_time() - begin < 5
+
+
+def test_a_number_of_dense_experts_that_no_model_has(dense, changed, tmp_path):
+    """Transformers stacks those that it finds."""
+    config = QuipConfig(dataset=None, modules_to_not_convert=["experts"])
+    model = AutoModelForCausalLM.from_pretrained(dense("mixtral"), quantization_config=config)
+    model.save_pretrained(tmp_path / "quantized")
+    folder = changed(tmp_path / "quantized", config=lambda config: config.update(num_local_experts=2**31))
+    begin = time.process_time()
+    refuses(folder, r"has no \S+experts\.4\.w\d\.weight, one of 2147483648 that the model stacks")
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_dense_tensor_of_another_shape(name, quantized, changed, golden, tmp_path):
+    """Transformers says so after it has read everything, in a log; `convert` would write it."""
+
+    def change(tensors):
+        tensors[name] = tensors[name][:-1].clone()
+
+    said = rf"{name} has shape \[\d+(, \d+)?\] instead of \[\d+(, \d+)?\]"
+    refuses(changed(quantized("llama"), tensors=change), said)
+    shutil.rmtree(tmp_path / "changed")
+    if name != "lm_head.weight":
+        folder = changed(golden / "qtip_3inst_k2", tensors=change)
+        refuses(folder, said)
+        refuses(folder, said, load=convert, destination=tmp_path / "native")
+        assert not (tmp_path / "native").exists()
+
+
+def test_a_head_that_the_caller_lets_have_another_shape(dense, tmp_path):
+    """As for any model: with ignore_mismatched_sizes it is made anew."""
+    config = QuipConfig(dataset=None)
+    load = AutoModelForSequenceClassification.from_pretrained
+    load(dense("llama"), num_labels=2, quantization_config=config).save_pretrained(tmp_path)
+    refuses(tmp_path, r"score\.weight has shape \[2, 64\] instead of \[3, 64\]", load=load, num_labels=3)
+    model = load(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert model.score.weight.shape == (3, 64)
+    assert model.score.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])

@@ -50,6 +50,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(found, alone, way):
 
 
 def test_trainer_in_two_processes(found, alone):
+    if found[0]["trainer"] is None:
+        pytest.skip("Trainer needs a newer accelerate")
     # what Trainer logs is the mean over the processes, rounded to four digits or more
     assert found[0]["trainer"] == pytest.approx(alone, rel=1e-4)
 

@@ -131,11 +131,17 @@ CASES = {
         None,
         [f"{DOWN}.Qidxs is I32", "instead of I16"],
     ),
-    "fractional bits": (
+    "half bits of a code that has none": (
         "exl3_mcg_k4",
         changed(f"{DOWN}.trellis", lambda words: words[..., :-8].contiguous()),
         None,
-        [f"{DOWN}.trellis has shape", "16·K words"],
+        [f"{DOWN}.trellis has 3.5 bits, which only code mul1 has"],
+    ),
+    "bits of a version to come": (
+        "exl3_mul1_k2",
+        changed(f"{DOWN}.trellis", lambda words: torch.cat([words, words, words[..., :8]], -1)),
+        lambda config: config["quantization_config"].update(version="1.9.0"),
+        [f"{DOWN}.trellis has shape", "forms of exllamav3 up to 1.6", "was made by exllamav3 1.9.0"],
     ),
     "unknown codebook_id": (
         "qs_E8P12_t128",

@@ -14,7 +14,7 @@ from transformers_quip.quantize.plan import make_plan
 
 M, N = 48, 96
 MANY = MOST_VECTORS["trellis"][3] + 3
-NAMES = ["trellis:mul1:k2:exl3", "trellis:1mad:k3:rows", "trellis:hyb-q9v2:k2:qtip"]
+NAMES = ["trellis:mul1:k2:exl3", "trellis:mul1:k2.5:exl3", "trellis:1mad:k3:rows", "trellis:hyb-q9v2:k2:qtip"]
 # Relative to the size of the output. Products with decoded weights are in the dtype of x if that is bfloat16.
 ACCURACY = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -70,9 +70,9 @@ def test_many_vectors_in_blocks_of_rows(monkeypatch):
 
 
 def test_linear_with_float64_and_without_transforms(backend):
-    args, _ = arguments(NAMES[2], vectors(2, 5, N), torch.float64)
+    args, _ = arguments(NAMES[3], vectors(2, 5, N), torch.float64)
     args[6:8] = "none", "none"
-    inner = codebooks.get(NAMES[2]).decode(tensors(NAMES[2])[0], N, torch.float64)
+    inner = codebooks.get(NAMES[3]).decode(tensors(NAMES[3])[0], N, torch.float64)
     expected = (args[0] * args[2]) @ inner.T * args[3] + args[4]
     assert relative(torch.ops.quip.linear(*args), expected) < 1e-12
     assert torch.ops.quip.linear(args[0][:, :0], *args[1:]).shape == (2, 0, M)
@@ -109,13 +109,13 @@ def test_schema_fake_and_derivatives(name):
 
 
 def test_codes_and_tables_that_do_not_fit_are_refused(backend):
-    args, _ = arguments(NAMES[2], vectors(1, N))
+    args, _ = arguments(NAMES[3], vectors(1, N))
     codes, table = args[1]
     for name, weight, message in (
-        (NAMES[2], [codes], r"stores codes, table, got 1 tensors"),
-        (NAMES[2], [codes, torch.zeros(256, 2)], r"table .* must be floating point \[512, 2\], got .* \[256, 2\]"),
-        (NAMES[2], [codes[:, :5], table], r"must be torch.int16 \[48, 12\], got torch.int16 \[48, 5\]"),
-        (NAMES[2], [codes, codes], r"table .* must be floating point \[512, 2\], got torch.int16"),
+        (NAMES[3], [codes], r"stores codes, table, got 1 tensors"),
+        (NAMES[3], [codes, torch.zeros(256, 2)], r"table .* must be floating point \[512, 2\], got .* \[256, 2\]"),
+        (NAMES[3], [codes[:, :5], table], r"must be torch.int16 \[48, 12\], got torch.int16 \[48, 5\]"),
+        (NAMES[3], [codes, codes], r"table .* must be floating point \[512, 2\], got torch.int16"),
         (NAMES[0], [codes, table], r"stores codes, got 2 tensors"),
         ("e8p", [torch.zeros(M, 12).short(), table], "'e8p' stores codes, got 2 tensors"),
     ):
@@ -137,7 +137,7 @@ def test_module(name):
         assert relative(module(x), x.double() @ weight.T + bias.double()) < 1e-6
     assert relative(module.dequantize(), weight) < 1e-6
     tables = 0 if table is None else table.numel() * 4
-    assert module.packed_bytes == M * N * codebooks.get(name).k // 8 + (M + N) * 4 + tables
+    assert module.packed_bytes == M * N * codebooks.get(name).k / 8 + (M + N) * 4 + tables
     with pytest.raises(ValueError, match="multiples of 16"):
         QuipLinear(N, 40, codebook=name)
 

@@ -97,8 +97,10 @@ def test_load_community_checkpoint(golden, tmp_path):
     assert config["codebook"] == "e8p"
 
 
-def test_lora(quantized):
-    output = run(ROOT / "examples/04_lora_on_two_bits.py", quantized, "--steps", 20)
+@pytest.mark.parametrize("begin", ["zero", "error"])
+def test_lora(quantized, folder, begin):
+    dense = ["--dense", folder] if begin == "error" else []
+    output = run(ROOT / "examples/04_lora_on_two_bits.py", quantized, "--steps", 20, *dense)
     first, *_, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", output))
     assert last < first - 0.5
     assert "reloaded: the same logits" in output

@@ -123,6 +123,10 @@ class BlockInputs:
 
         Inputs are moved to the block's execution device. Returns the block's hidden states [B, T, H], on that device.
         """
+        return self.run(block, batch_index)
+
+    def run(self, block: nn.Module, batch_index: int) -> torch.Tensor:
+        """The same with a graph for derivatives."""
         call = self.calls[batch_index]
         device = execution_device(block)
         hidden = move(self.hidden[batch_index], device)

@@ -45,11 +45,33 @@ def check_complete(model: nn.Module, names: Mapping[str, TensorInfo], made: Coll
     problems += [f"{key} is there, and is also made of other tensors" for key in sorted(set(made) & names.keys())]
     problems += [f"{key} is missing" for key in not_given(model, {*names, *made})]
     problems += [f"{key} has the type {names[key].dtype} instead of a floating one" for key in integers(model, names)]
+    _refuse(problems)
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise ValueError(
             f"The quantized checkpoint does not fit the model: {'; '.join(problems[:4])}"
             f"{f'; and {len(problems) - 4} more' if len(problems) > 4 else ''}: {DAMAGED}."
         )
+
+
+def check_shapes(model: nn.Module, names: Mapping[str, TensorInfo]) -> None:
+    """Check that every tensor has the shape that the model has: Transformers says at the end of loading that one has not.
+
+    Args:
+        model, names: see [`check_complete`].
+
+    Raises:
+        ValueError: with the first few of those that have not.
+    """
+    state = {key: list(value.shape) for key, value in model.state_dict(keep_vars=True).items()}
+    problems = [
+        f"{key} has shape {list(info.shape)} instead of {state[key]}"
+        for key, info in names.items()
+        if key in state and info.as_it_is and list(info.shape) != state[key]
+    ]
+    _refuse(problems)
 
 
 def integers(model: nn.Module, names: Mapping[str, TensorInfo]) -> list[str]:

@@ -59,12 +59,14 @@ class TensorInfo:
         dtype: the name of its type in safetensors, such as "BF16".
         file: the path of the file that holds it.
         key: its name in that file.
+        as_it_is: whether the model has it in this shape. Transformers splits some tensors, and joins others.
     """
 
     shape: tuple[int, ...]
     dtype: str
     file: str = ""
     key: str = field(default="", compare=False)
+    as_it_is: bool = True
 
     @property
     def elements(self) -> int:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .console import json_option, revision_option, show_json, show_table, size, tell, token_option
 from .destination import check_file
 from .loading import device_option, dtype_option, find_tokenizer, load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Tokens of a window's beginning that both models continue.
+_PROMPT_TOKENS = 32
 
 text_option = click.option(
     "--dataset",
@@ -26,14 +35,24 @@ batch_option = click.option("--batch-size", default=4, show_default=True, help="
 
 @click.command(short_help="Measure perplexity, divergence, speed and size.")
 @click.argument("model")
-@click.option("--dense", help="The dense model (folder or id): adds KL divergence and top-1 agreement.")
+@click.option("--dense", help="The dense model (folder or id): adds KL divergence, top-1 agreement and generation quality.")
 @text_option
 @windows_option
 @length_option
 @batch_option
 @click.option("--bos", is_flag=True, help="Put the tokenizer's BOS token before every window (Gemma needs it).")
 @click.option("--new-tokens", default=64, show_default=True, help="Tokens to write for the speed; 0: not measured.")
-@click.option("--save", is_flag=True, help="Keep the perplexity in MODEL (a folder), and put it on its model card.")
+@click.option(
+    "--texts",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="With --dense: number of texts that both models write; 0: none.",
+)
+@click.option(
+    "--text-length", type=click.IntRange(8), default=128, show_default=True, help="Tokens that they write for each of them."
+)
+@click.option("--save", is_flag=True, help="Keep the measured quality in MODEL (a folder), and put it on its model card.")
 @dtype_option
 @device_option
 @revision_option
@@ -43,24 +62,26 @@ def command(
     model: str,
     dense: str | None,
     dataset: str,
-    windows: int,
-    length: int,
-    batch_size: int,
-    bos: bool,
-    new_tokens: int,
     save: bool,
     dtype: str,
     device_map: str | None,
     revision: str | None,
     token: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Perplexity of MODEL, KL divergence to the dense model, top-1 agreement, tokens per second, and size.
+    """Perplexity, tokens per second and size of MODEL; with --dense also KL divergence and the quality of its own text.
 
     Protocol: the text is tokenized without special tokens and cut into windows end to end; each window is read from its
     own beginning, and every token but its first is predicted from those before it. Perplexity is exp of the mean
     cross-entropy, the divergence the mean of KL(dense ‖ MODEL) in nats per token. Figures can be compared only if text,
     windows, length and --bos are the same.
+
+    Own text: both models continue the beginnings of the first windows, sampled at temperature 1 and greedily. The dense
+    model's perplexity of the sampled text, and the share of 4-token pieces of the greedy text that occurred in it before,
+    show whether MODEL can still write. Perplexity of given text does not show that.
+
+    MODEL is released before the dense model is loaded; of MODEL, its last hidden states over the text are kept.
     """
     from ..evaluation import check_source
 
@@ -69,9 +90,9 @@ def command(
         _check_can_save(model)
     source: dict[str, Any] = {"revision": revision, "token": token}
     tokenizer = find_tokenizer(model, **source)
-    loaded = load_model(model, dtype=dtype, device_map=device_map, **source)
-    reference = load_model(dense, dtype=dtype, device_map=device_map, token=token) if dense else None
-    content = measure(loaded, reference, tokenizer, dataset, windows, length, batch_size, bos, new_tokens)
+    load = partial(load_model, model, dtype=dtype, device_map=device_map, **source)
+    load_dense = partial(load_model, dense, dtype=dtype, device_map=device_map, token=token) if dense else None
+    content = measure(load, load_dense, tokenizer, dataset, options)
     content["model"] = model
     if save:
         save_results(Path(model), content)
@@ -82,30 +103,83 @@ def command(
 
 
 def measure(
-    model: Any, reference: Any, tokenizer: Any, dataset: str, windows: int, length: int, batch_size: int, bos: bool,
-    new_tokens: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that `evaluate` prints, as values for JSON."""
-    from ..evaluation import divergence, evaluation_windows, generation_speed, linear_sizes, perplexity
+    load: Callable[[], Any],
+    load_dense: Callable[[], Any] | None,
+    tokenizer: Any,
+    dataset: str,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that `evaluate` prints, as values for JSON. One model is in memory at a time, if possible.
 
+    Args:
+        load: gives MODEL.
+        load_dense: gives the dense model, each time that it is called; None without one.
+        tokenizer: MODEL's, or None.
+        dataset: see `evaluation_windows`.
+        options: the values of the options that say how much is read and written.
+    """
+    from ..evaluation import evaluation_windows, generation_speed, linear_sizes, perplexity
+
+    bos, windows, length, batch_size = (options[name] for name in ("bos", "windows", "length", "batch_size"))
     if bos and getattr(tokenizer, "bos_token_id", None) is None:
         raise ValueError("--bos needs a tokenizer with a BOS token, and this model has none")
     start = tokenizer.bos_token_id if bos else None
-    ids, protocol = evaluation_windows(dataset, reference or model, tokenizer, windows, length)
-    protocol += ", with BOS" if bos else ""
+    if dataset == "self" and load_dense is not None:
+        ids, protocol = evaluation_windows(dataset, load_dense(), tokenizer, windows, length)
+        gc.collect()
+        model = load()
+    else:
+        model = load()
+        ids, protocol = evaluation_windows(dataset, model, tokenizer, windows, length)
     content: dict[str, Any] = {
         "dataset": dataset if dataset in ("self", "wikitext2") else Path(dataset).name,
-        "protocol": protocol,
+        "protocol": protocol + (", with BOS" if bos else ""),
         "perplexity": perplexity(model, ids, batch_size, start),
     }
-    if reference is not None:
-        content["dense_perplexity"] = perplexity(reference, ids, batch_size, start)
-        content["divergence"] = asdict(divergence(model, reference, ids, batch_size, start))
-    if new_tokens:
-        content["speed"] = asdict(generation_speed(model, ids[:1, : length // 2], new_tokens))
+    if options["new_tokens"]:
+        content["speed"] = asdict(generation_speed(model, ids[:1, : length // 2], options["new_tokens"]))
     sizes = linear_sizes(model)
     content["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     content["true_bits"] = 8 * sum(s.bytes for s in sizes) / sum(s.weights for s in sizes) if sizes else None
+    if load_dense is not None:
+        holder = [model]
+        del model  # the list holds it alone, so that it can be released
+        content |= _against_dense(holder, load_dense, ids, start, options)
+    return content
+
+
+def _against_dense(
+    holder: list[Any], load_dense: Callable[[], Any], ids: Tensor, start: int | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The part that needs the dense model. `holder` is a list of MODEL, which is emptied before the dense one is loaded."""
+    from torch.nn.functional import pad
+
+    from ..evaluation import divergence, judge, keep_predictions, perplexity, write
+    from ..evaluation.kept import UnknownHead
+
+    inputs = ids if start is None else pad(ids, (1, 0), value=start)
+    prompts = inputs[: options["texts"], : max(2, min(_PROMPT_TOKENS, ids.shape[1] // 2))]
+    written = write(holder[0], prompts, options["text_length"]) if options["texts"] else None
+    predictions = holder.pop()
+    try:
+        predictions = keep_predictions(predictions, inputs, options["batch_size"])
+    except UnknownHead as error:
+        tell(f"both models are in memory at once: {error}")
+    gc.collect()  # hooks of accelerate refer to their modules in circles
+    dense = load_dense()
+    content: dict[str, Any] = {
+        "dense_perplexity": perplexity(dense, ids, options["batch_size"], start),
+        "divergence": asdict(divergence(predictions, dense, ids, options["batch_size"], start)),
+    }
+    if written is not None:
+        found = judge(dense, prompts, written)
+        figures = ("perplexity", "own_perplexity", "repetition", "own_repetition")
+        content["generation"] = {name: getattr(found, name) for name in figures}
+        content["generation"] |= {
+            "texts": len(prompts),
+            "prompt_tokens": prompts.shape[1],
+            "written_tokens": written.greedy.shape[1],
+        }
     return content
 
 
@@ -121,6 +195,14 @@ def facts(content: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{kl['mean']:.4f} (median {kl['median']:.4f}, 99 % {kl['percentile_99']:.3f})",
             ),
             ("same likeliest token", f"{kl['top1_agreement']:.1%}"),
+        ]
+    if "generation" in content:
+        own = content["generation"]
+        rows += [
+            ("dense model's perplexity of text that it samples", f"{own['perplexity']:.4g}"),
+            ("the same of the dense model's own text", f"{own['own_perplexity']:.4g}"),
+            ("repeated pieces of 4 tokens in its greedy text", f"{own['repetition']:.1%}"),
+            ("the same in the dense model's own text", f"{own['own_repetition']:.1%}"),
         ]
     if "speed" in content:
         speed = content["speed"]
@@ -150,7 +232,7 @@ def save_results(folder: Path, content: dict[str, Any]) -> None:
 
     path = folder / EVALUATION
     results = read_results(folder)
-    kept = ("dataset", "perplexity", "dense_perplexity", "divergence", "protocol")
+    kept = ("dataset", "perplexity", "dense_perplexity", "divergence", "generation", "protocol")
     new = {key: content[key] for key in kept if key in content}
     results = [result for result in results if result["protocol"] != new["protocol"]] + [new]
     write_whole(path, json.dumps({"results": results}, indent=2) + "\n")

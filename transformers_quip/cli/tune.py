@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .console import json_option, show, show_json, tell, token_option
-from .destination import check_not_source, new_folder
+from .destination import check_file, check_not_source, new_folder
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 from .quantize import dataset_of
 
@@ -36,6 +36,12 @@ from .quantize import dataset_of
     type=click.Path(file_okay=False, path_type=Path),
     help="A folder for the state of the run: a stopped run resumes from it.",
 )
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write an HTML file with a plot of the KL divergence.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there, once the new model is complete.")
 @dtype_option
 @device_option
@@ -54,6 +60,7 @@ def command(
     learning_rate: float,
     seed: int,
     state: Path | None,
+    report_file: Path | None,
     overwrite: bool,
     dtype: str,
     device_map: str | None,
@@ -73,13 +80,23 @@ def command(
     if data.dataset is None:
         raise click.UsageError("--dataset none: tuning needs text")
     check_not_source(out, model)
+    if report_file is not None and out.absolute() not in report_file.absolute().parents:
+        check_file(report_file)
+    loading = {"dtype": dtype, "device_map": device_map, "token": token}
     with new_folder(out, overwrite) as folder:
-        report = tune_folder(model, dense, folder, options, data, state, dtype=dtype, device_map=device_map, token=token)
+        tuned, report = tune_folder(model, dense, folder, options, data, state, **loading)
+    if report_file is not None:
+        from ..evaluation.html_report import write_report
+
+        write_report(report_file, tuned, records=(), tuning=report.to_dict() | {"history": report.history})
+        tell(f"report: {report_file}")
     _conclude(out, report, as_json)
 
 
-def tune_folder(source: str, dense: str, folder: Path, options: Any, data: Any, state: Path | None, **loading: Any) -> Any:
-    """Read with the dense model, tune the quantized one and write it to the folder; returns the report.
+def tune_folder(
+    source: str, dense: str, folder: Path, options: Any, data: Any, state: Path | None, **loading: Any
+) -> tuple[Any, Any]:
+    """Read with the dense model, tune the quantized one and write it to the folder; returns that model and the report.
 
     Only one of the two models is in memory at a time.
     """
@@ -100,12 +117,12 @@ def tune_folder(source: str, dense: str, folder: Path, options: Any, data: Any, 
     for reason in reasons:
         tell(reason)
     quantized.save_pretrained(folder)
-    return report
+    return quantized, report
 
 
 def _conclude(out: Path, report: Any, as_json: bool) -> None:
     if as_json:
-        show_json({"folder": str(out), **report.to_dict()})
+        show_json({"folder": str(out), **report.to_dict(), "history": report.history})
         return
     kept = "" if report.verdict.accepted else "; not better, so the model is unchanged"
     show(

@@ -1,4 +1,4 @@
-"""Trellis-coded weights, the codebooks of QTIP (arXiv 2406.11235) and of EXL3, for checkpoints quantized with them.
+"""Trellis-coded weights, the codebooks of QTIP (arXiv 2406.11235) and of EXL3.
 
 A tile of 16×16 weights is 256·K bits, read as a ring. A weight (or a pair of neighbours, V = 2) is a function of 16 bits
 of it, the *state*; the next state begins K·V bits further on, so that neighbours share bits and every state is one of few
@@ -8,8 +8,11 @@ that may follow the one before ("bitshift trellis").
 in row-major order, 16·K words each. A tile's bits run through its words in order, each word from its highest bit down:
 
     bit b of a tile        (word[b // 16] >> (15 − b % 16)) & 1
-    state t of a tile      bits (t·K·V + j) mod 256·K for j = 0 … 15, the first being the highest;  t = 0 … 256/V − 1
+    state t of a tile      bits (⌈t·K·V⌉ + j) mod 256·K for j = 0 … 15, the first being the highest;  t = 0 … 256/V − 1
     weights V·t … V·t+V−1 of the tile's sequence = value(state t)
+
+K is 1 to 8; for code mul1 in order exl3 also 1.5, 2.5 and 3.5. The steps from one state to the next are then ⌈K⌉ and ⌊K⌋
+bits in turn, and n must be a multiple of 32.
 
 **Order**: where weight q = (q₇…q₀)₂ of a tile's sequence lies in the tile. A stream cannot be rearranged afterwards, and
 each family of checkpoints has its own order, so the order is part of the name:
@@ -18,7 +21,7 @@ each family of checkpoints has its own order, so the order is part of the name:
     qtip    row = q₁q₇q₆q₅     column = q₂q₄q₃q₀       QTIP, where its kernels decode (HYB of 2, 3 and 4 bits)
     exl3    row = q₂q₇q₆q₅     column = q₁q₄q₃q₀       EXL3 (row: output, column: input)
 
-**Names**: `trellis:CODE:kK:ORDER`, such as "trellis:mul1:k3:exl3"; for codes with a table also its size, Q = log₂ of its
+**Names**: `trellis:CODE:kK:ORDER`, such as "trellis:mul1:k2.5:exl3"; for codes with a table also its size, Q = log₂ of its
 rows and V: "trellis:hyb-q9v2:k2:qtip".
 
 **Values** of a state s (32-bit arithmetic without sign; Σ is the sum of the four bytes of h):
@@ -51,6 +54,9 @@ STATES = 1 << STATE_BITS
 # Weights decoded at a time, so that intermediate results stay in a CPU's cache.
 DECODED_AT_ONCE = 1 << 18
 
+# Bits per weight: for every code, and those for one code in one order.
+WHOLE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+HALF_BITS = {("mul1", "exl3"): (1.5, 2.5, 3.5)}
 COMPUTED = ("1mad", "2mad", "3inst", "mcg", "mul1")
 TABULATED = ("hyb", "quantlut", "lut")
 # For each order: the sizes into which the 256 weights of a tile's sequence are cut, and which of those dimensions make up
@@ -60,13 +66,19 @@ ORDERS = {
     "qtip": ((8, 4, 2, 2, 2), (3, 0), (2, 1, 4)),
     "exl3": ((8, 4, 2, 2, 2), (2, 0), (3, 1, 4)),
 }
-# Rms of Gaussian weights with the least error, relative to the rms of the values, for 1 to 8 bits.
-_GAUSSIAN_SCALES = (1.15, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-_NAME = re.compile(r"trellis:([a-z0-9]+)(?:-q([1-9][0-9]*)v([12]))?:k([1-8]):([a-z0-9]+)")
+# Rms of Gaussian weights with the least error, relative to the rms of the values: measured, by bits.
+_GAUSSIAN_SCALES = {1: 1.15, 1.5: 1.05, 2: 1.0, 2.5: 0.95, 3: 0.95, 3.5: 0.9, 4: 0.9, 5: 0.88, 6: 0.83, 7: 0.8, 8: 0.77}
+# The code for each number of bits that is called "trellis": of those with the least error of a Gaussian (within 1 %) one that
+# EXL3 files can have, too. docs/results.md has the measured errors.
+BEST = {
+    1: "trellis:mcg:k1:exl3",
+    **{bits: f"trellis:mul1:k{bits:g}:exl3" for bits in (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)},
+}
+_NAME = re.compile(r"trellis:([a-z0-9]+)(?:-q([1-9][0-9]*)v([12]))?:k([1-9](?:\.5)?):([a-z0-9]+)")
 _USAGE = (
     f"a trellis codebook is called trellis:CODE:kK:ORDER with CODE one of {', '.join(COMPUTED)}, or of "
-    f"{', '.join(TABULATED)} followed by the size of the table as in hyb-q9v2; K = 1 to 8 bits; ORDER one of "
-    f"{', '.join(ORDERS)}"
+    f"{', '.join(TABULATED)} followed by the size of the table as in hyb-q9v2; K = 1 to 8 bits, and 1.5, 2.5 or 3.5 "
+    f"for mul1 in order exl3; ORDER one of {', '.join(ORDERS)}"
 )
 
 
@@ -75,7 +87,7 @@ class Trellis(Codebook):
 
     Args:
         code: one of `COMPUTED` or `TABULATED`.
-        k: bits per weight, 1 to 8.
+        k: bits per weight, 1 to 8; see `HALF_BITS`.
         order: one of `ORDERS`.
         table_shape: (2^Q, V) for a code with a table, V = 1 or 2; else None.
 
@@ -85,14 +97,18 @@ class Trellis(Codebook):
 
     block_size = rows_together = TILE
     code_dtype = torch.int16
-    is_read_only = True
     kernels = "trellis"
+    # With feedback, whose errors add to the weights; 0.9 to 0.95 have the same loss within 1 % (SmolLM2's linears at 2 bits).
+    scale_factors = (0.93,)
+    # A sweep costs as much as the first rounding, and gains little: see docs/results.md.
+    refinement_sweeps = 0
 
-    def __init__(self, code: str, k: int, order: str, table_shape: tuple[int, int] | None = None):
+    def __init__(self, code: str, k: float, order: str, table_shape: tuple[int, int] | None = None):
         self.code, self.k, self.order, self.table_shape = code, k, order, table_shape
         size = "" if table_shape is None else f"-q{table_shape[0].bit_length() - 1}v{table_shape[1]}"
-        self.name = f"trellis:{code}{size}:k{k}:{order}"
-        if code not in COMPUTED + TABULATED or order not in ORDERS or k not in range(1, 9):
+        self.name = f"trellis:{code}{size}:k{k:g}:{order}"
+        known = WHOLE_BITS + HALF_BITS.get((code, order), ())
+        if code not in COMPUTED + TABULATED or order not in ORDERS or k not in known:
             raise ValueError(f"{self.name!r} is not a codebook: {_USAGE}")
         if (table_shape is not None) != (code in TABULATED):
             has = "a" if code in TABULATED else "no"
@@ -113,7 +129,7 @@ class Trellis(Codebook):
     def gaussian_scale(self) -> float:  # type: ignore[override]
         """See [`Codebook`]: measured for every number of bits, as a multiple of the rms of all values."""
         values, _ = _encoder_on(self.name, torch.device("cpu"))
-        return values.square().mean().sqrt().item() * _GAUSSIAN_SCALES[self.k - 1]
+        return values.square().mean().sqrt().item() * _GAUSSIAN_SCALES[self.k]
 
     @classmethod
     def parse(cls, name: str) -> Trellis:
@@ -122,16 +138,17 @@ class Trellis(Codebook):
         if match is None:
             raise ValueError(f"{name!r} is not a codebook: {_USAGE}")
         code, q, v, k, order = match.groups()
-        return cls(code, int(k), order, None if q is None else (1 << min(int(q), 17), int(v)))
+        return cls(code, float(k) if "." in k else int(k), order, None if q is None else (1 << min(int(q), 17), int(v)))
 
     def codes_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
         """See [`Codebook.codes_shape`]: rows of tiles, tiles, words. Raises `ValueError` for incomplete tiles."""
-        if out_features % TILE or in_features % TILE:
+        wide = TILE if self.k in WHOLE_BITS else 2 * TILE  # a row of codes has whole words
+        if out_features % TILE or in_features % wide:
             raise ValueError(
-                f"codebook {self.name!r} has tiles of {TILE}x{TILE} weights: sizes must be multiples of {TILE}, got "
-                f"[{out_features}, {in_features}]"
+                f"codebook {self.name!r} has tiles of {TILE}x{TILE} weights: sizes must be multiples of {TILE} and {wide}, "
+                f"got [{out_features}, {in_features}]; leave the module dense, or choose another codebook for it"
             )
-        return out_features // TILE, in_features // TILE, TILE * self.k
+        return out_features // TILE, in_features // TILE, int(TILE * self.k)
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, Grid]:
         """See [`Codebook.tensors`]: the codes, and the table of a code that has one."""
@@ -153,6 +170,9 @@ class Trellis(Codebook):
 
         Returns:
             codes int16 [..., 16·K], and points.
+
+        Raises:
+            ValueError: x has another last dimension.
         """
         tiles = self.check_vectors(x)
         places, source = _places_on(self.order, x.device)
@@ -160,7 +180,7 @@ class Trellis(Codebook):
         states = viterbi.encode(tiles[:, places], metric, self.k)
         codes = viterbi.pack(states, viterbi.fresh_bits(self.k, self.step))
         points = values.index_select(0, states.flatten()).view(len(tiles), -1)[:, source]
-        return codes.reshape(*x.shape[:-1], TILE * self.k), points.reshape(x.shape)
+        return codes.reshape(*x.shape[:-1], codes.shape[-1]), points.reshape(x.shape)
 
     def store(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         """See [`Codebook.store`]: codes int16 [m/16, n/16, 16·K]."""
@@ -199,8 +219,8 @@ class Trellis(Codebook):
         weight = torch.empty(rows, columns, dtype=dtype, device=codes.device)
         together = max(1, DECODED_AT_ONCE // (TILE * columns)) * TILE if columns else rows
         for first in range(0, rows, max(together, 1)):
-            part = codes[first : first + together].reshape(-1, TILE * self.k)
-            sequence = values.index_select(0, _states(part, self.k * self.step).flatten())
+            part = codes[first : first + together].reshape(-1, int(TILE * self.k))
+            sequence = values.index_select(0, _states(part, int(2 * self.k * self.step)).flatten())
             _lay_out(sequence, self.order, weight[first : first + together])
         return weight
 
@@ -224,14 +244,14 @@ class Trellis(Codebook):
         return values
 
 
-def _states(words: torch.Tensor, step_bits: int) -> torch.Tensor:
-    """The states of tiles: words int16 [T, W] → int32 [T, 16·W / step_bits], `step_bits` = K·V."""
+def _states(words: torch.Tensor, pair_bits: int) -> torch.Tensor:
+    """The states of tiles: words int16 [T, W] → int32 [T, 32·W / pair_bits], `pair_bits` = 2·K·V."""
     words = words.to(torch.int32) & 0xFFFF
     # 32 bits from the beginning of each word, the ring closed
     double = (words << 16) | words.roll(-1, 1)
-    # sixteen steps go through step_bits words: state i of them begins in word i·step_bits // 16 of these
-    begin = torch.arange(16, device=words.device) * step_bits
-    double = double.view(len(words), -1, step_bits).index_select(2, begin // 16)
+    # 32 steps go through pair_bits words: state i of them begins in word ⌈i·pair_bits / 2⌉ // 16 of these
+    begin = (torch.arange(32, device=words.device) * pair_bits + 1) // 2
+    double = double.view(len(words), -1, pair_bits).index_select(2, begin // 16)
     return ((double >> (16 - begin % 16).to(torch.int32)) & 0xFFFF).flatten(1)
 
 

@@ -82,13 +82,14 @@ OPTIONS: dict[str, Option] = {
     "bits": Option(
         2,
         check.bits,
-        "Code bits per weight; not needed if `codebook` is given. A number that no codebook has, such as 2.5, is an "
-        "average: modules get 2, 3 or 4 bits by the measured effect of their errors.",
+        "Code bits per weight; not needed if `codebook` names a single one. A number that no codebook has, such as 2.5, is "
+        "an average: modules get 2, 3 or 4 bits by the measured effect of their errors.",
     ),
     "codebook": Option(
         None,
         check.codebook,
-        "Which values a block of weights may take; None: the default for `bits`.",
+        "Which values a block of weights may take; None: the default for `bits`. 'trellis': the best trellis code of that "
+        "many bits (1 to 8, and 1.5, 2.5 and 3.5), with smaller errors than the default and more time to find them.",
     ),
     "residual_scale": Option(
         None, check.residual_scale, "The factor of the second stage of a codebook that has one; None: the codebook's own."
@@ -140,7 +141,11 @@ OPTIONS: dict[str, Option] = {
     "damping": Option(
         0.01, check.positive, "Added to the Hessian's diagonal, as a share of its mean; grows until Cholesky works."
     ),
-    "refinement_sweeps": Option(10, check.integer(0), "Passes over the codes after the first rounding."),
+    "refinement_sweeps": Option(
+        None,
+        check.optional(check.integer(0)),
+        "Passes over the codes after the first rounding; None: as many as pay for the codebook, 10, or 0 of a trellis.",
+    ),
     "scale": Option(
         "auto", check.scale, "'auto': measured for each weight; a number multiplies the scale published for the codebook."
     ),
@@ -159,9 +164,10 @@ OPTIONS: dict[str, Option] = {
     "tune": Option(
         "none",
         _tune,
-        "Training after rounding: 'none', 'vectors' (su, sv and the norms learn the dense model's predictions on the "
-        "calibration text; the result is kept only if it is better on windows that were held out), or a dictionary of "
-        "the attributes of `config.tune.TuneOptions`. The dense model's memory is needed a second time meanwhile.",
+        "Training: 'none', 'vectors' (after rounding, su, sv and the norms learn the dense model's predictions on the "
+        "calibration text; the result is kept only if it is better on windows that were held out), 'full' (each block is "
+        "also tuned while it is rounded, in QuIP#'s order), or a dictionary of the attributes of "
+        "`config.tune.TuneOptions`.",
     ),
     "seed": Option(0, check.integer(0), "Random seed."),
 }

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-MODES = ("none", "vectors")
+MODES = ("none", "vectors", "full")
+MEMORY = ("auto", "fast", "low")
 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How the vectors of a quantized model are tuned end to end.
+    """How a quantized model is tuned.
 
     Attributes:
-        mode: "none", or "vectors": su, sv and the norms are trained, the codes are fixed.
+        mode: "none"; "vectors": su, sv and the norms are trained end to end, the codes are fixed; "full": before
+            that, each block is tuned while it is rounded, in QuIP#'s order, which also trains weights that are still dense.
         learning_rate: of multipliers, which begin at 1; the highest of a schedule that warms up and then falls as a cosine.
         epochs: the number of times that every window is read.
         batch_size: windows in one step.
@@ -24,7 +26,14 @@ class TuneOptions:
         looks: the number of times that the held-out windows are read during training.
         clip: largest norm of the gradient of all multipliers together.
         norms: whether the weights of norms are trained as well.
+        memory: "fast" keeps all decoded weights and activations, "low" computes them again in the backward pass,
+            "auto" decides by the free memory.
         seed: random seed of the order of the windows.
+        block_windows: calibration windows on which a block is tuned (mode "full"); a quarter of their number more is used
+            for comparing.
+        block_epochs: the number of times that they are read after each group of linears.
+        block_learning_rate: of multipliers, in a block.
+        block_weight_rate: the learning rate of dense weights in a block, as a share of that one.
     """
 
     mode: str = "vectors"
@@ -36,16 +45,23 @@ class TuneOptions:
     looks: int = 8
     clip: float = 1.0
     norms: bool = True
+    memory: str = "auto"
     seed: int = 0
+    block_windows: int = 64
+    block_epochs: float = 1.0
+    block_learning_rate: float = 3e-3
+    block_weight_rate: float = 0.03
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"tune={self.mode!r} is not known, choose one of {', '.join(map(repr, MODES))}")
-        for name, least in (("batch_size", 1), ("held_out", 2), ("warmup", 0), ("looks", 1)):
+        if self.memory not in MEMORY:
+            raise ValueError(f"tune: memory={self.memory!r} is not known, choose one of {', '.join(map(repr, MEMORY))}")
+        for name, least in (("batch_size", 1), ("held_out", 2), ("warmup", 0), ("looks", 1), ("block_windows", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"tune: {name}={value!r} must be an integer of at least {least}")
-        for name in ("learning_rate", "epochs", "clip"):
+        for name in ("learning_rate", "epochs", "clip", "block_epochs", "block_learning_rate", "block_weight_rate"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"tune: {name}={value!r} must be a number above 0")

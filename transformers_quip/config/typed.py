@@ -26,7 +26,7 @@ class TypedOptions:
     sequence_length: int
     batch_size: int
     damping: float
-    refinement_sweeps: int
+    refinement_sweeps: int | None
     scale: str | float
     modules_to_not_convert: list[str] | None
     modules: dict[str, dict[str, Any]] | None
@@ -50,7 +50,7 @@ class TypedOptions:
         sequence_length: int = 512,
         batch_size: int = 8,
         damping: float = 0.01,
-        refinement_sweeps: int = 10,
+        refinement_sweeps: int | None = None,
         scale: str | float = "auto",
         modules_to_not_convert: Sequence[str] | None = None,
         modules: dict[str, dict[str, Any]] | None = None,

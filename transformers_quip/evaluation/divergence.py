@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..calibration.arguments import without_cache
+from ..calibration.device import evaluating
+from .kept import KeptPredictions
 from .perplexity import check_windows, input_device
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ class Divergence:
 
 @torch.no_grad()
 def divergence(
-    model: PreTrainedModel, reference: PreTrainedModel, ids: torch.Tensor, batch_size: int = 4, bos: int | None = None
+    model: PreTrainedModel | KeptPredictions,
+    reference: PreTrainedModel | KeptPredictions,
+    ids: torch.Tensor,
+    batch_size: int = 4,
+    bos: int | None = None,
 ) -> Divergence:
     """Compare the next-token distributions of two causal language models with one vocabulary.
 
@@ -45,8 +50,9 @@ def divergence(
     in [`perplexity`]: N windows of L tokens give N (L - 1) positions.
 
     Args:
-        model: q, such as the quantized model.
-        reference: p, such as the dense model.
+        model: q, such as the quantized model; or its kept predictions over these windows (with bos before each, if it is
+            given), so that the model itself need not be in memory.
+        reference: p, such as the dense model; or its kept predictions.
         ids: token ids [N, L], integer, N >= 1, L >= 2, without padding.
         batch_size: windows in one forward pass. Of the float32 copies of the logits, only one window's are held.
         bos: token id to put before every window.
@@ -58,13 +64,14 @@ def divergence(
     check_windows(ids, batch_size)
     length = ids.shape[1]
     divergences, agreements = [], 0
-    with _evaluating(model), _evaluating(reference):
-        for batch in tqdm(ids.to(torch.long).split(batch_size), desc="KL divergence", unit="batch", leave=False):
+    with ExitStack() as stack:
+        for source in (model, reference):
+            if not isinstance(source, KeptPredictions):
+                stack.enter_context(evaluating(source))
+        for begin in tqdm(range(0, len(ids), batch_size), desc="KL divergence", unit="batch", leave=False):
+            batch = ids[begin : begin + batch_size].to(torch.long)
             inputs = batch if bos is None else torch.nn.functional.pad(batch, (1, 0), value=bos)
-            pair = [
-                m(input_ids=inputs.to(input_device(m)), **without_cache(m)).logits[:, -length:-1]
-                for m in (model, reference)
-            ]
+            pair = [_logits(source, inputs, begin)[:, -length:-1] for source in (model, reference)]
             if pair[0].shape[-1] != pair[1].shape[-1]:
                 raise ValueError(
                     f"the models predict {pair[0].shape[-1]} and {pair[1].shape[-1]} tokens: only models with one "
@@ -88,11 +95,8 @@ def divergence(
     )
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def _logits(source: PreTrainedModel | KeptPredictions, inputs: torch.Tensor, begin: int) -> torch.Tensor:
+    """The logits of these windows, of which `begin` is the number of the first."""
+    if isinstance(source, KeptPredictions):
+        return source.logits(begin, begin + len(inputs))
+    return source(input_ids=inputs.to(input_device(source)), **without_cache(source)).logits

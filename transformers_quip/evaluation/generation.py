@@ -36,7 +36,19 @@ class Generation:
     greedy: torch.Tensor
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Written:
+    """What one model writes after some prompts.
+
+    Attributes:
+        sampled: its continuations at temperature 1, token ids [N, length].
+        greedy: its greedy continuations, [N, length].
+    """
+
+    sampled: torch.Tensor
+    greedy: torch.Tensor
+
+
 def generation_quality(
     model: PreTrainedModel, reference: PreTrainedModel, prompts: torch.Tensor, length: int = 128, seed: int = 0
 ) -> Generation:
@@ -53,17 +65,38 @@ def generation_quality(
         TypeError: prompts is not an integer tensor.
         ValueError: prompts is not [N >= 1, P >= 2], or length is less than two pieces of 4 tokens.
     """
+    return judge(reference, prompts, write(model, prompts, length, seed), seed)
+
+
+@torch.no_grad()
+def write(model: PreTrainedModel, prompts: torch.Tensor, length: int = 128, seed: int = 0) -> Written:
+    """The first half of [`generation_quality`]: let one model write. The other model need not be in memory.
+
+    Args, Raises:
+        see [`generation_quality`].
+    """
     check_windows(prompts, 1)
     if length < 2 * _PIECE:
         raise ValueError(f"length={length} must be at least {2 * _PIECE}")
-    sampled, own_sampled = (_write(m, prompts, length, seed, sample=True) for m in (model, reference))
-    greedy, own_greedy = (_write(m, prompts, length, seed, sample=False) for m in (model, reference))
+    sampled, greedy = (_continuations(model, prompts, length, seed, sample) for sample in (True, False))
+    return Written(sampled, greedy)
+
+
+@torch.no_grad()
+def judge(reference: PreTrainedModel, prompts: torch.Tensor, written: Written, seed: int = 0) -> Generation:
+    """The second half of [`generation_quality`]: the reference judges the text, and writes as much itself.
+
+    Args:
+        reference, prompts, seed: see [`generation_quality`].
+        written: the result of [`write`] for the other model with the same prompts and seed.
+    """
+    own = write(reference, prompts, written.greedy.shape[1], seed)
     return Generation(
-        perplexity=_perplexity(reference, prompts, sampled),
-        own_perplexity=_perplexity(reference, prompts, own_sampled),
-        repetition=repeated_share(greedy),
-        own_repetition=repeated_share(own_greedy),
-        greedy=greedy,
+        perplexity=_perplexity(reference, prompts, written.sampled),
+        own_perplexity=_perplexity(reference, prompts, own.sampled),
+        repetition=repeated_share(written.greedy),
+        own_repetition=repeated_share(own.greedy),
+        greedy=written.greedy,
     )
 
 
@@ -77,7 +110,7 @@ def repeated_share(text: torch.Tensor, piece: int = _PIECE) -> float:
     return repeated / total
 
 
-def _write(model: PreTrainedModel, prompts: torch.Tensor, length: int, seed: int, sample: bool) -> torch.Tensor:
+def _continuations(model: PreTrainedModel, prompts: torch.Tensor, length: int, seed: int, sample: bool) -> torch.Tensor:
     """Continuations [N, length] on the CPU; the global random state is restored."""
     prompts = prompts.to(input_device(model))
     with torch.random.fork_rng(devices=[]):

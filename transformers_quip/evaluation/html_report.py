@@ -47,36 +47,41 @@ def write_report(
     model: PreTrainedModel,
     perplexities: Mapping[str, float] | None = None,
     records: Iterable[Mapping[str, Any]] | None = None,
+    tuning: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the report of a calibrated run.
+    """Write the report of a calibrated run, or of tuning.
 
     Args:
         path: file to write; its folder is made if it is not there.
         model: quantized.
         perplexities: {name: perplexity} of this model and of peers, to be drawn side by side.
         records: a record for each quantized linear; None: the records of the run that has just made the model.
+        tuning: the result of tuning (`finetune.TuneReport.to_dict()` with its "history"); None: of the same run.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: the model has no records: it was loaded, or quantized without calibration.
+        ValueError: the model was loaded, or quantized without calibration, and neither records nor tuning are given.
     """
     report = getattr(getattr(model, "hf_quantizer", None), "report", None)
+    if tuning is None and report is not None:
+        tuning = report.tuning
     if records is None:
-        if report is None:
+        if report is None and tuning is None:
             raise ValueError(
                 "nothing to report: only a run with calibration (dataset other than None) measures its layers, and a saved "
                 "model does not keep the measurements"
             )
-        records = report.modules
+        records = () if report is None else report.modules
     bits = {size.name: size.bits for size in linear_sizes(model)}
     rows = [{**record, "bits": bits.get(record["name"])} for record in records]
     page = make_page(
         title=f"{type(model).__name__}, {true_bits_per_weight(model):.3f} bits per weight",
-        facts=_facts(model, report, rows),
+        facts=_facts(model, report, rows, tuning),
         records=rows,
         perplexities=perplexities or {},
+        tuning=tuning or {},
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,11 +94,19 @@ def make_page(
     facts: Mapping[str, str],
     records: Sequence[Mapping[str, Any]],
     perplexities: Mapping[str, float],
+    tuning: Mapping[str, Any],
 ) -> str:
     """The page as text; see [`write_report`]."""
     parts = [f"<h1>{_text(title)}</h1>", _fact_table(facts)]
     if perplexities:
         parts += ["<h2>Perplexity</h2>", _bars(perplexities)]
+    if tuning.get("history"):
+        parts += [
+            "<h2>KL divergence to the dense model while tuning</h2>",
+            '<p class="note">nats per token; over the steps. Step 0 is the model before tuning. The training text of '
+            "a point is that of the steps since the point before</p>",
+            _lines(_divergences(tuning), False),
+        ]
     for key, heading, note, logarithmic in (
         ("relative_error", "Relative error of each layer's output", "the share of the output's energy that is lost", False),
         ("condition", "Condition of the Hessian", "largest by smallest eigenvalue, damped and after the transforms", True),
@@ -112,12 +125,13 @@ def make_page(
                 f'<p class="note">{note}; over the decoder blocks</p>',
                 _lines(curves, logarithmic),
             ]
-    parts += [
-        "<h2>Layers</h2>",
-        '<p class="note">Weights: w / rms over &plusmn;6 before (grey) and after the transforms (blue), which should be '
-        "close to a normal distribution (line).</p>",
-        _layer_table(records),
-    ]
+    if records:
+        parts += [
+            "<h2>Layers</h2>",
+            '<p class="note">Weights: w / rms over &plusmn;6 before (grey) and after the transforms (blue), which should '
+            "be close to a normal distribution (line).</p>",
+            _layer_table(records),
+        ]
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
@@ -126,15 +140,30 @@ def make_page(
     )
 
 
-def _facts(model: PreTrainedModel, report: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _divergences(tuning: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """The curves of a run: on held-out text from before the first step on, and on the text of the steps."""
+    held_out = [(0, tuning["held_out_before"])] if "held_out_before" in tuning else []
+    held_out += [(look["step"], look["held_out"]) for look in tuning["history"]]
+    return {"held-out text": held_out, "training text": [(look["step"], look["train"]) for look in tuning["history"]]}
+
+
+def _facts(
+    model: PreTrainedModel, report: Any, records: Sequence[Mapping[str, Any]], tuning: Mapping[str, Any] | None
+) -> dict[str, str]:
     config = model.config.quantization_config
     origin = config.origin or {}
     facts = {
         "made from": origin.get("base_model") or origin.get("folder") or "a dense model",
         "method": f"codebook {config.codebook}, incoherence {config.incoherence}, rounding {config.rounding}",
-        "layers": str(len(records)),
-        "mean relative error": f"{sum(r['relative_error'] for r in records) / len(records):.4f}",
     }
+    if records:
+        facts["layers"] = str(len(records))
+        facts["mean relative error"] = f"{sum(r['relative_error'] for r in records) / len(records):.4f}"
+    if tuning:
+        facts["KL divergence to the dense model"] = (
+            f"{tuning['held_out_before']:.4f} before tuning, {tuning['held_out_after']:.4f} after, on held-out text"
+            + ("" if tuning["kept"] else "; no gain, so the model is as it was before tuning")
+        )
     if report is not None:
         facts["calibrated on"] = report.data
         facts["seconds"] = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in report.seconds.items())

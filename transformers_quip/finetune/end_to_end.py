@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.device import evaluating
+from ..config import QuipConfig
 from ..config.tune import TuneOptions
+from ..evaluation.kept import logit_map
+from ..nn.replace import quantized_linears
 from .guard import Verdict, restored_unless_kept, window_divergences
-from .head import Head, divergence_sum, hidden_states, logit_map
+from .head import CHUNK, Head, divergence_sum, hidden_states
+from .memory import Estimate, blocks_of, decoded_bytes, estimate, fits, recomputed
 from .product import FrozenProduct, product_dtype
 from .state import Run, fingerprint, load, save
 from .student import Student, tuned
@@ -100,14 +105,33 @@ def tune_vectors(
     held_out = range(count, len(teacher.ids))
     probe = teacher.ids[:1, :_PROBE_TOKENS].to(model.device)
     head = student_head(model, teacher, probe)
+    reading = time.perf_counter()
     before = window_divergences(model, teacher, head, held_out)
+    reading = time.perf_counter() - reading
     report = TuneReport(Verdict.of(before, before), 0, count, count * teacher.ids.shape[1], options.steps(count))
     folder = None if state is None else Path(state)
     mark = "" if folder is None else fingerprint(model, teacher, options)
     with restored_unless_kept(model) as result:
-        with tuned(model, probe, options.norms) as student:
+        keep = _keep_decoded(model, options)
+        with tuned(model, probe, options.norms, keep) as student:
             report.trained = sum(value.numel() for value in student.trained().values())
-            _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
+            found = _estimate(model, student, teacher, options, probe)
+            recompute = options.memory == "low" or (
+                options.memory == "auto" and not fits(found.total(keep, False), model.device)
+            )
+            logger.info(
+                "Tuning: %d steps of %d windows, %.1f GB of memory beside the quantized model, about %.0f minutes.",
+                report.steps,
+                options.batch_size,
+                found.total(keep, recompute) / 1e9,
+                # a backward pass costs as much as two forward passes
+                (report.steps * options.batch_size * 3 + len(held_out) * (options.looks + 1))
+                * reading
+                / len(held_out)
+                / 60,
+            )
+            with recomputed(blocks_of(model, student.linears)) if recompute else nullcontext():
+                _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
         report.verdict = Verdict.of(before, window_divergences(model, teacher, head, held_out))
         if report.verdict.accepted:
             result.keep()
@@ -116,7 +140,17 @@ def tune_vectors(
     else:
         logger.info("%s.", report.verdict)
     report.seconds = time.perf_counter() - started
+    _note(model, report)
     return report
+
+
+def _note(model: PreTrainedModel, report: TuneReport) -> None:
+    """Record the result in the model's config, for config.json and the model card; a gain replaces an earlier result."""
+    config = getattr(model.config, "quantization_config", None)
+    if isinstance(config, QuipConfig):
+        calibration = config.calibration or {}
+        if report.verdict.accepted or "tuning" not in calibration:
+            config.calibration = {**calibration, "tuning": report.to_dict()}
 
 
 def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) -> Head:
@@ -142,6 +176,22 @@ def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) 
 
         return Head(project, logit_map(model, probe))
     return Head(output, logit_map(model, probe))
+
+
+def _keep_decoded(model: PreTrainedModel, options: TuneOptions) -> bool:
+    linears = quantized_linears(model).values()
+    return options.memory == "fast" or (options.memory == "auto" and fits(decoded_bytes(linears), model.device))
+
+
+def _estimate(
+    model: PreTrainedModel, student: Student, teacher: Teacher, options: TuneOptions, probe: torch.Tensor
+) -> Estimate:
+    """The memory of a step, from what the probe takes."""
+    step = options.batch_size * teacher.ids.shape[1]
+    logits = 6 * 4 * CHUNK * len(teacher.weight)  # of both models, their softmax and a gradient
+    blocks = blocks_of(model, student.linears)
+    with evaluating(model):
+        return estimate(blocks, student, lambda: hidden_states(model, probe), (probe.numel(), step), logits)
 
 
 class _Trainer:

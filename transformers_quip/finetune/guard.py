@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibration.device import evaluating
-from .head import Head, divergence_per_token, last_hidden_states
+from ..evaluation.kept import last_hidden_states
+from .head import Head, divergence_per_token
 from .teacher import Teacher
 
 if TYPE_CHECKING:

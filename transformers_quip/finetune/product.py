@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,23 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The gradient with respect to x, in its dtype."""
         (weight,) = ctx.saved_tensors
+        return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None
+
+
+class DecodedProduct(torch.autograd.Function):
+    """[`FrozenProduct`] with a weight that is decoded for each pass, and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, decode: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """x [..., n] in any floating dtype; `decode` gives the weight [m, n] → [..., m] in the dtype of x."""
+        ctx.decode = decode
+        weight = decode()
+        return torch.nn.functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient with respect to x, in its dtype."""
+        weight = ctx.decode()
         return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None
 
 

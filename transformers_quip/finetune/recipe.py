@@ -10,6 +10,7 @@ import torch
 from ..calibration.dataset import load_token_ids
 from ..config.tune import TuneOptions
 from ..quantize.recipe import QuantizationReport, quantize_model
+from .blockwise import BlockTuner
 from .end_to_end import tune_vectors
 from .teacher import record
 
@@ -49,10 +50,11 @@ def quantize_and_tune(
     ids, description = data or load_token_ids(config, model, held_out=options.held_out)
     options.check_windows(len(ids))
     teacher = record(model, ids)
-    report = quantize_model(model, config, data=(ids[: -options.held_out], description))
+    tuner = None if options.mode == "vectors" else lambda inputs: BlockTuner(options, inputs)
+    report = quantize_model(model, config, data=(ids[: -options.held_out], description), tuner=tuner)
     started = time.perf_counter()
     tuned = tune_vectors(model, teacher, options)
-    report.seconds["tune"] = time.perf_counter() - started
+    report.seconds["tune"] += time.perf_counter() - started
     report.tuning = tuned.to_dict() | {"history": tuned.history}
     report.config.calibration = {**(report.config.calibration or {}), "tuning": tuned.to_dict()}
     return report

@@ -1,4 +1,4 @@
-"""A quantized model while its vectors are tuned: the codes are fixed, su, sv and norms are trained.
+"""A quantized model while it is tuned: the codes are fixed, su, sv and norms are trained, on request dense weights too.
 
 su and sv are the outermost factors of a quantized linear, so tuning them needs no transform. Let W be the linear's
 current dense weight. Then multipliers a of sv and b of su give
@@ -14,16 +14,18 @@ fixed. Linears that read one input share one b, so that their su stay equal, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..nn import QuipLinear
-from .product import FrozenProduct, product_dtype
+from ..nn.replace import DenseLinear, dense_weight
+from .product import DecodedProduct, FrozenProduct, product_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,14 +37,15 @@ class TunedLinear(nn.Module):
     Args:
         quantized: the linear that it replaces; kept, so that the trained values can be merged into it.
         b: multipliers of the inputs [n], shared with other linears, or None.
+        keep: whether the decoded W is kept; otherwise it is decoded in each forward and each backward pass.
     """
 
-    def __init__(self, quantized: QuipLinear, b: nn.Parameter | None):
+    def __init__(self, quantized: QuipLinear, b: nn.Parameter | None, keep: bool = True):
         super().__init__()
         self._quantized = (quantized,)  # in a tuple it is not a part of this module
         device = quantized.su.device
         self.in_features, self.out_features = quantized.in_features, quantized.out_features
-        self.weight = nn.Parameter(quantized.dequantize(torch.float32).to(product_dtype(device)), requires_grad=False)
+        self.weight = nn.Parameter(self._decoded(), requires_grad=False) if keep else None
         self.a = nn.Parameter(torch.ones(quantized.out_features, device=device))
         self.b = b
         self.bias = quantized.bias
@@ -52,11 +55,41 @@ class TunedLinear(nn.Module):
         """The linear that it replaces, under PEFT's name for a wrapped module."""
         return self._quantized[0]
 
+    def _decoded(self) -> torch.Tensor:
+        return self.base_layer.dequantize(torch.float32).to(product_dtype(self.base_layer.su.device))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Floating point [..., n] → [..., m] in the same dtype."""
         if self.b is not None:
             x = x * self.b.to(x.dtype)
-        y = FrozenProduct.apply(x, self.weight) * self.a.to(x.dtype)
+        y = DecodedProduct.apply(x, self._decoded) if self.weight is None else FrozenProduct.apply(x, self.weight)
+        y = y * self.a.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class TrainedLinear(nn.Module):
+    """y = W x + bias with W trained in float32; the products are computed in the fastest type of the device.
+
+    Args:
+        dense: the linear (`nn.Linear` or `Conv1D`) that it replaces; kept, so that the trained weight can be stored in it.
+    """
+
+    def __init__(self, dense: DenseLinear):
+        super().__init__()
+        self._dense = (dense,)  # in a tuple it is not a part of this module
+        weight = dense_weight(dense).detach()
+        self.weight = nn.Parameter(weight.to(torch.float32, copy=True))
+        self.bias: nn.Parameter | None = dense.bias
+        self._dtype = product_dtype(weight.device)
+
+    @property
+    def base_layer(self) -> DenseLinear:
+        """The linear that it replaces."""
+        return self._dense[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Floating point [..., n] → [..., m] in the same dtype."""
+        y = nn.functional.linear(x.to(self._dtype), self.weight.to(self._dtype)).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -69,11 +102,13 @@ class Student:
         norms: by name, one-dimensional parameters of the model that are trained as they are.
         scales: by name of such a parameter, the size of its entries: the factor of its learning rate relative to a
             multiplier's.
+        dense: by name, those that stand in for dense linears, whose weights are trained.
     """
 
     linears: dict[str, TunedLinear]
     norms: dict[str, nn.Parameter]
     scales: dict[str, float]
+    dense: dict[str, TrainedLinear] = field(default_factory=dict)
     _originals: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -84,15 +119,23 @@ class Student:
                 if value is not None and id(value) not in seen:
                     seen.add(id(value))
                     result[f"{name}.{kind}"] = value
-        return result | self.norms
+        return result | self.norms | self._weights()
 
-    def groups(self, learning_rate: float) -> list[dict]:
-        """Parameter groups for an optimizer, with the learning rate that suits the size of each."""
-        named = self.trained()
-        multipliers = [value for name, value in named.items() if name not in self.norms]
+    def _weights(self) -> dict[str, nn.Parameter]:
+        return {f"{name}.weight": linear.weight for name, linear in self.dense.items()}
+
+    def groups(self, learning_rate: float, weights: float = 0.0) -> list[dict]:
+        """Parameter groups for an optimizer, with the learning rate that suits the size of each.
+
+        Args:
+            learning_rate: of multipliers.
+            weights: of dense weights.
+        """
+        others = self.norms | self._weights()
+        multipliers = [value for name, value in self.trained().items() if name not in others]
         result = [{"params": multipliers, "lr": learning_rate}] if multipliers else []
         result += [{"params": [value], "lr": learning_rate * self.scales[name]} for name, value in self.norms.items()]
-        return result
+        return result + ([{"params": list(self._weights().values()), "lr": weights}] if self.dense else [])
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, torch.Tensor]:
@@ -106,42 +149,61 @@ class Student:
             parameter.copy_(values[name])
 
 
-@contextmanager
-def tuned(model: PreTrainedModel, ids: torch.Tensor, norms: bool = True) -> Iterator[Student]:
-    """A context in which the model's quantized linears are replaced by trainable stand-ins; afterwards they are back.
-
-    At the end, the trained values are merged into su, sv and the norms. After an error the model is as it was.
+def tuned(
+    model: PreTrainedModel, ids: torch.Tensor, norms: bool = True, keep: bool = True
+) -> AbstractContextManager[Student]:
+    """[`tuned_module`] of a whole model.
 
     Args:
         model: with quantized linears.
-        ids: token ids [B, T], a few: one forward finds out which linears read one input, and which a norm's output.
+        ids: token ids [B, T], a few, for one forward.
+        norms, keep: see [`tuned_module`].
+    """
+    return tuned_module(model, partial(model, input_ids=ids, use_cache=False), norms, keep=keep)
+
+
+@contextmanager
+def tuned_module(
+    module: nn.Module, run: Callable[[], Any], norms: bool = True, dense: Iterable[str] = (), keep: bool = True
+) -> Iterator[Student]:
+    """A context in which the quantized linears of a module are replaced by trainable stand-ins; afterwards they are back.
+
+    At the end, the trained values are merged into su, sv and the norms, and stored in the dense linears. After an error the
+    module is as it was.
+
+    Args:
+        module: a model, or a block of one, with quantized linears.
+        run: runs it once: that finds out which linears read one input, and which a norm's output.
         norms: whether the weights of norms, and the biases of quantized linears, are trained as well.
+        dense: names of dense linears, whose weights are trained as well.
+        keep: whether the decoded weights of all quantized linears are in memory at once; see [`TunedLinear`].
 
     Raises:
-        ValueError: the model has no quantized linears.
+        ValueError: the module has no quantized linears.
     """
-    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuipLinear)}
+    quantized = {name: inner for name, inner in module.named_modules() if isinstance(inner, QuipLinear)}
     if not quantized:
-        raise ValueError(f"{type(model).__name__} has no quantized linears, so it cannot be tuned")
-    readers = _readers(model, quantized, ids)
-    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
+        raise ValueError(f"{type(module).__name__} has no quantized linears, so it cannot be tuned")
+    readers = _readers(module, quantized, run)
+    frozen = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
         parameter.requires_grad_(False)
-    linears = {name: TunedLinear(module, readers.multipliers[name]) for name, module in quantized.items()}
-    for name, linear in linears.items():
-        model.set_submodule(name, linear)
-    student = Student(linears, {}, {})
+    linears = {name: TunedLinear(inner, readers.multipliers[name], keep) for name, inner in quantized.items()}
+    trained = {name: TrainedLinear(module.get_submodule(name)) for name in dense}
+    for name, stand_in in (linears | trained).items():
+        module.set_submodule(name, stand_in)
+    student = Student(linears, {}, {}, trained)
     try:
         if norms:
-            _train_norms(model, readers.norms, student)
+            _train_norms(module, readers.norms, student)
         yield student
     except BaseException:
-        _restore(model, quantized, student, merge=False)
+        _restore(module, student, merge=False)
         raise
     else:
-        _restore(model, quantized, student, merge=True)
+        _restore(module, student, merge=True)
     finally:
-        for name, parameter in model.named_parameters():
+        for name, parameter in module.named_parameters():
             parameter.requires_grad_(frozen.get(name, False))
             parameter.grad = None
 
@@ -153,7 +215,7 @@ class _Readers:
 
 
 @torch.no_grad()
-def _readers(model: PreTrainedModel, quantized: dict[str, QuipLinear], ids: torch.Tensor) -> _Readers:
+def _readers(model: nn.Module, quantized: dict[str, QuipLinear], run: Callable[[], Any]) -> _Readers:
     """Which linears read one tensor, and which of these tensors a norm has written."""
     norms = [(name, module) for name, module in model.named_modules() if _is_norm(module)]
     held: list[torch.Tensor] = []  # kept alive, so that equal identity means the same tensor
@@ -177,7 +239,7 @@ def _readers(model: PreTrainedModel, quantized: dict[str, QuipLinear], ids: torc
     try:
         hooks += [module.register_forward_hook(note_output) for _, module in norms]
         hooks += [m.register_forward_pre_hook(reader(n), with_kwargs=True) for n, m in quantized.items()]
-        model(input_ids=ids, use_cache=False)
+        run()
     finally:
         for hook in hooks:
             hook.remove()
@@ -212,7 +274,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _train_norms(model: PreTrainedModel, norms: list[tuple[str, nn.Module]], student: Student) -> None:
+def _train_norms(model: nn.Module, norms: list[tuple[str, nn.Module]], student: Student) -> None:
     """Make the weights and biases of norms, and the biases of quantized linears, float32 parameters that are trained."""
     for prefix, module in norms:
         for name, parameter in module.named_parameters(recurse=False):
@@ -250,20 +312,21 @@ def _adds_one(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _restore(model: PreTrainedModel, quantized: dict[str, QuipLinear], student: Student, merge: bool) -> None:
-    """Put the quantized linears back, with the trained values merged into them, or with everything as it was."""
-    for name, module in quantized.items():
-        model.set_submodule(name, module)
+def _restore(module: nn.Module, student: Student, merge: bool) -> None:
+    """Put the linears back, with the trained values merged into them, or with everything as it was."""
+    for name, stand_in in (student.linears | student.dense).items():
+        module.set_submodule(name, stand_in.base_layer)
     for name, parameter in student.norms.items():
         before = student._originals[name]
         parameter.data = parameter.data.to(before.dtype) if merge else before
     if not merge:
         return
-    for name, linear in student.linears.items():
-        module = quantized[name]
-        _multiply(module.sv, linear.a)
+    for linear in student.linears.values():
+        _multiply(linear.base_layer.sv, linear.a)
         if linear.b is not None:
-            _multiply(module.su, linear.b)
+            _multiply(linear.base_layer.su, linear.b)
+    for trained in student.dense.values():
+        dense_weight(trained.base_layer).copy_(trained.weight)
 
 
 def _multiply(vector: nn.Parameter, factors: torch.Tensor) -> None:

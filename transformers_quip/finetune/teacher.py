@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from ..calibration.device import evaluating
 from ..calibration.precision import fast_cpu_linears
-from .head import Head, LogitMap, last_hidden_states, logit_map
+from ..evaluation.kept import LogitMap, last_hidden_states, logit_map
+from .head import Head
 from .product import FrozenProduct, product_dtype
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
-from ..checkpoints.complete import check_complete, check_types
+from ..checkpoints.complete import check_complete, check_shapes, check_types
 from ..checkpoints.files import Files
 from ..checkpoints.finite import check_small_finite
 from ..checkpoints.foreign.exl3 import Exl3
@@ -19,6 +19,7 @@ from ..checkpoints.foreign.plan import ForeignPlan, make_plan
 from ..checkpoints.foreign.repack import repack
 from ..checkpoints.memory import PageReleaser
 from .loader import RaisedLater, names_in_model
+from .source import may_be_resized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +52,8 @@ def check_plan(model: PreTrainedModel, plan: ForeignPlan, files: Files) -> None:
         made += [linear.first] if module is None else [f"{linear.name}.{key}" for key, _ in module.named_parameters()]
     names = names_in_model(model, rest, get_model_conversion_mapping(model), whole=True)
     check_complete(model, names, made)
+    if not may_be_resized():
+        check_shapes(model, names)
     check_small_finite(model, names, files.read)
     if any(isinstance(linear.family, Exl3) for linear in plan.linears):
         check_codes(files.headers)

@@ -6,11 +6,12 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..checkpoints.headers import DAMAGED
+from ..checkpoints.headers import DAMAGED, TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,15 +33,15 @@ class RaisedLater(dict):
 
 
 def names_in_model(
-    model: PreTrainedModel, headers: Mapping[str, Any], conversions: list, whole: bool = False
-) -> dict[str, Any]:
+    model: PreTrainedModel, headers: Mapping[str, TensorInfo], conversions: list, whole: bool = False
+) -> dict[str, TensorInfo]:
     """The same tensors under the names that they will have in the model, as Transformers' loader renames them.
 
     Args:
         model: the model to load.
         headers: by their names in the files.
         conversions: Transformers' `WeightRenaming`s and `WeightConverter`s for this model. A tensor that a converter
-            splits appears under each name (with the shape that it has in the file).
+            splits appears under each name (with the shape that it has in the file, and not `as_it_is`).
         whole: whether an expert that is missing among those that Transformers stacks is an error.
 
     Raises:
@@ -55,6 +56,8 @@ def names_in_model(
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
             name, pattern = key, None
+        if pattern is not None:
+            info = replace(info, as_it_is=False)
         result[name] = info
         if pattern is not None:
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
@@ -71,8 +74,8 @@ def names_in_model(
 def _check_stack(keys: list[str], count: int) -> None:
     """Raise `ValueError` unless each expert, from 0 on, has a tensor: Transformers stacks those that it finds."""
     numbers = {int(found[-1]): key for key in keys if (found := re.findall(r"(?<=\.)\d+(?=\.)", key))}
-    lost = [number for number in range(count) if number not in numbers]
-    if lost and numbers:
+    lost = next((number for number in range(count) if number not in numbers), None)  # the count may be a hostile one
+    if lost is not None and numbers:
         number, key = next(iter(numbers.items()))
         head, _, tail = key.rpartition(f".{number}.")
-        raise ValueError(f"The checkpoint has no {head}.{lost[0]}.{tail}, one of {count} that the model stacks: {DAMAGED}")
+        raise ValueError(f"The checkpoint has no {head}.{lost}.{tail}, one of {count} that the model stacks: {DAMAGED}")

@@ -17,7 +17,7 @@ from transformers.core_model_loading import ConversionOps
 
 from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import native
-from ..checkpoints.complete import check_complete, check_types
+from ..checkpoints.complete import check_complete, check_shapes, check_types
 from ..checkpoints.files import Files, check_inside
 from ..checkpoints.finite import check_finite, check_small_finite
 from ..checkpoints.headers import read_headers
@@ -34,7 +34,7 @@ from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from .foreign import RepackingConverter, check_plan, plan_for
 from .loader import names_in_model
 from .quantize_weight import QuantizeWeight
-from .source import source_of
+from .source import may_be_resized, source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,6 +135,8 @@ class Prequantized(Mode):
         native.check_tensors(modules, dense, names)
         check_types(names)
         check_complete(model, names)
+        if not may_be_resized():
+            check_shapes(model, names)
         check_finite(modules, names, files.read)
         check_small_finite(model, names, files.read)
         return rules

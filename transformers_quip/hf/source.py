@@ -22,3 +22,8 @@ def source_of(model: PreTrainedModel) -> Source:
     """
     name, arguments = LOADED.get()
     return Source(model.name_or_path or name or "", dict(arguments))
+
+
+def may_be_resized() -> bool:
+    """Whether the caller of `from_pretrained` lets Transformers make tensors of other shapes anew."""
+    return bool(LOADED.get()[1].get("ignore_mismatched_sizes"))

@@ -55,15 +55,36 @@ def body(
         _table(_facts(inventory, config)),
     ]
     if results:
-        rows: list[tuple[str, ...]] = [("data", "perplexity", "dense model", "protocol")]
-        for result in results:
-            dense = result.get("dense_perplexity")
-            shown = "" if dense is None else f"{dense:.4g}"
-            rows.append((result["dataset"], f"{result['perplexity']:.4g}", shown, result["protocol"]))
-        parts += ["## Measured", _table(rows)]
+        parts += ["## Measured", _measured(results)]
     recipe = _recipe(inventory.quantization, config)
     parts += ["## Limits", _limits(inventory), "## How it was made", recipe, "## Citation", _CITATION]
     return "\n\n".join(parts)
+
+
+def _measured(results: list[dict[str, Any]]) -> str:
+    """The measured perplexities, and each column that some result has."""
+    columns = [
+        ("KL divergence", "divergence", "mean", ".4f"),
+        ("dense model's perplexity of its own text", "generation", "perplexity", ".4g"),
+        ("of the dense model's text", "generation", "own_perplexity", ".4g"),
+        ("repeated in its own text", "generation", "repetition", ".1%"),
+        ("in the dense model's", "generation", "own_repetition", ".1%"),
+    ]
+    columns = [column for column in columns if any(column[2] in (r.get(column[1]) or {}) for r in results)]
+    rows: list[tuple[str, ...]] = [("data", "perplexity", "dense model", *(column[0] for column in columns), "protocol")]
+    for result in results:
+        more = ((result.get(part) or {}, key, form) for _, part, key, form in columns)
+        dense = result.get("dense_perplexity")
+        rows.append(
+            (
+                result["dataset"],
+                f"{result['perplexity']:.4g}",
+                "" if dense is None else f"{dense:.4g}",
+                *(format(part[key], form) if key in part else "" for part, key, form in more),
+                result["protocol"],
+            )
+        )
+    return _table(rows)
 
 
 def _facts(inventory: Inventory, config: QuipConfig) -> list[tuple[str, ...]]:
@@ -81,15 +102,22 @@ def _facts(inventory: Inventory, config: QuipConfig) -> list[tuple[str, ...]]:
     ]
     if calibration and "mean_relative_error" in calibration:
         rows.append(("mean relative error of a layer's output", f"{calibration['mean_relative_error']:.4f}"))
+    tuning = claims.tuning(options)
+    if tuning:
+        amount = f" on {tuning['tokens']:,} tokens" if "tokens" in tuning else ""
+        rows.append((f"KL divergence to the dense model, before tuning{amount}", f"{tuning['held_out_before']:.4f}"))
+        rows.append(("the same after tuning (text held out from it)", f"{tuning['held_out_after']:.4f}"))
     return rows
 
 
 def _limits(inventory: Inventory) -> str:
     lines = ["It has the limits and biases of the original model, and has lost some of its quality."]
-    if inventory.quantization.get("origin") and not inventory.quantization.get("calibration"):
+    if inventory.quantization.get("origin") and not claims.calibration(inventory.quantization):
         lines.append("It was quantized without calibration; at 2 bits that damages a model badly.")
     if inventory.quantized_weights < inventory.parameters:
-        lines.append("Embeddings, norms, and all other parameters not counted as quantized above are stored unchanged.")
+        unchanged = "Embeddings, norms, and all other parameters not counted as quantized above are stored unchanged"
+        trained = ", except those that tuning has trained" if claims.tuning(inventory.quantization) else ""
+        lines.append(f"{unchanged}{trained}.")
     return " ".join(lines)
 
 
@@ -103,10 +131,12 @@ def _recipe(options: Mapping[str, Any], config: QuipConfig) -> str:
         for name, option in OPTIONS.items()
         if name in options and (name == "bits" or options[name] != option.default)
     }
-    average = config.codebook is None  # bits of each module, as they were measured, are in config.json
-    usual = average or config.codebook == codebooks.default_for_bits(config.bits)
-    for name in ("codebook" if usual else "bits", *(("modules",) if average else ())):
-        chosen.pop(name, None)
+    if config.is_mixed:
+        chosen.pop("modules", None)  # the bits of each module, as they were measured, are in config.json
+    elif config.codebook in (None, *codebooks.defaults()):
+        chosen.pop("codebook", None)
+    else:
+        chosen.pop("bits", None)
     # repr writes strings of any depth as literals on one line
     arguments = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     source = origin.get("base_model") or origin.get("folder") or "the dense model"
@@ -118,6 +148,8 @@ def _recipe(options: Mapping[str, Any], config: QuipConfig) -> str:
     given = (
         "\n\nThe data set was given by the caller and is not stored." if "given by" in str(chosen.get("dataset")) else ""
     )
+    if claims.tuning(options) and "tune" not in chosen:
+        given += "\n\nIt was tuned afterwards, as `transformers-quip tune` does it."
     versions = ", ".join(markdown(f"{name} {version}") for name, version in origin.get("versions", {}).items())
     return f"{code}{given}\n\nVersions: {versions or 'not known'}."
 

@@ -29,6 +29,14 @@ class Calibration(TypedDict, total=False):
     mean_relative_error: float
 
 
+class Tuning(TypedDict, total=False):
+    """KL divergence to the dense model on held-out text before and after tuning, in nats per token; tokens of training."""
+
+    held_out_before: float
+    held_out_after: float
+    tokens: int
+
+
 def architectures(config: Mapping[str, Any]) -> list[str]:
     """The names of the model's classes; empty if there are none."""
     names = config.get("architectures")
@@ -56,13 +64,28 @@ def origin(quantization: Mapping[str, Any]) -> Origin:
 def calibration(quantization: Mapping[str, Any]) -> Calibration | None:
     """See [`Calibration`]; None where nothing is said."""
     found = quantization.get("calibration")
-    if not found or not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or not set(found) - {"tuning"}:
         return None
     data = found.get("data")
     result: Calibration = {"data": data if isinstance(data, str) else "something that is not described"}
     error = found.get("mean_relative_error")
     if isinstance(error, float) and math.isfinite(error):
         result["mean_relative_error"] = error
+    return result
+
+
+def tuning(quantization: Mapping[str, Any]) -> Tuning | None:
+    """See [`Tuning`]; None for a model that was not tuned, or whose tuning was not kept."""
+    calibration = quantization.get("calibration")
+    found = calibration.get("tuning") if isinstance(calibration, Mapping) else None
+    if not isinstance(found, Mapping) or found.get("kept") is not True:
+        return None
+    before, after = found.get("held_out_before"), found.get("held_out_after")
+    if not (isinstance(before, float) and isinstance(after, float) and math.isfinite(before) and math.isfinite(after)):
+        return None
+    result: Tuning = {"held_out_before": before, "held_out_after": after}
+    if type(found.get("tokens")) is int and 0 < found["tokens"] < 2**53:
+        result["tokens"] = found["tokens"]
     return result
 
 

@@ -238,7 +238,13 @@ def _is_result(result: Any) -> bool:
     if not isinstance(result, dict):
         return False
     texts = all(isinstance(result.get(key), str) for key in ("dataset", "protocol"))
-    return texts and _is_number(result.get("perplexity")) and _is_number(result.get("dense_perplexity", 1.0))
+    numbers = _is_number(result.get("perplexity")) and _is_number(result.get("dense_perplexity", 1.0))
+    return texts and numbers and all(_are_numbers(result.get(part)) for part in ("divergence", "generation"))
+
+
+def _are_numbers(part: Any) -> bool:
+    """Whether a part of a result is absent, or an object of numbers."""
+    return part is None or (isinstance(part, dict) and all(map(_is_number, part.values())))
 
 
 def _is_number(value: Any) -> bool:

@@ -73,6 +73,11 @@ class QuipLinear(PackedCodes, nn.Linear):
         """A stand-in with the shape [m, n], dtype and device of the dense weight; see [`PackedWeight`]."""
         return PackedWeight.like(self.su, self.out_features, self.in_features, self.weight_dtype)
 
+    @property
+    def W_q(self) -> PackedWeight:
+        """The stand-in under HQQ's name: PEFT calls `dequantize()` of a linear that has it (DoRA's norm of the weight)."""
+        return self.weight
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(

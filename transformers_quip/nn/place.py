@@ -164,12 +164,13 @@ def _spread(model: nn.Module, here: str, names: Mapping[str, str], config: Any) 
     stacked: Any = model.get_submodule(here)  # of Transformers
     roles = sorted({key.partition(".")[2] for key in names})
     count = stacked.down_proj.shape[0]
-    wanted = {f"{index}.{role}" for index in range(count) for role in roles}
+    wanted = (f"{index}.{role}" for index in range(count) for role in roles)  # not a set: the count may be a hostile one
+    missing = next((key for key in wanted if key not in names), None)
     shapes = {role: shape for role in roles if (shape := expert_shape(stacked, role)) is not None}
-    if set(names) != wanted or len(roles) != 3 or len(shapes) != 3:
-        missing = sorted(wanted - set(names)) or roles
+    if missing is not None or len(names) != 3 * count or len(roles) != 3 or len(shapes) != 3:
         raise ValueError(
-            f"{here} has {count} experts, of which only some linears are quantized (not {missing[0]}): all or none can be"
+            f"{here} has {count} experts, of which only some linears are quantized (not {missing or roles[0]}): "
+            "all or none can be"
         )
     dtype = stacked.down_proj.dtype
     experts = [

@@ -56,16 +56,17 @@ _METADATA = {
 }
 
 _NO_VALUES = (
-    "the weight of a quantized linear is stored as codes and has no values to read or change. Merging adapters and "
-    "DoRA need a dense weight: call model.dequantize(), or QuipLinear.dequantize() for the weight of one module"
+    "the weight of a quantized linear is stored as codes and has no values to read or change. Merging adapters needs a "
+    "dense weight: call model.dequantize() before it, or round again with transformers_quip.peft.merge_and_requantize. "
+    "QuipLinear.dequantize() gives the weight of one module"
 )
 
 
 class PackedWeight(torch.Tensor):
     """Has the shape, dtype and device of a dense weight, and no values: using them raises `ValueError`.
 
-    Otherwise, code that reads `linear.weight` instead of calling the module (merging a LoRA adapter, DoRA's norm, a
-    model that multiplies by the weight itself) would silently compute with garbage.
+    Otherwise, code that reads `linear.weight` instead of calling the module (merging a LoRA adapter, a model that
+    multiplies by the weight itself) would silently compute with garbage.
     """
 
     # Transformers' initialisation, which some models begin at the parent of a linear, leaves such a tensor alone.

@@ -1,16 +1,16 @@
 """`torch.ops.quip.*`: the operations of quantized linears. Importing this registers them.
 
 `schemas` defines their signatures and fakes, `reference` computes them with plain PyTorch on any device, `autograd`
-differentiates them, `batching` maps them over a dimension. A faster version for a device (`cpu`, `triton`) is registered
-next to the reference and tested against it. `backend` lets the user choose. `cpu.prepared` calls the CPU's version
-without the dispatcher.
+differentiates them, `batching` maps them over a dimension, `graph` computes equal calls in compiled code once. A faster
+version for a device (`cpu`, `triton`) is registered next to the reference and tested against it. `backend` lets the user
+choose. `cpu.prepared` calls the CPU's version without the dispatcher.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import autograd, backend, batching, reference, schemas
+from . import autograd, backend, batching, graph, reference, schemas
 from .cpu import prepared
 from .cpu import run as cpu_run
 from .layer import Layer
@@ -28,3 +28,4 @@ if not hasattr(torch.ops.quip, "linear"):
     autograd.register()
     batching.register()
     triton_run.register()
+    graph.register()

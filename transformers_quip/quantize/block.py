@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace as replace_fields
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -60,11 +61,23 @@ class BlockResult:
 
     Attributes:
         modules: the name inside the block → its result, in the order in which they were rounded.
-        seconds: wall time of each stage: "observe", "round".
+        vectors: the block's norms and biases after tuning, by name; empty without tuning.
+        seconds: wall time of each stage: "observe", "round", "tune".
     """
 
     modules: dict[str, ModuleResult] = field(default_factory=dict)
+    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Tuner(Protocol):
+    """Tunes a block between the roundings of its groups; `finetune.blockwise.BlockTuner`."""
+
+    def observe(self, batch: int, output: torch.Tensor) -> None:
+        """Take the dense block's output [B, T, H] for one batch."""
+
+    def tune(self, block: nn.Module, names: Sequence[str], remaining: Sequence[str]) -> None:
+        """Change the block after the linears `names` were replaced; the linears `remaining` are dense until later."""
 
 
 @cpu_matmul_precision("ieee")
@@ -77,6 +90,7 @@ def quantize_block(
     prefix: str = "",
     on_output: Callable[[int, torch.Tensor], None] | None = None,
     on_module: Callable[[ModuleResult], None] | None = None,
+    tuner: Tuner | None = None,
 ) -> BlockResult:
     """Quantize the linears of one block: observe all of them, then round and replace each group that reads one input.
 
@@ -88,22 +102,27 @@ def quantize_block(
         configs: the name of a linear inside the block → its options, without an average of bits (`is_mixed`).
         prefix: the block's name in the model with a dot, for names in results and messages.
         on_output: gets the number and the dense block's output [B, T, H] of each batch, once, before anything is replaced.
-        on_module: gets each result as soon as it is ready, for a progress bar.
+        on_module: gets each result as soon as it is ready, for a progress bar; later tuning may change its su and sv.
+        tuner: tunes the block after each of its groups but the last, which leaves nothing dense to tune.
 
     Raises:
         ValueError: see [`quantize_weights`], [`BlockHessians.pop`] and `observe_linears`.
     """
     result = BlockResult()
     with timed(result.seconds, "observe"):
-        hessians = observe_block(block, tuple(configs), inputs, prefix, on_output)
-    reached = [name for group in hessians.groups.values() for name in group]
-    with timed(result.seconds, "round"):
-        for leader, group in hessians.groups.items():
+        hessians = observe_block(block, tuple(configs), inputs, prefix, _both(tuner, on_output))
+    waiting = [name for group in hessians.groups.values() for name in group]
+    reached = frozenset(waiting)
+    for leader, group in hessians.groups.items():
+        with timed(result.seconds, "round"):
             done = quantize_group(block, group, hessians.pop(leader), configs, prefix)
             _replace(block, done, configs)
-            # Tuning belongs here (QuIP#, section 5): the block is quantized up to this group and dense after it; `inputs`
-            # holds its inputs (unless `on_output` overwrites them), and `on_output` got the targets.
             _collect(done, result, on_module)
+        waiting = [name for name in waiting if name not in group]
+        if tuner is not None and waiting:
+            with timed(result.seconds, "tune"):
+                tuner.tune(block, group, waiting)
+    with timed(result.seconds, "round"):
         for name in (name for name in configs if name not in reached):
             logger.warning("%s: no calibration token reached it, so it is quantized without calibration", prefix + name)
             weight = replace.dense_weight(block.get_submodule(name))
@@ -111,6 +130,8 @@ def quantize_block(
             done = {name: ModuleResult(prefix + name, (weight.shape[0], weight.shape[1]), quantized)}
             _replace(block, done, configs)
             _collect(done, result, on_module)
+    if tuner is not None:
+        _take_tuned(block, result)
     return result
 
 
@@ -214,6 +235,35 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _replace(block: nn.Module, done: Mapping[str, ModuleResult], configs: Mapping[str, QuipConfig]) -> None:
     for name, module in done.items():
         replace.replace_linear(block, name, module.quantized, configs[name])
+
+
+def _both(
+    tuner: Tuner | None, on_output: Callable[[int, torch.Tensor], None] | None
+) -> Callable[[int, torch.Tensor], None] | None:
+    """A function that gives each batch's output to both."""
+    if tuner is None:
+        return on_output
+
+    def take(batch: int, output: torch.Tensor) -> None:
+        tuner.observe(batch, output)
+        if on_output is not None:
+            on_output(batch, output)
+
+    return take
+
+
+def _take_tuned(block: nn.Module, result: BlockResult) -> None:
+    """Bring the results up to date with the block, whose vectors were tuned after they were collected."""
+    for name, module in result.modules.items():
+        linear = block.get_submodule(name)
+        assert isinstance(linear, QuipLinear)
+        su, sv = (vector.detach().float() for vector in (linear.su, linear.sv))
+        columns, rows = len(module.quantized.su), len(module.quantized.sv)
+        module.quantized = replace_fields(module.quantized, su=su[:columns], sv=sv[:rows])
+    own = {f"{name}.{vector}" for name in result.modules for vector in ("su", "sv")}
+    for name, parameter in block.named_parameters():
+        if parameter.ndim == 1 and parameter.is_floating_point() and name not in own:
+            result.vectors[name] = parameter.detach()
 
 
 def _collect(

@@ -97,7 +97,7 @@ def quantize_weights(
     Args:
         weights: name → float [m_i, n].
         hessian: float32 [n, n] = E[x xᵀ] over the calibration tokens.
-        config: `codebook_spec`, `incoherence`, `rescale`, `rounding`, `damping`, `refinement_sweeps`,
+        config: `codebook_spec`, `incoherence`, `rescale`, `rounding`, `damping`, `sweeps`,
             `scale` and `seed` are read.
 
     Returns:
@@ -127,7 +127,7 @@ def quantize_weights(
         for part in parts:
             part.factor = float(config.scale)
     scaled = [part.rotated / part.unit(book) for part in parts]
-    rounded = _round(scaled, prepared, book, config.refinement_sweeps, config.seed)
+    rounded = _round(scaled, prepared, book, config.sweeps, config.seed)
     results = {}
     for part, (codes, points) in zip(parts, rounded, strict=True):
         decoded = part.decoded(points, prepared.su, prepared.q_in)
@@ -294,11 +294,15 @@ def _round(weights: list[torch.Tensor], prepared: PreparedHessian, book: Codeboo
 
 def _choose_scales(parts: list[_Part], prepared: PreparedHessian, book: Codebook, config: QuipConfig) -> None:
     """Give each weight the multiple of the published scale with the least proxy loss on a sample of its rows."""
+    if len(book.scale_factors) == 1:
+        for part in parts:
+            part.factor = book.scale_factors[0]
+        return
     samples = [_sample(part, book) for part in parts]
     # One call for all: if rows are rounded independently, a method's factorisations are computed once.
     units = [[part.unit(book, factor) for part in parts] for factor in book.scale_factors]
     scaled = [sample / unit for row in units for sample, unit in zip(samples, row, strict=True)]
-    rounded = _round(scaled, prepared, book, min(config.refinement_sweeps, 2), config.seed)
+    rounded = _round(scaled, prepared, book, min(config.sweeps, 2), config.seed)
     columns = len(prepared.rotated)
     errors = iter([(one.points - weight)[:, :columns] for one, weight in zip(rounded, scaled, strict=True)])
     losses = [[proxy_loss(next(errors) * unit, prepared.rotated).item() for unit in row] for row in units]

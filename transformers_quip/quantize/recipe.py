@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..calibration import CapturedInputs, capture_inputs, find_blocks
+from ..calibration import BlockInputs, CapturedInputs, capture_inputs, find_blocks
 from ..calibration.dataset import load_token_ids
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
 from .bars import advance
-from .block import ModuleResult, quantize_block, quantize_group, replayed_densely, timed
+from .block import ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
 from .embedding import quantize_embedding
 from .mixed_bits import hessian_after_blocks, settle_bits
 from .plan import make_plan
@@ -60,7 +60,11 @@ class QuantizationReport:
 @torch.inference_mode(False)
 @torch.no_grad()
 def quantize_model(
-    model: nn.Module, config: QuipConfig, tokenizer: Any = None, data: tuple[torch.Tensor, str] | None = None
+    model: nn.Module,
+    config: QuipConfig,
+    tokenizer: Any = None,
+    data: tuple[torch.Tensor, str] | None = None,
+    tuner: Callable[[BlockInputs], Tuner] | None = None,
 ) -> QuantizationReport:
     """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, if the config names them.
 
@@ -73,6 +77,7 @@ def quantize_model(
         config: the options; it is not changed.
         tokenizer: for a data set of text, before `config.tokenizer` and the model's own.
         data: the result of [`load_token_ids`], if that was called before the model was loaded.
+        tuner: makes an object that tunes a block while it is quantized, from the inputs of the block.
 
     Returns:
         The result for each module, and the final config.
@@ -82,11 +87,15 @@ def quantize_model(
     """
     replace.leave_inference_mode(model)
     with cpu_matmul_precision("ieee"):
-        return _quantize_model(model, config, tokenizer, data)
+        return _quantize_model(model, config, tokenizer, data, tuner)
 
 
 def _quantize_model(
-    model: nn.Module, config: QuipConfig, tokenizer: Any, data: tuple[torch.Tensor, str] | None
+    model: nn.Module,
+    config: QuipConfig,
+    tokenizer: Any,
+    data: tuple[torch.Tensor, str] | None,
+    tuner: Callable[[BlockInputs], Tuner] | None,
 ) -> QuantizationReport:
     plan = make_plan(model, config)
     started = perf_counter()
@@ -120,7 +129,7 @@ def _quantize_model(
             bar.set_description(f"Block {index + 1} of {len(blocks)}")
             prefix = f"{blocks_name}.{index}."
             configs = {name: config.for_module(prefix + name) for name in plan.inside(prefix)}
-            stages = _quantize_block(block, index, inputs, configs, prefix, dense, following, done)
+            stages = _quantize_block(block, index, inputs, configs, prefix, dense, following, done, tuner)
             for stage, seconds in stages.items():
                 report.seconds[stage] += seconds
         for name in plan.names:
@@ -149,6 +158,7 @@ def _quantize_block(
     dense: range,
     following: range,
     done: Callable[[ModuleResult], None],
+    tuner: Callable[[BlockInputs], Tuner] | None,
 ) -> dict[str, float]:
     """Quantize one block and bring every batch to the next one; returns the seconds of each stage."""
 
@@ -156,7 +166,9 @@ def _quantize_block(
         if batch in dense:
             inputs.store(batch, output)
 
-    seconds = quantize_block(block, inputs.of_block(index), configs, prefix, keep, done).seconds
+    entering = inputs.of_block(index)
+    tuning = tuner(entering) if tuner is not None and configs else None
+    seconds = quantize_block(block, entering, configs, prefix, keep, done, tuning).seconds
     if following and index + 1 < inputs.num_blocks:
         with timed(seconds, "replay"), calibration_autocast(block), replayed_densely(block, configs):
             inputs.advance(index, block, following)

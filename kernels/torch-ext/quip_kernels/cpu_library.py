@@ -63,7 +63,7 @@ class TrellisArguments(ctypes.Structure):
     _fields_ = (
         ("layer", LayerArguments),
         ("table", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("code", "k", "order", "step", "table_bits", "table_type")),
+        *((name, ctypes.c_int32) for name in ("code", "pair_bits", "order", "step", "table_bits", "table_type")),
     )
 
 

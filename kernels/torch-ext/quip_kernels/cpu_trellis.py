@@ -19,16 +19,25 @@ TILE = 16
 CODES = ("1mad", "2mad", "3inst", "mcg", "mul1", "hyb", "quantlut", "lut")  # in the order of the C source's numbers
 ORDERS = ("rows", "qtip", "exl3")
 TABULATED = CODES[5:]
+BITS, HALF_BITS = (1, 2, 3, 4, 5, 6, 7, 8), (1.5, 2.5, 3.5)
 # codes, su, sv, bias, table
 TrellisTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Layout(NamedTuple):
-    """The format of the codes of a weight: one of `CODES`, bits per weight, and one of `ORDERS`."""
+    """The format of the codes of a weight: one of `CODES`, bits per weight, and one of `ORDERS`.
+
+    Bits are 1 to 8, and for code mul1 also 1.5, 2.5 and 3.5.
+    """
 
     code: str
-    k: int
+    k: float
     order: str
+
+    @property
+    def pair_bits(self) -> int:
+        """Bits of two weights."""
+        return int(2 * self.k)
 
 
 def linear(
@@ -154,15 +163,18 @@ def _arguments(
     """See [`layer_of`]. Raises `ValueError` for a tensor that is not as [`linear`] describes it."""
     codes, su, sv, bias, table = tensors
     code, k, order = layout
-    if code not in CODES or order not in ORDERS or k not in range(1, 9):
-        raise ValueError(f"the library has no trellis {layout}: codes {', '.join(CODES)}, 1 to 8 bits, {', '.join(ORDERS)}")
+    if code not in CODES or order not in ORDERS or k not in BITS + HALF_BITS * (code == "mul1"):
+        raise ValueError(
+            f"the library has no trellis {layout}: codes {', '.join(CODES)}, 1 to 8 bits (mul1 also 1.5, 2.5 and 3.5), "
+            f"{', '.join(ORDERS)}"
+        )
     if codes.dtype != torch.int16 or codes.dim() != 2 or not codes.is_cpu or n % TILE or codes.shape[0] % TILE or n < TILE:
         raise ValueError(
             f"codes of {n} columns must be int16 on the CPU, rows and columns multiples of {TILE}, got {codes.dtype} "
             f"{list(codes.shape)} on {codes.device}"
         )
-    if codes.shape[1] != n // TILE * k:
-        raise ValueError(f"codes of {n} columns with {k} bits must be [m, {n // TILE * k}], got {list(codes.shape)}")
+    if 2 * codes.shape[1] != n // TILE * layout.pair_bits:
+        raise ValueError(f"codes of {n} columns with {k} bits must be [m, {n // TILE * k:g}], got {list(codes.shape)}")
     if (table is not None) != (code in TABULATED):
         raise ValueError(f"code {code} {'needs a' if table is None else 'has no'} table")
     bits, step, kind = 0, 1, 0
@@ -199,7 +211,7 @@ def _arguments(
         layer,
         None if table is None else table.data_ptr(),
         CODES.index(code),
-        k,
+        layout.pair_bits,
         ORDERS.index(order),
         step,
         bits,

@@ -193,7 +193,8 @@ static void call_decode(arena *a) {
 /* A layer of trellis codes with any code, order, number of bits and table. */
 static quip_trellis trellis_of(arena *a, int64_t m, int64_t n) {
     const int code = (int)below(a, TRELLIS_LUT + 1), tabulated = code >= TRELLIS_HYB;
-    quip_trellis w = {.code = code, .k = 1 + (int)below(a, MOST_BITS), .order = (int)below(a, 3), .step = 1};
+    quip_trellis w = {.code = code, .pair_bits = 2 + 2 * (int)below(a, MOST_BITS), .order = (int)below(a, 3), .step = 1};
+    if (code == TRELLIS_MUL1 && one_in(a, 2)) w.pair_bits = 3 + 2 * (int)below(a, 3);
     w.table_type = (int)below(a, 3);
     if (tabulated) {
         w.step = 1 + (int)below(a, 2);
@@ -201,7 +202,7 @@ static quip_trellis trellis_of(arena *a, int64_t m, int64_t n) {
         w.table = numbers(a, ((int64_t)1 << w.table_bits) * w.step, w.table_type, 0);
     }
     w.layer = layer_of(a, m, n, QUIP_NO_STAGE, 1);
-    w.layer.codes = codes_of(a, m * n / TILE * w.k * 2);
+    w.layer.codes = codes_of(a, m * n / TILE * w.pair_bits);
     return w;
 }
 
@@ -237,8 +238,8 @@ static void call_trellis_decode(arena *a) {
             first = first ? first : out;
         }
     quip_trellis bad = w;
-    bad.k = MOST_BITS + 1;
-    expect(quip_trellis_decode(&bad, first, type, 0, 1) == -1, "refusal of nine bits", m, n, bad.k);
+    bad.pair_bits = one_in(a, 2) ? 2 * MOST_BITS + 2 : 9;
+    expect(quip_trellis_decode(&bad, first, type, 0, 1) == -1, "refusal of these bits", m, n, bad.pair_bits);
 }
 
 static void call_transform_vectors(arena *a) {

@@ -1,8 +1,8 @@
 """Checkpoints of ExLlamaV3 ("exl3"): trellis codes of 1 to 8 bits, chosen for each linear.
 
-The format was derived from the published package. `config.json` has a "quantization_config" with quant_method "exl3", but
-only the tensors tell how each linear is stored. With n' and m' the next multiples of 128, and H the Hadamard transform of
-blocks of 128 numbers,
+The format was derived from the published package, up to version 1.6; since 1.5 it also has 1.5, 2.5 and 3.5 bits.
+`config.json` has a "quantization_config" with quant_method "exl3", but only the tensors tell how each linear is stored.
+With n' and m' the next multiples of 128, and H the Hadamard transform of blocks of 128 numbers,
 
     y = C_m ( svh ⊙ H Ŵ H C_nᵀ ( suh ⊙ x ) ) + bias
 """
@@ -19,6 +19,8 @@ from ..headers import DAMAGED
 from . import exl3_folded, trellis_bits
 from .family import FLOATING, Family, Form, Source
 
+# The newest version of exllamav3 whose files have been read.
+KNOWN = "1.6"
 _BLOCK = 128
 
 
@@ -42,9 +44,18 @@ class Exl3(Family):
             raise ValueError(f"{source.name}.scale: EXL3 files of that early version are not supported")
         padded_rows, padded_columns = (-(-size // _BLOCK) * _BLOCK for size in (rows, columns))
         shape = source.require("trellis", ("I16",))
-        if len(shape) != 3 or shape[2] % 16 or not 16 <= shape[2] <= 128:
+        code = next((name for name in ("mcg", "mul1") if name in source.tensors), "3inst")
+        if len(shape) != 3 or shape[2] not in trellis_bits.EXL3_WORDS:
+            version = parameters.get("version")
             raise ValueError(
-                f"{source.name}.trellis has shape {list(shape)}; supported are 16·K words in a tile, K = 1 to 8 bits"
+                f"{source.name}.trellis has shape {list(shape)}; supported are the forms of exllamav3 up to {KNOWN}, 16·K "
+                "words in a tile with K = 1 to 8, 1.5, 2.5 or 3.5 bits. This checkpoint "
+                + ("does not tell its version" if version is None else f"was made by exllamav3 {version}")
+            )
+        if shape[2] % 16 and code != "mul1":
+            raise ValueError(
+                f"{source.name}.trellis has {shape[2] / 16} bits, which only code mul1 has, and {source.name}.mul1 is "
+                f"missing: {DAMAGED}"
             )
         source.require("trellis", ("I16",), (padded_columns // 16, padded_rows // 16, shape[2]))
         for vector, signs, size in (("suh", "su", padded_columns), ("svh", "sv", padded_rows)):
@@ -54,12 +65,11 @@ class Exl3(Family):
                 source.require(signs, ("I16",), (size // 16,))
             else:
                 raise ValueError(f"{source.name} has neither {vector} nor {signs}: {DAMAGED}")
-        code = next((name for name in ("mcg", "mul1") if name in source.tensors), "3inst")
         padded = (padded_rows, padded_columns)
         return Form(
             rows,
             columns,
-            f"trellis:{code}:k{shape[2] // 16}:exl3",
+            f"trellis:{code}:k{shape[2] / 16:g}:exl3",
             ("hadamard-128", "hadamard-128"),
             storage=Storage(None if padded == (rows, columns) else padded, scales_dtype="float32"),
         )

@@ -18,6 +18,8 @@ _SQUARE_OF_THREE_BITS = tuple(
     for pair in range(16)
     for group, byte in ((0, 1), (0, 2), (1, 2), (0, 0), (1, 0), (1, 1))
 )
+# 16·K of an EXL3 trellis: whole bits, and the half ones.
+EXL3_WORDS = (*range(16, 129, 16), 24, 40, 56)
 # Words that are handled at a time: with their temporaries they stay in a CPU's cache.
 _PIECE = 1 << 15
 
@@ -71,7 +73,7 @@ def from_exl3(trellis: torch.Tensor) -> torch.Tensor:
     """EXL3's layout; of order "exl3".
 
     Words of 32 bits, each written low half first; tiles in row-major order of (input, output); and windows that end where
-    the bits of their step end, so that the first begins 16 − K bits before the ring's first bit.
+    the bits of their step end, so that the first begins 16 − ⌊K⌋ bits before the ring's first bit.
 
     Args:
         trellis: int16 [n/16, m/16, 16·K].
@@ -80,22 +82,26 @@ def from_exl3(trellis: torch.Tensor) -> torch.Tensor:
         ValueError: the shape or type is another.
     """
     tiles_in, tiles_out, width = trellis.shape if trellis.dim() == 3 else (0, 0, 0)
-    _bits(trellis.reshape(tiles_in * tiles_out, width) if width else trellis, tiles_out * TILE, tiles_in * TILE, TILE)
+    if trellis.dtype != torch.int16 or width not in EXL3_WORDS or (width % TILE and tiles_in % 2):
+        raise ValueError(
+            "an EXL3 trellis is int16 [n/16, m/16, 16·K] with K = 1 to 8, or K = 1.5, 2.5 or 3.5 and n a multiple of 32, "
+            f"got {trellis.dtype} {list(trellis.shape)}"
+        )
     k = width // TILE
     words = trellis.contiguous().view(torch.int32)
     codes = torch.empty(tiles_out, tiles_in, width // 2, dtype=torch.int32, device=trellis.device)
     together = max(1, _PIECE // (tiles_in * width))
     for first in range(0, tiles_out, together):
-        # Each word is rotated right by 16 − K bits, then its halves are exchanged. Its low half then has the last 16 − K
-        # bits of the word before and its own first K bits; its high half has its own bits from there on.
-        words_here = words[:, first : first + together].transpose(0, 1).contiguous()
+        # Each word is rotated right by 16 − k bits, then its halves are exchanged. Its low half then has the last 16 − k
+        # bits of the word before and its own first k bits; its high half has its own bits from there on.
+        words_here = words[:, first : first + together].transpose(0, 1).clone(memory_format=torch.contiguous_format)
         shifted = words_here << k
         low = words_here.bitwise_right_shift_(32 - k).bitwise_and_((1 << k) - 1)
         low[..., 1:] |= shifted[..., :-1]
         low[..., 0] |= shifted[..., -1]
         low.bitwise_and_(0xFFFF)
         torch.bitwise_or(low, shifted.bitwise_and_(-0x10000), out=codes[first : first + together])
-    return codes.view(torch.int16).view(tiles_out * TILE, tiles_in * k)
+    return codes.view(torch.int16).view(tiles_out * TILE, tiles_in * width // TILE)
 
 
 def _bits(trellis: torch.Tensor, out_features: int, in_features: int, multiple: int) -> int:

@@ -125,3 +125,13 @@ def is_transformed() -> bool:
 def below_autograd() -> AbstractContextManager[Any]:
     """Inside it, ops build no graph for derivatives; without effect if this PyTorch does not have it."""
     return nullcontext() if _private is None else _private.below_autograd()
+
+
+def graph_modes() -> tuple[type, type] | None:
+    """The dispatch modes in which AOTAutograd replaces writes and records its graph; None if this PyTorch lacks one."""
+    try:
+        from torch._subclasses.functional_tensor import FunctionalTensorMode
+        from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+    except ImportError:
+        return None
+    return FunctionalTensorMode, ProxyTorchDispatchMode

@@ -157,7 +157,7 @@ def _transform_out(y: torch.Tensor, row_scale: torch.Tensor | None, layer: Layer
     return y.view(*x.shape[:-1], layer.m)
 
 
-def _trellis_code(codebook: str) -> tuple[str, int, str]:
+def _trellis_code(codebook: str) -> tuple[str, float, str]:
     """Code, bits and order of a trellis codebook."""
     book: Any = codebooks.get(codebook)
     return book.code, book.k, book.order

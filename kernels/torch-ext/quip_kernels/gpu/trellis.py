@@ -2,7 +2,8 @@
 
 Codes and tables are described in `transformers_quip.codebooks.trellis`. A lane has sixteen consecutive weights of a tile's
 sequence: lane g has the weights 16g to 16g + 15. Weight i of every lane then takes its state from the same bits of the
-lane's own words, so all shifts are constants.
+lane's own words, so all shifts are constants. With half bits every second lane begins in the middle of a word; its words
+are moved by a byte first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ MOST_TOGETHER = 4  # vectors of one program
 TILE = 16
 CODES = ("1mad", "2mad", "3inst", "mcg", "mul1", "hyb", "quantlut", "lut")
 ORDERS = ("rows", "qtip", "exl3")
+BITS, HALF_BITS = (1, 2, 3, 4, 5, 6, 7, 8), (1.5, 2.5, 3.5)
 
 
 @triton.jit
@@ -94,20 +96,28 @@ def _tabulated(table, s, CODE: tl.constexpr, TABLE_BITS: tl.constexpr, STEP: tl.
 
 
 @triton.jit
-def _windows(codes, word, first_word, inside, K: tl.constexpr):
-    """For each lane, whose words begin at `word`: K blocks of 32 bits (uint32), number c from its word c on.
+def _windows(codes, lane, first_word, inside, PAIR_BITS: tl.constexpr):
+    """For each lane: ⌈K⌉ blocks of 32 bits (uint32), number c from the lane's bit 16·c on; PAIR_BITS is 2·K.
 
     first_word: of the lane's tile; the tile's last lane goes on there.
     """
-    WORDS: tl.constexpr = 16 * K
+    WORDS: tl.constexpr = 8 * PAIR_BITS
+    HALF: tl.constexpr = PAIR_BITS % 2
+    word = lane * PAIR_BITS // 2
     previous = tl.load(codes + first_word + word, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-    windows = ()
-    for c in tl.static_range(K):
+    words = ()
+    for c in tl.static_range((PAIR_BITS + 1) // 2 + HALF):
         following = tl.load(codes + first_word + (word + c + 1) % WORDS, mask=inside, other=0)
         following = following.to(tl.uint16, bitcast=True).to(tl.uint32)
-        windows = windows + ((previous << 16) | following,)
+        words = words + ((previous << 16) | following,)
         previous = following
-    return windows
+    if HALF:
+        windows = ()
+        for c in tl.static_range((PAIR_BITS + 1) // 2):
+            windows = windows + (tl.where(lane % 2 == 1, (words[c] << 8) | ((words[c + 1] >> 8) & 0xFF), words[c]),)
+        return windows
+    else:
+        return words
 
 
 @triton.jit
@@ -115,7 +125,7 @@ def _weights(
     windows,
     i: tl.constexpr,
     table,
-    K: tl.constexpr,
+    PAIR_BITS: tl.constexpr,
     CODE: tl.constexpr,
     STEP: tl.constexpr,
     TABLE_BITS: tl.constexpr,
@@ -123,7 +133,8 @@ def _weights(
     ARCH: tl.constexpr,
 ):
     """Weights i … i + STEP − 1 of every lane: a tuple of float32 blocks."""
-    s = (windows[i * K // 16] >> (16 - i * K % 16)) & 0xFFFF
+    BEGIN: tl.constexpr = (i * PAIR_BITS + 1) // 2
+    s = (windows[BEGIN // 16] >> (16 - BEGIN % 16)) & 0xFFFF
     if TABLE_BITS > 0:
         return _tabulated(table, s, CODE, TABLE_BITS, STEP, HALVES)
     else:
@@ -152,7 +163,7 @@ def trellis_matvec_kernel(
     vectors,
     tiles_per_part,
     factor,
-    K: tl.constexpr,
+    PAIR_BITS: tl.constexpr,
     CODE: tl.constexpr,
     ORDER: tl.constexpr,
     STEP: tl.constexpr,
@@ -170,7 +181,7 @@ def trellis_matvec_kernel(
     row = tl.program_id(0)
     part = tl.program_id(1)
     first = tl.minimum(tl.program_id(2) * VECTORS, vectors - VECTORS)
-    codes += row.to(tl.int64) * tiles * (16 * K)
+    codes += row.to(tl.int64) * tiles * (8 * PAIR_BITS)
     lane = tl.arange(0, 16)[None, :]
     # Weights of one lane lie in one row of the tile, or in two that are eight rows apart.
     SETS: tl.constexpr = 1 if ORDER == "rows" else 2
@@ -179,9 +190,9 @@ def trellis_matvec_kernel(
     for begin in range(part * tiles_per_part, end, BLOCK):
         tile = (begin + tl.arange(0, BLOCK))[:, None]
         inside = (tile < end) & (lane >= 0)
-        windows = _windows(codes, lane * K, tile * (16 * K), inside, K)
+        windows = _windows(codes, lane, tile * (8 * PAIR_BITS), inside, PAIR_BITS)
         for step in tl.static_range(16 // STEP):
-            weights = _weights(windows, step * STEP, table, K, CODE, STEP, TABLE_BITS, HALVES, ARCH)
+            weights = _weights(windows, step * STEP, table, PAIR_BITS, CODE, STEP, TABLE_BITS, HALVES, ARCH)
             for j in tl.static_range(STEP):
                 source = x + tile * 16 + _column(lane, step * STEP + j, ORDER)
                 new_totals = ()
@@ -210,7 +221,7 @@ def trellis_dequantize_kernel(
     weight,
     tiles,
     divisor,
-    K: tl.constexpr,
+    PAIR_BITS: tl.constexpr,
     CODE: tl.constexpr,
     ORDER: tl.constexpr,
     STEP: tl.constexpr,
@@ -221,14 +232,14 @@ def trellis_dequantize_kernel(
 ):
     """weight [16·rows of tiles, 16·tiles] of codes; program (b, r) has BLOCK tiles of row r of tiles."""
     row = tl.program_id(1).to(tl.int64)
-    codes += row * tiles * (16 * K)
+    codes += row * tiles * (8 * PAIR_BITS)
     lane = tl.arange(0, 16)[None, :]
     tile = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     inside = (tile < tiles) & (lane >= 0)
-    windows = _windows(codes, lane * K, tile * (16 * K), inside, K)
+    windows = _windows(codes, lane, tile * (8 * PAIR_BITS), inside, PAIR_BITS)
     values = ()
     for step in tl.static_range(16 // STEP):
-        values = values + _weights(windows, step * STEP, table, K, CODE, STEP, TABLE_BITS, HALVES, ARCH)
+        values = values + _weights(windows, step * STEP, table, PAIR_BITS, CODE, STEP, TABLE_BITS, HALVES, ARCH)
     # Joining adds a last dimension: bits 3, 2, 1 and 0 of i, in this order
     for level in tl.static_range(4):
         joined = ()
@@ -254,7 +265,7 @@ def trellis_dequantize_kernel(
 
 
 def matvec(
-    x: torch.Tensor, codes: torch.Tensor, code: str, k: int, order: str, table: torch.Tensor | None = None
+    x: torch.Tensor, codes: torch.Tensor, code: str, k: float, order: str, table: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Ŵ x for up to eight vectors, in float32.
 
@@ -316,7 +327,7 @@ def dequantize(
     columns: int,
     dtype: torch.dtype,
     code: str,
-    k: int,
+    k: float,
     order: str,
     table: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -353,10 +364,10 @@ def dequantize(
     return weight
 
 
-def _constants(code: str, k: int, order: str, table: torch.Tensor | None) -> dict:
+def _constants(code: str, k: float, order: str, table: torch.Tensor | None) -> dict:
     """The constants that kernels are specialised for."""
     return {
-        "K": k,
+        "PAIR_BITS": int(2 * k),
         "CODE": code,
         "ORDER": order,
         "STEP": 1 if table is None else 2 if table.dim() == 1 else table.shape[1],
@@ -372,16 +383,16 @@ def _as_kernels_read(table: torch.Tensor | None) -> torch.Tensor | None:
     return table.detach().contiguous().view(torch.int32).flatten()
 
 
-def _check(codes: torch.Tensor, columns: int, code: str, k: int, order: str, table: torch.Tensor | None) -> None:
-    if code not in CODES or order not in ORDERS or not 1 <= k <= 8:
+def _check(codes: torch.Tensor, columns: int, code: str, k: float, order: str, table: torch.Tensor | None) -> None:
+    if code not in CODES or order not in ORDERS or k not in BITS + HALF_BITS * (code == "mul1"):
         raise ValueError(
             f"unknown trellis of code {code!r}, {k} bits and order {order!r}: codes are {', '.join(CODES)}, bits 1 to "
-            f"8, orders {', '.join(ORDERS)}"
+            f"8 (of mul1 also 1.5, 2.5 and 3.5), orders {', '.join(ORDERS)}"
         )
     expected = (codes.shape[0], columns // TILE * k)
     if codes.dtype != torch.int16 or tuple(codes.shape) != expected or columns % TILE or codes.shape[0] % TILE:
         raise ValueError(
-            f"codes of {columns} columns with {k} bits are int16 [m, {expected[1]}], m and n multiples of {TILE}, got "
+            f"codes of {columns} columns with {k} bits are int16 [m, {expected[1]:g}], m and n multiples of {TILE}, got "
             f"{codes.dtype} {list(codes.shape)}"
         )
     has_table = code in CODES[5:]

@@ -1,0 +1,82 @@
+"""The weights of a dense model, one at a time: from files, so that it need not fit into memory, or from the model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from ..checkpoints.files import Files, expand_weights, find_weights
+from ..checkpoints.headers import TensorInfo
+from ..hf.loader import names_in_model
+from ..nn.replace import dense_weight
+
+
+class DenseWeights:
+    """The weights of the linears of a dense model by the names that its modules have.
+
+    Args:
+        dense: a folder with safetensors files, an id on the Hub, or a model in memory.
+        token, revision: for the Hub.
+
+    Raises:
+        ValueError: the folder holds no weights, or those of a quantized model.
+        OSError: the Hub cannot be reached.
+    """
+
+    def __init__(self, dense: str | os.PathLike | nn.Module, token: str | None = None, revision: str | None = None):
+        self._files: Files | None = None
+        self._tensors: dict[str, TensorInfo] = {}
+        if isinstance(dense, nn.Module):
+            self._model, self._source = dense, type(dense).__name__
+            return
+        folder = Path(dense)
+        if not folder.is_dir():
+            patterns = ["*.json", "*.safetensors"]
+            folder = Path(snapshot_download(str(dense), token=token, revision=revision, allow_patterns=patterns))
+        self._source = str(dense)
+        config = AutoConfig.from_pretrained(folder)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{dense} is a quantized model: give the dense one that was quantized")
+        path = find_weights(folder)
+        if path is None:
+            raise ValueError(f"{dense} holds no model.safetensors or index of several files, so it has no dense weights")
+        with torch.device("meta"):
+            self._model = AutoModelForCausalLM.from_config(config)
+        self._files = Files(expand_weights(path))
+        self._tensors = names_in_model(self._model, self._files.headers, get_model_conversion_mapping(self._model))
+
+    def weight(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        """The weight [m, n] of the linear of this name, in the dtype in which it is stored, on the device where it lies.
+
+        Args:
+            name: of the module.
+            shape: (m, n) that it must have.
+
+        Raises:
+            ValueError: there is none, or it has another shape.
+        """
+        try:
+            module: Any = self._model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{self._source} has no module {name}: is it the dense model that was quantized?") from None
+        weight = module.weight.detach()
+        if self._files is not None:
+            info = self._tensors.get(f"{name}.weight")
+            if info is None or not info.as_it_is:
+                raise ValueError(
+                    f"{self._source} does not hold {name}.weight as one tensor: give the loaded model as `dense`"
+                )
+            weight = self._files.read(info)
+        weight = dense_weight(module, weight)
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {list(weight.shape)} in {self._source} and {list(shape)} in the quantized model"
+            )
+        return weight
