@@ -4,8 +4,9 @@
         [--num-samples N] [--save FOLDER]
 
 Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `self` is the bare
-default (text that the model writes itself), `none` is dataset=None. --save keeps the quantized models. Each run is a fresh process. results/quality.json is written after every run, and runs
-that it has already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
+default (text that the model writes itself), `none` is dataset=None. --save keeps the quantized models. Each run is a fresh
+process. results/quality.json is written after every run, and runs that it has already are replaced, so that a long series
+can be made in parts, also side by side: no seconds are kept.
 For the first seed of each setting at 2 bits, a picture of the errors of every layer is written to the same folder. If
 text was measured at 2, 2.5 and 3 bits, the last line compares 2.5 bits with the line between 2 and 3.
 """

@@ -70,7 +70,6 @@ def test_states_are_those_of_a_search_through_all_paths(fresh, steps, weights, p
     for window in (2, steps):
         found = viterbi.search(tiles, levels, fresh, 1, window, passes)
         for tile, states in zip(tiles.tolist(), found.tolist(), strict=True):
-
             costs = [[cost_of(value, x, 1) for x in tile] for value in levels.T.tolist()]
 
             def cost(s, t, costs=costs):
@@ -79,7 +78,7 @@ def test_states_are_those_of_a_search_through_all_paths(fresh, steps, weights, p
             order = [t % steps for t in range(steps - window // 2, steps + window // 2)]
             free = range(1 << BITS - fresh[order[0] % 2])
             first = best_path(order, fresh, free, None, cost)
-            seam = first[window // 2] >> fresh[0]
+            seam, path = first[window // 2] >> fresh[0], first
             for number in range(passes):
                 begin = number % 2 * steps // 2
                 if number:
@@ -100,12 +99,13 @@ def formulas(tile, levels, fresh, doublings, window):
             closed = None in costs
             sums = {}
             for s in range(1 << BITS):
-                before = costs[s >> fresh[t % 2]]
-                if before is not None:
-                    total = before + cost_of(levels[:, s].tolist(), tile[t], doublings)
+                cost = costs[s >> fresh[t % 2]]
+                if cost is not None:
+                    total = cost + cost_of(levels[:, s].tolist(), tile[t], doublings)
                     sums[s] = total if closed else min(total, 65535)
             edges = 1 << BITS - fresh[(t + 1) % 2]
-            best = [min(((sums[s], s) for s in range(e, 1 << BITS, edges) if s in sums), default=None) for e in range(edges)]
+            before = [range(e, 1 << BITS, edges) for e in range(edges)]
+            best = [min(((sums[s], s) for s in states if s in sums), default=None) for states in before]
             choices.append([b and b[1] for b in best])
             costs = [b and b[0] for b in best]
             if None not in costs and (closed or number % 8 == 7):
@@ -158,7 +158,8 @@ def test_metric(bits):
     values = torch.randn(1 << BITS, 2, generator=torch.Generator().manual_seed(0))
     levels, scale, doublings, limits = viterbi.metric(values, bits)
     torch.testing.assert_close(levels.T / scale, values, rtol=0, atol=0.5001 / scale)
-    assert max(map(abs, limits)) == 32767 and limits == (levels.min(), levels.max())
+    assert max(map(abs, limits)) == 32767
+    assert limits == (levels.min(), levels.max())
     # the usual error, of which no more can be expected of 32 different pairs, is worth 48 to 192
     usual = levels.double().square().mean() * max(4.0**-bits, 1 / 32)
     assert doublings == 0 or 48 <= usual * 4**doublings / 65536 < 192
@@ -199,7 +200,8 @@ def test_encoded_tiles_are_decoded_to_their_points(name):
     book = get(name)
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(1)) * book.gaussian_scale
     codes, points = book.encode(book.to_blocks(weight))
-    assert codes.shape == book.codes_shape(32, 48) and codes.dtype == book.code_dtype
+    assert codes.shape == book.codes_shape(32, 48)
+    assert codes.dtype == book.code_dtype
     stored, points = book.store(codes), book.from_blocks(points)
     book.check(stored, 32, 48)
     decoded = trellis_weight(name, stored["codes"], 48, stored.get("table"))
@@ -216,8 +218,8 @@ def test_encoded_tiles_are_decoded_to_their_points(name):
 def test_error_of_a_gaussian():
     """QTIP's paper has 0.069 for one weight a step at 2 bits and 0.071 for hyb, with one pass less than here."""
     x = torch.randn(24, 256, generator=torch.Generator().manual_seed(2))
-    for name, published in (("trellis:mul1:k2:exl3", 0.069), ("trellis:3inst:k2:rows", 0.069), ("trellis:hyb-q9v2:k2:qtip", 0.071)):
-        book = get(name)
+    for code, published in (("mul1:k2:exl3", 0.069), ("3inst:k2:rows", 0.069), ("hyb-q9v2:k2:qtip", 0.071)):
+        book = get(f"trellis:{code}")
         points = book.encode(x * book.gaussian_scale)[1] / book.gaussian_scale
         assert (points - x).square().mean().item() == pytest.approx(published, rel=0.05)  # of 24 tiles
 

@@ -11,7 +11,8 @@ import torch
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from transformers_quip import QuipConfig, codebooks
-from transformers_quip.config import OPTIONS, bits
+from transformers_quip.config import OPTIONS
+from transformers_quip.config.bits import mixed_bits
 from transformers_quip.config.typed import TypedOptions
 
 
@@ -312,16 +313,19 @@ def test_trellis_is_a_codebook_for_every_number_of_bits():
 
 
 def test_averages_of_trellis_codes():
-    config = QuipConfig(bits=5.25, codebook="trellis", modules={"fc": {"bits": 6}, "up_proj": {"bits": 3, "codebook": "trellis"}})
-    assert config.is_mixed and config.for_module("mlp.down_proj").is_mixed
+    config = QuipConfig(
+        bits=5.25, codebook="trellis", modules={"fc": {"bits": 6}, "up_proj": {"bits": 3, "codebook": "trellis"}}
+    )
+    assert config.is_mixed
+    assert config.for_module("mlp.down_proj").is_mixed
     assert config.for_module("fc").codebook == "trellis:mul1:k6:exl3"
     assert config.for_module("up_proj").codebook == "trellis:mul1:k3:exl3"
     assert config == QuipConfig.from_dict(config.to_dict())
     with pytest.raises(ValueError, match="is an average over modules"):
         _ = config.codebook_spec
-    assert bits.mixed_bits(5.25, "trellis") == (4, 5, 6, 7)
-    assert bits.mixed_bits(2.25, "trellis") == bits.mixed_bits(2.5, None) == (2, 3, 4)
-    assert bits.mixed_bits(1.75, "trellis") == (1, 2, 3)
+    assert mixed_bits(5.25, "trellis") == (4, 5, 6, 7)
+    assert mixed_bits(2.25, "trellis") == mixed_bits(2.5, None) == (2, 3, 4)
+    assert mixed_bits(1.75, "trellis") == (1, 2, 3)
 
 
 def test_bits_between_those_of_codebooks_are_an_average():
@@ -337,15 +341,14 @@ def test_bits_between_those_of_codebooks_are_an_average():
 
 @pytest.mark.parametrize("method", ["convex", "stochastic"])
 @pytest.mark.parametrize("dataset", ["self", None])
-def test_no_method_is_offered_for_a_codebook_that_is_only_read(method, dataset):
+def test_methods_of_scalar_grids_are_refused_for_a_trellis(method, dataset):
     book = "trellis:mul1:k2:exl3"
     allowed = "only with 'half-integer', 'scalar2', 'scalar3', 'scalar4', 'scalar8'"
     with pytest.raises(ValueError) as caught:
         QuipConfig(codebook=book, rounding=method, dataset=dataset)
     message = str(caught.value)
     assert message.startswith(f"QuipConfig: rounding={method!r} does not work with codebook={book!r}, {allowed}")
-    assert message.endswith("is for checkpoints that were made elsewhere, and no method rounds to it")
-    assert "ldlq" not in message
+    assert message.endswith("methods for 'trellis:mul1:k2:exl3': 'ldlq', 'ldlq-rg', 'greedy', 'quantease', 'nearest'")
     with pytest.raises(
         ValueError, match=f"modules has 'down_proj'.*rounding='{method}' does not work with codebook='{book}'"
     ):

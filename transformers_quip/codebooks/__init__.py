@@ -17,7 +17,19 @@ from .residual import ResidualE8P
 from .scalar import Scalar
 from .trellis import BEST, Trellis
 
-__all__ = ["Codebook", "Grid", "bits_of", "default_for_bits", "defaults", "families", "get", "is_known", "names", "register", "spec"]
+__all__ = [
+    "Codebook",
+    "Grid",
+    "bits_of",
+    "default_for_bits",
+    "defaults",
+    "families",
+    "get",
+    "is_known",
+    "names",
+    "register",
+    "spec",
+]
 
 _CODEBOOKS: Registry[Callable[[], Codebook]] = Registry("codebook")
 _DEFAULTS: dict[float, str] = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4", 8: "scalar8"}

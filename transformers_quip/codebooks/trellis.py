@@ -68,8 +68,8 @@ ORDERS = {
 }
 # Rms of Gaussian weights with the least error, relative to the rms of the values: measured, by bits.
 _GAUSSIAN_SCALES = {1: 1.15, 1.5: 1.05, 2: 1.0, 2.5: 0.95, 3: 0.95, 3.5: 0.9, 4: 0.9, 5: 0.88, 6: 0.83, 7: 0.8, 8: 0.77}
-# The code for each number of bits that is called "trellis": of those with the least error of a Gaussian (within 1 %) one that
-# EXL3 files can have, too. docs/results.md has the measured errors.
+# The code that is called "trellis", by bits: one that EXL3 files can have, too, and of the codes without a table the one with
+# the least error of a Gaussian, or within 1 % of it.
 BEST = {
     1: "trellis:mcg:k1:exl3",
     **{bits: f"trellis:mul1:k{bits:g}:exl3" for bits in (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)},
@@ -98,9 +98,9 @@ class Trellis(Codebook):
     block_size = rows_together = TILE
     code_dtype = torch.int16
     kernels = "trellis"
-    # With feedback, whose errors add to the weights; 0.9 to 0.95 have the same loss within 1 % (SmolLM2's linears at 2 bits).
+    # With feedback, which adds errors to the weights. 0.9 and 0.95 differ by less than 1 % (three linears, 2 bits).
     scale_factors = (0.93,)
-    # A sweep costs as much as the first rounding, and gains little: see docs/results.md.
+    # A sweep costs as much time as the first rounding.
     refinement_sweeps = 0
 
     def __init__(self, code: str, k: float, order: str, table_shape: tuple[int, int] | None = None):

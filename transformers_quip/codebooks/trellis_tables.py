@@ -1,4 +1,4 @@
-"""The tables with which weights are quantized in trellis codes that have one; a layer stores the table that it was made with."""
+"""The tables with which weights are quantized in trellis codes that have one. A layer stores the table that it has."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ is among the candidates of such a pass, so that none makes it worse. (QTIP, arXi
 From a fixed edge on, costs are exact until every edge can be reached, and an edge that cannot be reached has none; then the
 least cost is subtracted and the others are cut to 65535. The optimum over all closed paths is not guaranteed.
 
-Error of a unit Gaussian with code mul1, relative to a whole first pass and one with fixed ends (768 tiles, 2, 3 and 4 bits):
+Error of a unit Gaussian with code mul1 at 2, 3 and 4 bits, relative to a whole first pass and one more (768 tiles):
 
     window   64, one pass     +1.6 %    +1.4 %    +1.3 %
     window   64, two passes   +0.2 %    +0.1 %     0.0 %

@@ -111,10 +111,11 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         if self._is_open:
             known, (lowest, highest) = codebooks.bits_of(self.codebook), averages(self.codebook)
             if self.bits not in known:
-                more = "" if self.codebook else f" ({', '.join(map(repr, codebooks.families()))} has codebooks of more bits)"
+                names = ", ".join(map(repr, codebooks.families()))
+                more = "" if self.codebook else f" ({names} has codebooks of more bits)"
                 raise ValueError(
-                    f"QuipConfig: bits={self.bits} must be one of {', '.join(f'{bits:g}' for bits in known)}, the bits that a "
-                    f"codebook has{more}, or any number between {lowest:g} and {highest:g}: an average, for which each "
+                    f"QuipConfig: bits={self.bits} must be one of {', '.join(f'{bits:g}' for bits in known)}, the bits "
+                    f"that a codebook has{more}, or any number between {lowest:g} and {highest:g}: an average, for which each "
                     "module gets bits of its own"
                 )
             self.codebook = codebooks.default_for_bits(self.bits, self.codebook)

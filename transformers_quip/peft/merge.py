@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import codebooks
 from ..calibration import capture_inputs, find_blocks
 from ..calibration.dataset import load_token_ids
 from ..config import QuipConfig
@@ -147,9 +146,6 @@ def _check(layers: Mapping[str, Any], adapter: str, config: Any, blocks_name: st
     if not isinstance(config, QuipConfig) or config.foreign is not None:
         raise ValueError("only a model that was quantized by this package can be rounded again: keep the adapter apart")
     for name, layer in layers.items():
-        book = codebooks.get(config.for_module(name).codebook_spec)
-        if book.is_read_only:
-            raise ValueError(f"{name}: the codebook {book.name} encodes nothing, so no weight can be rounded to it")
         if not name.startswith(f"{blocks_name}."):
             raise ValueError(f"{name} lies outside the decoder blocks, so its adapter cannot be merged: keep it apart")
         variant = layer.lora_variant.get(adapter)

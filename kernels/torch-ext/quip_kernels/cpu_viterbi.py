@@ -64,5 +64,7 @@ def search(
     if failed == -2:
         raise MemoryError(f"no memory to encode {len(x)} tiles with a trellis")
     if failed:
-        raise ValueError(f"the library has no trellis with fresh={fresh}, doublings={doublings}, window={window}, passes={passes}")
+        raise ValueError(
+            f"the library has no trellis with fresh={fresh}, doublings={doublings}, window={window}, passes={passes}"
+        )
     return states.int() & 0xFFFF
