@@ -115,8 +115,8 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
                 more = "" if self.codebook else f" ({names} has codebooks of more bits)"
                 raise ValueError(
                     f"QuipConfig: bits={self.bits} must be one of {', '.join(f'{bits:g}' for bits in known)}, the bits "
-                    f"that a codebook has{more}, or any number between {lowest:g} and {highest:g}: an average, for which each "
-                    "module gets bits of its own"
+                    f"that a codebook has{more}, or any number between {lowest:g} and {highest:g}: an average, for which "
+                    "each module gets bits of its own"
                 )
             self.codebook = codebooks.default_for_bits(self.bits, self.codebook)
         actual = codebooks.get(self.codebook).bits
