@@ -68,8 +68,8 @@ ORDERS = {
 }
 # Rms of Gaussian weights with the least error, relative to the rms of the values: measured, by bits.
 _GAUSSIAN_SCALES = {1: 1.15, 1.5: 1.05, 2: 1.0, 2.5: 0.95, 3: 0.95, 3.5: 0.9, 4: 0.9, 5: 0.88, 6: 0.83, 7: 0.8, 8: 0.77}
-# The code that is called "trellis", by bits: one that EXL3 files can have, too, and whose error of a Gaussian is within 1 % of
-# the least of all codes without a table.
+# The code that is called "trellis", by bits: one that EXL3 files can have, too, and whose error of a Gaussian is within 1 %
+# of the least of all codes without a table.
 BEST = {
     1: "trellis:mcg:k1:exl3",
     **{bits: f"trellis:mul1:k{bits:g}:exl3" for bits in (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)},
