@@ -26,9 +26,10 @@ TARGET INLINE costs expand(const uint16_t *before, int old, costs pattern) {
 TARGET INLINE costs distance(costs values, costs x, const int doublings) {
     const __m256i d = _mm256_subs_epi16((__m256i)values, (__m256i)x);
     if (!doublings) return (costs)_mm256_mulhi_epi16(d, d);
-    const __m256i cut = _mm256_min_epu16(_mm256_abs_epi16(d), _mm256_set1_epi16((short)((1 << 15) >> doublings)));
-    const __m256i q = _mm256_sll_epi16(cut, _mm_cvtsi32_si128(doublings));
-    return (costs)_mm256_mulhi_epu16(q, q);
+    const __m256i error = _mm256_abs_epi16(d);
+    const __m256i usual = _mm256_min_epu16(error, _mm256_set1_epi16((short)((1 << 15) >> doublings)));
+    const __m256i q = _mm256_sll_epi16(usual, _mm_cvtsi32_si128(doublings));
+    return (costs)_mm256_mulhi_epu16(q, q) + (costs)_mm256_srli_epi16(_mm256_sub_epi16(error, usual), 2);
 }
 
 TARGET INLINE costs add(costs a, costs b) {

@@ -30,9 +30,10 @@ TARGET INLINE costs expand(const uint16_t *before, const int old, costs pattern)
 TARGET INLINE costs distance(costs values, costs x, const int doublings) {
     const __m512i d = _mm512_subs_epi16((__m512i)values, (__m512i)x);
     if (!doublings) return (costs)_mm512_mulhi_epi16(d, d);
-    const __m512i cut = _mm512_min_epu16(_mm512_abs_epi16(d), _mm512_set1_epi16((short)((1 << 15) >> doublings)));
-    const __m512i q = _mm512_sll_epi16(cut, _mm_cvtsi32_si128(doublings));
-    return (costs)_mm512_mulhi_epu16(q, q);
+    const __m512i error = _mm512_abs_epi16(d);
+    const __m512i usual = _mm512_min_epu16(error, _mm512_set1_epi16((short)((1 << 15) >> doublings)));
+    const __m512i q = _mm512_sll_epi16(usual, _mm_cvtsi32_si128(doublings));
+    return (costs)_mm512_mulhi_epu16(q, q) + (costs)_mm512_srli_epi16(_mm512_sub_epi16(error, usual), 2);
 }
 
 TARGET INLINE costs add(costs a, costs b) {

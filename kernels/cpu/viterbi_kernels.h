@@ -109,8 +109,8 @@ TARGET static void distances(const int16_t *const *values, int64_t count, int we
         for (int64_t i = 0; i < count; i++) {
             int32_t d = values[w][i] - x[w];
             d = d < -most ? most : d < 0 ? -d : d >= most ? most - 1 : d;
-            d = (d < cut ? d : cut) << doublings;
-            d = (int32_t)((uint32_t)d * (uint32_t)d >> 16);
+            const int32_t usual = d < cut ? d : cut, q = usual << doublings;
+            d = (int32_t)((uint32_t)q * (uint32_t)q >> 16) + ((d - usual) >> 2);
             to[i] = w ? to[i] + d : d;
         }
 }

@@ -42,11 +42,11 @@ INLINE costs distance(costs values, costs x, int doublings) {
     const flags below = (flags)((numbers)values < (numbers)x);
     const costs difference = choose(below, x - values, values - x), zero = {0};
     /* the largest of those with a sign: 32768 below x, but 32767 above it */
-    costs q = least(difference, zero + (uint16_t)0x7fff - below);
-    q = least(q, zero + (uint16_t)((1 << 15) >> doublings)) << (uint16_t)doublings;
+    const costs error = least(difference, zero + (uint16_t)0x7fff - below);
+    const costs usual = least(error, zero + (uint16_t)((1 << 15) >> doublings)), q = usual << (uint16_t)doublings;
     costs high;
     for (int l = 0; l < WIDTH; l++) high[l] = (uint16_t)((uint32_t)q[l] * q[l] >> 16);
-    return high;
+    return high + ((error - usual) >> 2);
 }
 
 INLINE uint32_t bits_of(const flags *f) {

@@ -21,8 +21,8 @@ def cost_of(levels, x, doublings):
     total = 0
     for v, w in zip(levels, x, strict=True):
         difference = max(-(2**15), min(2**15 - 1, v - w))
-        q = min(abs(difference), 2**15 >> doublings) << doublings
-        total += q * q >> 16
+        usual = min(abs(difference), 2**15 >> doublings)
+        total += ((usual << doublings) ** 2 >> 16) + (abs(difference) - usual >> 2)
     return total
 
 
@@ -226,6 +226,11 @@ def test_error_of_a_gaussian():
 
 def test_a_tile_of_outliers_is_cut_to_the_range_of_the_values():
     book = Trellis.parse("trellis:mul1:k4:exl3")
-    points = book.encode(torch.full((1, 256), 1e30))[1]
-    assert points.min() > 0  # as near as the trellis allows to the largest value, 3.35
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(3))
+    x[:, 100] = torch.tensor([1e30, -1e30, 7, -7])
+    points = book.encode(x)[1]
+    assert (points[:, 100] * x[:, 100].sign() > 2).all()  # the largest values are near 3.4
+    many = book.encode(torch.full((1, 256), 1e30))[1]
+    assert many.mean() > 2
+    assert many.min() > 0
     assert book.encode(torch.zeros(0, 256))[0].shape == (0, 64)

@@ -185,7 +185,7 @@ class Trellis(Codebook):
     def store(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         """See [`Codebook.store`]: codes int16 [m/16, n/16, 16·K]."""
         stored = {"codes": codes.reshape(len(codes) * TILE, -1)}
-        return stored if self.table_shape is None else stored | {"table": self.table.to(codes.device)}
+        return stored if self.table is None else stored | {"table": self.table.to(codes.device)}
 
     @property
     def table(self) -> torch.Tensor | None:

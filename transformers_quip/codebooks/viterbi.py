@@ -7,9 +7,10 @@ that neighbours s_{t−1} and s_t share, e_t = s_t >> f_t = s_{t−1} mod 2^(L�
 **Costs** are integers, so that every implementation finds the same path. Values and weights are rounded to numbers of 16
 bits, v and x (`Metric`). One weight costs
 
-    q = min(|v − x|, 2^15 >> h) << h,    cost = q² >> 16,    v − x cut to 16 bits,
+    d = |v − x|,    r = min(d, 2^15 >> h),    cost = ((r << h)² >> 16) + ((d − r) >> 2),    v − x cut to 16 bits,
 
-where h, the *doublings*, makes errors of the usual size large enough. With M_t[e] the least cost of all paths up to edge e,
+where h, the *doublings*, makes errors of the usual size large enough; very large ones cost less than their square. With
+M_t[e] the least cost of all paths up to edge e,
 
     M_{t+1}[e] = min over j of  M_t[s >> f_t] + cost(s),    s = j·2^(L−f_{t+1}) + e
 
@@ -34,6 +35,7 @@ Error of a unit Gaussian with code mul1 at 2, 3 and 4 bits, relative to a whole 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -107,7 +109,7 @@ def quantize(x: torch.Tensor, code: Metric) -> torch.Tensor:
 
 
 def encode(x: torch.Tensor, code: Metric, bits: float) -> torch.Tensor:
-    """The states of the closed paths nearest to tiles, by the fastest encoder for their device.
+    """The states of the closed paths nearest to tiles, by the encoder that [`encode_with`] chose for their device.
 
     Args:
         x: float32 [N, 256], the weights of each tile in the order of its sequence.
@@ -119,10 +121,31 @@ def encode(x: torch.Tensor, code: Metric, bits: float) -> torch.Tensor:
     """
     fresh = fresh_bits(bits, len(code.levels))
     tiles = quantize(x, code)
-    if x.device.type == "cpu" and cpu_kernels.is_available():
-        window = min(WINDOW, tiles.shape[1])
-        return cpu_viterbi.search(tiles, code.levels, fresh, code.doublings, window, PASSES)
-    return search(tiles, code.levels, fresh, code.doublings)
+    arguments = (tiles, code.levels, fresh, code.doublings, min(WINDOW, tiles.shape[1]), PASSES)
+    implementation = _implementation(x.device)
+    if implementation == "cpu" and cpu_kernels.is_available():
+        return cpu_viterbi.search(*arguments)
+    if implementation == "triton":
+        from quip_kernels.gpu import viterbi as gpu_viterbi  # Triton is not installed everywhere
+
+        return gpu_viterbi.search(*arguments)
+    return search(*arguments)
+
+
+def encode_with(implementation: Callable[[torch.device], str]) -> None:
+    """Choose the encoder by device: "cpu", the compiled library, "triton", or another name for PyTorch.
+
+    Until this is called, the compiled library encodes what is on the CPU.
+    """
+    global _implementation
+    _implementation = implementation
+
+
+def _by_device(device: torch.device) -> str:
+    return device.type
+
+
+_implementation: Callable[[torch.device], str] = _by_device
 
 
 def search(
@@ -236,8 +259,9 @@ class _Trellis:
     def _distances(self, x: torch.Tensor) -> torch.Tensor:
         """Cost of every state for the weights x [N, V]: [N, 2^L]."""
         error = (self.levels - x[:, :, None]).clamp_(-(1 << 15), (1 << 15) - 1).abs_()
-        error = error.clamp_max_((1 << 15) >> self.doublings) << self.doublings
-        return (error * error >> 16).sum(1, dtype=torch.int32)
+        usual = error.clamp_max((1 << 15) >> self.doublings)
+        squares = (usual << self.doublings).square_() >> 16
+        return squares.add_((error - usual) >> 2).sum(1, dtype=torch.int32)
 
     def state_before(self, edges: torch.Tensor, t: int, back: torch.Tensor) -> torch.Tensor:
         """State t of the best paths to these edges [N] behind it."""

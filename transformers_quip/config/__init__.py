@@ -108,37 +108,39 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
             self._with({"bits": bits})
 
     def _validate_codebook(self) -> None:
-        if self._is_open:
-            known, (lowest, highest) = codebooks.bits_of(self.codebook), averages(self.codebook)
+        name = self.codebook
+        if name is None or self._is_open:
+            known, (lowest, highest) = codebooks.bits_of(name), averages(name)
             if self.bits not in known:
-                names = ", ".join(map(repr, codebooks.families()))
-                more = "" if self.codebook else f" ({names} has codebooks of more bits)"
+                families = ", ".join(map(repr, codebooks.families()))
+                more = "" if name else f" ({families} has codebooks of more bits)"
                 raise ValueError(
                     f"QuipConfig: bits={self.bits} must be one of {', '.join(f'{bits:g}' for bits in known)}, the bits "
                     f"that a codebook has{more}, or any number between {lowest:g} and {highest:g}: an average, for which "
                     "each module gets bits of its own"
                 )
-            self.codebook = codebooks.default_for_bits(self.bits, self.codebook)
-        actual = codebooks.get(self.codebook).bits
+            self.codebook = name = codebooks.default_for_bits(self.bits, name)
+        book = codebooks.get(name)
+        actual = book.bits
         if actual != self.bits:
-            fitting = [name for name in codebooks.names() if codebooks.get(name).bits == self.bits]
-            fitting += [name for name in codebooks.families() if self.bits in codebooks.bits_of(name)]
+            fitting = [known for known in codebooks.names() if codebooks.get(known).bits == self.bits]
+            fitting += [family for family in codebooks.families() if self.bits in codebooks.bits_of(family)]
             raise ValueError(
-                f"QuipConfig: bits={self.bits} and codebook={self.codebook!r}, which has {actual:g} bits, contradict "
+                f"QuipConfig: bits={self.bits} and codebook={name!r}, which has {actual:g} bits, contradict "
                 f"each other; codebooks of {self.bits} bits: {', '.join(map(repr, fitting)) or 'none'}"
             )
-        if self.residual_scale is not None and codebooks.get(self.codebook).residual_scale is None:
-            staged = [name for name in codebooks.names() if codebooks.get(name).residual_scale is not None]
+        if self.residual_scale is not None and book.residual_scale is None:
+            staged = [known for known in codebooks.names() if codebooks.get(known).residual_scale is not None]
             raise ValueError(
                 f"QuipConfig: residual_scale={self.residual_scale} needs a codebook of two stages, and codebook="
-                f"{self.codebook!r} has one; choose one of {', '.join(map(repr, staged))}"
+                f"{name!r} has one; choose one of {', '.join(map(repr, staged))}"
             )
         method = rounding.get(self.rounding)
-        if not method.works_with(codebooks.get(self.codebook)):
-            books = ", ".join(repr(name) for name in codebooks.names() if method.works_with(codebooks.get(name)))
-            methods = f"methods for {self.codebook!r}: {', '.join(map(repr, _methods(self.codebook)))}"
+        if not method.works_with(book):
+            books = ", ".join(repr(known) for known in codebooks.names() if method.works_with(codebooks.get(known)))
+            methods = f"methods for {name!r}: {', '.join(map(repr, _methods(name)))}"
             raise ValueError(
-                f"QuipConfig: rounding={self.rounding!r} does not work with codebook={self.codebook!r}, only with "
+                f"QuipConfig: rounding={self.rounding!r} does not work with codebook={name!r}, only with "
                 f"{books or 'none that is registered'}; {methods}"
             )
 

@@ -8,11 +8,11 @@ from .. import codebooks
 MIXED_BITS = (2, 3, 4)
 
 
-def mixed_bits(bits: float, family: str | None) -> tuple[float, ...]:
+def mixed_bits(bits: float, family: str | None) -> tuple[int, ...]:
     """The bits that modules may get for an average: whole ones around it, and 1 only for an average below 2."""
     if family is None:
         return MIXED_BITS
-    whole = [number for number in codebooks.bits_of(family) if number == int(number)]
+    whole = [int(number) for number in codebooks.bits_of(family) if number == int(number)]
     above = next(index for index, number in enumerate(whole) if number > bits)
     return tuple(number for number in whole[max(above - 2, 0) : above + 2] if number > 1 or bits < 2)
 
