@@ -10,6 +10,7 @@ import torch
 from quip_kernels import e8p, layout
 from tests import truth
 from transformers_quip import QuipLinear, codebooks, incoherence, set_activations, set_backend
+from transformers_quip.ops import backend
 from transformers_quip.ops.same_input import SameInput
 from transformers_quip.ops.triton import run as ops
 
