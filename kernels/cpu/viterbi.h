@@ -7,7 +7,7 @@
 #define STATE_BITS 16
 #define STATES (1 << STATE_BITS)
 #define MOST_COST 0xffff
-#define REBASED 8 /* steps after which the least cost is subtracted from all */
+#define REBASED 2 /* steps after which the least cost is subtracted from all */
 #define BLOCK_EDGES 32  /* edges whose costs are computed together */
 #define MOST_BLOCKED 11 /* new bits of a state, so that there is at least one block of edges before it */
 #define READ_BEYOND 32  /* numbers behind the costs that kernels may read */

@@ -108,7 +108,7 @@ def formulas(tile, levels, fresh, doublings, window):
             best = [min(((sums[s], s) for s in states if s in sums), default=None) for states in before]
             choices.append([b and b[1] for b in best])
             costs = [b and b[0] for b in best]
-            if None not in costs and (closed or number % 8 == 7):
+            if None not in costs and (closed or number % 2 == 1):
                 costs = [min(c - min(costs), 65535) for c in costs]
         return costs, choices
 
@@ -230,7 +230,7 @@ def test_a_tile_of_outliers_is_cut_to_the_range_of_the_values():
     x[:, 100] = torch.tensor([1e30, -1e30, 7, -7])
     points = book.encode(x)[1]
     assert (points[:, 100] * x[:, 100].sign() > 2).all()  # the largest values are near 3.4
-    many = book.encode(torch.full((1, 256), 1e30))[1]
-    assert many.mean() > 2
-    assert many.min() > 0
+    for name in ("mul1:k1:exl3", "mul1:k4:exl3", "mcg:k8:exl3"):  # more than one outlier, so that no sum is ordinary
+        book = get(f"trellis:{name}")
+        assert book.encode(torch.full((1, 256), 1e30))[1].mean() > (1 if book.bits == 1 else 2)
     assert book.encode(torch.zeros(0, 256))[0].shape == (0, 64)

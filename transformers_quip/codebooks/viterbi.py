@@ -14,7 +14,7 @@ M_t[e] the least cost of all paths up to edge e,
 
     M_{t+1}[e] = min over j of  M_t[s >> f_t] + cost(s),    s = j·2^(L−f_{t+1}) + e
 
-and of equal costs the smallest j wins. Costs stay within 16 bits: a sum above 65535 becomes 65535, and after every eighth
+and of equal costs the smallest j wins. Costs stay within 16 bits: a sum above 65535 becomes 65535, and after every second
 step the least cost is subtracted from all.
 
 **Closing the path** takes a first pass with both ends free, through a window around the seam between the last state and
@@ -50,7 +50,7 @@ TILE_WEIGHTS = 256
 WINDOW = 256
 PASSES = 2
 MOST_COST = 0xFFFF
-REBASED = 8
+REBASED = 2
 # The usual error of a weight costs at least this much.
 _USUAL_COST = 48
 _NO_PATH = 1 << 20
@@ -105,7 +105,7 @@ def fresh_bits(bits: float, weights: int) -> tuple[int, int]:
 def quantize(x: torch.Tensor, code: Metric) -> torch.Tensor:
     """Weights as integers: float32 [N, T·V] → int16 [N, T, V], cut to the range of the levels."""
     found = (x * code.scale).round().clamp(*code.range)
-    return found.to(torch.int16).view(len(x), -1, len(code.levels))
+    return found.to(torch.int16).view(len(x), x.shape[1] // len(code.levels), len(code.levels))
 
 
 def encode(x: torch.Tensor, code: Metric, bits: float) -> torch.Tensor:
@@ -279,6 +279,6 @@ def pack(states: torch.Tensor, fresh: tuple[int, int]) -> torch.Tensor:
         own = fresh[1 - parity]
         shifts = STATE_BITS - 1 - torch.arange(own, device=states.device)
         parts.append((states[:, parity::2, None].int() >> shifts) & 1)
-    ring = torch.cat(parts, 2).view(len(states), -1, 16)
+    ring = torch.cat(parts, 2).view(len(states), sum(fresh) * states.shape[1] // 32, 16)
     weights = 1 << torch.arange(15, -1, -1, device=states.device)
     return (ring * weights).sum(2).to(torch.int16)
