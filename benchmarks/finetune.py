@@ -1,17 +1,21 @@
 """The gain of tuning after rounding on SmolLM2: perplexity, KL divergence and generation against minutes.
 
-    python benchmarks/finetune.py [FOLDER] [--settings text self] [--bits 2] [--epochs 0 1 2 4] [--seed N]
+    python benchmarks/finetune.py [FOLDER] [--settings text self] [--codebooks e8p trellis] [--modes vectors full]
+                                  [--bits 2] [--epochs 0 1 2 4] [--seed N]
 
 Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
-the dense model writes. `epochs 0` is the quantized model without tuning. 16 further windows of the same source decide about
-every state. Neither the Hessians nor the tuning use them, and the evaluation text is different again. Everything is kept
-in .cache/finetune, so that a series can be made in parts. Rows that are already in results/finetune.json are measured again
-only with --again.
+the dense model writes. Modes: `vectors` tunes end to end only, `full` also tunes each block while it is rounded. `epochs 0`
+is the model before tuning end to end: with `vectors` the quantized model, with `full` the one after blockwise tuning.
+
+16 further windows of the same source decide about every state. Neither the Hessians nor the tuning use them, and the
+evaluation text is different again. Everything is kept in .cache/finetune, so that a series can be made in parts. Rows that
+are already in results/finetune.json are measured again only with --again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -50,14 +54,25 @@ def text(options: argparse.Namespace, setting: str, tokenizer) -> torch.Tensor:
     return torch.load(path)
 
 
-def quantized(options: argparse.Namespace, setting: str, bits: float, ids: torch.Tensor) -> Path:
-    """The folder of the quantized model without tuning; made once."""
-    folder = CACHE / f"{setting}-{bits:g}-{options.num_samples}-{options.seed}"
-    if not (folder / "config.json").is_file():
-        config = QuipConfig(bits=bits, dataset=ids[:-HELD_OUT], num_samples=options.num_samples, seed=options.seed)
-        started = time.perf_counter()
+def quantized(options: argparse.Namespace, setting: str, codebook: str, mode: str, bits: float, ids: torch.Tensor) -> Path:
+    """The folder of the quantized model without tuning end to end; made once."""
+    folder = CACHE / f"{setting}-{codebook}-{mode}-{bits:g}-{options.num_samples}-{options.seed}"
+    if not (folder / "seconds.json").is_file():
+        config = QuipConfig(
+            bits=bits,
+            codebook=None if codebook == "default" else codebook,
+            dataset=ids[:-HELD_OUT],
+            num_samples=options.num_samples,
+            tune="blocks" if mode == "full" else "none",
+            seed=options.seed,
+        )
+        wall, cpu = time.perf_counter(), time.process_time()
         model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, quantization_config=config)
-        seconds = time.perf_counter() - started
+        seconds = {
+            "wall": time.perf_counter() - wall,
+            "cpu": time.process_time() - cpu,
+            **model.hf_quantizer.report.seconds,
+        }
         model.save_pretrained(folder)
         (folder / "seconds.json").write_text(json.dumps(seconds))
     return folder
@@ -77,13 +92,14 @@ def measure(options: argparse.Namespace, model, dense, evaluation: dict[str, tor
     }
 
 
-def run(options: argparse.Namespace, setting: str, bits: float, epochs: float) -> dict:
+def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bits: float, epochs: float) -> dict:
     """One row of results/finetune.json."""
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     ids = text(options, setting, tokenizer)
-    folder = quantized(options, setting, bits, ids)
+    folder = quantized(options, setting, codebook, mode, bits, ids)
     dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
-    row = {"setting": setting, "bits": bits, "epochs": epochs, "seed": options.seed, "num_samples": options.num_samples}
+    row = {"setting": setting, "codebook": codebook, "mode": mode, "bits": bits, "epochs": epochs, "seed": options.seed}
+    row |= {"num_samples": options.num_samples, "quantizing": json.loads((folder / "seconds.json").read_text())}
     model = AutoModelForCausalLM.from_pretrained(folder)
     if epochs:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -99,6 +115,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="a dense model; SmolLM2 by default")
     parser.add_argument("--settings", nargs="+", choices=("text", "self"), default=["text", "self"])
+    parser.add_argument("--codebooks", nargs="+", default=["default"], help="the option codebook of QuipConfig")
+    parser.add_argument("--modes", nargs="+", choices=("vectors", "full"), default=["vectors"])
     parser.add_argument("--bits", type=float, nargs="+", default=[2])
     parser.add_argument("--epochs", type=float, nargs="+", default=[0, 2])
     parser.add_argument("--num-samples", type=int, default=256)
@@ -109,17 +127,16 @@ def main() -> None:
     options.folder = options.folder or dense_folder()
     path = machine.RESULTS / "finetune.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    keys = ("setting", "bits", "epochs", "seed", "num_samples")
-    for setting in options.settings:
-        for bits in options.bits:
-            for epochs in options.epochs:
-                key = (setting, bits, epochs, options.seed, options.num_samples)
-                old = [row for row in rows if tuple(row[name] for name in keys) == key]
-                if old and not options.again:
-                    continue
-                rows = [row for row in rows if row not in old] + [run(options, setting, bits, epochs)]
-                machine.save("finetune", {"rows": rows})
-                print(json.dumps(rows[-1]), flush=True)
+    keys = ("setting", "codebook", "mode", "bits", "epochs", "seed", "num_samples")
+    wanted = itertools.product(options.settings, options.codebooks, options.modes, options.bits, options.epochs)
+    for combination in wanted:
+        key = (*combination, options.seed, options.num_samples)
+        old = [row for row in rows if tuple(row[name] for name in keys) == key]
+        if old and not options.again:
+            continue
+        rows = [row for row in rows if row not in old] + [run(options, *combination)]
+        machine.save("finetune", {"rows": rows})
+        print(json.dumps(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":

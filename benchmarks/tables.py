@@ -138,6 +138,35 @@ def methods() -> str:
     return table(["method", "mean proxy loss", "wiki perplexity", "news perplexity", "true bits"], lines)
 
 
+def tuning() -> str:
+    """Tuning after and while rounding, against its time."""
+    content = load("finetune")
+    if content is None:
+        return ""
+    source = {"text": "Wikipedia", "self": "self-written"}
+    lines = []
+    for row in sorted(content["rows"], key=lambda row: (row["bits"], row["setting"], -row["perplexity"]["wiki"])):
+        blocks = ["blocks"] if row["mode"] == "full" else []
+        done = " and ".join(blocks + ([f"vectors, {row['epochs']:g} epochs"] if row["epochs"] else [])) or "none"
+        lines.append(
+            [
+                f"{row['bits']:g}",
+                "E8P" if row["codebook"] == "default" and row["bits"] == 2 else row["codebook"],
+                source[row["setting"]],
+                done,
+                f"{(row['quantizing']['cpu'] + row.get('cpu_seconds', 0)) / 60:.0f}",
+                *_perplexities([row]),
+                f"{row['divergence']['wiki']:.3f} / {row['divergence']['news']:.3f}",
+                f"{row['sampled_perplexity']:.2f}",
+                f"{row['repetition']:.2f} ({row['own_repetition']:.2f})",
+                f"{row['true_bits']:.3f}",
+            ]
+        )
+    titles = ["bits", "codebook", "text", "tuning", "CPU minutes", "wiki perplexity", "news perplexity", "KL wiki / news"]
+    titles += ["sampled text, times dense", "repeated 4-grams (dense)", "true bits"]
+    return table(titles, lines) + machine_line(content)
+
+
 def codebooks() -> str:
     """Every codebook on a Gaussian."""
     content = load("codebooks")
@@ -233,6 +262,45 @@ def loading() -> str:
     return table(["checkpoint", "file", "peak memory / file", "seconds"], lines) + machine_line(content)
 
 
+def mutations() -> str:
+    """Verdicts on damaged and hostile checkpoints, by family."""
+    content = load("fuzz")
+    if content is None:
+        return ""
+    found = content["mutations"]
+    good = ("same", "refused", "unknowable", "cryptic, theirs")
+    lines = []
+    for name, verdicts in (*found["families"].items(), ("all", found["verdicts"])):
+        counts = [verdicts.get(word, 0) for word in good]
+        total = sum(verdicts.values())
+        lines.append([name, *(f"{count:,}" for count in (total, *counts, total - sum(counts)))])
+    titles = ["checkpoint", "changed", "no effect", "refused by name", "not detectable", "Transformers' error", "faults"]
+    return table(titles, lines) + machine_line(content)
+
+
+def kills() -> str:
+    """What killed writers left, by what was written."""
+    content = load("fuzz")
+    if content is None:
+        return ""
+    found = content["kills"]
+    lines = [[name, str(count)] for name, count in found["jobs"].items()]
+    lines.append(["all", str(found["kills"])])
+    lines += [[f"... {_STATES[state]}", str(count)] for state, count in sorted(found["found"].items())]
+    lines += [["... with left-overs, all named and removed by the next run", str(found["left_something"])]]
+    lines += [["faults", str(found["faults"])]]
+    return table(["killed while writing with", "kills"], lines) + machine_line(content)
+
+
+# What lies in the output folder after a kill.
+_STATES = {
+    "absent": "nothing is there yet",
+    "new": "the new model is complete",
+    "old": "the old model is unchanged",
+    "refused": "files of save_pretrained that do not load as a model",
+}
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "quality": quality,
@@ -240,6 +308,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "methods": methods,
     "codebooks": codebooks,
+    "tuning": tuning,
     "speed": speed,
     "peers": peers,
     "memory": memory,
@@ -247,6 +316,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "search": search,
     "startup": startup,
     "loading": loading,
+    "mutations": mutations,
+    "kills": kills,
 }
 
 

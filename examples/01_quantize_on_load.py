@@ -49,7 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="self", help="calibration data: self, none, or a text file")
     parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences (more is better, slower)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each of them")
-    parser.add_argument("--tune", type=float, default=0, metavar="EPOCHS", help="train su, sv and norms after rounding")
+    parser.add_argument(
+        "--tune", type=float, default=2, metavar="EPOCHS", help="train su, sv and norms after rounding; 0: no"
+    )
     parser.add_argument("--text", type=Path, help="for the perplexity; gensim's news by default")
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens for the perplexity")
     parser.add_argument("--seed", type=int, default=0)
@@ -72,7 +74,7 @@ def main(options: argparse.Namespace) -> None:
         dataset = "self"
     else:
         dataset = None if options.dataset == "none" else [Path(options.dataset).read_text(encoding="utf-8")]
-    # su, sv and the norms learn from the same text what the dense model predicts; 8 more sequences decide about the result
+    # su, sv and the norms learn the dense model's predictions on the same text; 8 more sequences decide about the result
     tune = {"epochs": options.tune, "held_out": 8, "batch_size": 2} if options.tune and dataset is not None else "none"
     config = QuipConfig(
         bits=options.bits,
@@ -91,6 +93,12 @@ def main(options: argparse.Namespace) -> None:
     )
     after = timed("perplexity after", perplexity, model, windows)
     print(f"  {before:.2f} -> {after:.2f}  ({len(windows)} windows of {WINDOW} tokens)")
+    tuning = model.hf_quantizer.report.tuning if dataset is not None else None
+    if tuning:
+        print(
+            f"  tuned: {tuning['trained']} numbers in {tuning['steps']} steps; KL divergence to the dense model on "
+            f"held-out text: {tuning['held_out_before']:.3f} -> {tuning['held_out_after']:.3f}"
+        )
 
     timed("save", model.save_pretrained, output)
     tokenizer.save_pretrained(output)

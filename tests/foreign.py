@@ -154,7 +154,7 @@ def quip_for_all_config(**values) -> dict:
     return {"quantization_config": base | values}
 
 
-def exl3(codes: tuple[str, ...] = ("mcg", "3inst", "mul1"), bits: tuple[int, ...] = (2, 3, 1)) -> Make:
+def exl3(codes: tuple[str, ...] = ("mcg", "3inst", "mul1"), bits: tuple[float, ...] = (2, 3, 1)) -> Make:
     """Linears of EXL3, with these codes and bits in turn."""
     count = iter(range(10**9))
 
@@ -162,7 +162,8 @@ def exl3(codes: tuple[str, ...] = ("mcg", "3inst", "mul1"), bits: tuple[int, ...
         index = next(count)
         code, k = codes[index % len(codes)], bits[index % len(bits)]
         rows, columns = -(-m // 128) * 128, -(-n // 128) * 128
-        trellis = torch.randint(-(2**15), 2**15, (columns // 16, rows // 16, 16 * k), generator=generator).to(torch.int16)
+        words = (columns // 16, rows // 16, int(16 * k))
+        trellis = torch.randint(-(2**15), 2**15, words, generator=generator).to(torch.int16)
         suh, svh = half(columns, generator=generator), (half(rows, generator=generator) / columns**0.5)
         h = truth.hadamard(128)
         w = exl3_inner(trellis, code)
@@ -177,12 +178,11 @@ def exl3(codes: tuple[str, ...] = ("mcg", "3inst", "mul1"), bits: tuple[int, ...
 def exl3_inner(trellis: torch.Tensor, code: str) -> torch.Tensor:
     """The weight [in, out] before the transforms, float64, bit by bit (shared/formats/exl3.md, 4 to 6)."""
     tiles_in, tiles_out, width = trellis.shape
-    k = width // 16
     words = trellis.reshape(tiles_in * tiles_out, -1, 2).flip(2).reshape(tiles_in * tiles_out, width).long() & 0xFFFF
     bits = (words[:, :, None] >> torch.arange(15, -1, -1)) & 1
     bits = bits.flatten(1)
     i = torch.arange(256)[:, None]
-    places = ((i + 1) * k - 16 + torch.arange(16)) % (256 * k)
+    places = ((i + 1) * width // 16 - 16 + torch.arange(16)) % (16 * width)  # ⌊(i + 1)·K⌋: also for half bits
     states = (bits[:, places] << torch.arange(15, -1, -1)).sum(2)
     values = _exl3_value(states, code)
     q = torch.arange(256)

@@ -16,7 +16,7 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """A mapping from a name to an implementation, with errors that list what exists.
+    """A mapping from a name to an implementation, with errors that list the known names.
 
     Args:
         kind: the option of the config that names the entries ("codebook", "incoherence", "rounding").

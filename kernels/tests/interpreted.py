@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from quip_kernels import e8p, layout
-from quip_kernels.gpu import dequantize, launch, matvec, quantize, small_batch, transform, trellis, viterbi
+from quip_kernels.gpu import dequantize, launch, matvec, quantize, small_batch, transform
 from tests import truth
 from transformers_quip import incoherence, set_activations
-from transformers_quip.codebooks import viterbi as viterbi_reference
-from transformers_quip.codebooks.trellis import Trellis
 from transformers_quip.ops import backend
 from transformers_quip.ops.triton import run as ops
 
@@ -308,111 +306,6 @@ def test_transform_op():
     assert relative(y, x.transpose(0, 1).double() @ truth.hadamard(96)) < 5e-7
 
 
-TRELLIS = [
-    ("1mad", 2, "rows", None),
-    ("2mad", 1, "qtip", None),
-    ("3inst", 3, "exl3", None),
-    ("mcg", 4, "rows", None),
-    ("mul1", 2, "exl3", None),
-    ("mul1", 8, "qtip", None),
-    ("hyb", 2, "qtip", (512, 2)),
-    ("hyb", 5, "exl3", (256, 1)),
-    ("quantlut", 3, "rows", (1024, 2)),
-    ("lut", 2, "rows", (65536, 1)),
-    ("mul1", 1.5, "exl3", None),
-    ("mul1", 2.5, "exl3", None),
-    ("mul1", 3.5, "exl3", None),
-]
-
-
-def some_trellis(code, k, order, shape, m, n, table_dtype=torch.float16):
-    generator = torch.Generator().manual_seed(int(k))
-    book = Trellis(code, k, order, shape)
-    codes = torch.randint(-(2**15), 2**15, book.tensors(m, n)["codes"].shape, generator=generator).to(torch.int16)
-    table = None if shape is None else torch.randn(shape, generator=generator).to(table_dtype)
-    return book, codes, table
-
-
-def stored(codes, table):
-    return {"codes": codes} if table is None else {"codes": codes, "table": table}
-
-
-@pytest.mark.parametrize("case", TRELLIS)
-def test_trellis_dequantize_is_exact(case):
-    book, codes, table = some_trellis(*case, 16, 160)
-    for dtype in (torch.float32, torch.float16):
-        weight = trellis.dequantize(codes, 160, dtype, *case[:3], table)
-        assert torch.equal(weight, book.decode(stored(codes, table), 160, dtype))
-
-
-@pytest.mark.parametrize("code", trellis.CODES[:5])
-def test_trellis_dequantize_of_many_states(code):
-    """With 8 bits, the first state of a tile is its first word."""
-    states = torch.arange(0, 65536, 2039)[:32]
-    codes = states.to(torch.int16)[:, None].expand(-1, 128).reshape(16, -1)
-    weight = trellis.dequantize(codes, 16 * len(states), torch.float32, code, 8, "rows")
-    assert torch.equal(weight[0, ::16], Trellis(code, 8, "rows").values(None, torch.device("cpu"))[states])
-
-
-@pytest.mark.parametrize(("case", "batch"), [*((case, 1 + i % 3) for i, case in enumerate(TRELLIS)), (TRELLIS[4], 5)])
-def test_trellis_matvec(case, batch):
-    book, codes, table = some_trellis(*case, 16, 320, torch.bfloat16 if case[1] == 3 else torch.float32)
-    x = vectors(batch, 320)
-    y = trellis.matvec(x, codes, *case[:3], table)
-    assert y.shape[1:] == (batch, 16)
-    assert relative(y.sum(0), x.double() @ book.decode(stored(codes, table), 320, torch.float64).T) < 1e-6
-
-
-def test_trellis_matvec_in_parts():
-    book, codes, _ = some_trellis("mul1", 2, "exl3", None, 16, 800)
-    y = trellis.matvec(vectors(2, 800), codes, "mul1", 2, "exl3")
-    assert y.shape[0] > 1
-    assert relative(y.sum(0), vectors(2, 800).double() @ book.decode({"codes": codes}, 800, torch.float64).T) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("case", "batch", "dtype"),
-    [
-        (TRELLIS[4], 1, torch.float16),
-        (TRELLIS[4], 9, torch.float32),
-        (TRELLIS[6], 9, torch.bfloat16),
-        (TRELLIS[6], 3, torch.float32),
-        (TRELLIS[-2], 1, torch.float16),
-        (TRELLIS[-2], 9, torch.float32),
-    ],
-)
-def test_trellis_linear(case, batch, dtype):
-    m, n = 32, 96
-    book, codes, table = some_trellis(*case, m, n)
-    args = arguments(m, n, batch, dtype)
-    tensors = stored(codes, table)
-    args[1], args[5] = list(tensors.values()), book.name
-    y = ops.linear(*args)
-    x, _, su, sv, bias, *_ = args
-    q_in, q_out = (incoherence.get("hadamard", size, 0).matrix() for size in (n, m))
-    weight = sv.double()[:, None] * (q_out @ book.decode(tensors, n, torch.float64) @ q_in.T) * su.double()
-    error = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    assert relative(y, x.double() @ weight.T + bias.double()) < error
-    found, wanted = ops.decode(args[1], book.name, m, n, dtype), book.decode(tensors, n, dtype)
-    # the interpreter cuts bfloat16 off where a device rounds it; test_gpu.py asks for equality there
-    torch.testing.assert_close(found, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
-
-
-def test_trellis_that_does_not_fit_is_refused():
-    _, codes, table = some_trellis("hyb", 2, "qtip", (512, 2), 16, 32)
-    layout = ("hyb", 2, "qtip")
-    with pytest.raises(ValueError, match="needs a table"):
-        trellis.dequantize(codes, 32, torch.float32, *layout)
-    with pytest.raises(ValueError, match=r"int16 \[m, 8\]"):
-        trellis.dequantize(codes, 64, torch.float32, *layout, table)
-    with pytest.raises(ValueError, match="1 to 8 vectors"):
-        trellis.matvec(vectors(9, 32), codes, *layout, table)
-    with pytest.raises(ValueError, match="unknown trellis"):
-        trellis.matvec(vectors(1, 32), codes, "hyb", 9, "qtip", table)
-    with pytest.raises(ValueError, match="unknown trellis"):
-        trellis.matvec(vectors(1, 32), codes, "mcg", 2.5, "exl3")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize(("m", "n"), [(576, 1536), (14336, 512), (1024, 4096), (128, 14336), (64, 16384)])
@@ -423,37 +316,3 @@ def test_linear_at_the_shapes_of_models(m, n, batch):
     inner = incoherence.get("hadamard", n, 0).apply_transpose(args[0].double() * args[2].double())
     y_true = incoherence.get("hadamard", m, 0).apply(inner @ weight.T) * args[3].double() + args[4].double()
     assert relative(y, y_true) < 4e-3
-
-
-# bits of a state, V, new bits of even and odd states, doublings, T, window
-VITERBI = [(6, 1, (2, 2), 0, 16, 16), (6, 2, (1, 2), 1, 16, 6), (5, 1, (5, 5), 0, 8, 8), (11, 1, (3, 3), 2, 8, 4)]
-
-
-@pytest.mark.parametrize(("bits", "weights", "fresh", "doublings", "steps", "window"), VITERBI, ids=str)
-def test_viterbi_finds_the_states_of_the_reference(bits, weights, fresh, doublings, steps, window, monkeypatch):
-    monkeypatch.setattr(viterbi, "TILES", 2)
-    generator = torch.Generator().manual_seed(bits)
-    levels = torch.randint(-32768, 32768, (weights, 1 << bits), generator=generator).to(torch.int16)
-    x = torch.randint(-32768, 32768, (3, steps, weights), generator=generator).to(torch.int16)
-    x[1] //= 16384  # few values, with ties
-    levels[:, ::3] //= 16384
-    for passes in (1, 2):
-        wanted = viterbi_reference.search(x, levels, fresh, doublings, window, passes)
-        assert torch.equal(viterbi.search(x, levels, fresh, doublings, window, passes), wanted)
-    assert viterbi.search(x[:0], levels, fresh, doublings, window, 1).shape == (0, steps)
-
-
-def test_viterbi_is_the_encoder_of_the_triton_backend(monkeypatch):
-    calls = []
-
-    def search(*arguments):
-        calls.append(arguments[2:])
-        return viterbi_reference.search(*arguments)
-
-    monkeypatch.setattr(viterbi, "search", search)
-    book, x = Trellis("hyb", 4, "rows", (512, 2)), torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
-    with backend.overridden(devices={"cpu": "reference"}):
-        expected = book.encode(x)[0]
-        assert not calls
-    assert torch.equal(book.encode(x)[0], expected)
-    assert [call[0] for call in calls] == [(8, 8)]

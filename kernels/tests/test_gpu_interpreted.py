@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` in a process of its own: Triton's interpreter must be chosen before a kernel is imported."""
+"""Runs the kernels' tests in a process of its own: Triton's interpreter must be chosen before a kernel is imported."""
 
 import importlib.util
 import os
@@ -22,8 +22,9 @@ def run(selection: str) -> None:
     }
     # -p interpreter: before anything imports a kernel
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "interpreter", "-p", "no:cacheprovider", "-m", selection]
+    names = ("interpreted.py", "interpreted_trellis.py", "interpreted_viterbi.py")
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("interpreted.py"))],
+        [*command, *(str(Path(__file__).with_name(name)) for name in names)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

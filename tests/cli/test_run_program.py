@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.cli.child import environment
 from transformers_quip import cli
@@ -24,7 +26,6 @@ def child(queue):
     queue.put(known())
 
 def known():
-    import transformers.modeling_utils
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
     return "quip" in AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -62,6 +63,24 @@ def test_a_program_and_its_processes(program):
     assert found["arguments"] == ["-m", "--model", "x", "--help", "--"]
     assert found["here"] is found["spawned"] is found["started"] is True
     assert found["early"] is False  # nothing is imported that the program has not asked for
+
+
+def test_a_program_that_asks_whether_transformers_is_installed(tmp_path):
+    """As accelerate, PEFT and TRL do: what they find then is not what they import later."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom importlib.util import find_spec\n"
+        "places = [find_spec('transformers').origin for _ in range(2)]\n"
+        "assert find_spec('transformers').loader.is_package('transformers')\n"
+        "import transformers\n"
+        "assert places == [transformers.__file__] * 2\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+        "print('quip' in AUTO_QUANTIZATION_CONFIG_MAPPING)\n"
+        "from sitecustomize import _LoadsQuip\n"
+        "assert not [finder for finder in sys.meta_path if isinstance(finder, _LoadsQuip)]\n"
+    )
+    result = run(script)
+    assert result.stdout == "True\n", result.stderr
 
 
 def test_without_run_it_is_not_known(program):
@@ -186,3 +205,27 @@ def test_an_evaluation_harness(quantized, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "acc" in result.stdout
     assert "Unknown quantization" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_trainers_command_line(quantized, tmp_path):
+    """TRL's, which starts accelerate's launcher, which starts the script: an adapter is trained on the quantized model."""
+    pytest.importorskip("trl", reason="trl is not installed")
+    (tmp_path / "data").mkdir()
+    rows = [{"text": f"number {row} and others"} for row in range(8)]
+    (tmp_path / "data" / "train.json").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--model_name_or_path", quantized, "--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out",
+               "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--max_steps", "2",
+               "--max_length", "16", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--report_to", "none",
+               "--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False",
+               "--cpu", "--num_processes", "1"]  # fmt: skip
+    result = run("trl", "sft", *options, HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr[-4000:]
+    losses = [float(found) for found in re.findall(r"'loss': '?([0-9.]+)", result.stdout)]
+    assert len(losses) == 2
+    assert all(0 < loss < 20 for loss in losses)
+    assert "Unknown quantization" not in result.stderr
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)  # they begin as zeros
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(quantized)

@@ -81,6 +81,18 @@ def test_what_is_not_installed_is_named(quantized, monkeypatch, capsys):
     assert "serve needs no-such-package: pip install 'transformers-quip[serve]'" in error
 
 
+def test_the_list_of_models_needs_the_hubs_cache(quantized, started, monkeypatch, tmp_path, capsys):
+    """Transformers 5.23 answers with an error where there is no such folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "new" / "hub"))
+    assert cli.main(["serve", str(quantized)]) == 0
+    assert (tmp_path / "new" / "hub").is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    assert cli.main(["serve", str(quantized)]) == 0
+    assert "/v1/models may not list models" in capsys.readouterr().err
+    assert len(started) == 2
+
+
 def llama_8b(quantized, **changes):
     """Sizes of Llama-3.1-8B, at 2 bits."""
     inventory = read_folder(quantized)
@@ -220,6 +232,8 @@ def test_the_real_server(server, talking):
             replies = list(pool.map(asked, words))
     except urllib.error.HTTPError as error:
         pytest.fail(f"{error}: {error.read()[:500]} {log.read_text()[-2000:]}")
+    with urllib.request.urlopen(f"http://localhost:{port}/v1/models", timeout=120) as reply:
+        assert json.load(reply)["object"] == "list"
     assert replies == [expected(text) for text in words]
     assert "unknown quantization" not in log.read_text().lower()
     if os.path.exists(f"/proc/{pid}/status"):

@@ -14,6 +14,7 @@ from tests.models import tiny_model
 from transformers_quip import QuipConfig
 from transformers_quip.finetune import TuneOptions, Verdict, record, tune_vectors, window_divergences
 from transformers_quip.finetune.end_to_end import _order, student_head
+from transformers_quip.quantize.recipe import quantize_model
 
 OPTIONS = TuneOptions(epochs=12, batch_size=4, held_out=8, learning_rate=2e-2)
 
@@ -121,3 +122,40 @@ def test_a_result_without_gain_does_not_replace_the_record_of_a_gain(models, ear
     calibration = model.config.quantization_config.calibration
     assert calibration["tuning"]["kept"] is (earlier is not None)
     assert calibration.get("tokens") == (6 if earlier else None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_on_request(tied):
+    dense, model = pair("llama", tie_word_embeddings=tied)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    names = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    teacher = record(dense, IDS)
+    without = copy.deepcopy(model)
+    tune_vectors(without, teacher, TuneOptions(epochs=4, batch_size=4, held_out=8, learning_rate=2e-2), progress=False)
+    options = TuneOptions(epochs=4, batch_size=4, held_out=8, learning_rate=2e-2, embeddings=True, embedding_rate=0.2)
+    report = tune_vectors(model, teacher, options, progress=False)
+    assert report.verdict.accepted
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    for name in names:
+        assert not torch.equal(model.get_parameter(name), before[name]), name
+        assert torch.equal(without.get_parameter(name), before[name]), name
+        assert not model.get_parameter(name).requires_grad or before[name].requires_grad
+    assert divergence(model, dense, IDS[16:]) < divergence(without, dense, IDS[16:])
+    assert report.trained > sum(before[name].numel() for name in names)
+
+
+def test_embeddings_are_restored_after_a_loss():
+    dense, model = pair("llama")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    options = TuneOptions(epochs=1, batch_size=4, held_out=8, learning_rate=50.0, embeddings=True, embedding_rate=1.0)
+    assert not tune_vectors(model, record(dense, IDS), options, progress=False).verdict.accepted
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_quantized_embeddings_cannot_be_trained():
+    dense = tiny_model("llama", tie_word_embeddings=False)
+    model = copy.deepcopy(dense)
+    config = QuipConfig(bits=2, dataset=IDS[:8], sequence_length=20, num_samples=8, modules={"embed_tokens": {"bits": 4}})
+    quantize_model(model, config)
+    with pytest.raises(ValueError, match="can only be trained while they are dense, and one is a QuipEmbedding"):
+        tune_vectors(model, record(dense, IDS), TuneOptions(held_out=8, embeddings=True), progress=False)

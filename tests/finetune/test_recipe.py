@@ -90,3 +90,19 @@ def test_too_little_text_is_found_out_before_the_work(folder, monkeypatch):
 def test_bad_options(changes, message):
     with pytest.raises(ValueError, match=message):
         QuipConfig(**changes)
+
+
+def test_blocks_alone_hold_no_text_out_and_full_does_both(folder):
+    blocks = load(folder, tune={"mode": "blocks", "block_windows": 8}, num_samples=24)
+    report = blocks.hf_quantizer.report
+    assert report.tokens == 24 * 20
+    assert report.seconds["tune"] > 0
+    assert report.tuning is None
+    plain = load(folder, num_samples=24)
+    name = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(blocks.get_parameter(name), plain.get_parameter(name))
+    full = load(folder, tune={**TUNE, "mode": "full", "block_windows": 8})
+    assert full.config.quantization_config.calibration["tuning"]["kept"] is True
+    assert full.hf_quantizer.report.tokens == 16 * 20
+    record = full.hf_quantizer.report.tuning
+    assert record["held_out_after"] < record["held_out_before"]

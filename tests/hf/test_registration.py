@@ -66,6 +66,12 @@ ORDERS = {
     "quantizer": "from transformers_quip import QuipQuantizer",
     "layer": "from transformers_quip import QuipLinear",
     "room": "import transformers_quip.hf.modes",
+    "looked for before": (
+        "import transformers_quip\n"
+        "from importlib.util import find_spec\n"
+        "for name in ('transformers', 'transformers.quantizers.auto', 'transformers.modeling_utils') * 2:\n"
+        "    assert find_spec(name).loader.is_package(name) == (name == 'transformers')"
+    ),
     "trainer": "import transformers_quip; from transformers import Trainer",
     "torch": "import torch, transformers_quip, transformers.integrations",
 }

@@ -37,7 +37,7 @@ def test_any_number_of_blocks(count):
     torch.testing.assert_close(transform.apply_transpose(transform.apply(x)), x)
 
 
-@pytest.mark.parametrize(("name", "size"), [("hadamard-128", 192), ("hadamard-eighths", 12)])
+@pytest.mark.parametrize(("name", "size"), [("hadamard-128", 192), ("hadamard-256", 384), ("hadamard-eighths", 12)])
 def test_sizes_without_blocks(name, size):
     with pytest.raises(ValueError, match=f"size={size} is not a multiple"):
         incoherence.get(name, size)

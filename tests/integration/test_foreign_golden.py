@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from transformers_quip import QuipLinear, cli
 from transformers_quip.hf.convert import convert
+from transformers_quip.nn import QuipEmbedding
 from transformers_quip.nn.fused import FusedRows
 
 FOLDERS = (
@@ -45,7 +46,7 @@ FOLDERS = (
     "exl3_mul1_k1_bias",
     "exl3_mul1_k2",
 )
-OF_1_6 = ("exl3_mul1_k2h", "exl3_mixed_half")
+OF_1_6 = ("exl3_mul1_k2h", "exl3_mixed_half", "exl3_qemb")
 CONVERTED = ("qs_E8P12_t128", "qfa_E8P12_rand_t128_bin", "qfa_E8P12_had_pad268", "qtip_hyb_k2_skip", "exl3_mcg_k2_padded")
 
 
@@ -56,7 +57,7 @@ def distance(value: torch.Tensor, expected: torch.Tensor) -> float:
 def dense_weight(module: torch.nn.Module) -> torch.Tensor:
     if isinstance(module, FusedRows):
         return module.fusion.linear.dequantize()[module.begin : module.end]
-    return module.dequantize() if isinstance(module, QuipLinear) else module.weight
+    return module.dequantize() if isinstance(module, QuipLinear | QuipEmbedding) else module.weight
 
 
 def code_domain(module: QuipLinear) -> torch.Tensor:

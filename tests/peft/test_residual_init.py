@@ -130,7 +130,7 @@ def test_it_trains_and_reloads(folders, load, tmp_path):
 def test_dense_weights_are_read_one_at_a_time(folders, load, monkeypatch):
     dense_folder = folders("llama")[0]
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
-    weights = DenseWeights(dense_folder)
+    weights = DenseWeights(dense_folder, tiny_model("llama"))
     assert all(p.is_meta for p in weights._model.parameters())
     assert weights.weight(Q_PROJ, (64, 64)).shape == (64, 64)
 
@@ -164,8 +164,14 @@ def test_models_that_do_not_fit(folders, load, tmp_path):
     load(dense_folder).config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no model.safetensors"):
         residual_init(load(folder), tmp_path)
-    with pytest.raises(ValueError, match="has no module model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match="is a model of type gpt2, and the quantized model one of type llama"):
         residual_init(load(folder), folders("gpt2")[0])
+    with pytest.raises(ValueError, match="has no module model.layers.0.self_attn.q_proj"):
+        residual_init(load(folder), tiny_model("gpt2"))
+    offloaded = load(folder)
+    offloaded.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj is offloaded"):
+        residual_init(offloaded, dense_folder)
     with pytest.raises(ValueError, match=r"q_proj has shape \[48, 48\] .* and \[64, 64\]"):
         residual_init(load(folder), tiny_model("llama", hidden_size=48))
     adapted = peft.get_peft_model(load(folder), peft.LoraConfig(r=4))
@@ -179,7 +185,7 @@ def test_models_that_do_not_fit(folders, load, tmp_path):
 def test_weights_that_transformers_splits_need_the_model_itself(folders, load, tmp_path):
     """A checkpoint may store several modules' weights as one tensor, or one module's as several."""
     dense_folder = save_tiny_model("llama", tmp_path)
-    weights = DenseWeights(dense_folder)
+    weights = DenseWeights(dense_folder, tiny_model("llama"))
     del weights._tensors[f"{Q_PROJ}.weight"]
     with pytest.raises(ValueError, match="does not hold .*q_proj.weight as one tensor: give the loaded model"):
         weights.weight(Q_PROJ, (64, 64))

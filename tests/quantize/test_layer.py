@@ -21,6 +21,7 @@ def options(**changes):
         "rounding": "ldlq",
         "damping": 0.01,
         "refinement_sweeps": 2,
+        "refit": 0,
         "scale": "auto",
         "seed": 0,
     }

@@ -76,7 +76,7 @@ class LinearObserver:
             self._callback(leader, tensor.detach())
 
     def _join_or_lead(self, name: str, index: int, reading: _Reading) -> str:
-        # Join only a group that has read exactly what this linear has read: this tensor, once, in this call.
+        # Join only a group that has read exactly the same: this tensor, once, in this call.
         joinable = [leader for leader in reading.leaders if leader in self._formed and self._reports[leader] == {index}]
         leader = joinable[0] if joinable else name
         if leader == name:

@@ -152,12 +152,14 @@ def read_folder(folder: str | Path) -> Inventory:
         weight_map = content.get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
-        outside = [name for name in weight_map.values() if not _is_file_name(name)]
+        names = {name for name in weight_map.values() if isinstance(name, str)}
+        outside = [name for name in weight_map.values() if not isinstance(name, str)]
+        outside += [name for name in names if not _is_file_name(name)]
         if outside:
             raise ValueError(
                 f"{index} names the file {str(outside[0])[:80]!r}, which is not a file of this folder: {DAMAGED}"
             )
-        files = sorted({folder / name for name in weight_map.values()})
+        files = sorted({folder / name for name in names})
         missing = [file for file in files if not file.is_file()]
         if missing and len(missing) < len(files):
             raise ValueError(f"{missing[0]} is missing ({len(missing)} of {len(files)} files): download the model again")
@@ -218,9 +220,9 @@ def _is_size(value: Any, limit: int = 2**40) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < limit
 
 
-def _is_file_name(name: Any) -> bool:
+def _is_file_name(name: str) -> bool:
     """Whether this names a file of a folder, and nothing outside it."""
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not name or "\0" in name:
         return False
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts

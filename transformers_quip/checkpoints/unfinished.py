@@ -83,7 +83,7 @@ def work_in(target: Path) -> Iterator[Path]:
 
 
 def remove_dead(target: Path) -> None:
-    """Remove the work folders of killed runs in a folder, and what they were moving up from there."""
+    """Remove the work folders of killed runs in a folder, and the files that they were moving up from there."""
     for work in sorted(path for path in target.glob(f"{WORK}*") if path.is_dir() and not path.is_symlink()):
         if any(work.iterdir()) and not (work / MOVING).is_file():
             continue  # somebody else's

@@ -1,7 +1,7 @@
 """The command line: `transformers-quip COMMAND`, and the same as `optimum-cli quip COMMAND`.
 
-One module for each command. It holds a click command called `command`, and imports heavy packages only when it runs, so
-that `--help` answers at once.
+One module for each command. It holds a click command called `command`, is imported only for that command, and imports
+heavy packages only when it runs, so that `--help` answers at once.
 
 Exit codes: 0 done; 2 the command line is wrong; 3 a value, a model or a file cannot be used (the message says why);
 4 something could not be read, written or reached; 130 stopped by Ctrl-C, 143 by SIGTERM; 1 an error of this program.
@@ -20,7 +20,19 @@ import click
 from ..version import __version__
 
 USAGE, UNUSABLE, UNREACHABLE, STOPPED, TERMINATED = 2, 3, 4, 130, 143
-COMMANDS = ("quantize", "tune", "evaluate", "inspect", "compare", "convert", "push", "chat", "serve", "run")
+# Name → its line in the help.
+COMMANDS = {
+    "quantize": "Quantize a model and save it.",
+    "tune": "Train su, sv and the norms of a quantized model.",
+    "evaluate": "Measure perplexity, divergence, speed and size.",
+    "inspect": "Show the content of a saved model without loading it.",
+    "compare": "Put two models side by side.",
+    "convert": "Re-pack a checkpoint of another package, without loss, or write one for exllamav3.",
+    "push": "Push a saved model to the Hub.",
+    "chat": "Talk to a model.",
+    "serve": "Serve a model with an OpenAI-compatible API.",
+    "run": "Run another program with transformers_quip loaded.",
+}
 # `run` is a name of this module already.
 _MODULES = {"run": "run_program"}
 
@@ -35,6 +47,10 @@ class _Commands(click.Group):
         if name not in COMMANDS:
             return None
         return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}").command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))  # click's own imports every command
 
 
 @click.group(

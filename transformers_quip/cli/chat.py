@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HELP = "Type a message.  /reset forgets the conversation, /exit or Ctrl-D quits, Ctrl-C stops a reply."
 
 
-@click.command(short_help="Talk to a model.")
+@click.command()
 @click.argument("model")
 @click.option("--prompt", help="Send this message, print the reply, and quit.")
 @click.option("--system", help="System prompt.")

@@ -13,7 +13,7 @@ from .inspect import describe, read
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 
 
-@click.command(short_help="Put two models side by side.")
+@click.command()
 @click.argument("a")
 @click.argument("b")
 @click.option(

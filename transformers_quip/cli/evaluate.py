@@ -33,7 +33,7 @@ length_option = click.option("--length", default=512, show_default=True, help="T
 batch_option = click.option("--batch-size", default=4, show_default=True, help="Windows in one forward pass.")
 
 
-@click.command(short_help="Measure perplexity, divergence, speed and size.")
+@click.command()
 @click.argument("model")
 @click.option("--dense", help="The dense model (folder or id): adds KL divergence, top-1 agreement and generation quality.")
 @text_option

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..checkpoints.inventory import Inventory
 
 
-@click.command(short_help="Show the content of a saved model without loading it.")
+@click.command()
 @click.argument("model")
 @click.option("--context", default=4096, show_default=True, help="Tokens for which the key-value cache is counted.")
 @click.option("--layers", is_flag=True, help="List every quantized layer, not only the kinds.")

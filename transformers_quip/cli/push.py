@@ -9,7 +9,7 @@ import click
 from .console import json_option, show_json, tell, token_option
 
 
-@click.command(short_help="Push a saved model to the Hub.")
+@click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make a new repository private.")

@@ -13,7 +13,7 @@ from .destination import check_file, check_not_source, new_folder
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 
 
-@click.command(short_help="Quantize a model and save it.")
+@click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--bits", type=float, help="Code bits per weight.  [default: 2, or the bits of --codebook]")

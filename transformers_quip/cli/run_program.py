@@ -13,10 +13,7 @@ from typing import NoReturn
 import click
 
 
-@click.command(
-    short_help="Run another program with transformers_quip loaded.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-)
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("-m", "--module", is_flag=True, help="PROGRAM is the name of a Python module, as for python -m.")
 @click.option("--print-path", is_flag=True, help="Print the folder to put on PYTHONPATH, and run nothing.")
 @click.argument("program", required=False)

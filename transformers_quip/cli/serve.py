@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from typing import Any
 
@@ -17,10 +18,7 @@ from .run_program import run_loaded
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "openai": "openai", "pydantic": "pydantic", "typer": "typer"}
 
 
-@click.command(
-    short_help="Serve a model with an OpenAI-compatible API.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True},
-)
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True})
 @click.argument("model")
 @click.argument("others", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="localhost", show_default=True, help="Address to listen on.")
@@ -62,6 +60,7 @@ def command(
         arguments += _limited(read(model, revision, token), device_map, cache_tokens)
     elif continuous_batching:
         arguments.append("--continuous-batching")
+    make_cache_folder()
     name = model if revision is None else f"{model}@{revision}"
     tell(f"http://{host}:{port}/v1 is going to serve {name}")
     program = [sys.executable, "-m", "transformers.cli.transformers", "serve", name]
@@ -77,6 +76,16 @@ def check_installed() -> None:
     missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(f"serve needs {', '.join(missing)}: pip install 'transformers-quip[serve]'")
+
+
+def make_cache_folder() -> None:
+    """Make the folder of the Hub's cache: without it, the server of Transformers 5.23 answers /v1/models with an error."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        os.makedirs(HF_HUB_CACHE, exist_ok=True)
+    except OSError as error:
+        tell(f"{HF_HUB_CACHE} cannot be made ({error.strerror}): /v1/models may not list models")
 
 
 def _limited(inventory: Any, device_map: str | None, cache_tokens: int) -> list[str]:

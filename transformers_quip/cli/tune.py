@@ -13,7 +13,7 @@ from .loading import device_option, dtype_option, find_tokenizer, load_model
 from .quantize import dataset_of
 
 
-@click.command(short_help="Train su, sv and the norms of a quantized model.")
+@click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", required=True, help="The model that was quantized: a folder or an id on the Hub.")
@@ -73,16 +73,24 @@ def command(
     is a copy of MODEL, and a message says so.
     """
     from ..config import QuipConfig
-    from ..finetune import TuneOptions
+    from ..finetune import TuneOptions, processes
 
     options = TuneOptions(learning_rate=learning_rate, epochs=epochs, batch_size=batch_size, held_out=held_out, seed=seed)
     data = QuipConfig(dataset=dataset_of(dataset), num_samples=num_samples, sequence_length=sequence_length, seed=seed)
     if data.dataset is None:
         raise click.UsageError("--dataset none: tuning needs text")
+    loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "token": token}
     check_not_source(out, model)
     if report_file is not None and out.absolute() not in report_file.absolute().parents:
         check_file(report_file)
-    loading = {"dtype": dtype, "device_map": device_map, "token": token}
+    together = processes.join()
+    if together is not None and state is None:
+        raise click.UsageError("several processes share the dense model's states: --state names a folder for them")
+    if together is not None and together.device.type != "cpu" and device_map is None:
+        loading["device_map"] = {"": together.device}
+    if not processes.is_first():
+        tune_folder(model, dense, None, options, data, state, **loading)
+        return
     with new_folder(out, overwrite) as folder:
         tuned, report = tune_folder(model, dense, folder, options, data, state, **loading)
     if report_file is not None:
@@ -94,30 +102,41 @@ def command(
 
 
 def tune_folder(
-    source: str, dense: str, folder: Path, options: Any, data: Any, state: Path | None, **loading: Any
+    source: str, dense: str, folder: Path | None, options: Any, data: Any, state: Path | None, **loading: Any
 ) -> tuple[Any, Any]:
     """Read with the dense model, tune the quantized one and write it to the folder; returns that model and the report.
 
-    Only one of the two models is in memory at a time.
+    Only one of the two models is in memory at a time. Of several processes, the first makes the text and the dense model's
+    states, and has a folder.
     """
-    from ..calibration.dataset import load_token_ids
-    from ..finetune import record, tune_vectors
+    from ..finetune import tune_vectors
 
     reasons: list[str] = []
     tokenizer = find_tokenizer(source, reasons.append, token=loading["token"])
-    teacher_model = load_model(dense, **loading)
-    ids, description = load_token_ids(data, teacher_model, tokenizer, held_out=options.held_out)
-    tell(f"tuning on {description}")
-    teacher = record(teacher_model, ids, None if state is None else state / "teacher.bin")
-    del teacher_model
+    teacher = _read_densely(load_model(dense, **loading), tokenizer, options, data, state)
     quantized = load_model(source, **loading)
     report = tune_vectors(quantized, teacher, options, state)
+    if folder is None:
+        return quantized, report
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for reason in reasons:
         tell(reason)
     quantized.save_pretrained(folder)
     return quantized, report
+
+
+def _read_densely(model: Any, tokenizer: Any, options: Any, data: Any, state: Path | None) -> Any:
+    """The text and the dense model's states over it, which the first process makes."""
+    from ..calibration.dataset import load_token_ids
+    from ..finetune import processes, record
+
+    ids, description = processes.from_first(lambda: load_token_ids(data, model, tokenizer, held_out=options.held_out))
+    first = processes.is_first()
+    if first:
+        tell(f"tuning on {description}")
+    path = None if state is None else state / "teacher.bin"
+    return processes.first_before_others(lambda: record(model, ids, path, progress=first))
 
 
 def _conclude(out: Path, report: Any, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from .half_integer import HalfInteger
 from .residual import ResidualE8P
 from .scalar import Scalar
 from .trellis import BEST, Trellis
+from .trellis_rows import PREFIX, TrellisRows
 
 __all__ = [
     "Codebook",
@@ -126,8 +127,8 @@ def get(name: str) -> Codebook:
     """The codebook of this name, the same one at every call.
 
     Args:
-        name: one of [`names`], also followed by "@" and a residual scale ("e8p-rvq4@0.29"); or "trellis:…" (see
-            `trellis.py`), of which there are too many to list.
+        name: one of [`names`], also followed by "@" and a residual scale ("e8p-rvq4@0.29"); or "trellis:…" or
+            "trellis-rows:…" (see `trellis.py`, `trellis_rows.py`), of which there are too many to list.
 
     Raises:
         ValueError: the name is unknown; a residual scale is not finite, zero, or given for a codebook of one stage.
@@ -141,6 +142,8 @@ def get(name: str) -> Codebook:
 def _get(name: str) -> Codebook:
     if name.startswith("trellis:"):
         return Trellis.parse(name)
+    if name.startswith(PREFIX):
+        return TrellisRows.parse(name)
     known, separator, scale = name.partition("@")
     if not separator:
         return _CODEBOOKS[name]()

@@ -179,7 +179,7 @@ class Trellis(Codebook):
         values, metric = _encoder_on(self.name, x.device)
         states = viterbi.encode(tiles[:, places], metric, self.k)
         codes = viterbi.pack(states, viterbi.fresh_bits(self.k, self.step))
-        points = values.index_select(0, states.flatten()).view(len(tiles), -1)[:, source]
+        points = values.index_select(0, states.flatten()).view(tiles.shape)[:, source]
         return codes.reshape(*x.shape[:-1], codes.shape[-1]), points.reshape(x.shape)
 
     def store(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -233,7 +233,7 @@ class Trellis(Codebook):
         if self.table_shape is None:
             if table is not None:
                 raise ValueError(f"codebook {self.name!r} has no table, got {list(table.shape)}")
-            return _computed_on(self.code, device, dtype)
+            return computed_on(self.code, device, dtype)
         if table is None or tuple(table.shape) != self.table_shape or not table.is_floating_point():
             given = "none" if table is None else f"{table.dtype} {list(table.shape)}"
             raise ValueError(f"codebook {self.name!r} needs a floating point table {list(self.table_shape)}, got {given}")
@@ -308,7 +308,8 @@ def _byte_sum(h: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _computed_on(code: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def computed_on(code: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[`computed_values`] on this device, in this dtype."""
     return computed_values(code).to(device=device, dtype=dtype)
 
 

@@ -139,6 +139,8 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         if not method.works_with(book):
             books = ", ".join(repr(known) for known in codebooks.names() if method.works_with(codebooks.get(known)))
             methods = f"methods for {name!r}: {', '.join(map(repr, _methods(name)))}"
+            if book.is_read_only:
+                methods = f"{name!r} is for checkpoints that were made elsewhere, and no method rounds to it"
             raise ValueError(
                 f"QuipConfig: rounding={self.rounding!r} does not work with codebook={name!r}, only with "
                 f"{books or 'none that is registered'}; {methods}"

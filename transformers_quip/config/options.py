@@ -23,6 +23,7 @@ MODULE_OPTIONS = (
     "rounding",
     "damping",
     "refinement_sweeps",
+    "refit",
     "scale",
 )
 
@@ -141,10 +142,16 @@ OPTIONS: dict[str, Option] = {
     "damping": Option(
         0.01, check.positive, "Added to the Hessian's diagonal, as a share of its mean; grows until Cholesky works."
     ),
+    "sketch_samples": Option(
+        64, check.integer(1), "Token sequences for the gradients that rounding='yaqa' needs; at most `num_samples`."
+    ),
     "refinement_sweeps": Option(
         None,
         check.optional(check.integer(0)),
         "Passes over the codes after the first rounding; None: as many as pay for the codebook, 10, or 0 of a trellis.",
+    ),
+    "refit": Option(
+        0, check.integer(0), "How often su is fitted to the codes after rounding, in turn with sv; 0 fits only sv."
     ),
     "scale": Option(
         "auto", check.scale, "'auto': measured for each weight; a number multiplies the scale published for the codebook."

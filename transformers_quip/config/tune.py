@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-MODES = ("none", "vectors", "full")
+MODES = ("none", "vectors", "blocks", "full")
 MEMORY = ("auto", "fast", "low")
+_BLOCK_RATES = ("block_epochs", "block_learning_rate", "block_weight_rate")
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,9 @@ class TuneOptions:
     """How a quantized model is tuned.
 
     Attributes:
-        mode: "none"; "vectors": su, sv and the norms are trained end to end, the codes are fixed; "full": before
-            that, each block is tuned while it is rounded, in QuIP#'s order, which also trains weights that are still dense.
+        mode: "none"; "vectors": su, sv and the norms are trained end to end, the codes are fixed; "blocks": each block is
+            tuned while it is rounded, in QuIP#'s order, which also trains weights that are still dense; "full": first
+            "blocks", then "vectors".
         learning_rate: of multipliers, which begin at 1; the highest of a schedule that warms up and then falls as a cosine.
         epochs: the number of times that every window is read.
         batch_size: windows in one step.
@@ -26,10 +28,13 @@ class TuneOptions:
         looks: the number of times that the held-out windows are read during training.
         clip: largest norm of the gradient of all multipliers together.
         norms: whether the weights of norms are trained as well.
+        embeddings: whether the embeddings and the output embeddings are trained end to end as well. They must be dense; if
+            they are tied, they stay tied.
+        embedding_rate: their learning rate relative to the size of their entries, as a share of `learning_rate`.
         memory: "fast" keeps all decoded weights and activations, "low" computes them again in the backward pass,
             "auto" decides by the free memory.
         seed: random seed of the order of the windows.
-        block_windows: calibration windows on which a block is tuned (mode "full"); a quarter of their number more is used
+        block_windows: calibration windows on which a block is tuned; a quarter of their number more is used
             for comparing.
         block_epochs: the number of times that they are read after each group of linears.
         block_learning_rate: of multipliers, in a block.
@@ -45,6 +50,8 @@ class TuneOptions:
     looks: int = 8
     clip: float = 1.0
     norms: bool = True
+    embeddings: bool = False
+    embedding_rate: float = 0.02
     memory: str = "auto"
     seed: int = 0
     block_windows: int = 64
@@ -61,12 +68,23 @@ class TuneOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"tune: {name}={value!r} must be an integer of at least {least}")
-        for name in ("learning_rate", "epochs", "clip", "block_epochs", "block_learning_rate", "block_weight_rate"):
+        for name in ("learning_rate", "epochs", "clip", "embedding_rate", *_BLOCK_RATES):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"tune: {name}={value!r} must be a number above 0")
-        if not isinstance(self.norms, bool):
-            raise ValueError(f"tune: norms={self.norms!r} must be True or False")
+        for name in ("norms", "embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"tune: {name}={getattr(self, name)!r} must be True or False")
+
+    @property
+    def tunes_blocks(self) -> bool:
+        """Whether blocks are tuned while they are rounded."""
+        return self.mode in ("blocks", "full")
+
+    @property
+    def tunes_vectors(self) -> bool:
+        """Whether the vectors are tuned end to end."""
+        return self.mode in ("vectors", "full")
 
     @classmethod
     def parse(cls, value: str | Mapping[str, Any] | TuneOptions | None) -> TuneOptions:

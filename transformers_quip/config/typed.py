@@ -26,7 +26,9 @@ class TypedOptions:
     sequence_length: int
     batch_size: int
     damping: float
+    sketch_samples: int
     refinement_sweeps: int | None
+    refit: int
     scale: str | float
     modules_to_not_convert: list[str] | None
     modules: dict[str, dict[str, Any]] | None
@@ -50,7 +52,9 @@ class TypedOptions:
         sequence_length: int = 512,
         batch_size: int = 8,
         damping: float = 0.01,
+        sketch_samples: int = 64,
         refinement_sweeps: int | None = None,
+        refit: int = 0,
         scale: str | float = "auto",
         modules_to_not_convert: Sequence[str] | None = None,
         modules: dict[str, dict[str, Any]] | None = None,

@@ -38,7 +38,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Written:
-    """What one model writes after some prompts.
+    """The text that one model writes after some prompts.
 
     Attributes:
         sampled: its continuations at temperature 1, token ids [N, length].

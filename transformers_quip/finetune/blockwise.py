@@ -46,7 +46,7 @@ class GroupRecord:
 class BlockTuner:
     """Tunes one block while it is quantized.
 
-    The loss is the squared error of the block's output, relative to the squared length of what the block adds to its input,
+    The loss is the squared error of the block's output, relative to the squared length of the block's change to its input,
     token by token. Otherwise the few tokens with massive activations would be all that counts.
 
     Args:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,13 @@ from ..config import QuipConfig
 from ..config.tune import TuneOptions
 from ..evaluation.kept import logit_map
 from ..nn.replace import quantized_linears
+from . import processes
 from .guard import Verdict, restored_unless_kept, window_divergences
 from .head import CHUNK, Head, divergence_sum, hidden_states
 from .memory import Estimate, blocks_of, decoded_bytes, estimate, fits, recomputed
 from .product import FrozenProduct, product_dtype
 from .state import Run, fingerprint, load, save
-from .student import Student, tuned
+from .student import Student, TrainedLinear, embedding_weights, tuned
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def tune_vectors(
     options: TuneOptions,
     state: str | os.PathLike | None = None,
     progress: bool = True,
+    shard: bool | None = None,
 ) -> TuneReport:
     """Tune the vectors of a quantized model, in place.
 
@@ -95,32 +97,57 @@ def tune_vectors(
         state: a folder for the state of the run. A stopped run resumes from there with the same result, if model, text and
             options are the same.
         progress: show a tqdm bar.
+        shard: in several processes (torchrun, `accelerate launch`), which read a part of each batch each: shard the decoded
+            weights over them (FSDP2). None: if accelerate was told to use FSDP.
 
     Raises:
-        ValueError: too few windows, no quantized linears, other vocabularies, or a model whose logits are not understood.
+        ValueError: too few windows, no quantized linears, other vocabularies, a model whose logits are not understood, or a
+            batch that the processes cannot share out evenly.
     """
+    with torch.autocast(model.device.type, enabled=False):  # the products choose their dtype themselves
+        return _tune_vectors(model, teacher, options, state, progress, shard)
+
+
+def _tune_vectors(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    options: TuneOptions,
+    state: str | os.PathLike | None,
+    progress: bool,
+    shard: bool | None,
+) -> TuneReport:
     started = time.perf_counter()
     count = len(teacher.ids) - options.held_out
     options.check_windows(len(teacher.ids))
+    if options.batch_size % processes.count():
+        raise ValueError(
+            f"batch_size={options.batch_size} must be a multiple of the {processes.count()} processes that share it out"
+        )
+    shard = processes.count() > 1 and (processes.wants_sharding() if shard is None else shard)
     held_out = range(count, len(teacher.ids))
     probe = teacher.ids[:1, :_PROBE_TOKENS].to(model.device)
-    head = student_head(model, teacher, probe)
+    trained = embedding_weights(model) if options.embeddings else {}
+    head = student_head(model, teacher, probe, options.embeddings)
     reading = time.perf_counter()
     before = window_divergences(model, teacher, head, held_out)
     reading = time.perf_counter() - reading
     report = TuneReport(Verdict.of(before, before), 0, count, count * teacher.ids.shape[1], options.steps(count))
     folder = None if state is None else Path(state)
     mark = "" if folder is None else fingerprint(model, teacher, options)
-    with restored_unless_kept(model) as result:
-        keep = _keep_decoded(model, options)
-        with tuned(model, probe, options.norms, keep) as student:
+    with restored_unless_kept(model, trained) as result:
+        keep = shard or processes.from_first(lambda: _keep_decoded(model, options))
+        with tuned(model, probe, options.norms, keep, options.embeddings) as student:
             report.trained = sum(value.numel() for value in student.trained().values())
             found = _estimate(model, student, teacher, options, probe)
-            recompute = options.memory == "low" or (
-                options.memory == "auto" and not fits(found.total(keep, False), model.device)
+            if shard:
+                processes.shard(student)
+                found = replace(found, weights=found.weights // processes.count() + found.largest)
+            # processes that shard weights must read them equally often
+            recompute = options.memory == "low" or processes.from_first(
+                lambda: options.memory == "auto" and not fits(found.total(keep, False), model.device)
             )
             logger.info(
-                "Tuning: %d steps of %d windows, %.1f GB of memory beside the quantized model, about %.0f minutes.",
+                "Tuning: %d steps of %d windows, %.1f GB of memory in addition to the quantized model, about %.0f minutes.",
                 report.steps,
                 options.batch_size,
                 found.total(keep, recompute) / 1e9,
@@ -153,7 +180,7 @@ def _note(model: PreTrainedModel, report: TuneReport) -> None:
             config.calibration = {**calibration, "tuning": report.to_dict()}
 
 
-def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) -> Head:
+def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor, trained: bool = False) -> Head:
     """The function that computes the logits of the quantized model.
 
     Raises:
@@ -167,6 +194,8 @@ def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor) 
         raise ValueError(
             f"the model predicts {rows} tokens and its teacher {len(teacher.weight)}: both must have one vocabulary"
         )
+    if trained:
+        return Head(TrainedLinear(output, copy=False), logit_map(model, probe))
     if type(output) is nn.Linear:  # the same product as for the teacher, without rounding twice
         weight, bias = output.weight.detach().to(product_dtype(output.weight.device)), output.bias
 
@@ -186,8 +215,8 @@ def _keep_decoded(model: PreTrainedModel, options: TuneOptions) -> bool:
 def _estimate(
     model: PreTrainedModel, student: Student, teacher: Teacher, options: TuneOptions, probe: torch.Tensor
 ) -> Estimate:
-    """The memory of a step, from what the probe takes."""
-    step = options.batch_size * teacher.ids.shape[1]
+    """The memory of a step, from that of the probe."""
+    step = options.batch_size // processes.count() * teacher.ids.shape[1]
     logits = 6 * 4 * CHUNK * len(teacher.weight)  # of both models, their softmax and a gradient
     blocks = blocks_of(model, student.linears)
     with evaluating(model):
@@ -210,7 +239,7 @@ class _Trainer:
     ):
         self.model, self.student, self.teacher, self.head = model, student, teacher, head
         self.options, self.report, self.folder, self.mark = options, report, folder, mark
-        self.groups = student.groups(options.learning_rate)
+        self.groups = student.groups(options.learning_rate, embedding_rate=options.embedding_rate)
         self.highest = [group["lr"] for group in self.groups]
         self.optimizer = torch.optim.Adam(self.groups, betas=(0.9, 0.95))
         self.best, self.best_loss = student.snapshot(), math.inf
@@ -221,10 +250,10 @@ class _Trainer:
         steps, size = self.report.steps, self.options.batch_size
         order = _order(self.report.windows, steps * size, self.options.seed)
         looks = {round(steps * (look + 1) / self.options.looks) for look in range(self.options.looks)}
-        first = self._resume()
+        first, hidden = self._resume(), not (progress and processes.is_first())
         with (
             evaluating(self.model),
-            tqdm(total=steps, initial=first, desc="Tuning", unit="step", disable=not progress) as bar,
+            tqdm(total=steps, initial=first, desc="Tuning", unit="step", disable=hidden) as bar,
         ):
             started = time.perf_counter()
             for step in range(first, steps):
@@ -238,8 +267,9 @@ class _Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.highest, strict=True):
             group["lr"] = rate * self.options.factor(step, self.report.steps)
         tokens = len(chosen) * self.teacher.ids.shape[1]
-        loss = divergence_of(self.model, self.teacher, self.head, chosen) / tokens
+        loss = divergence_of(self.model, self.teacher, self.head, processes.mine(chosen)) / tokens
         loss.backward()
+        loss = processes.add_up_gradients(self.student.trained().values(), loss)
         torch.nn.utils.clip_grad_norm_(list(self.student.trained().values()), self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -256,7 +286,7 @@ class _Trainer:
         self.report.history.append({"step": step, "windows": windows, "seconds": seconds, "train": train, "held_out": held})
         self.recent = []
         bar.set_postfix_str(f"KL divergence {train:.3f}, held out {held:.3f}")
-        if self.folder is not None:
+        if self.folder is not None and processes.is_first():
             states = {name: self.optimizer.state[value] for name, value in self.student.trained().items()}
             moments = {name: (state["exp_avg"], state["exp_avg_sq"]) for name, state in states.items()}
             values = self.student.snapshot()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ..calibration.device import evaluating
 from ..evaluation.kept import last_hidden_states
+from . import processes
 from .head import Head, divergence_per_token
 from .teacher import Teacher
 
@@ -29,21 +31,21 @@ def window_divergences(
         model: as it is, quantized or a student.
         teacher: the dense model's states.
         student: makes the model's logits.
-        windows: numbers of the teacher's windows.
+        windows: numbers of the teacher's windows. If several processes tune together, each reads a part of them.
 
     Returns:
         float64 [len(windows)], in nats per token.
     """
-    found = []
+    found, own = [], processes.mine(windows)
     head = teacher.head()
     with evaluating(model):
-        for begin in range(0, len(windows), batch_size):
-            chosen = list(windows[begin : begin + batch_size])
+        for begin in range(0, len(own), batch_size):
+            chosen = own[begin : begin + batch_size]
             hidden = last_hidden_states(model, teacher.ids[chosen].to(model.device)).flatten(0, 1)
             states = teacher.states[chosen].flatten(0, 1).to(hidden)
             each = divergence_per_token(hidden, states, student, head)
-            found.append(each.double().view(len(chosen), -1).mean(1).cpu())
-    return torch.cat(found)
+            found.append(each.double().view(len(chosen), -1).mean(1))
+    return processes.joined(torch.cat(found), len(windows)).cpu()
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,15 @@ class Verdict:
 
 
 @contextmanager
-def restored_unless_kept(model: PreTrainedModel) -> Iterator[Kept]:
-    """Restores every small floating-point parameter of the model, unless `keep()` of the yielded object was called."""
+def restored_unless_kept(model: PreTrainedModel, also: Mapping[str, nn.Parameter] | None = None) -> Iterator[Kept]:
+    """Restores every small floating-point parameter of the model, unless `keep()` of the yielded object was called.
+
+    Args:
+        model: the model.
+        also: further parameters to restore, by name.
+    """
     small = {n: p for n, p in model.named_parameters() if p.is_floating_point() and p.ndim == 1 and p.device.type != "meta"}
+    small |= also or {}
     before = {name: parameter.detach().clone() for name, parameter in small.items()}
     kept = Kept()
     try:

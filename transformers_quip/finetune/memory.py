@@ -1,4 +1,4 @@
-"""Memory of tuning end to end: what it will take, and how to take less of it for more time."""
+"""Memory of tuning end to end: how much it will take, and how to take less of it for more time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Estimate:
     Attributes:
         weights: the decoded weights, if all are kept.
         largest: the largest decoded weight, in float32.
-        activations: what the backward pass of one step needs.
+        activations: bytes that the backward pass of one step needs.
         block: the largest share of these of one block: with recomputing, no more than this and the inputs of the blocks.
         inputs: the inputs of all blocks in one step.
         state: of the trained numbers and their optimizer.
@@ -53,7 +53,7 @@ class Estimate:
 def estimate(
     blocks: Sequence[nn.Module], student: Student, run: Callable[[], Any], tokens: tuple[int, int], logits: int
 ) -> Estimate:
-    """What a step will take, from what a short one takes.
+    """The memory and time of a step, from those of a short one.
 
     Args:
         blocks: the decoder blocks.

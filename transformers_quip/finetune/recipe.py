@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def held_out_windows(config: QuipConfig) -> int:
     """How many windows of text the tuning of this config holds out; 0 without tuning."""
     options = TuneOptions.parse(config.tune)
-    return 0 if options.mode == "none" else options.held_out
+    return options.held_out if options.tunes_vectors else 0
 
 
 def quantize_and_tune(
@@ -31,7 +32,7 @@ def quantize_and_tune(
 ) -> QuantizationReport:
     """Quantize a model in place, and tune it as `config.tune` says.
 
-    The last windows of the data are held out: neither the Hessians nor the tuning see them.
+    If vectors are tuned, the last windows of the data are held out: neither the Hessians nor the tuning see them.
 
     Args:
         model: dense, in memory.
@@ -47,10 +48,12 @@ def quantize_and_tune(
     options = TuneOptions.parse(config.tune)
     if options.mode == "none":
         return quantize_model(model, config, data=data)
-    ids, description = data or load_token_ids(config, model, held_out=options.held_out)
+    ids, description = data or load_token_ids(config, model, held_out=held_out_windows(config))
+    tuner = partial(BlockTuner, options) if options.tunes_blocks else None
+    if not options.tunes_vectors:
+        return quantize_model(model, config, data=(ids, description), tuner=tuner)
     options.check_windows(len(ids))
     teacher = record(model, ids)
-    tuner = None if options.mode == "vectors" else lambda inputs: BlockTuner(options, inputs)
     report = quantize_model(model, config, data=(ids[: -options.held_out], description), tuner=tuner)
     started = time.perf_counter()
     tuned = tune_vectors(model, teacher, options)

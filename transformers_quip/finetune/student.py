@@ -14,7 +14,7 @@ fixed. Linears that read one input share one b, so that their su stay equal, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..nn import QuipLinear
+from ..nn import QuipEmbedding, QuipLinear
 from ..nn.replace import DenseLinear, dense_weight
 from .product import DecodedProduct, FrozenProduct, product_dtype
 
@@ -72,13 +72,15 @@ class TrainedLinear(nn.Module):
 
     Args:
         dense: the linear (`nn.Linear` or `Conv1D`) that it replaces; kept, so that the trained weight can be stored in it.
+        copy: whether W is a copy in float32; otherwise it is the weight of `dense` (`nn.Linear`) itself, which may be tied.
     """
 
-    def __init__(self, dense: DenseLinear):
+    def __init__(self, dense: DenseLinear, copy: bool = True):
         super().__init__()
         self._dense = (dense,)  # in a tuple it is not a part of this module
         weight = dense_weight(dense).detach()
-        self.weight = nn.Parameter(weight.to(torch.float32, copy=True))
+        own = dense.get_parameter("weight")
+        self.weight = nn.Parameter(weight.to(torch.float32, copy=True)) if copy else own
         self.bias: nn.Parameter | None = dense.bias
         self._dtype = product_dtype(weight.device)
 
@@ -103,12 +105,14 @@ class Student:
         scales: by name of such a parameter, the size of its entries: the factor of its learning rate relative to a
             multiplier's.
         dense: by name, those that stand in for dense linears, whose weights are trained.
+        embeddings: by name, the weights of embeddings that are trained as they are.
     """
 
     linears: dict[str, TunedLinear]
     norms: dict[str, nn.Parameter]
     scales: dict[str, float]
     dense: dict[str, TrainedLinear] = field(default_factory=dict)
+    embeddings: dict[str, nn.Parameter] = field(default_factory=dict)
     _originals: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -119,22 +123,25 @@ class Student:
                 if value is not None and id(value) not in seen:
                     seen.add(id(value))
                     result[f"{name}.{kind}"] = value
-        return result | self.norms | self._weights()
+        return result | self.norms | self._weights() | self.embeddings
 
     def _weights(self) -> dict[str, nn.Parameter]:
         return {f"{name}.weight": linear.weight for name, linear in self.dense.items()}
 
-    def groups(self, learning_rate: float, weights: float = 0.0) -> list[dict]:
+    def groups(self, learning_rate: float, weights: float = 0.0, embedding_rate: float = 0.0) -> list[dict]:
         """Parameter groups for an optimizer, with the learning rate that suits the size of each.
 
         Args:
             learning_rate: of multipliers.
             weights: of dense weights.
+            embedding_rate: of embeddings, as a share of `learning_rate`.
         """
-        others = self.norms | self._weights()
+        others = self.norms | self._weights() | self.embeddings
         multipliers = [value for name, value in self.trained().items() if name not in others]
         result = [{"params": multipliers, "lr": learning_rate}] if multipliers else []
-        result += [{"params": [value], "lr": learning_rate * self.scales[name]} for name, value in self.norms.items()]
+        rates = dict.fromkeys(self.norms, learning_rate) | dict.fromkeys(self.embeddings, learning_rate * embedding_rate)
+        known = self.norms | self.embeddings
+        result += [{"params": [known[name]], "lr": rate * self.scales[name]} for name, rate in rates.items()]
         return result + ([{"params": list(self._weights().values()), "lr": weights}] if self.dense else [])
 
     @torch.no_grad()
@@ -150,7 +157,7 @@ class Student:
 
 
 def tuned(
-    model: PreTrainedModel, ids: torch.Tensor, norms: bool = True, keep: bool = True
+    model: PreTrainedModel, ids: torch.Tensor, norms: bool = True, keep: bool = True, embeddings: bool = False
 ) -> AbstractContextManager[Student]:
     """[`tuned_module`] of a whole model.
 
@@ -158,13 +165,37 @@ def tuned(
         model: with quantized linears.
         ids: token ids [B, T], a few, for one forward.
         norms, keep: see [`tuned_module`].
+        embeddings: whether the embeddings and the output embeddings are trained as well.
+
+    Raises:
+        ValueError: see [`tuned_module`] and [`embedding_weights`].
     """
-    return tuned_module(model, partial(model, input_ids=ids, use_cache=False), norms, keep=keep)
+    found = embedding_weights(model) if embeddings else {}
+    return tuned_module(model, partial(model, input_ids=ids, use_cache=False), norms, keep=keep, embeddings=found)
+
+
+def embedding_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The weights of the embeddings and of the output embeddings by name; tied ones once.
+
+    Raises:
+        ValueError: one of them is quantized, or is not an `nn.Embedding` or `nn.Linear`.
+    """
+    wanted = (model.get_input_embeddings(), model.get_output_embeddings())
+    for module in wanted:
+        if isinstance(module, (QuipEmbedding, QuipLinear)) or not isinstance(module, (nn.Embedding, nn.Linear)):
+            raise ValueError(f"embeddings can only be trained while they are dense, and one is a {type(module).__name__}")
+    weights = {id(module.weight) for module in wanted}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
 
 
 @contextmanager
 def tuned_module(
-    module: nn.Module, run: Callable[[], Any], norms: bool = True, dense: Iterable[str] = (), keep: bool = True
+    module: nn.Module,
+    run: Callable[[], Any],
+    norms: bool = True,
+    dense: Iterable[str] = (),
+    keep: bool = True,
+    embeddings: Mapping[str, nn.Parameter] | None = None,
 ) -> Iterator[Student]:
     """A context in which the quantized linears of a module are replaced by trainable stand-ins; afterwards they are back.
 
@@ -177,6 +208,7 @@ def tuned_module(
         norms: whether the weights of norms, and the biases of quantized linears, are trained as well.
         dense: names of dense linears, whose weights are trained as well.
         keep: whether the decoded weights of all quantized linears are in memory at once; see [`TunedLinear`].
+        embeddings: further parameters of the module, by name, that are trained as they are.
 
     Raises:
         ValueError: the module has no quantized linears.
@@ -196,6 +228,8 @@ def tuned_module(
     try:
         if norms:
             _train_norms(module, readers.norms, student)
+        for name, parameter in (embeddings or {}).items():
+            _train(name, parameter, 0.0, student, student.embeddings)
         yield student
     except BaseException:
         _restore(module, student, merge=False)
@@ -279,20 +313,20 @@ def _train_norms(model: nn.Module, norms: list[tuple[str, nn.Module]], student: 
     for prefix, module in norms:
         for name, parameter in module.named_parameters(recurse=False):
             offset = 1.0 if name == "weight" and _adds_one(module) else 0.0
-            _train(f"{prefix}.{name}", parameter, offset, student)
+            _train(f"{prefix}.{name}", parameter, offset, student, student.norms)
     for prefix, linear in student.linears.items():
         if linear.bias is not None:
-            _train(f"{prefix}.bias", linear.bias, 0.0, student)
+            _train(f"{prefix}.bias", linear.bias, 0.0, student, student.norms)
 
 
-def _train(name: str, parameter: nn.Parameter, offset: float, student: Student) -> None:
+def _train(name: str, parameter: nn.Parameter, offset: float, student: Student, kind: dict[str, nn.Parameter]) -> None:
     size = (parameter.detach().float() + offset).square().mean().sqrt().item()
     if size == 0:
         return  # the right size of its entries is unknown
     student._originals[name] = parameter.data
     parameter.data = parameter.data.to(torch.float32, copy=True)
     parameter.requires_grad_(True)
-    student.norms[name] = parameter
+    kind[name] = parameter
     student.scales[name] = size
 
 
@@ -316,7 +350,7 @@ def _restore(module: nn.Module, student: Student, merge: bool) -> None:
     """Put the linears back, with the trained values merged into them, or with everything as it was."""
     for name, stand_in in (student.linears | student.dense).items():
         module.set_submodule(name, stand_in.base_layer)
-    for name, parameter in student.norms.items():
+    for name, parameter in (student.norms | student.embeddings).items():
         before = student._originals[name]
         parameter.data = parameter.data.to(before.dtype) if merge else before
     if not merge:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoints.headers import DAMAGED, TensorInfo
 
@@ -69,6 +70,24 @@ def names_in_model(
         if whole and name in state:
             _check_stack(keys, len(state[name]))
     return result
+
+
+def names_in_source(model: PreTrainedModel) -> Callable[[str], str]:
+    """The function from a tensor's name in the model to its name in checkpoints of the architecture's makers.
+
+    Other packages go by the latter. The function raises `ValueError` for a name that Transformers would not read back.
+    """
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    rules = [rule for rule in rules if isinstance(rule, WeightRenaming) and not isinstance(rule, PrefixChange)]
+    back = [rule.reverse_transform() for rule in copy.deepcopy(rules)[::-1]]
+
+    def name_in_source(name: str) -> str:
+        source = rename_source_key(name, back, [])[0]
+        if rename_source_key(source, rules, [])[0] != name:
+            raise ValueError(f"{name} has another name in checkpoints of {type(model).__name__}, which is not known")
+        return source
+
+    return name_in_source
 
 
 def _check_stack(keys: list[str], count: int) -> None:

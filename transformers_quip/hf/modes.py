@@ -17,22 +17,20 @@ from transformers.core_model_loading import ConversionOps
 
 from ..calibration.dataset import is_written_by_the_model, load_token_ids
 from ..checkpoints import native
-from ..checkpoints.complete import check_complete, check_shapes, check_types
 from ..checkpoints.files import Files, check_inside
-from ..checkpoints.finite import check_finite, check_small_finite
 from ..checkpoints.headers import read_headers
 from ..checkpoints.memory import PageReleaser
-from ..checkpoints.names import compress_names, expand_names
+from ..checkpoints.names import compress_names
 from ..config import QuipConfig
 from ..config.tune import TuneOptions
 from ..finetune.recipe import held_out_windows, quantize_and_tune
 from ..hub import origin
 from ..nn import replace
-from ..nn.place import place_all
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
 from .foreign import RepackingConverter, check_plan, plan_for
 from .loader import names_in_model
+from .native import check_native, place_native
 from .quantize_weight import QuantizeWeight
 from .source import may_be_resized, source_of
 
@@ -114,31 +112,14 @@ class Prequantized(Mode):
 
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
         super().__init__(model, config, files)
-        recorded = config.quantized_modules or []
-        place_all(model, expand_names(recorded), config)
-        if not replace.quantized_modules(model):
-            raise ValueError(
-                f"None of the quantized modules that config.json names exists in {type(model).__name__} "
-                f"(the first is {next(expand_names(sorted(recorded)), 'missing')[:80]}): is this another architecture?"
-            )
+        place_native(model, config)
 
     def conversions(self, rules: list) -> list:
         """See [`Mode.conversions`]: the files must hold every tensor of the model, each in its shape and finite."""
         if not self._files:
             return rules
         native.check_kind(self._files)
-        model, files = self._model, Files(self._files)
-        names = names_in_model(model, files.headers, rules, whole=True)
-        modules = replace.quantized_modules(model)
-        kinds = (replace.is_dense_linear, replace.is_dense_embedding)
-        dense = [name for name, module in model.named_modules() if any(kind(module) for kind in kinds)]
-        native.check_tensors(modules, dense, names)
-        check_types(names)
-        check_complete(model, names)
-        if not may_be_resized():
-            check_shapes(model, names)
-        check_finite(modules, names, files.read)
-        check_small_finite(model, names, files.read)
+        check_native(self._model, Files(self._files), rules, may_be_resized())
         return rules
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from _thread import get_ident
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -43,31 +44,48 @@ def _call_after(name: str) -> None:
 
 
 class Waiting:
-    """Finds the awaited modules by asking the other finders, and acts when one has been executed."""
+    """Finds the awaited modules by asking the other finders, and acts when one has been executed.
+
+    A module that was only looked for, as `importlib.util.find_spec` does, is awaited still.
+    """
 
     def __init__(self, names: set[str]):
         self._names = set(names)
+        self._asking: set[tuple[str, int]] = set()  # names and threads
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of an awaited module, with a loader that acts; None for any other module."""
-        if name not in self._names:
+        asking = (name, get_ident())
+        if name not in self._names or asking in self._asking:
             return None
-        self._names.remove(name)
-        if not self._names:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking.add(asking)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking.remove(asking)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenAct(spec.loader)  # type: ignore[assignment] # importlib.abc takes 6 ms to import
+            spec.loader = _ThenAct(spec.loader, self)  # type: ignore[assignment] # importlib.abc takes 6 ms to import
         return spec
+
+    def has_come(self, name: str) -> None:
+        """An awaited module has been executed: act."""
+        self._names.discard(name)
+        if not self._names and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        _call_after(name)
 
 
 class _ThenAct:
     """The module's own loader, and then the call that waits for it."""
 
-    def __init__(self, loader: Any):
+    def __init__(self, loader: Any, waiting: Waiting):
         self._loader = loader
+        self._waiting = waiting
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -77,4 +95,4 @@ class _ThenAct:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _call_after(module.__name__)
+        self._waiting.has_come(module.__name__)

@@ -25,5 +25,5 @@ def source_of(model: PreTrainedModel) -> Source:
 
 
 def may_be_resized() -> bool:
-    """Whether the caller of `from_pretrained` lets Transformers make tensors of other shapes anew."""
+    """Whether the caller of `from_pretrained` lets Transformers initialise tensors of other shapes."""
     return bool(LOADED.get()[1].get("ignore_mismatched_sizes"))

@@ -15,12 +15,12 @@ from ..registry import Registry
 from .kronecker import kronecker
 from .orthogonal import mix_seed
 from .quip_for_all import quip_for_all
-from .transform import Transform, hadamard, hadamard_128, hadamard_eighths, identity
+from .transform import Transform, hadamard, hadamard_128, hadamard_256, hadamard_eighths, identity
 
 # Says that a side's transform is kept in the checkpoint (see `nn.general`): such checkpoints are read, none is made.
 STORED = "stored"
 # Those that exist for multiples of a number only.
-IN_BLOCKS = {"hadamard-128": 128, "hadamard-eighths": 8}
+IN_BLOCKS = {"hadamard-128": 128, "hadamard-256": 256, "hadamard-eighths": 8}
 
 _TRANSFORMS: Registry[Callable[[int, int], Transform]] = Registry("incoherence")
 
@@ -68,6 +68,7 @@ _TRANSFORMS.register("hadamard", hadamard)
 _TRANSFORMS.register("kronecker", kronecker)
 _TRANSFORMS.register("none", identity)
 _TRANSFORMS.register("hadamard-128", hadamard_128)
+_TRANSFORMS.register("hadamard-256", hadamard_256)
 _TRANSFORMS.register("hadamard-eighths", hadamard_eighths)
 _TRANSFORMS.register("hadamard-quip-for-all", quip_for_all)
 

@@ -171,6 +171,14 @@ def hadamard_128(size: int, seed: int) -> Transform:
 
 
 @functools.lru_cache(maxsize=64)
+def hadamard_256(size: int, seed: int) -> Transform:
+    """Sylvester's transform on each block of 256 numbers (EXL3's tables). Raises `ValueError` for other sizes."""
+    if size < 1 or size % 256:
+        raise ValueError(f"hadamard-256 works on blocks of 256 numbers, size={size} is not a multiple of that")
+    return in_blocks(hadamard(256, seed), size // 256)
+
+
+@functools.lru_cache(maxsize=64)
 def hadamard_eighths(size: int, seed: int) -> Transform:
     """The Hadamard transform on each of 8 blocks (QTIP, for 8 devices). Raises `ValueError` for other sizes."""
     if size < 1 or size % 8:

@@ -30,11 +30,13 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
         padding_idx: as in `nn.Embedding`; it affects only training, and nothing is trained here.
         codebook, seed: see [`QuipLinear`].
         incoherence: name of the transform.
+        padded: n', the columns of the codes and entries of su, for checkpoints whose rows have more columns than the table;
+            the rest of a row is cut off. None: n.
         device, dtype: of the parameters, the dtype of su, sv and the rows.
 
     Parameters:
         codes, …: the tensors that `Codebook.tensors` names (`tensor_names`).
-        su: [n]. sv: [m].
+        su: [n], or [n'] of a padded table. sv: [m].
     """
 
     def __init__(
@@ -46,27 +48,31 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
         codebook: str = "e8p",
         incoherence: str = "hadamard",
         seed: int = 0,
+        padded: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)  # nn.Embedding's own would allocate the dense table
         if num_embeddings < 1 or embedding_dim < 1:
             raise ValueError(f"num_embeddings={num_embeddings} and embedding_dim={embedding_dim} must be positive")
+        if padded is not None and padded < embedding_dim:
+            raise ValueError(f"padded={padded} is less than embedding_dim={embedding_dim}")
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.codebook, self.incoherence, self.seed = codebook, incoherence, seed
-        self._add_empty(num_embeddings, embedding_dim, device, dtype)
+        self._add_empty(num_embeddings, padded or embedding_dim, device, dtype)
         # Transformers' weight initialisation leaves such a module alone.
         self._is_hf_initialized = True
 
     @classmethod
-    def like(cls, embedding: nn.Embedding, config: Any) -> QuipEmbedding:
+    def like(cls, embedding: nn.Embedding, config: Any, padded: int | None = None) -> QuipEmbedding:
         """An empty quantized embedding on the meta device, for a dense one.
 
         Args:
             embedding: its sizes, its padding and its table's dtype are used.
             config: has `codebook_spec`, `incoherence` (of a pair, the input side) and `seed`
                 ([`QuipConfig`]).
+            padded: see the class.
         """
         module = cls(
             embedding.num_embeddings,
@@ -75,6 +81,7 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
             codebook=config.codebook_spec,
             incoherence=sides(config.incoherence)[0],
             seed=config.seed,
+            padded=padded,
             device="meta",
             dtype=embedding.weight.dtype,
         )
@@ -130,10 +137,11 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
 
     def _rows(self, tensors: Mapping[str, torch.Tensor], sv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        sizes = (sv.shape[0], self.embedding_dim)
+        sizes = (sv.shape[0], self.su.shape[0])
         rows = torch.ops.quip.decode(list(tensors.values()), self.codebook, *sizes, compute)
         rows = torch.ops.quip.transform(rows, self.incoherence, self.seed, False)
-        return (rows * self.su.to(compute) * sv.to(compute)[:, None]).to(dtype)
+        rows = rows * self.su.to(compute) * sv.to(compute)[:, None]
+        return rows[:, : self.embedding_dim].to(dtype).contiguous()
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

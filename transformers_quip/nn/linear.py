@@ -118,7 +118,7 @@ class QuipLinear(PackedCodes, nn.Linear):
         """The output; it also prepares the next call of this kind, if possible."""
         self.pack_if_wanted()
         layer = self.layer()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and _ops.prepared.needs_graph(x, self._parameters.values()):
             return torch.ops.quip.linear(x, *layer)
         y = _ops.prepared.linear(x, layer)
         self._prepared = _ops.prepared.prepare(x, self._parameters, self.tensor_names, layer) or self._prepared

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..incoherence import sides
 from .embedding import QuipEmbedding
-from .empty import check_transforms, empty_linear
+from .empty import empty_linear
 from .experts import QuipExperts, expert_shape, is_stacked
 from .fused import FusedRows, Fusion, JoinedLinear
 from .linear import QuipLinear
-from .replace import DenseLinear, empty_like, is_dense_embedding, is_dense_linear, linear_shape
+from .replace import DenseLinear, empty_embedding, empty_like, is_dense_embedding, is_dense_linear, linear_shape
 
 
 def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
@@ -44,10 +43,7 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
             elif here in modules and is_dense_linear(modules[here]):
                 model.set_submodule(here, empty_like(modules[here], config, name))
             elif here in modules and is_dense_embedding(modules[here]):
-                options, (rows, columns) = config.for_module(name), modules[here].weight.shape
-                # an embedding has a transform on its input side alone
-                check_transforms(name, (sides(options.incoherence)[0], "none"), rows, columns)
-                model.set_submodule(here, QuipEmbedding.like(modules[here], options))
+                model.set_submodule(here, empty_embedding(modules[here], config, name))
             elif parent in modules and is_dense_linear(modules[parent]):
                 joined[parent][last] = name
             elif grandparent in modules and is_stacked(modules[grandparent]):
@@ -93,10 +89,11 @@ def _dense(linears: list[nn.Linear], begin: int = 0, end: int | None = None) -> 
 
 
 def _untie(model: nn.Module) -> None:
-    """A quantized head has no weight to share with the embeddings, whatever config.json says."""
+    """A quantized head, or a quantized table, has no weight to share with the other, whatever config.json says."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     modules = dict(model.named_modules())
-    for name in [key for key in tied if isinstance(modules.get(key.rpartition(".")[0]), QuipLinear)]:
+    kinds = (QuipLinear, QuipEmbedding)
+    for name in [k for k, v in tied.items() if any(isinstance(modules.get(n.rpartition(".")[0]), kinds) for n in (k, v))]:
         del tied[name]
         config: Any = model.config  # of Transformers
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..incoherence import sides
 from .embedding import QuipEmbedding
-from .empty import empty_linear
+from .empty import check_transforms, empty_linear
 from .linear import QuipLinear
 
 LINEARS = (nn.Linear, Conv1D)
@@ -40,6 +41,21 @@ def empty_like(linear: DenseLinear, config: Any, name: str) -> QuipLinear:
     if biased:
         module.bias = linear.bias
     return module.train(linear.training)
+
+
+def empty_embedding(embedding: nn.Embedding, config: Any, name: str) -> QuipEmbedding:
+    """An empty quantized embedding in the place of a dense one; arguments and errors are those of [`empty_like`]."""
+    options, padded = config.for_module(name), config.storage_of(name).padded
+    rows, columns = embedding.weight.shape
+    if padded and padded[0] != rows:
+        raise ValueError(f"{name}: padded={list(padded)} does not fit an embedding of [{rows}, {columns}]")
+    columns = padded[1] if padded else columns
+    # an embedding has a transform on its input side alone
+    check_transforms(name, (sides(options.incoherence)[0], "none"), rows, columns)
+    try:
+        return QuipEmbedding.like(embedding, options, columns)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def linear_shape(module: DenseLinear | nn.Embedding) -> tuple[int, int]:
@@ -119,7 +135,7 @@ def replace_by_empty(model: nn.Module, name: str, config: Any) -> QuipLinear | Q
     dense = model.get_submodule(name)
     module: QuipLinear | QuipEmbedding
     if is_dense_embedding(dense):
-        module = QuipEmbedding.like(dense, config.for_module(name))
+        module = empty_embedding(dense, config, name)
     else:
         module = empty_like(dense, config, name)
     model.set_submodule(name, module)

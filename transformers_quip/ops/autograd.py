@@ -95,28 +95,32 @@ def _in_order(x: torch.Tensor, *others: Any) -> tuple:
 
 def _linear_below(*inputs: Any) -> torch.Tensor:
     with torch_private.below_autograd():
-        return torch.ops.quip.linear(*inputs)
+        return torch.ops.quip.linear.default(*inputs)
 
 
 def _transform_below(*inputs: Any) -> torch.Tensor:
     with torch_private.below_autograd():
-        return torch.ops.quip.transform(*inputs)
+        return torch.ops.quip.transform.default(*inputs)
 
 
-def _linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor, weight: list[torch.Tensor], su: torch.Tensor, sv: torch.Tensor, bias: torch.Tensor | None, *names: Any
+) -> torch.Tensor:
     """quip::linear above its kernels, with derivatives if they are needed.
 
     In forward mode and in function transforms (torch.func), PyTorch differentiates the formula: the op is linear in x, and
     in each of su, sv and bias.
     """
-    layer = Layer(*arguments)
-    floats = (x, layer.su, layer.sv) if layer.bias is None else (x, layer.su, layer.sv, layer.bias)
-    if _wants_formula(floats):
-        weight = torch.ops.quip.decode(layer.weight, layer.codebook, layer.m, layer.n, compute_dtype(x.dtype))
-        return linear_formula(x, layer, weight)
-    if torch.is_grad_enabled() and any(v.requires_grad for v in floats):
-        return _Linear.apply(x, *layer[1:], *layer.weight)
-    return _linear_below(x, *layer)
+    if torch.is_grad_enabled() or torch_private.may_be_dual():  # the usual call needs neither
+        floats = (x, su, sv) if bias is None else (x, su, sv, bias)
+        if _wants_formula(floats):
+            layer = Layer(weight, su, sv, bias, *names)
+            decoded = torch.ops.quip.decode(weight, layer.codebook, layer.m, layer.n, compute_dtype(x.dtype))
+            return linear_formula(x, layer, decoded)
+        if torch.is_grad_enabled() and any(v.requires_grad for v in floats):
+            return _Linear.apply(x, su, sv, bias, *names, *weight)
+    with torch_private.below_autograd():
+        return torch.ops.quip.linear.default(x, weight, su, sv, bias, *names)
 
 
 def _transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:

@@ -124,7 +124,7 @@ def set_backend(name: str) -> None:
 
     Raises:
         ValueError: the name is not one of these.
-        RuntimeError: the backend cannot run here; the message says what is missing.
+        RuntimeError: the backend cannot run here; the message names the missing part.
     """
     if name not in _MISSING:
         raise ValueError(f"backend={name!r} is not known, choose one of {', '.join(map(repr, _MISSING))}")

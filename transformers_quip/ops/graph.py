@@ -30,7 +30,7 @@ _thread = threading.local()
 
 
 def without_writes(mode: Any, op: Callable, types: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The rule of an op for the mode that replaces writes: what is called below it may be called once.
+    """The rule of an op for the mode that replaces writes: equal calls below it may become one.
 
     Args: see `TorchDispatchMode.__torch_dispatch__`.
     """
@@ -53,7 +53,7 @@ def once(mode: Any, op: Callable, types: Any, args: tuple, kwargs: dict[str, Any
     key = (op, *(v if isinstance(v, (str, int)) else id(v) for v in arguments))
     known = calls.get(key)
     if known is not None:
-        # a copy, as two results of eager calls never share memory; Inductor fuses it with what reads it
+        # a copy, as two results of eager calls never share memory; Inductor fuses it with its readers
         return mode.__torch_dispatch__(torch.ops.aten.clone.default, types, (known.result,), {})
     result = mode.__torch_dispatch__(op, types, args, kwargs)
     calls[key] = _Call(arguments, result)

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on a quantized model: begin with what quantization has lost, and merge by rounding again."""
+"""LoRA adapters of PEFT on a quantized model: begin with the error of quantization, and merge by rounding again."""
 
 from .initialize import residual_init
 from .merge import MergeReport, merge_and_requantize

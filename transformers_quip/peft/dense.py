@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoints.files import Files, expand_weights, find_weights
@@ -17,20 +16,24 @@ from ..checkpoints.headers import TensorInfo
 from ..hf.loader import names_in_model
 from ..nn.replace import dense_weight
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class DenseWeights:
     """The weights of the linears of a dense model by the names that its modules have.
 
     Args:
         dense: a folder with safetensors files, an id on the Hub, or a model in memory.
-        token, revision: for the Hub.
+        like: a model of the same class, such as the quantized one.
+        token: for the Hub.
 
     Raises:
-        ValueError: the folder holds no weights, or those of a quantized model.
+        ValueError: the folder holds no weights, or those of a quantized model or of another architecture.
         OSError: the Hub cannot be reached.
     """
 
-    def __init__(self, dense: str | os.PathLike | nn.Module, token: str | None = None, revision: str | None = None):
+    def __init__(self, dense: str | os.PathLike | nn.Module, like: PreTrainedModel, token: str | None = None):
         self._files: Files | None = None
         self._tensors: dict[str, TensorInfo] = {}
         if isinstance(dense, nn.Module):
@@ -38,17 +41,23 @@ class DenseWeights:
             return
         folder = Path(dense)
         if not folder.is_dir():
-            patterns = ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(str(dense), token=token, revision=revision, allow_patterns=patterns))
+            patterns = ["*.json", "model*.safetensors"]
+            folder = Path(snapshot_download(str(dense), token=token, allow_patterns=patterns))
         self._source = str(dense)
-        config = AutoConfig.from_pretrained(folder)
-        if getattr(config, "quantization_config", None) is not None:
+        content, _ = like.config.get_config_dict(folder)
+        if content.get("quantization_config"):
             raise ValueError(f"{dense} is a quantized model: give the dense one that was quantized")
+        kind, expected = content.get("model_type"), like.config.model_type
+        if kind != expected:
+            raise ValueError(
+                f"{dense} is a model of type {kind}, and the quantized model one of type {expected}: give the dense model "
+                "that was quantized"
+            )
         path = find_weights(folder)
         if path is None:
             raise ValueError(f"{dense} holds no model.safetensors or index of several files, so it has no dense weights")
         with torch.device("meta"):
-            self._model = AutoModelForCausalLM.from_config(config)
+            self._model = type(like)(type(like.config).from_dict(content))
         self._files = Files(expand_weights(path))
         self._tensors = names_in_model(self._model, self._files.headers, get_model_conversion_mapping(self._model))
 

@@ -1,4 +1,4 @@
-"""LoRA adapters that begin with what quantization has lost, instead of zero."""
+"""LoRA adapters that begin with the error of quantization, instead of zero."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..config import QuipConfig
 from ..nn.replace import quantized_linears
 from ..quantize.block import replayed_densely
 from .dense import DenseWeights
-from .layers import adapted_linears, require_peft
+from .layers import adapted_linears, check_in_memory, require_peft
 from .low_rank import low_rank
 
 if TYPE_CHECKING:
@@ -54,14 +54,14 @@ def residual_init(
 
     Without data, BA is the truncated singular value decomposition of W - Ŵ, as in LoftQ (arXiv 2310.08659); the codes stay
     as they are. With data, BA minimises the error of each layer's output on it, ‖(W - Ŵ - BA) H^½‖ with H = E[x xᵀ], as in
-    EoRA (arXiv 2410.21271): the adapters repair more, also without any training. Then the model is read block by
-    block, and each block's inputs are those that the adapters before it lead to.
+    EoRA (arXiv 2410.21271); give many more tokens than the layers have inputs. Then the model is read block by block, and
+    each block's inputs are those that the adapters before it lead to.
 
     The dense weights are read one at a time. In addition to the quantized model, memory holds one of them with its factors;
     with data, also one block's Hessians and decoded weights, and one set of hidden states.
 
     Args:
-        model: quantized, in memory; or a `PeftModel` with LoRA on it, of which the active adapter begins anew.
+        model: quantized, in memory; or a `PeftModel` with LoRA on it, whose active adapter is initialised again.
         dense: the dense model: a folder with safetensors files, an id on the Hub, or a model in memory.
         rank: of the adapters that are made for a model without any; 16 by default. `lora_alpha` is the same number, so that
             the adapters are not scaled.
@@ -95,7 +95,7 @@ def residual_init(
         raise ValueError("give rank or config, not both: config has a rank")
     if not quantized_linears(model):
         raise ValueError(f"{type(model).__name__} has no quantized linears, so its adapters have no error to begin with")
-    weights = DenseWeights(dense, token)
+    weights = DenseWeights(dense, model.get_base_model() if has_adapters else model, token)
     if config is None:
         rank = _RANK if rank is None else rank
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -117,6 +117,7 @@ def _fill(
     layers = adapted_linears(base)
     adapter = _active_adapter(adapted, layers)
     for name, layer in layers.items():
+        check_in_memory(name, layer)
         weights.weight(name, _shape(layer))
     ids = None
     if data.dataset is not None:
@@ -124,7 +125,7 @@ def _fill(
         logger.info("The adapters begin with the errors on %s.", description)
     for layer in layers.values():
         if adapter in layer.lora_B:
-            layer.lora_B[adapter].weight.zero_()  # what it was before has no part in the inputs that are observed
+            layer.lora_B[adapter].weight.zero_()  # its earlier value has no part in the inputs that are observed
     with tqdm(total=len(layers), desc="Adapters", unit="layer", disable=not progress) as bar:
         task = _Task(weights, adapter, niter, bar)
         if ids is None:

@@ -30,3 +30,9 @@ def adapted_linears(base: PreTrainedModel | nn.Module) -> dict[str, Any]:
         for name, module in base.named_modules()
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), QuipLinear)
     }
+
+
+def check_in_memory(name: str, layer: Any) -> None:
+    """Raise `ValueError` if the codes of this LoRA layer's quantized linear are on the disk."""
+    if any(parameter.is_meta for parameter in layer.get_base_layer().parameters()):
+        raise ValueError(f"{name} is offloaded, so its weight cannot be decoded: load without a device_map that offloads")

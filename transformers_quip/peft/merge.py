@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import codebooks
 from ..calibration import capture_inputs, find_blocks
 from ..calibration.dataset import load_token_ids
 from ..config import QuipConfig
@@ -18,7 +19,7 @@ from ..evaluation import Divergence, divergence, keep_predictions
 from ..nn import replace
 from ..quantize.bars import advance
 from ..quantize.block import ModuleResult, quantize_block
-from .layers import adapted_linears, require_peft
+from .layers import adapted_linears, check_in_memory, require_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,7 +65,7 @@ def merge_and_requantize(
 
     A quantized weight cannot take an adapter as it is. So each layer with an adapter is decoded, the adapter is added,
     and the sum is quantized with the options of the model's config, block by block as at first. The rounding errors are
-    new ones; the report says what they cost. Keep the adapter apart if that is too much. Layers without an adapter keep
+    new ones; the report gives their cost. Keep the adapter apart if that is too much. Layers without an adapter keep
     their codes. Adapters of dense layers, and `modules_to_save`, are merged as PEFT does it.
 
     Memory: the model, and one block's Hessians and dense weights.
@@ -146,6 +147,10 @@ def _check(layers: Mapping[str, Any], adapter: str, config: Any, blocks_name: st
     if not isinstance(config, QuipConfig) or config.foreign is not None:
         raise ValueError("only a model that was quantized by this package can be rounded again: keep the adapter apart")
     for name, layer in layers.items():
+        check_in_memory(name, layer)
+        book = codebooks.get(config.for_module(name).codebook_spec)
+        if book.is_read_only:
+            raise ValueError(f"{name}: the codebook {book.name} encodes nothing, so no weight can be rounded to it")
         if not name.startswith(f"{blocks_name}."):
             raise ValueError(f"{name} lies outside the decoder blocks, so its adapter cannot be merged: keep it apart")
         variant = layer.lora_variant.get(adapter)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..calibration import BlockHessians, BlockInputs
+from ..calibration.curvature import Curvature
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import QuipLinear, replace
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
@@ -91,6 +92,7 @@ def quantize_block(
     on_output: Callable[[int, torch.Tensor], None] | None = None,
     on_module: Callable[[ModuleResult], None] | None = None,
     tuner: Tuner | None = None,
+    curvature: Mapping[str, Curvature] | None = None,
 ) -> BlockResult:
     """Quantize the linears of one block: observe all of them, then round and replace each group that reads one input.
 
@@ -103,6 +105,7 @@ def quantize_block(
         prefix: the block's name in the model with a dot, for names in results and messages.
         on_output: gets the number and the dense block's output [B, T, H] of each batch, once, before anything is replaced.
         on_module: gets each result as soon as it is ready, for a progress bar; later tuning may change its su and sv.
+        curvature: the name of a linear inside the block → its two Hessians, for those with a two-sided rounding method.
         tuner: tunes the block after each of its groups but the last, which leaves nothing dense to tune.
 
     Raises:
@@ -115,7 +118,7 @@ def quantize_block(
     reached = frozenset(waiting)
     for leader, group in hessians.groups.items():
         with timed(result.seconds, "round"):
-            done = quantize_group(block, group, hessians.pop(leader), configs, prefix)
+            done = quantize_group(block, group, hessians.pop(leader), configs, prefix, curvature or {})
             _replace(block, done, configs)
             _collect(done, result, on_module)
         waiting = [name for name in waiting if name not in group]
@@ -155,6 +158,7 @@ def quantize_group(
     hessian: torch.Tensor,
     configs: Mapping[str, QuipConfig],
     prefix: str = "",
+    curvature: Mapping[str, Curvature] | None = None,
 ) -> dict[str, ModuleResult]:
     """Round the linears that read one input; those with the same options as one stack of rows. Nothing is replaced.
 
@@ -164,7 +168,7 @@ def quantize_group(
         module: the module that holds the dense linears.
         names: of the linears in it.
         hessian: float32 [n, n] of their input.
-        configs, prefix: see [`quantize_block`].
+        configs, prefix, curvature: see [`quantize_block`].
 
     Raises:
         ValueError: see [`quantize_weights`].
@@ -173,7 +177,10 @@ def quantize_group(
     for config, alike in by_config(names, configs):
         started = time.perf_counter()
         weights = {prefix + name: replace.dense_weight(module.get_submodule(name)) for name in alike}
-        quantized = quantize_weights(weights, hessian, config)
+        known = {name: curvature[name] for name in alike if name in curvature} if curvature else {}
+        inner = torch.stack([found.hessian_in for found in known.values()]).sum(0) if known else hessian
+        outputs = {prefix + name: found.hessian_out for name, found in known.items()}
+        quantized = quantize_weights(weights, inner, config, outputs)
         seconds = (time.perf_counter() - started) / len(weights)
         for name in alike:
             full_name = prefix + name

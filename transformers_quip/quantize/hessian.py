@@ -108,6 +108,33 @@ def prepare_hessian(hessian: torch.Tensor, weights: torch.Tensor, config: QuipCo
     return PreparedHessian(damped, damping, su, q_in, _rotate(damped, su, q_in), rounding.get(_FALLBACK))
 
 
+def prepare_output_hessian(hessian: torch.Tensor, signs: torch.Tensor, q_out: Transform, damping: float) -> torch.Tensor:
+    """The output-side Hessian after the transforms of the output side, damped: Q_outᵀ diag(signs) H diag(signs) Q_out + …
+
+    Args:
+        hessian: float32 [m, m], up to a factor.
+        signs: float32 [m].
+        q_out: the transform of the output side.
+        damping: of the mean of the diagonal, tenfold until there is a Cholesky factor.
+
+    Returns:
+        float32 [m, m] with a diagonal of mean 1 before the damping.
+
+    Raises:
+        ValueError: it has no positive diagonal, or no Cholesky factor even with much damping.
+    """
+    mean = hessian.diagonal().mean()
+    if not mean > 0:
+        raise ValueError("an output-side Hessian without a positive diagonal")
+    rotated = _rotate(hessian / mean, signs, q_out)
+    for attempt in range(_ATTEMPTS):
+        damped = rotated.clone()
+        damped.diagonal().add_(damping * 10**attempt)
+        if torch.linalg.cholesky_ex(damped.double()).info == 0:
+            return damped
+    raise ValueError("an output-side Hessian that is not positive definite")
+
+
 def _input_vector(damped: torch.Tensor, diagonal: torch.Tensor, weights: torch.Tensor, config: QuipConfig) -> torch.Tensor:
     """su [n]; `diagonal` belongs to the Hessian as it was measured."""
     su = incoherence.signs(weights.shape[1], config.seed, "in").to(weights.device)

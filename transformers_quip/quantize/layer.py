@@ -17,7 +17,8 @@ from ..incoherence import Transform
 from ..rounding import Problem, Rounded, Rounding, proxy_loss
 from ..rounding.sequential import diagonal_blocks
 from .diagnostics import condition_number, histogram
-from .hessian import PreparedHessian, prepare_hessian
+from .hessian import PreparedHessian, prepare_hessian, prepare_output_hessian
+from .scales import refit
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -64,6 +65,7 @@ class _Part:
         rotated: float32, Q_outᵀ diag(signs) W diag(su)⁻¹ Q_in, completed by zeros to whole blocks of the codebook.
         rms: scalar, of `rotated` without the completing zeros.
         factor: the multiple of the codebook's published scale at which it is rounded.
+        hessian_out: float32 [m, m], the output-side Hessian after the transforms, completed like `rotated`; None for none.
     """
 
     name: str
@@ -73,15 +75,16 @@ class _Part:
     rotated: torch.Tensor
     rms: torch.Tensor
     factor: float = 1.0
+    hessian_out: torch.Tensor | None = None
 
     def unit(self, book: Codebook, factor: float | None = None) -> float:
         """The length of one unit of the codebook; 1 for a weight of zeros."""
         return (self.rms.item() / (book.gaussian_scale * (self.factor if factor is None else factor))) or 1.0
 
-    def decoded(self, points: torch.Tensor, su: torch.Tensor, q_in: Transform) -> torch.Tensor:
-        """Q_out Ŵ Q_inᵀ diag(su) [m, n] for the points that this part was rounded to."""
+    def decoded(self, points: torch.Tensor, q_in: Transform) -> torch.Tensor:
+        """Q_out Ŵ Q_inᵀ [m, n] for the points that this part was rounded to."""
         rows, columns = self.weight.shape
-        return self.q_out.apply(q_in.apply(points[:rows, :columns]).T.contiguous()).T.contiguous() * su
+        return self.q_out.apply(q_in.apply(points[:rows, :columns]).T.contiguous()).T.contiguous()
 
 
 @cpu_matmul_precision("ieee")  # a Hessian rotated in lower precision is no longer positive definite
@@ -91,6 +94,7 @@ def quantize_weights(
     weights: Mapping[str, torch.Tensor],
     hessian: torch.Tensor,
     config: QuipConfig,
+    outputs: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Quantize linears that read the same input; they get the same su, and are rounded as one stack of rows.
 
@@ -99,6 +103,7 @@ def quantize_weights(
         hessian: float32 [n, n] = E[x xᵀ] over the calibration tokens.
         config: `codebook_spec`, `incoherence`, `rescale`, `rounding`, `damping`, `sweeps`,
             `scale` and `seed` are read.
+        outputs: name → float32 [m_i, m_i], output-side Hessians up to a factor, for a two-sided rounding method.
 
     Returns:
         name → [`QuantizedWeight`], on the device of the weights.
@@ -126,17 +131,21 @@ def quantize_weights(
     else:
         for part in parts:
             part.factor = float(config.scale)
+    for part in parts:
+        if outputs and part.name in outputs:
+            part.hessian_out = _completed_output(part, outputs[part.name].to(stack), config)
     scaled = [part.rotated / part.unit(book) for part in parts]
-    rounded = _round(scaled, prepared, book, config.sweeps, config.seed)
+    sides = [part.hessian_out for part in parts]
+    rounded = _round(scaled, prepared, book, config.sweeps, config.seed, sides)
     results = {}
-    for part, (codes, points) in zip(parts, rounded, strict=True):
-        decoded = part.decoded(points, prepared.su, prepared.q_in)
-        sv = _output_scales(part.weight, decoded, prepared.damped)
-        error = part.weight - decoded * sv[:, None]
-        _warn_of_storage(part, sv, decoded.square().sum(1), error.square().sum())
+    values = [part.decoded(one.points, prepared.q_in) for part, one in zip(parts, rounded, strict=True)]
+    su, scales = refit([part.weight for part in parts], values, prepared.damped, prepared.su, config.refit)
+    for part, (codes, _), decoded, sv in zip(parts, rounded, values, scales, strict=True):
+        error = part.weight - decoded * su * sv[:, None]
+        _warn_of_storage(part, sv, (decoded * su).square().sum(1), error.square().sum())
         results[part.name] = QuantizedWeight(
             stored(book, codes),
-            prepared.su,
+            su,
             sv,
             {
                 "relative_error": _ratio(error, part.weight, hessian),
@@ -178,7 +187,7 @@ def quantize_weight(weight: torch.Tensor, config: QuipConfig, name: str) -> Quan
         part_of_codes = slice(begin // book.rows_together, end // book.rows_together)
         found = method.round(Problem(points[begin:end] / unit, None, book, seed=config.seed + begin))
         codes[part_of_codes], points[begin:end] = found
-    decoded = part.decoded(points, su, q_in)
+    decoded = part.decoded(points, q_in) * su
     energy = decoded.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     sv = (decoded * part.weight).sum(1) / energy
     error = (part.weight - decoded * sv[:, None]).square().sum()
@@ -281,11 +290,34 @@ def _rotate(
     return _Part(name, weight, stored_as, q_out, rotated, rms)
 
 
-def _round(weights: list[torch.Tensor], prepared: PreparedHessian, book: Codebook, sweeps: int, seed: int) -> list[Rounded]:
+def _completed_output(part: _Part, hessian: torch.Tensor, config: QuipConfig) -> torch.Tensor:
+    """The output-side Hessian of a part as its rotated weight needs it; rows that complete a group are independent."""
+    rows = len(part.weight)
+    signs = incoherence.signs(rows, config.seed, "out").to(hessian.device)
+    try:
+        found = prepare_output_hessian(hessian, signs, part.q_out, config.damping)
+    except ValueError as error:
+        raise ValueError(f"{part.name} has {error}: its gradients are zero or broken") from None
+    missing = len(part.rotated) - rows
+    return torch.block_diag(found, torch.eye(missing, dtype=found.dtype, device=found.device)) if missing else found
+
+
+def _round(
+    weights: list[torch.Tensor],
+    prepared: PreparedHessian,
+    book: Codebook,
+    sweeps: int,
+    seed: int,
+    outputs: list[torch.Tensor | None] | None = None,
+) -> list[Rounded]:
     """Round weights that read one input: as one stack if rows are rounded independently, else one by one."""
     hessian = prepared.completed(weights[0].shape[1])
     if not prepared.method.rows_independent:
-        return [prepared.method.round(Problem(weight, hessian, book, sweeps, seed)) for weight in weights]
+        sides = outputs or [None] * len(weights)
+        return [
+            prepared.method.round(Problem(weight, hessian, book, sweeps, seed, side))
+            for weight, side in zip(weights, sides, strict=True)
+        ]
     codes, points = prepared.method.round(Problem(torch.cat(weights), hessian, book, sweeps, seed))
     rows = [len(weight) for weight in weights]
     groups = [count // book.rows_together for count in rows]
@@ -317,14 +349,6 @@ def _sample(part: _Part, book: Codebook) -> torch.Tensor:
     count = min(max(_SCALE_ROWS // together, 1), groups)
     chosen = (torch.arange(count, device=part.rotated.device) * (groups / count)).long()
     return part.rotated.reshape(-1, together, part.rotated.shape[1])[chosen].flatten(0, 1)
-
-
-def _output_scales(weight: torch.Tensor, decoded: torch.Tensor, damped: torch.Tensor) -> torch.Tensor:
-    """The sv [m] of least proxy loss for the codes as they are: a weighted least-squares fit, row by row."""
-    moved = decoded @ damped
-    energy = (moved * decoded).sum(1)
-    fitted = (moved * weight).sum(1) / energy.clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(energy > 0, fitted, torch.zeros_like(fitted))
 
 
 def _ratio(error: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> float:

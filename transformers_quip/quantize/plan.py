@@ -284,6 +284,11 @@ def _packed_bytes(
     if config.is_mixed:  # its bits are decided later and will be near the average
         return math.ceil(shape[0] * shape[1] * config.bits / 8) + sum(shape) * dtype.itemsize
     book = codebooks.get(config.codebook_spec)
+    if book.is_read_only:
+        raise ValueError(
+            f"{name} cannot be quantized with codebook {book.name!r}: it is for checkpoints that were quantized with it "
+            f"elsewhere. Choose one of {', '.join(map(repr, (*codebooks.names(), *codebooks.families())))}"
+        )
     try:
         grids = book.tensors(*shape)
     except ValueError as error:

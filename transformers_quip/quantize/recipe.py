@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import rounding
 from ..calibration import BlockInputs, CapturedInputs, capture_inputs, find_blocks
+from ..calibration.curvature import Curvature, collect_curvature
 from ..calibration.dataset import load_token_ids
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
@@ -21,7 +23,7 @@ from .bars import advance
 from .block import ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
 from .embedding import quantize_embedding
 from .mixed_bits import hessian_after_blocks, settle_bits
-from .plan import make_plan
+from .plan import QuantizationPlan, make_plan
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -109,6 +111,7 @@ def _quantize_model(
     blocks_name, blocks = find_blocks(model)
     with timed(report.seconds, "capture"):
         inputs = capture_inputs(model, blocks, ids, config.batch_size)
+    curvature = _curvature(model, plan, config, ids)
     dense, following = _split_batches(inputs.num_batches, config.calibrate_on)
     embeddings = [name for name in plan.names if replace.is_dense_embedding(model.get_submodule(name))]
     with tqdm(total=len(plan.names), desc="Quantizing", unit="layer") as bar:
@@ -129,7 +132,7 @@ def _quantize_model(
             bar.set_description(f"Block {index + 1} of {len(blocks)}")
             prefix = f"{blocks_name}.{index}."
             configs = {name: config.for_module(prefix + name) for name in plan.inside(prefix)}
-            stages = _quantize_block(block, index, inputs, configs, prefix, dense, following, done, tuner)
+            stages = _quantize_block(block, index, inputs, configs, prefix, dense, following, done, tuner, curvature)
             for stage, seconds in stages.items():
                 report.seconds[stage] += seconds
         for name in plan.names:
@@ -149,6 +152,13 @@ def _quantize_model(
     return report
 
 
+def _curvature(model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor) -> dict[str, Curvature]:
+    """The two Hessians of every linear whose rounding method is two-sided."""
+    tables = [name for name in plan.names if replace.is_dense_embedding(model.get_submodule(name))]
+    names = [name for name in plan.names if name not in tables and rounding.get(config.for_module(name).rounding).two_sided]
+    return collect_curvature(model, names, ids[: config.sketch_samples], config.seed) if names else {}
+
+
 def _quantize_block(
     block: nn.Module,
     index: int,
@@ -159,6 +169,7 @@ def _quantize_block(
     following: range,
     done: Callable[[ModuleResult], None],
     tuner: Callable[[BlockInputs], Tuner] | None,
+    curvature: dict[str, Curvature],
 ) -> dict[str, float]:
     """Quantize one block and bring every batch to the next one; returns the seconds of each stage."""
 
@@ -168,7 +179,8 @@ def _quantize_block(
 
     entering = inputs.of_block(index)
     tuning = tuner(entering) if tuner is not None and configs else None
-    seconds = quantize_block(block, entering, configs, prefix, keep, done, tuning).seconds
+    own = {name: curvature.pop(prefix + name) for name in configs if prefix + name in curvature}
+    seconds = quantize_block(block, entering, configs, prefix, keep, done, tuning, own).seconds
     if following and index + 1 < inputs.num_blocks:
         with timed(seconds, "replay"), calibration_autocast(block), replayed_densely(block, configs):
             inputs.advance(index, block, following)

@@ -14,6 +14,7 @@ from .ldlq_rg import LDLQRG
 from .nearest import Nearest
 from .quantease import QuantEase
 from .stochastic import Stochastic
+from .yaqa import YAQA
 
 __all__ = ["Problem", "Rounded", "Rounding", "get", "names", "proxy_loss", "register"]
 
@@ -58,7 +59,7 @@ def register(name: str, method: Rounding) -> None:
     _ROUNDINGS.register(name, method)
 
 
-for _rounding in (LDLQ(), LDLQRG(), Greedy(), QuantEase(), Convex(), Nearest(), Stochastic()):
+for _rounding in (LDLQ(), LDLQRG(), Greedy(), QuantEase(), Convex(), Nearest(), Stochastic(), YAQA()):
     register(_rounding.name, _rounding)
 
 

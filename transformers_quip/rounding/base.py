@@ -82,12 +82,14 @@ class Rounding(abc.ABC):
         rows_independent: whether a row (of a codebook that codes several rows together: each such group of rows) is
             rounded independently of the others. Then weights that read the same input are rounded as one stack of rows,
             and large ones in chunks of rows; else each weight is a problem of its own.
+        two_sided: whether it reads `Problem.hessian_out`.
     """
 
     name: str
     needs_hessian: bool
     scalar_only: bool = False
     rows_independent: bool = True
+    two_sided: bool = False
 
     def works_with(self, codebook: Codebook) -> bool:
         """Whether the method is defined for this codebook."""

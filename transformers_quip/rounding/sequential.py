@@ -44,7 +44,9 @@ def start(weight: torch.Tensor, codebook: Codebook) -> Rounded:
     return Rounded(codes, weight.clone())
 
 
-def sweep(problem: Problem, conditional: torch.Tensor, rounded: Rounded) -> bool:
+def sweep(
+    problem: Problem, conditional: torch.Tensor, rounded: Rounded, feedback: list[torch.Tensor] | None = None
+) -> bool:
     """One pass of coordinate descent, in place: every block k to the point nearest to its conditional optimum.
 
     That is Ŵ_k + (W − Ŵ) H_{:,k} H_{kk}⁻¹, for the other blocks as they are at that moment.
@@ -53,22 +55,31 @@ def sweep(problem: Problem, conditional: torch.Tensor, rounded: Rounded) -> bool
         problem: weight, Hessian and codebook.
         conditional: float32 [n / block, block, block], see [`inverse_of_blocks`].
         rounded: the current codes and points; replaced.
+        feedback: the result of [`sweep_feedback`], if several weights with one Hessian are swept.
 
     Returns:
         Whether any code changed.
     """
     weight, hessian, codebook = problem.weight, problem.required_hessian, problem.codebook
     size, changed = codebook.block_size, False
-    for begin, end in _panels(weight.shape[1], size):
+    feedback = sweep_feedback(hessian, conditional, size) if feedback is None else feedback
+    for (begin, end), own in zip(_panels(weight.shape[1], size), feedback, strict=True):
         part = slice(begin // size, end // size)
         current = rounded.points[:, begin:end].contiguous()
         gradient = (weight - rounded.points) @ hessian[:, begin:end]
         target = current + _times_blocks(gradient, conditional[part])
-        feedback = _times_blocks(hessian[begin:end, begin:end], conditional[part])
-        codes, points, _ = codebook.round_panel(target, current, feedback)
+        codes, points, _ = codebook.round_panel(target, current, own)
         changed = changed or not torch.equal(codes, rounded.codes[:, part])
         rounded.codes[:, part], rounded.points[:, begin:end] = codes, points
     return changed
+
+
+def sweep_feedback(hessian: torch.Tensor, conditional: torch.Tensor, block_size: int) -> list[torch.Tensor]:
+    """The factors of errors inside each panel of a [`sweep`], in the order of the panels: H_{jk} H_{kk}⁻¹."""
+    return [
+        _times_blocks(hessian[begin:end, begin:end], conditional[begin // block_size : end // block_size])
+        for begin, end in _panels(len(hessian), block_size)
+    ]
 
 
 def inverse_of_blocks(hessian: torch.Tensor, block_size: int) -> torch.Tensor:

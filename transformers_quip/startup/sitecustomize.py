@@ -6,6 +6,7 @@ imported here that a program has not imported itself: a program that does not im
 
 import os
 import sys
+from _thread import get_ident
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 
@@ -13,26 +14,39 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class _LoadsQuip:
-    """Finds `transformers` by asking the other finders, and imports transformers_quip right after it."""
+    """Finds `transformers` by asking the other finders, and imports transformers_quip right after it.
+
+    It stays until that has happened: many programs ask where `transformers` is, and import it later.
+    """
+
+    def __init__(self):
+        self._asking = set()  # threads
 
     def find_spec(self, name, path=None, target=None):
-        if name != "transformers":
+        if name != "transformers" or get_ident() in self._asking:
             return None
-        sys.meta_path.remove(self)
-        for finder in sys.meta_path:
-            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _ThenQuip(spec.loader)
-                return spec
+        self._asking.add(get_ident())
+        try:
+            for finder in sys.meta_path:
+                spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = _ThenQuip(spec.loader, self)
+                    return spec
+        finally:
+            self._asking.remove(get_ident())
         return None
 
 
 class _ThenQuip:
     """The module's own loader, and the import of transformers_quip after it."""
 
-    def __init__(self, loader):
+    def __init__(self, loader, finder):
         self._loader = loader
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
 
     def create_module(self, spec):
         return self._loader.create_module(spec)
@@ -40,6 +54,8 @@ class _ThenQuip:
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader  # nothing of this shows afterwards
         self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         try:
             import transformers_quip  # noqa: F401
         except ImportError as error:

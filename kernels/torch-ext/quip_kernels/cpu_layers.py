@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,7 +15,7 @@ _MOST_LAYERS = 4096
 
 
 def description(
-    names: tuple, tensors: tuple[torch.Tensor | None, ...], make: Callable[[], Description]
+    make: Callable[..., Description], tensors: tuple[torch.Tensor | None, ...], *names: Any
 ) -> tuple[Description, int]:
     """The description of a layer, which must be kept as long as it is used, and its address.
 
@@ -23,14 +23,14 @@ def description(
     types. Addresses of different devices differ.
 
     Args:
-        names: everything else that the description depends on, hashable; the key keeps these objects alive.
+        make: checks the tensors and describes them: make(tensors, *names).
         tensors: all contiguous.
-        make: checks the tensors and describes them.
+        names: everything else that the description depends on, hashable; the key keeps these objects alive.
     """
-    key = (names, *(None if v is None else (v.data_ptr(), v.shape, v.dtype) for v in tensors))
+    key = (*names, *[None if v is None else (v.data_ptr(), v.shape, v.dtype) for v in tensors])  # faster than a generator
     found = _layers.get(key)
     if found is None:
-        made = make()
+        made = make(tensors, *names)
         if len(_layers) >= _MOST_LAYERS:
             _layers.clear()
         found = _layers[key] = (made, ctypes.addressof(made))

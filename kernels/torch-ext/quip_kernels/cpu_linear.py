@@ -141,13 +141,12 @@ def layer_of(
     Args:
         tensors: codes, codes_residual, su, sv, bias, all contiguous.
     """
-    names = (n, transform_in, transform_out, residual_scale)
-    return description(names, tensors, lambda: _describe(n, tensors, transform_in, transform_out, residual_scale))
+    return description(_describe, tensors, n, transform_in, transform_out, residual_scale)
 
 
 def _describe(
-    n: int,
     tensors: LayerTensors,
+    n: int,
     transform_in: Transform | None,
     transform_out: Transform | None,
     residual_scale: float,

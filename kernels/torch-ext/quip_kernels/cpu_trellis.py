@@ -120,7 +120,7 @@ def decode(
     if dtype not in DTYPES:
         raise ValueError(f"weights are decoded to float32, bfloat16 or float16, not {dtype}")
     codes, table = contiguous(codes), contiguous(table)
-    arguments = _arguments(columns, (codes, None, None, None, table), None, None, layout)
+    arguments = _arguments((codes, None, None, None, table), columns, None, None, layout)
     weight = torch.empty(codes.shape[0], columns, dtype=dtype) if out is None else out
     if weight.shape != (codes.shape[0], columns) or weight.dtype != dtype or not weight.is_contiguous():
         raise ValueError(f"out must be a contiguous {dtype} {[codes.shape[0], columns]}, got {list(weight.shape)}")
@@ -149,13 +149,12 @@ def layer_of(
     Args:
         tensors: codes, su, sv, bias, table, all contiguous.
     """
-    names = (n, transform_in, transform_out, layout)
-    return description(names, tensors, lambda: _arguments(n, tensors, transform_in, transform_out, layout))
+    return description(_arguments, tensors, n, transform_in, transform_out, layout)
 
 
 def _arguments(
-    n: int,
     tensors: TrellisTensors,
+    n: int,
     transform_in: Transform | None,
     transform_out: Transform | None,
     layout: Layout,

@@ -43,7 +43,16 @@ def build(name: str, folder: Path) -> tuple[Path, Path]:
     objects = folder / name
     objects.mkdir(parents=True, exist_ok=True)
     newest = max(path.stat().st_mtime for path in [*SOURCES.glob("*.h"), Path(__file__)])
-    flags = ["-O1", "-g", "-fno-omit-frame-pointer", "-fPIC", "-pthread", "-fopenmp-simd", f"-I{SOURCES}"]
+    flags = [
+        "-O1",
+        "-g",
+        "-fno-var-tracking-assignments",
+        "-fno-omit-frame-pointer",
+        "-fPIC",
+        "-pthread",
+        "-fopenmp-simd",
+        f"-I{SOURCES}",
+    ]
     running, made = [], []
     for source in [*sorted(SOURCES.glob("*.c")), HERE / "driver.c"]:
         out = objects / f"{source.stem}.o"
@@ -105,7 +114,20 @@ def run_tests(library: Path, folder: Path) -> None:
     check = f"from quip_kernels import cpu_library as c; assert c.library() and str(c.PATH).startswith({str(package)!r})"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
     pythonpath = f"pythonpath={ROOT} {package} {ROOT / 'examples'} {ROOT / 'benchmarks'}"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", pythonpath, *tests]
+    # capturing file descriptors would hide the reports, which are not written by Python
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--capture=sys",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        pythonpath,
+        *tests,
+    ]
     if subprocess.run(command, env=environment, cwd=ROOT).returncode:
         raise SystemExit("the kernels' tests fail under AddressSanitizer and UBSan")
 

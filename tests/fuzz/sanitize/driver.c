@@ -3,9 +3,8 @@
  *
  *     driver SEED CALLS THREADS [fork]
  *
- * THREADS > 1: as many threads make their calls at once, which is what ThreadSanitizer needs. fork: a child computes as well,
- * after the parent has. Every instruction set and every number of threads must give the same result: the same bits for lattice
- * codes, nearly the same numbers for trellis codes, which are sums of float32. The exit code is 1 if one does not. */
+ * THREADS > 1: that many threads call at once, for ThreadSanitizer. fork: a child computes as well, after its parent. Every
+ * instruction set and number of threads must give the same result (of trellis codes, nearly the same); if not, exit code 1. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -60,8 +59,7 @@ static int one_in(arena *a, int n) {
     return below(a, n) == 0;
 }
 
-/* Memory of exactly this size. */
-static void *exact(arena *a, int64_t bytes) {
+static void *exact(arena *a, int64_t bytes) { /* memory of exactly this size */
     void *result = malloc((size_t)bytes);
     if ((bytes && !result) || a->count == MOST_KEPT) abort();
     return a->kept[a->count++] = result;

@@ -154,6 +154,26 @@ def test_inputs_of_every_kind(codebook):
 
 
 @needs_library
+@pytest.mark.parametrize("name", ["x", "su", "sv", "bias"])
+def test_where_gradients_are_on_only_a_call_that_needs_them_builds_a_graph(module, name):
+    x = torch.randn(3, 24)
+    for _ in range(2):
+        assert module(x).grad_fn is None
+    assert prepared_for(module, x) is not None
+    wanted = {"x": x, **dict(module.named_parameters())}[name].requires_grad_()
+    y = module(x)
+    with torch.no_grad():
+        assert module(x).grad_fn is None
+    (found,) = torch.autograd.grad(y.sum(), wanted)
+    step = torch.randn_like(wanted)
+    with torch.no_grad():  # the sum is linear in each of them
+        before = expected_of(module, x).sum()
+        wanted += step
+        change = expected_of(module, x).sum() - before
+    torch.testing.assert_close((found * step).sum().double(), change, rtol=1e-3, atol=1e-3)
+
+
+@needs_library
 @torch.no_grad()
 def test_few_and_many_vectors_of_16_bits():
     """Where the processor has AMX, both are prepared; elsewhere, those that are multiplied by the codes."""

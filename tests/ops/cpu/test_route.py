@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transformers_quip.ops.cpu.route import MOST_VECTORS, Case, Route, is_int8, planes, route, routes
+from transformers_quip.ops.cpu.route import MOST_VECTORS, Case, Route, is_int8, planes, routes
 
 FLOAT, BF16, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MANY = 10_000
@@ -49,7 +49,7 @@ def test_the_table():
 )
 def test_routes(given, few, most, many):
     assert routes(given) == (few, most, many)
-    assert [route(given, vectors) for vectors in (0, 1, most, most + 1, MANY)] == [R.REFERENCE, few, few, many, many]
+    assert [routes(given).of(vectors) for vectors in (0, 1, most, most + 1, MANY)] == [R.REFERENCE, few, few, many, many]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_routes(given, few, most, many):
     ],
 )
 def test_the_reference_computes_what_the_library_does_not(given):
-    assert {route(given, vectors) for vectors in (0, 1, 64, MANY)} == {R.REFERENCE}
+    assert {routes(given).of(vectors) for vectors in (0, 1, 64, MANY)} == {R.REFERENCE}
 
 
 @pytest.mark.parametrize(

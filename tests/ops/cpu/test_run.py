@@ -137,7 +137,7 @@ def test_the_backend_decides(backend):
     args = arguments(96, 64, 1)
     assert relative_error(torch.ops.quip.linear(*args), args) < 2e-6
     usable = backend != "reference" and cpu_kernels.is_available()
-    assert cpu.case_of(args[0].dtype, Layer(*args[1:])).is_usable == usable
+    assert cpu.plan(args[0].dtype, Layer(*args[1:])).case.is_usable == usable
 
 
 def test_without_the_library_the_reference_runs_and_says_so_once(without_library, monkeypatch, caplog):

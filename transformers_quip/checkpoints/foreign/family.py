@@ -94,12 +94,14 @@ class Family(abc.ABC):
         marker: the kind of tensor (the last part of its name) that every quantized linear has.
         kinds: all kinds of tensors except the bias.
         fused: names of linears that are stored as one fused linear, by the name of the fused one.
+        refused: parts of some checkpoints that are not supported, and the patterns of the names of their modules.
     """
 
     name: str
     marker: str
     kinds: tuple[str, ...]
     fused: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    refused: Mapping[str, str] = MappingProxyType({})
 
     def siblings(self, name: str) -> dict[str, str]:
         """Tensors of a linear that are stored under other modules: kind → name."""
@@ -133,6 +135,14 @@ class Family(abc.ABC):
         Raises:
             ValueError: tensors are missing, contradictory or of a kind that is not supported; the message names them.
         """
+
+    def is_table(self, source: Source) -> bool:
+        """Whether these are the tensors of a quantized embedding, not of a linear."""
+        return False
+
+    def describe_table(self, source: Source, rows: int, columns: int, parameters: Mapping[str, Any]) -> Form:
+        """As [`describe`], of an embedding [rows, columns] for whose tensors [`is_table`] is true."""
+        raise NotImplementedError(f"{self.name} has no quantized embeddings")
 
     @abc.abstractmethod
     def repack(self, tensors: Mapping[str, torch.Tensor], form: Form) -> dict[str, torch.Tensor]:

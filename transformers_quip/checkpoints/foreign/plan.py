@@ -20,7 +20,7 @@ from ...config import QuipConfig
 from ...config.storage import Storage
 from ...nn.experts import expert_shape, is_stacked
 from ...nn.place import fused_shape, possible_names
-from ...nn.replace import is_dense_linear, linear_shape
+from ...nn.replace import is_dense_embedding, is_dense_linear, linear_shape
 from ..complete import is_outside
 from ..headers import DAMAGED, TensorInfo
 from .exl3 import Exl3
@@ -107,8 +107,9 @@ def make_plan(
         if is_outside(model, source.name):
             logger.warning("%s of the checkpoint is not a part of %s and is left out", source.name, type(model).__name__)
             continue
-        place = _find_place(model, family, source.name)
-        form = family.describe(source, place.rows, place.columns, parameters)
+        place = _find_place(model, family, source)
+        describe = family.describe_table if place.table else family.describe
+        form = describe(source, place.rows, place.columns, parameters)
         _check_bias(source, place, form)
         factor = family.folded_factor(model.config, source.name)
         if factor != 1:
@@ -119,7 +120,7 @@ def make_plan(
         if place.parts:
             parts = tuple(place.parts.items())
             joined[place.name.rpartition(".")[0]] = Storage(scales_dtype=form.storage.scales_dtype, parts=parts)
-        linears.append(ForeignLinear(place.name, family, form, source, place.dense))
+        linears.append(ForeignLinear(place.name, family, form, source, place.dense, place.table))
     _check_complete(model, linears, names)
     packed = [linear for linear in linears if not linear.dense]
     if not packed:
@@ -158,15 +159,20 @@ class _Place:
     parts: Mapping[str, int] | None = None
     dense: bool = False
     bias: bool = False
+    table: bool = False  # of an embedding
 
 
-def _find_place(model: nn.Module, family: Family, name: str) -> _Place:
-    """Where a linear of a checkpoint belongs. Raises `ValueError` if the model has no such place."""
+def _find_place(model: nn.Module, family: Family, source: Source) -> _Place:
+    """Where a linear or embedding of a checkpoint belongs. Raises `ValueError` if the model has no such place."""
+    name = source.name
     for here in possible_names(model, name):
         parent_name, _, last = here.rpartition(".")
         module, parent = _module(model, here), _module(model, parent_name)
         if module is not None and is_dense_linear(module):
             return _Place(here, *linear_shape(module), bias=module.bias is not None)
+        if isinstance(module, nn.Embedding) and family.is_table(source):
+            # a subclass, such as Gemma's, does more than looking rows up, and gets a dense table
+            return _Place(here, *linear_shape(module), dense=not is_dense_embedding(module), table=True)
         if parent is None:
             expert = re.fullmatch(r"(.+)\.\d+\.([^.]+)", here)
             stacked = _module(model, expert[1]) if expert else None
@@ -190,6 +196,9 @@ def _find_place(model: nn.Module, family: Family, name: str) -> _Place:
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
             rows, columns = weight.shape
             return _Place(here, rows, columns, dense=True)
+    for kind, pattern in family.refused.items():
+        if re.search(pattern, name):
+            raise ValueError(f"The checkpoint has {name}: {kind} of {family.name} are not supported")
     raise ValueError(
         f"The checkpoint has a quantized linear {name}, but {type(model).__name__} has none of that name: the files belong "
         "to another architecture than config.json says, or Transformers has changed it"

@@ -1,4 +1,4 @@
-"""One quantized linear of a foreign checkpoint → its native tensors, without loss."""
+"""One quantized linear or embedding of a foreign checkpoint → its native tensors, without loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...nn.embedding import QuipEmbedding
 from ...nn.empty import empty_linear
+from ...nn.linear import QuipLinear
+from ...nn.replace import empty_embedding
 from ..headers import DAMAGED
 from .family import Family, Form, Source
 from .native_config import native_config
@@ -20,9 +23,10 @@ class ForeignLinear:
 
     Attributes:
         name: of the native linear in the model.
-        family, form: its family, and the result of [`Family.describe`].
+        family, form: its family, and the result of [`Family.describe`] or [`Family.describe_table`].
         source: its tensors in the files.
         dense: the model has a plain matrix there instead of a linear (a router): it gets the decoded weight.
+        table: it is an embedding.
     """
 
     name: str
@@ -30,6 +34,7 @@ class ForeignLinear:
     form: Form
     source: Source
     dense: bool = False
+    table: bool = False
 
     @property
     def first(self) -> str:
@@ -64,9 +69,14 @@ class ForeignLinear:
     def _decoded(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         form = self.form
         config = native_config([self])
-        linear = empty_linear(form.rows, form.columns, config, self.name, bias=False, dtype=torch.float32)
-        linear.load_state_dict(dict(tensors), assign=True)
-        return linear.dequantize()
+        module: QuipLinear | QuipEmbedding
+        if self.table:
+            with torch.device("meta"):
+                module = empty_embedding(nn.Embedding(form.rows, form.columns), config, self.name)
+        else:
+            module = empty_linear(form.rows, form.columns, config, self.name, bias=False, dtype=torch.float32)
+        module.load_state_dict(dict(tensors), assign=True)
+        return module.dequantize()
 
 
 def repack(linear: ForeignLinear, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

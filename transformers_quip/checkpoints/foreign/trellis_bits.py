@@ -1,6 +1,7 @@
-"""Trellis codes of QTIP and EXL3 files, re-packed into the native layout that `trellis.py` describes.
+"""Trellis codes of QTIP and EXL3 files, re-packed into the native layout that `trellis.py` describes; and back into EXL3's.
 
-Every function only moves bits, and returns int16 codes [m, n/16·K] on the device of its argument.
+Every function only moves bits, and returns its result on the device of its argument: int16 codes [m, n/16·K], if its name
+begins with "from".
 """
 
 from __future__ import annotations
@@ -102,6 +103,36 @@ def from_exl3(trellis: torch.Tensor) -> torch.Tensor:
         low.bitwise_and_(0xFFFF)
         torch.bitwise_or(low, shifted.bitwise_and_(-0x10000), out=codes[first : first + together])
     return codes.view(torch.int16).view(tiles_out * TILE, tiles_in * width // TILE)
+
+
+def to_exl3(codes: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The inverse of [`from_exl3`].
+
+    Args:
+        codes: int16 [m, n/16·K] of a codebook of order "exl3".
+        in_features: n.
+
+    Returns:
+        int16 [n/16, m/16, 16·K].
+
+    Raises:
+        ValueError: the shape or type is another.
+    """
+    rows, across = codes.shape if codes.dim() == 2 else (1, 0)
+    tiles_in = in_features // TILE
+    width, rest = divmod(across * TILE, tiles_in) if tiles_in else (0, 1)
+    if codes.dtype != torch.int16 or rest or rows % TILE or in_features % TILE or width not in EXL3_WORDS:
+        raise ValueError(
+            f"codes of {in_features} columns must be int16 [m, n/16·K], m and n multiples of {TILE}, K as EXL3 has it, got "
+            f"{codes.dtype} {list(codes.shape)}"
+        )
+    k = width // TILE
+    # halves exchanged, the first bit of the ring is the highest of its words; then the ring is rotated left by 16 − k bits
+    words = codes.contiguous().view(torch.int32).view(rows // TILE, tiles_in, width // 2)
+    words = (words << 16) | ((words >> 16) & 0xFFFF)
+    following = (words.roll(-1, -1) >> (16 + k)) & ((1 << (16 - k)) - 1)
+    words = (words << (16 - k)) | following
+    return words.transpose(0, 1).contiguous().view(torch.int16)
 
 
 def _bits(trellis: torch.Tensor, out_features: int, in_features: int, multiple: int) -> int:

@@ -12,7 +12,7 @@ from quip_kernels import cpu_linear, cpu_trellis
 from quip_kernels.cpu_library import default_level, loaded
 
 from ... import codebooks
-from ..layer import Layer, integer_dtypes, named, stages
+from ..layer import Layer, integer_dtypes, named
 
 Vectors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # su, sv, bias
 Transforms = tuple[cpu_linear.Transform | None, cpu_linear.Transform | None]  # of inputs and outputs
@@ -35,7 +35,8 @@ class E8PCodes:
     """
 
     def __init__(self, layer: Layer, planes: int):
-        self.codes, self.second = stages(layer.weight)
+        weight = layer.weight
+        self.codes, self.second = weight[0], weight[1] if len(weight) > 1 else None
         self.scale = layer.book.residual_scale or 1.0
         self.planes = planes
 
@@ -105,17 +106,13 @@ def dtypes_are_known(tensors: Sequence[torch.Tensor]) -> bool:
     return all(v.dtype in cpu_linear.DTYPES or not v.is_floating_point() for v in tensors)
 
 
-def tensors_fit(layer: Layer) -> bool:
-    """Whether a layer has the number and the types of tensors that its codebook stores and the library takes.
+def types_fit(codebook: str, weight: Sequence[torch.dtype | None], vectors: Sequence[torch.dtype | None]) -> bool:
+    """Whether a layer's tensors have the types that its codebook stores and the library takes.
 
-    The sizes are not checked.
+    Args:
+        weight: of the stored tensors. vectors: of su, sv and the bias; None where there is none.
     """
-    known, bias, wanted = cpu_linear.DTYPES, layer.bias, integer_dtypes(layer.codebook)
-    if layer.su.dtype not in known or layer.sv.dtype not in known or (bias is not None and bias.dtype not in known):
+    known, wanted = cpu_linear.DTYPES, integer_dtypes(codebook)
+    if len(weight) != len(wanted) or not all(dtype is None or dtype in known for dtype in vectors):
         return False
-    if len(layer.weight) != len(wanted):
-        return False
-    for tensor, dtype in zip(layer.weight, wanted, strict=True):
-        if tensor.dtype not in known if dtype is None else tensor.dtype is not dtype:
-            return False
-    return True
+    return all(a in known if b is None else a is b for a, b in zip(weight, wanted, strict=True))

@@ -8,7 +8,7 @@ each layer; later calls only check that nothing changed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,15 @@ from .. import backend
 from ..layer import Layer
 from . import run, torch_private
 from .codes import Call, codes_of
-from .route import Route, Routes, is_int8, routes
+from .route import Route, Routes, is_int8
+
+
+def needs_graph(x: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether a call with this input and these tensors of a layer builds a graph for derivatives where gradients are on.
+
+    Forward-mode differentiation is seen by `torch_private.is_recorded`.
+    """
+    return x.requires_grad or any(v is not None and v.requires_grad for v in tensors)
 
 
 def linear(x: torch.Tensor, layer: Layer) -> torch.Tensor:
@@ -64,7 +72,7 @@ class Prepared:
             or not x.is_cpu
             or not x.is_contiguous()
             or backend.settings() is not self.settings
-            or torch.is_grad_enabled()
+            or (torch.is_grad_enabled() and needs_graph(x, tensors.values()))
             or torch_private.is_watched()
         ):
             return None
@@ -103,11 +111,9 @@ def prepare(
     watched = {name: tensors[name] for name in (*names, "su", "sv", "bias")}
     if not all(v is None or (v.is_cpu and v.is_contiguous()) for v in watched.values()):
         return None
-    case = run.case_of(x.dtype, layer)
-    ways = routes(case)
+    case, ways, q_in, q_out = run.plan(x.dtype, layer)
     if ways.few is not Route.FUSED or ways.of(x.numel() // layer.n) not in (Route.FUSED, Route.BUNDLED):
         return None
-    q_in, q_out = run.sides(layer)
     vectors, transforms = (layer.su, layer.sv, layer.bias), (q_in[0], q_out[0])
     present = {name: v for name, v in watched.items() if v is not None}
     return Prepared(

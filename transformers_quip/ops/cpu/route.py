@@ -87,11 +87,6 @@ def routes(case: Case) -> Routes:
     return Routes(few, most, Route.DECODED)
 
 
-def route(case: Case, vectors: int) -> Route:
-    """How a layer is computed for this number of vectors."""
-    return routes(case).of(vectors)
-
-
 def planes(dtype: torch.dtype, activations: str) -> int:
     """Bytes in which activations of this dtype are multiplied: "exact" keeps more bits than the dtype has."""
     if activations == "int8" or (activations == "auto" and dtype != torch.float32):

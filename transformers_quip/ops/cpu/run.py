@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,8 @@ from ..layer import Layer, named, stages
 from ..packing import stored
 from ..same_input import SameInput
 from . import scratch
-from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, tensors_fit, trellis_layout
-from .route import Case, Route, is_int8, planes, route
+from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, trellis_layout, types_fit
+from .route import Case, Route, Routes, is_int8, planes, routes
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,11 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     layer = Layer(*arguments)
     if layer.weight[0].dtype is torch.int32:  # may be packed: stored codes of kernels are never int32
         layer = layer._replace(weight=stored(layer.weight, layer.codebook, layer.n))
-    case = case_of(x.dtype, layer)
-    way = route(case, x.numel() // layer.n)
+    case, ways, q_in, q_out = plan(x.dtype, layer)
+    way = ways.of(x.numel() // case.n)
     if way is Route.REFERENCE:
         return reference.linear(x, *layer)
-    codes, q_in, q_out = codes_of(layer, case.planes), *sides(layer)
+    codes = codes_of(layer, case.planes)
     if way is Route.FUSED:
         return codes.multiply(x, (layer.su, layer.sv, layer.bias), (q_in[0], q_out[0]))
     if way is Route.PRODUCTS:
@@ -81,24 +81,54 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return _decoded(x, layer, codes, q_in, q_out)
 
 
-def case_of(dtype: torch.dtype, layer: Layer) -> Case:
-    """The facts by which `route` chooses, for a layer in the stored form and activations of this dtype."""
-    book, (q_in, q_out) = layer.book, sides(layer)
+class Plan(NamedTuple):
+    """The decisions of `route`, and the transforms of inputs and outputs: the values of tensors do not matter."""
+
+    case: Case
+    routes: Routes
+    q_in: Side
+    q_out: Side
+
+
+def plan(dtype: torch.dtype, layer: Layer) -> Plan:
+    """The plan for a layer in the stored form and activations of this dtype."""
+    weight, su, sv, bias, *names = layer
+    types = (su.dtype, sv.dtype, None if bias is None else bias.dtype, *[v.dtype for v in weight])
     usable = _is_usable()
+    has_amx = usable and cpu_many.is_available()
+    return _plan(dtype, sv.shape[0], su.shape[0], types, get_activations(), usable, has_amx, *names)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    types: tuple[torch.dtype | None, ...],
+    activations: str,
+    usable: bool,
+    has_amx: bool,
+    codebook: str,
+    incoherence_in: str,
+    incoherence_out: str,
+    seed: int,
+) -> Plan:
+    book, q_in, q_out = codebooks.get(codebook), side(incoherence_in, n, seed), side(incoherence_out, m, seed)
     if usable and book.kernels is None:
         _tell(f"the CPU library has no kernels for codebook {book.name!r}")
-    return Case(
+    case = Case(
         book.kernels,
-        len(layer.weight),
+        len(types) - 3,
         dtype,
-        layer.m,
-        layer.n,
-        planes(dtype, get_activations()),
-        tensors_fit=tensors_fit(layer),
+        m,
+        n,
+        planes(dtype, activations),
+        tensors_fit=types_fit(codebook, types[3:], types[:3]),
         has_transforms=q_in[1] is None and q_out[1] is None,
         is_usable=usable,
-        has_amx=usable and cpu_many.is_available(),
+        has_amx=has_amx,
     )
+    return Plan(case, routes(case), q_in, q_out)
 
 
 def _is_usable() -> bool:
@@ -125,11 +155,6 @@ def side(incoherence: str, size: int, seed: int) -> Side:
     if q.dense_factors is None:
         return None, q
     return kernels.Transform(q.dense_factors), None
-
-
-def sides(layer: Layer) -> tuple[Side, Side]:
-    """The transforms of a layer's inputs and outputs."""
-    return side(layer.incoherence_in, layer.n, layer.seed), side(layer.incoherence_out, layer.m, layer.seed)
 
 
 def rotated_inputs() -> SameInput[torch.Tensor]:

@@ -122,9 +122,8 @@ def is_transformed() -> bool:
     return _private is not None and _private.functorch() is not None
 
 
-def below_autograd() -> AbstractContextManager[Any]:
-    """Inside it, ops build no graph for derivatives; without effect if this PyTorch does not have it."""
-    return nullcontext() if _private is None else _private.below_autograd()
+# Inside it, ops build no graph for derivatives; without effect if this PyTorch does not have it.
+below_autograd: Callable[[], AbstractContextManager[Any]] = nullcontext if _private is None else _private.below_autograd
 
 
 def graph_modes() -> tuple[type, type] | None:

@@ -88,6 +88,30 @@ def _rebase(costs, EDGES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _advance(
+    levels,
+    x,
+    before,
+    after,
+    choices,
+    t,
+    most,
+    rebased,
+    OLD: tl.constexpr,
+    FRESH: tl.constexpr,
+    BITS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """[`_step`], and [`_rebase`] if `rebased`."""
+    _step(levels, x, before, after, choices, t, most, OLD, FRESH, BITS, WEIGHTS, DOUBLINGS, BLOCK)
+    tl.debug_barrier()
+    if rebased:
+        _rebase(after, 1 << (BITS - FRESH), BLOCK)
+
+
+@triton.jit
 def _fresh(t, EVEN: tl.constexpr, ODD: tl.constexpr):
     return EVEN if EVEN == ODD else tl.where(t % 2 == 0, EVEN, ODD)
 
@@ -135,21 +159,12 @@ def viterbi_kernel(
         most = tl.where(i < opened, 0x7FFFFFFF, MOST_COST)
         here = choices + i * most_edges
         rebased = (i + 1 == opened) | ((i >= opened) & (i % REBASED == REBASED - 1))
-        if EVEN == ODD:
-            _step(levels, x, before, after, here, t, most, EVEN, ODD, BITS, WEIGHTS, DOUBLINGS, BLOCK)
-            tl.debug_barrier()
-            if rebased:
-                _rebase(after, 1 << (BITS - ODD), BLOCK)
+        if EVEN == ODD:  # noqa: SIM114 - only this condition is known while the kernel is compiled
+            _advance(levels, x, before, after, here, t, most, rebased, EVEN, ODD, BITS, WEIGHTS, DOUBLINGS, BLOCK)
         elif t % 2 == 0:
-            _step(levels, x, before, after, here, t, most, EVEN, ODD, BITS, WEIGHTS, DOUBLINGS, BLOCK)
-            tl.debug_barrier()
-            if rebased:
-                _rebase(after, 1 << (BITS - ODD), BLOCK)
+            _advance(levels, x, before, after, here, t, most, rebased, EVEN, ODD, BITS, WEIGHTS, DOUBLINGS, BLOCK)
         else:
-            _step(levels, x, before, after, here, t, most, ODD, EVEN, BITS, WEIGHTS, DOUBLINGS, BLOCK)
-            tl.debug_barrier()
-            if rebased:
-                _rebase(after, 1 << (BITS - EVEN), BLOCK)
+            _advance(levels, x, before, after, here, t, most, rebased, ODD, EVEN, BITS, WEIGHTS, DOUBLINGS, BLOCK)
         tl.debug_barrier()
     end = begin + count
     edge = tl.load(seams + tile)

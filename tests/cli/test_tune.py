@@ -1,0 +1,57 @@
+"""tune: a few steps on a tiny model, and the options that it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli.test_cli import run
+from transformers_quip import cli
+
+
+def test_tune(quantized, dense, text, tmp_path, capsys):
+    """A few steps on a tiny model; a run that is repeated with its state goes on, and the codes are those of before."""
+    out, state = tmp_path / "tuned", tmp_path / "state"
+    options = ["--dense", dense, "--dataset", text, "--num-samples", 16, "--sequence-length", 16, "--held-out", 8]
+    options += ["--epochs", 8, "--learning-rate", 0.02, "--state", state, "--dtype", "float32"]
+    report = tmp_path / "report.html"
+    code, found, err = run(capsys, "tune", quantized, out, *options, "--report", report, "--json")
+    assert code == 0, err
+    assert found["kept"] is True
+    assert "KL divergence to the dense model while tuning" in report.read_text()
+    assert len(found["history"]) == 8
+    card = (out / "README.md").read_text()
+    assert f"before tuning on 256 tokens | {found['held_out_before']:.4f} |" in card
+    assert f"| the same after tuning (text held out from it) | {found['held_out_after']:.4f} |" in card
+    assert "tuned afterwards" in card
+    assert found["held_out_after"] < found["held_out_before"]
+    assert "texts given by the caller" in err
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (quantized, out))
+    codes = [name for name in before if "codes" in name]
+    assert codes
+    assert all(torch.equal(before[name], after[name]) for name in codes)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert AutoTokenizer.from_pretrained(out)("abc")["input_ids"] == [97, 98, 99]
+    assert {path.name for path in state.iterdir()} == {"teacher.bin", "teacher.json", "tuning.safetensors"}
+    code, shown, err = run(capsys, "tune", quantized, tmp_path / "again", *options)
+    assert code == 0, err
+    assert "KL divergence to the dense model" in shown
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in after.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "none"], "tuning needs text"),
+        (["--epochs", "0"], "epochs=0.0 must be a number above 0"),
+        (["--num-samples", "2"], "windows to train on"),
+    ],
+)
+def test_tune_refuses(quantized, dense, text, tmp_path, capsys, arguments, message):
+    given = ["--dense", dense, "--dataset", text, "--sequence-length", "16", *arguments]
+    code, _, err = run(capsys, "tune", quantized, tmp_path / "out", *given)
+    assert code in (cli.USAGE, cli.UNUSABLE)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []

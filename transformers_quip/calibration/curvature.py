@@ -1,0 +1,188 @@
+"""Both sides' Hessians of linears from the gradients of the model's own loss: YAQA's sketch B (arXiv 2505.22988).
+
+The Hessian of the KL divergence to the model itself is the Fisher information: the second moment of the gradients of the
+log-likelihood of labels that are drawn from the model's own predictions. For a linear with the weight W [m, n], let G be
+the gradient over one sequence, Σ over its tokens of g xᵀ. Then
+
+    H_in = E[Gᵀ G] [n, n],    H_out = E[G Gᵀ] [m, m]
+
+are one step of a power iteration, from the identity, to the nearest Kronecker product H_out ⊗ H_in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .arguments import without_cache
+from .device import evaluating, execution_device
+from .precision import calibration_autocast, cpu_matmul_precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Bytes of all sums of one pass over the sequences; with more linears there are several passes.
+BUDGET = 8 << 30
+
+
+@dataclass
+class Curvature:
+    """The two Hessians of one linear, each up to a factor.
+
+    Attributes:
+        hessian_in: float32 [n, n].
+        hessian_out: float32 [m, m].
+        sequences: the number of gradients in the sums; 0 for a linear that no sequence reached.
+    """
+
+    hessian_in: torch.Tensor
+    hessian_out: torch.Tensor
+    sequences: int = 0
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, device: torch.device) -> Curvature:
+        """Sums of nothing."""
+        return cls(torch.zeros(columns, columns, device=device), torch.zeros(rows, rows, device=device))
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add the gradient [m, n] of one sequence."""
+        self.hessian_in.addmm_(gradient.T, gradient)
+        self.hessian_out.addmm_(gradient, gradient.T)
+        self.sequences += 1
+
+
+@torch.inference_mode(False)
+def collect_curvature(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    token_ids: torch.Tensor,
+    seed: int = 0,
+    budget: int = BUDGET,
+    progress: bool = True,
+) -> dict[str, Curvature]:
+    """The two Hessians of linears of a dense model, from one forward and one backward pass of each sequence.
+
+    Args:
+        model: dense, in memory; its parameters do not change.
+        names: of its linears.
+        token_ids: int64 [N, T].
+        seed: of the labels.
+        budget: bytes of all sums of one pass; each further pass over the sequences costs as much time.
+        progress: show a tqdm bar.
+
+    Returns:
+        The name of a linear → its Hessians, on its device; without those that no sequence reached.
+
+    Raises:
+        ValueError: a gradient is NaN or Inf.
+    """
+    parts = _parts(model, names, budget)
+    device = execution_device(model.get_input_embeddings())
+    result: dict[str, Curvature] = {}
+    with (
+        evaluating(model),
+        _only_activations_need_gradients(model),
+        tqdm(total=len(parts) * len(token_ids), desc="Gradients", unit="sequence", disable=not progress) as bar,
+    ):
+        for part in parts:
+            generator = torch.Generator().manual_seed(seed)  # the same labels in each pass
+            sums = {name: _sum(model.get_submodule(name)) for name in part}
+            with _observed(model, sums):
+                for ids in token_ids:
+                    _backward(model, ids[None].to(device), generator)
+                    bar.update()
+            result |= {name: found for name, found in sums.items() if found.sequences}
+    for name, found in result.items():
+        if not (found.hessian_in.isfinite().all() and found.hessian_out.isfinite().all()):
+            raise ValueError(
+                f"the gradients of {name} have NaN or Inf: load the model with dtype=torch.float32 or bfloat16"
+            )
+    return result
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of the weight of a linear; a Conv1D keeps it transposed."""
+    rows, columns = module.get_parameter("weight").shape
+    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+
+
+def _sum(module: nn.Module) -> Curvature:
+    return Curvature.empty(*_shape(module), module.get_parameter("weight").device)
+
+
+def _parts(model: nn.Module, names: Sequence[str], budget: int) -> list[list[str]]:
+    """The names in order, in parts whose sums fit in the budget; at least one linear in each."""
+    parts: list[list[str]] = []
+    used = 0
+    for name in names:
+        rows, columns = _shape(model.get_submodule(name))
+        size = 4 * (rows * rows + columns * columns)
+        if not parts or used + size > budget:
+            parts.append([])
+            used = 0
+        parts[-1].append(name)
+        used += size
+    return parts
+
+
+def _backward(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generator) -> None:
+    """Propagate the gradient of the log-likelihood of labels from the model's own predictions, for one sequence."""
+    with torch.enable_grad(), calibration_autocast(model):
+        logits = model(input_ids=ids, **without_cache(model)).logits
+    chances = logits.detach()[0].float().softmax(-1)
+    drawn = torch.rand(len(chances), 1, generator=generator).to(chances)
+    # the label is the first whose cumulated chance is above a number drawn from [0, total)
+    cumulated = chances.cumsum(-1)
+    labels = torch.searchsorted(cumulated, drawn * cumulated[:, -1:]).clamp_max(chances.shape[1] - 1)
+    gradient = chances.scatter_add_(1, labels, chances.new_full(labels.shape, -1.0))
+    with cpu_matmul_precision("bf16"):
+        logits.backward(gradient[None].to(logits.dtype))
+
+
+@contextmanager
+def _observed(model: nn.Module, sums: dict[str, Curvature]) -> Iterator[None]:
+    """A context in which every backward pass through these linears adds to their sums."""
+
+    def watch(found: Curvature) -> Any:
+        def after(_: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+            x = arguments[0].detach()
+            if output.requires_grad:
+                output.register_hook(lambda gradient: found.add(_product(gradient, x)))
+
+        return after
+
+    hooks = [model.get_submodule(name).register_forward_hook(watch(found)) for name, found in sums.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _product(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Σ over tokens of g xᵀ, float32 [m, n]."""
+    return gradient.reshape(-1, gradient.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
+
+
+@contextmanager
+def _only_activations_need_gradients(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which no parameter has a gradient, and the output of the embeddings needs one."""
+    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
+    try:
+        for parameter in needed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        hook.remove()
+        for parameter in needed:
+            parameter.requires_grad_(True)
