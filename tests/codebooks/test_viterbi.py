@@ -231,6 +231,6 @@ def test_a_tile_of_outliers_is_cut_to_the_range_of_the_values():
     points = book.encode(x)[1]
     assert (points[:, 100] * x[:, 100].sign() > 2).all()  # the largest values are near 3.4
     for name in ("mul1:k1:exl3", "mul1:k4:exl3", "mcg:k8:exl3"):  # more than one outlier, so that no sum is ordinary
-        book = get(f"trellis:{name}")
-        assert book.encode(torch.full((1, 256), 1e30))[1].mean() > (1 if book.bits == 1 else 2)
+        other = get(f"trellis:{name}")
+        assert other.encode(torch.full((1, 256), 1e30))[1].mean() > (1 if other.bits == 1 else 2)
     assert book.encode(torch.zeros(0, 256))[0].shape == (0, 64)

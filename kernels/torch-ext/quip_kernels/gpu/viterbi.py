@@ -12,9 +12,7 @@ import triton.language as tl
 
 from .launch import device_of
 
-MOST_COST = tl.constexpr(0xFFFF)
 NO_PATH = 1 << 20
-REBASED = tl.constexpr(2)
 BLOCK = 1024
 # Tiles encoded at a time: the choices of a whole pass take up to 8 MB of memory for each.
 TILES = 512
@@ -84,7 +82,7 @@ def _rebase(costs, EDGES: tl.constexpr, BLOCK: tl.constexpr):
     tl.debug_barrier()
     for first in range(0, EDGES, width):
         place = costs + first + tl.arange(0, width)
-        tl.store(place, tl.minimum(tl.load(place) - least, MOST_COST))
+        tl.store(place, tl.minimum(tl.load(place) - least, 65535))
 
 
 @triton.jit
@@ -156,9 +154,9 @@ def viterbi_kernel(
         t = (begin + i) % steps
         before = costs + i % 2 * most_edges
         after = costs + (i + 1) % 2 * most_edges
-        most = tl.where(i < opened, 0x7FFFFFFF, MOST_COST)
+        most = tl.where(i < opened, 0x7FFFFFFF, 65535)
         here = choices + i * most_edges
-        rebased = (i + 1 == opened) | ((i >= opened) & (i % REBASED == REBASED - 1))
+        rebased = (i + 1 == opened) | ((i >= opened) & (i % 2 == 1))
         if EVEN == ODD:  # noqa: SIM114 - only this condition is known while the kernel is compiled
             _advance(levels, x, before, after, here, t, most, rebased, EVEN, ODD, BITS, WEIGHTS, DOUBLINGS, BLOCK)
         elif t % 2 == 0:
