@@ -41,23 +41,22 @@ def _step(
     choices,
     t,
     most,
-    OLD: tl.constexpr,
-    FRESH: tl.constexpr,
+    old,
+    fresh,
     BITS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Costs of the edges behind state t, and the choice of its highest bits for each; sums are cut to `most`."""
-    edges: tl.constexpr = 1 << (BITS - FRESH)
-    width: tl.constexpr = min(BLOCK, edges)
-    for first in range(0, edges, width):
-        edge = first + tl.arange(0, width)
-        best = tl.full([width], 0x7FFFFFFF, tl.int32)
-        number = tl.zeros([width], tl.int32)
-        for j in range(1 << FRESH):
+    edges = 1 << (BITS - fresh)
+    for first in range(0, edges, WIDTH):
+        edge = first + tl.arange(0, WIDTH)
+        best = tl.full([WIDTH], 0x7FFFFFFF, tl.int32)
+        number = tl.zeros([WIDTH], tl.int32)
+        for j in range(1 << fresh):
             state = j * edges + edge
-            total = tl.load(before + (state >> OLD)) + _distance(levels, x, state, t, 1 << BITS, WEIGHTS, DOUBLINGS)
+            total = tl.load(before + (state >> old)) + _distance(levels, x, state, t, 1 << BITS, WEIGHTS, DOUBLINGS)
             total = tl.minimum(total, most)
             number = tl.where(total < best, j, number)
             best = tl.minimum(total, best)
@@ -66,47 +65,16 @@ def _step(
 
 
 @triton.jit
-def _least(costs, EDGES: tl.constexpr, BLOCK: tl.constexpr):
-    width: tl.constexpr = min(BLOCK, EDGES)
-    least = tl.full([width], 0x7FFFFFFF, tl.int32)
-    for first in range(0, EDGES, width):
-        least = tl.minimum(least, tl.load(costs + first + tl.arange(0, width)))
-    return tl.min(least, 0)
-
-
-@triton.jit
-def _rebase(costs, EDGES: tl.constexpr, BLOCK: tl.constexpr):
+def _rebase(costs, edges, WIDTH: tl.constexpr):
     """Subtract the least cost, and cut the others to 16 bits."""
-    width: tl.constexpr = min(BLOCK, EDGES)
-    least = _least(costs, EDGES, BLOCK)
+    smallest = tl.full([WIDTH], 0x7FFFFFFF, tl.int32)
+    for first in range(0, edges, WIDTH):
+        smallest = tl.minimum(smallest, tl.load(costs + first + tl.arange(0, WIDTH)))
+    least = tl.min(smallest, 0)
     tl.debug_barrier()
-    for first in range(0, EDGES, width):
-        place = costs + first + tl.arange(0, width)
+    for first in range(0, edges, WIDTH):
+        place = costs + first + tl.arange(0, WIDTH)
         tl.store(place, tl.minimum(tl.load(place) - least, 65535))
-
-
-@triton.jit
-def _advance(
-    levels,
-    x,
-    before,
-    after,
-    choices,
-    t,
-    most,
-    rebased,
-    OLD: tl.constexpr,
-    FRESH: tl.constexpr,
-    BITS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    DOUBLINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """[`_step`], and [`_rebase`] if `rebased`."""
-    _step(levels, x, before, after, choices, t, most, OLD, FRESH, BITS, WEIGHTS, DOUBLINGS, BLOCK)
-    tl.debug_barrier()
-    if rebased:
-        _rebase(after, 1 << (BITS - FRESH), BLOCK)
 
 
 @triton.jit
@@ -146,6 +114,7 @@ def viterbi_kernel(
         opened: the number of steps after which every edge is reached; 0: from the beginning.
     """
     most_edges: tl.constexpr = 1 << (BITS - 1)
+    width: tl.constexpr = min(BLOCK, 1 << (BITS - max(EVEN, ODD)))
     tile = tl.program_id(0).to(tl.int64)
     x += tile * steps * WEIGHTS
     costs += tile * 2 * most_edges
@@ -157,12 +126,12 @@ def viterbi_kernel(
         most = tl.where(i < opened, 0x7FFFFFFF, 65535)
         here = choices + i * most_edges
         rebased = (i + 1 == opened) | ((i >= opened) & (i % 2 == 1))
-        if EVEN == ODD:  # noqa: SIM114 - only this condition is known while the kernel is compiled
-            _advance(levels, x, before, after, here, t, most, rebased, EVEN, ODD, BITS, WEIGHTS, DOUBLINGS, BLOCK)
-        elif t % 2 == 0:
-            _advance(levels, x, before, after, here, t, most, rebased, EVEN, ODD, BITS, WEIGHTS, DOUBLINGS, BLOCK)
-        else:
-            _advance(levels, x, before, after, here, t, most, rebased, ODD, EVEN, BITS, WEIGHTS, DOUBLINGS, BLOCK)
+        old = _fresh(t, EVEN, ODD)
+        fresh = _fresh(t + 1, EVEN, ODD)
+        _step(levels, x, before, after, here, t, most, old, fresh, BITS, WEIGHTS, DOUBLINGS, width)
+        tl.debug_barrier()
+        if rebased:
+            _rebase(after, 1 << (BITS - fresh), width)
         tl.debug_barrier()
     end = begin + count
     edge = tl.load(seams + tile)
