@@ -45,3 +45,14 @@ def test_a_model_from_outside_is_quantized_inside():
         assert not tensor.is_inference(), name
         assert torch.equal(tensor, other)
     model(tiny_ids()).logits.square().mean().backward()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_dequantized_inside(quantized, dtype):
+    model = AutoModelForCausalLM.from_pretrained(quantized("llama"))
+    with torch.inference_mode():
+        model = model.dequantize(dtype)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    model(tiny_ids()).logits.square().mean().backward()
+    assert weight.grad.abs().sum() > 0

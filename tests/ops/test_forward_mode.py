@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 from tests import truth
-from transformers_quip import QuipLinear
+from transformers_quip import QuipLinear, incoherence
 from transformers_quip.nn.fused import FusedRows, Fusion
 from transformers_quip.nn.general import GeneralLinear
 
@@ -128,3 +128,31 @@ def test_other_modules():
     rows = FusedRows(Fusion(parent, "qkv", 2), 2, 7)
     x, v = vectors(3, N), vectors(3, N, seed=2)
     close(jvp(rows, (x,), (v,))[1], v @ dense(parent.qkv)[2:7].T)
+
+
+@pytest.mark.parametrize("size", [56, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tables_that_a_derivative_makes_first_serve_later_calls(size, dtype):
+    """They are kept, so that they must not belong to the level of differentiation that needed them."""
+    incoherence._kept.cache_clear()
+    incoherence.hadamard.cache_clear()
+    x = torch.randn(size, dtype=dtype, generator=torch.Generator().manual_seed(4))
+
+    def f(z):
+        return torch.ops.quip.transform(z, "hadamard", 3, False)
+
+    found = [jacfwd(f)(x), jacrev(f)(x), torch.func.hessian(lambda z: f(z).square().sum())(x)]
+    q = torch.stack([f(row) for row in torch.eye(size, dtype=dtype)]).T
+    for value, expected in zip(found, [q, q, 2 * torch.eye(size, dtype=dtype)], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_that_inference_mode_makes_first_can_be_differentiated():
+    incoherence._kept.cache_clear()
+    incoherence.hadamard.cache_clear()
+    x = torch.randn(24, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        expected = incoherence.get("hadamard", 24, 7).apply_transpose(x)
+    x.requires_grad_()
+    (incoherence.get("hadamard", 24, 7).apply(x) * x.detach()).sum().backward()
+    torch.testing.assert_close(x.grad, expected.clone())  # d(v·Qx)/dx = Qᵀ v

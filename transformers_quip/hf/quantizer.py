@@ -136,6 +136,7 @@ class QuipQuantizer(HfQuantizer):
         replace.pack(model)
         return model
 
+    @torch.inference_mode(False)
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         if isinstance(dtype, str):  # config.dtype, after save_pretrained
             dtype = getattr(torch, dtype)

@@ -14,6 +14,7 @@ import torch
 from ..registry import Registry
 from .kronecker import kronecker
 from .orthogonal import mix_seed
+from .plain import made_plainly
 from .quip_for_all import quip_for_all
 from .transform import Transform, hadamard, hadamard_128, hadamard_256, hadamard_eighths, identity
 
@@ -91,9 +92,12 @@ def sides(incoherence: str | Sequence[str]) -> tuple[str, str]:
 
 def get(name: str, size: int, seed: int = 0) -> Transform:
     """The transform of this name and size; cached. Raises `ValueError` for an unknown name."""
-    # Transformers builds models under torch.device("meta"), where a table made first would be cached without values.
-    with torch.device("cpu"):
-        return _TRANSFORMS[name](size, seed)
+    return _kept(_TRANSFORMS[name], size, seed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept(build: Callable[[int, int], Transform], size: int, seed: int) -> Transform:
+    return made_plainly(lambda: build(size, seed))
 
 
 def signs(size: int, seed: int, role: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from .hadamard import hadamard_matrix, sylvester
 from .orthogonal import mix_seed, random_orthogonal
+from .plain import made_plainly
 
 # Dense factors above this order would cost more than the linear layer itself.
 LARGEST_HADAMARD = 512
@@ -78,7 +79,7 @@ class Transform:
     def _factors_on(self, device: torch.device, dtype: torch.dtype) -> list:
         key = (device, dtype)
         if key not in self._tables:
-            self._tables[key] = [factor.to(device=device, dtype=dtype) for factor in self._factors]
+            self._tables[key] = made_plainly(lambda: [factor.to(device=device, dtype=dtype) for factor in self._factors])
         return self._tables[key]
 
 
