@@ -1,10 +1,12 @@
 """Perplexity of a quantized model, by the protocol in protocol.py, for several calibrations, bits and seeds.
 
-    python benchmarks/quality.py [FOLDER] [--settings text self none] [--bits 2 2.5 3 4] [--seeds 0 1 2] [--num-samples N]
+    python benchmarks/quality.py [FOLDER] [--settings text trellis self none] [--bits 2 2.5 3 4] [--seeds 0 1 2]
+        [--num-samples N] [--save FOLDER]
 
-Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `self` is the bare default (text that the model writes
-itself), `none` is dataset=None. Each run is a fresh process. results/quality.json is written after every run, and runs
-that it has already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
+Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `self` is the bare
+default (text that the model writes itself), `none` is dataset=None. --save keeps the quantized models. Each run is a fresh
+process. results/quality.json is written after every run, and runs that it has already are replaced, so that a long series
+can be made in parts, also side by side: no seconds are kept.
 For the first seed of each setting at 2 bits, a picture of the errors of every layer is written to the same folder. If
 text was measured at 2, 2.5 and 3 bits, the last line compares 2.5 bits with the line between 2 and 3.
 """
@@ -28,6 +30,7 @@ from smollm2 import dense_folder
 SETTINGS = {
     "dense": "the dense model in float32",
     "text": "QuIP#, calibrated on Wikipedia text",
+    "trellis": "QuIP# with trellis codes, calibrated on Wikipedia text",
     "self": "QuIP#, calibrated on text the model wrote (default)",
     "none": "QuIP#, no calibration",
 }
@@ -50,9 +53,10 @@ def run(options: argparse.Namespace) -> dict:
     )
     arguments = {"dtype": torch.float32}
     if setting != "dense":
-        dataset = {"text": windows.calibration, "self": "self", "none": None}[setting]
+        dataset = {"self": "self", "none": None}.get(setting, windows.calibration)
+        codebook = "trellis" if setting == "trellis" else None
         arguments["quantization_config"] = QuipConfig(
-            bits=bits, dataset=dataset, num_samples=options.num_samples, seed=int(seed)
+            bits=bits, codebook=codebook, dataset=dataset, num_samples=options.num_samples, seed=int(seed)
         )
     model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
     row = {
@@ -64,6 +68,10 @@ def run(options: argparse.Namespace) -> dict:
     }
     if setting == "dense":
         return row
+    if options.save:
+        folder = options.save / f"{setting}-{bits:g}-{seed}"
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(options.folder).save_pretrained(folder)
     row["num_samples"] = options.num_samples
     row["true_bits"] = true_bits_per_weight(model)
     records = layer_records(model, options.folder)
@@ -149,6 +157,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=256, help="calibration sequences of 512 tokens")
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
     parser.add_argument("--name", default="quality", help="write results/NAME.json and results/NAME-*.png")
+    parser.add_argument("--save", type=Path, help="keep every quantized model in FOLDER/SETTING-BITS-SEED")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)  # the child's setting, bits and seed
     parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -164,6 +173,8 @@ def main() -> None:
             continue
         command = [sys.executable, __file__, str(folder), "--run", setting, str(bits), str(seed)]
         command += ["--num-samples", str(options.num_samples), "--windows", str(options.windows)]
+        if options.save:
+            command += ["--save", str(options.save)]
         if setting != "dense" and bits == 2 and seed == options.seeds[0]:
             command += ["--picture", str(machine.RESULTS / f"{options.name}-{setting}.png")]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

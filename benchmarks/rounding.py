@@ -90,8 +90,8 @@ def main() -> None:
         print(f"{index:5d} {cpu_seconds:8.2f} {wall_seconds:8.2f}   {shown}")
         rows.append({"block": index, "cpu_seconds": cpu_seconds, "wall_seconds": wall_seconds, "proxy_loss": losses})
     median = statistics.median(row["cpu_seconds"] for row in rows)
-    print(f"median: {median:.2f} CPU seconds a block, {config.refinement_sweeps} sweeps")
-    machine.save("rounding", {"refinement_sweeps": config.refinement_sweeps, "cpu_seconds": median, "rows": rows})
+    print(f"median: {median:.2f} CPU seconds a block, {config.sweeps} sweeps")
+    machine.save("rounding", {"refinement_sweeps": config.sweeps, "cpu_seconds": median, "rows": rows})
 
 
 if __name__ == "__main__":

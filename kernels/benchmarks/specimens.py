@@ -19,6 +19,8 @@ from quip_kernels.gpu.transform import tile as transform_tile
 from quip_kernels.gpu.transform import warps as transform_warps
 from quip_kernels.gpu.trellis import block as trellis_block
 from quip_kernels.gpu.trellis import trellis_dequantize_kernel, trellis_matvec_kernel
+from quip_kernels.gpu.viterbi import BLOCK as VITERBI_BLOCK
+from quip_kernels.gpu.viterbi import viterbi_kernel
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,34 @@ def _trellis_dequantize(*layout: Any) -> Specimen:
     )
 
 
+def _viterbi(even: int, odd: int, weights: int, doublings: int, closed: bool) -> Specimen:
+    return Specimen(
+        viterbi_kernel,
+        {
+            "x": "*i16",
+            "levels": "*i16",
+            "costs": "*i32",
+            "choices": "*i16",
+            "seams": "*i32",
+            "states": "*i32",
+            "begin": "i32",
+            "count": "i32",
+            "opened": "i32",
+            "steps": "i32",
+        },
+        {
+            "CLOSED": closed,
+            "EVEN": even,
+            "ODD": odd,
+            "BITS": 16,
+            "WEIGHTS": weights,
+            "DOUBLINGS": doublings,
+            "BLOCK": VITERBI_BLOCK,
+        },
+        warps=8,
+    )
+
+
 def _trellis_table(code: str, k: float, order: str, table_bits: int, step: int, halves: bool) -> str:
     return "*i32" if halves else "*fp32" if table_bits else "*i16"
 
@@ -305,7 +335,15 @@ _TRELLIS = {
     "lut k2 rows": ("lut", 2, "rows", 16, 2, True),
 }
 
+# new bits of even and odd states, weights of a state, doublings
+_VITERBI = [(1, 1, 1, 0), (2, 2, 1, 0), (2, 3, 1, 1), (4, 4, 1, 2), (4, 4, 2, 0), (8, 8, 1, 6), (16, 16, 2, 5)]
+
 SPECIMENS = {
+    **{
+        f"viterbi {' '.join(map(str, layout))} {'closed' if closed else 'free'}": _viterbi(*layout, closed)
+        for layout in _VITERBI
+        for closed in (True, False)
+    },
     **{f"trellis {name} {v}": _trellis_matvec(v, *layout) for name, layout in _TRELLIS.items() for v in (1, 2, 4)},
     **{f"trellis {name} dequantize": _trellis_dequantize(*layout) for name, layout in _TRELLIS.items()},
     **{

@@ -10,6 +10,7 @@ import torch
 from quip_kernels import e8p, layout
 from tests import truth
 from transformers_quip import QuipLinear, codebooks, incoherence, set_activations, set_backend
+from transformers_quip.ops import backend
 from transformers_quip.ops.same_input import SameInput
 from transformers_quip.ops.triton import run as ops
 
@@ -279,3 +280,16 @@ def test_trellis(name, table_dtype, device):
         names = (name, "hadamard", "hadamard", 0)
         found = ops.linear(x.to(device), weight_on_device, su.to(device), sv.to(device), None, *names)
         assert relative(found, y) < error
+
+
+@pytest.mark.parametrize("name", ["mul1:k2:exl3", "mul1:k2.5:exl3", "3inst:k1:rows", "mcg:k8:exl3", "hyb-q9v2:k4:qtip"])
+def test_trellis_encoder(name, device):
+    """Without and with the Triton kernel, a GPU finds the codes that the CPU finds."""
+    book = codebooks.get(f"trellis:{name}")
+    tiles = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)) * book.gaussian_scale
+    codes, points = book.encode(tiles)
+    for implementation in ("reference", "triton"):
+        with backend.overridden(devices={device.type: implementation}):
+            found, values = book.encode(tiles.to(device))
+        assert torch.equal(found.cpu(), codes)
+        assert torch.equal(values.cpu(), points)

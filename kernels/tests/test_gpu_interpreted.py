@@ -22,8 +22,9 @@ def run(selection: str) -> None:
     }
     # -p interpreter: before anything imports a kernel
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "interpreter", "-p", "no:cacheprovider", "-m", selection]
+    names = ("interpreted.py", "interpreted_trellis.py", "interpreted_viterbi.py")
     done = subprocess.run(
-        [*command, *(str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_trellis.py"))],
+        [*command, *(str(Path(__file__).with_name(name)) for name in names)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -274,7 +274,7 @@ def test_what_does_not_fit_is_refused():
         book.decode(tensors(torch.zeros(16, 4, dtype=torch.int16), torch.zeros(512, 2)), 32)
     with pytest.raises(ValueError, match=r"needs a floating point table \[512, 2\], got none"):
         hyb.decode(tensors(torch.zeros(16, 4, dtype=torch.int16)), 32)
-    with pytest.raises(ValueError, match="nothing here quantizes with a trellis"):
+    with pytest.raises(ValueError, match=r"encodes vectors of 256 numbers, got shape \(1, 16\)"):
         book.encode(torch.zeros(1, 16))
     with pytest.raises(ValueError, match=r"int16 with 2 tiles of 16·K words.*got torch.int16 \[3, 32\]"):
         trellis_bits.from_qtip(torch.zeros(3, 32, dtype=torch.int16), 16, 32)

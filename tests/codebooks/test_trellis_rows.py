@@ -77,4 +77,4 @@ def test_what_does_not_fit_is_refused():
         book.decode({"codes": torch.zeros(3, 33, dtype=torch.int16)}, 512)
     with pytest.raises(ValueError, match="nothing here quantizes with it"):
         book.encode(torch.zeros(1, 256))
-    assert codebooks.is_read_only(book.name)
+    assert codebooks.get(book.name).is_read_only

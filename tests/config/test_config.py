@@ -11,6 +11,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from transformers_quip import QuipConfig, codebooks
 from transformers_quip.config import OPTIONS
+from transformers_quip.config.bits import mixed_bits
 from transformers_quip.config.typed import TypedOptions
 
 
@@ -41,7 +42,7 @@ def test_defaults():
         "sequence_length": 512,
         "batch_size": 8,
         "damping": 0.01,
-        "refinement_sweeps": 10,
+        "refinement_sweeps": None,
         "scale": "auto",
         "modules_to_not_convert": None,
         "modules": None,
@@ -86,12 +87,17 @@ def test_codebook_chooses_the_bits_and_bits_the_codebook():
     [
         ({"bits": 1.5}, ["bits=1.5", "must be one of", "between 2 and 4"]),
         ({"bits": 4.5}, ["bits=4.5", "must be one of", "2, 3, 4"]),
-        ({"bits": float("nan")}, ["bits=nan", "must be one of"]),
+        ({"bits": float("nan")}, ["bits=nan", "must be a number of bits"]),
         ({"bits": 2.5, "codebook": "e8p"}, ["bits=2.5", "codebook='e8p'", "contradict"]),
         ({"bits": 2.5, "dataset": None}, ["bits=2.5", "dataset=None", "'self'"]),
         ({"bits": 2.5, "rounding": "stochastic", "modules": {"fc": {"codebook": "nope"}}}, ["'fc'", "codebook='nope'"]),
-        ({"bits": True}, ["bits=True", "must be one of"]),
+        ({"bits": True}, ["bits=True", "must be a number of bits"]),
         ({"bits": "2"}, ["bits='2'"]),
+        ({"bits": 5}, ["bits=5", "must be one of 2, 3, 4, 8", "'trellis' has codebooks of more bits"]),
+        ({"bits": 9, "codebook": "trellis"}, ["bits=9", "1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8", "between 1 and 8"]),
+        ({"bits": 3, "codebook": "trellis:mul1:k2:exl3"}, ["bits=3", "which has 2 bits", "'scalar3', 'trellis'"]),
+        ({"codebook": "trelis"}, ["codebook='trelis'", "did you mean 'trellis'"]),
+        ({"bits": 2.5, "modules": {"fc": {"codebook": "trellis"}}}, ["'fc'", "needs a number of bits here"]),
         ({"bits": None}, ["bits=None"]),
         ({"codebook": "e8q"}, ["codebook='e8q'", "'e8p'", "did you mean 'e8p'"]),
         ({"codebook": 8}, ["codebook=8", "'e8p'"]),
@@ -288,6 +294,38 @@ def test_methods_of_single_weights_are_refused_for_lattices(method):
         QuipConfig(modules={"down_proj": {"rounding": method}})
 
 
+def test_trellis_is_a_codebook_for_every_number_of_bits():
+    config = QuipConfig(codebook="trellis")
+    assert (config.bits, config.codebook, config.sweeps) == (2, "trellis:mul1:k2:exl3", 0)
+    assert QuipConfig(bits=2.5, codebook="trellis").codebook == "trellis:mul1:k2.5:exl3"
+    for bits in (1, 1.5, 2, 3, 3.5, 4, 5, 6, 7, 8):
+        config = QuipConfig(bits=bits, codebook="trellis", modules={"up_proj": {"bits": 4}, "fc": {"codebook": "e8p"}})
+        assert codebooks.get(config.codebook).bits == bits
+        assert config == QuipConfig.from_dict(config.to_dict())
+        assert config.for_module("a.up_proj").codebook == "trellis:mul1:k4:exl3"  # bits alone keep the family
+        assert (config.for_module("a.fc").codebook, config.for_module("a.fc").sweeps) == ("e8p", 10)
+    single = QuipConfig(codebook="trellis:hyb-q9v2:k3:qtip", refinement_sweeps=2)
+    assert (single.bits, single.sweeps) == (3, 2)
+    module = QuipConfig(bits=3, modules={"fc": {"codebook": "trellis"}}).for_module("fc")
+    assert module.codebook == "trellis:mul1:k3:exl3"
+
+
+def test_averages_of_trellis_codes():
+    config = QuipConfig(
+        bits=5.25, codebook="trellis", modules={"fc": {"bits": 6}, "up_proj": {"bits": 3, "codebook": "trellis"}}
+    )
+    assert config.is_mixed
+    assert config.for_module("mlp.down_proj").is_mixed
+    assert config.for_module("fc").codebook == "trellis:mul1:k6:exl3"
+    assert config.for_module("up_proj").codebook == "trellis:mul1:k3:exl3"
+    assert config == QuipConfig.from_dict(config.to_dict())
+    with pytest.raises(ValueError, match="is an average over modules"):
+        _ = config.codebook_spec
+    assert mixed_bits(5.25, "trellis") == (4, 5, 6, 7)
+    assert mixed_bits(2.25, "trellis") == mixed_bits(2.5, None) == (2, 3, 4)
+    assert mixed_bits(1.75, "trellis") == (1, 2, 3)
+
+
 def test_bits_between_those_of_codebooks_are_an_average():
     config = QuipConfig(bits=2.5, modules={"down_proj": {"bits": 4}})
     assert config.is_mixed
@@ -301,15 +339,14 @@ def test_bits_between_those_of_codebooks_are_an_average():
 
 @pytest.mark.parametrize("method", ["convex", "stochastic"])
 @pytest.mark.parametrize("dataset", ["self", None])
-def test_no_method_is_offered_for_a_codebook_that_is_only_read(method, dataset):
+def test_methods_of_scalar_grids_are_refused_for_a_trellis(method, dataset):
     book = "trellis:mul1:k2:exl3"
     allowed = "only with 'half-integer', 'scalar2', 'scalar3', 'scalar4', 'scalar8'"
     with pytest.raises(ValueError) as caught:
         QuipConfig(codebook=book, rounding=method, dataset=dataset)
     message = str(caught.value)
     assert message.startswith(f"QuipConfig: rounding={method!r} does not work with codebook={book!r}, {allowed}")
-    assert message.endswith("is for checkpoints that were made elsewhere, and no method rounds to it")
-    assert "ldlq" not in message
+    assert message.endswith("methods for 'trellis:mul1:k2:exl3': 'ldlq', 'ldlq-rg', 'greedy', 'quantease', 'nearest'")
     with pytest.raises(
         ValueError, match=f"modules has 'down_proj'.*rounding='{method}' does not work with codebook='{book}'"
     ):

@@ -55,12 +55,34 @@ def test_works_or_is_refused(method, codebook):
             assert {k: v.shape for k, v in blind.tensors.items()} == {k: v.shape for k, v in result.tensors.items()}
 
 
-@pytest.mark.parametrize("method", rounding.names())
-def test_codebooks_that_are_only_read_are_refused(method):
-    with pytest.raises(
-        ValueError, match=r"trellis:mul1:k2:exl3.*it is for checkpoints|does not work with codebook=.trellis:mul1"
-    ):
-        make_plan(tiny_model("llama"), QuipConfig(codebook="trellis:mul1:k2:exl3", rounding=method))
+@pytest.mark.parametrize("book", ["trellis:mul1:k2:exl3", "trellis:hyb-q9v2:k2:qtip", "trellis:mul1:k2.5:exl3"])
+def test_trellis_codes_work_with_every_method_of_other_codebooks(book):
+    rows, columns = 48, 96
+    weight, hessian = problem(rows, columns, seed=3)
+    linear = torch.nn.Linear(columns, rows, bias=False)
+    total = ((weight.double() @ hessian.double()) * weight).sum()
+    losses = {}
+    for method in [name for name in rounding.names() if name not in SCALAR_ONLY]:
+        config = QuipConfig(codebook=book, rounding=method, refinement_sweeps=2)
+        result = quantize_weights({"fc": weight}, hessian, config)["fc"]
+        error = weight - quantized_linear(linear, result, config).dequantize(torch.float64)
+        losses[method] = (((error @ hessian.double()) * error).sum() / total).item()
+        assert result.statistics["relative_error"] == pytest.approx(losses[method], rel=1e-3, abs=1e-6)
+    assert losses.pop("nearest") < 0.12
+    assert max(losses.values()) < 0.06  # feedback works
+    for method in SCALAR_ONLY:
+        with pytest.raises(ValueError, match=f"rounding='{method}' does not work with codebook='{book}'"):
+            QuipConfig(codebook=book, rounding=method)
+
+
+def test_sizes_that_a_trellis_cannot_have_are_refused_with_the_plan():
+    model = torch.nn.ModuleDict({"fc": torch.nn.Linear(96, 40)})
+    with pytest.raises(ValueError, match=r"fc has shape \[40, 96\].*multiples of 16 and 16.*leave the module dense"):
+        make_plan(model, QuipConfig(codebook="trellis", dataset=None))
+    model = torch.nn.ModuleDict({"fc": torch.nn.Linear(48, 32)})
+    assert make_plan(model, QuipConfig(codebook="trellis", dataset=None)).names == ("fc",)
+    with pytest.raises(ValueError, match=r"fc has shape \[32, 48\].*multiples of 16 and 32"):
+        make_plan(model, QuipConfig(codebook="trellis", bits=2.5, dataset=None))
 
 
 @pytest.mark.parametrize("name", BLOCKED)

@@ -15,13 +15,28 @@ from .e8p import E8P
 from .half_integer import HalfInteger
 from .residual import ResidualE8P
 from .scalar import Scalar
-from .trellis import Trellis
+from .trellis import BEST, Trellis
 from .trellis_rows import PREFIX, TrellisRows
 
-__all__ = ["Codebook", "Grid", "default_for_bits", "get", "is_read_only", "names", "register", "spec"]
+__all__ = [
+    "Codebook",
+    "Grid",
+    "bits_of",
+    "default_for_bits",
+    "defaults",
+    "families",
+    "get",
+    "is_known",
+    "names",
+    "register",
+    "spec",
+]
 
 _CODEBOOKS: Registry[Callable[[], Codebook]] = Registry("codebook")
 _DEFAULTS: dict[float, str] = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4", 8: "scalar8"}
+# Codebooks that a config calls by one name, whatever their bits. A saved config may have only that name for a module: what
+# it means must never change.
+_FAMILIES: dict[str, dict[float, str]] = {"trellis": BEST}
 
 
 def register(name: str, codebook: Codebook | Callable[[], Codebook]) -> None:
@@ -113,7 +128,7 @@ def get(name: str) -> Codebook:
 
     Args:
         name: one of [`names`], also followed by "@" and a residual scale ("e8p-rvq4@0.29"); or "trellis:…" or
-            "trellis-rows:…" (see `trellis.py`, `trellis_rows.py`): those are only read, and not listed.
+            "trellis-rows:…" (see `trellis.py`, `trellis_rows.py`), of which there are too many to list.
 
     Raises:
         ValueError: the name is unknown; a residual scale is not finite, zero, or given for a codebook of one stage.
@@ -139,18 +154,35 @@ def _get(name: str) -> Codebook:
     return _CODEBOOKS[known]().with_residual_scale(residual_scale)
 
 
-def is_read_only(name: object) -> bool:
-    """Whether this names a codebook that is only for checkpoints made elsewhere; [`names`] lists none of them."""
+def is_known(name: object) -> bool:
+    """Whether this names a codebook: one of [`names`], or one that [`get`] can make."""
     if not isinstance(name, str):
         return False
     try:
-        return get(name).is_read_only
+        get(name)
     except ValueError:
         return False
+    return True
 
 
-def default_for_bits(bits: float) -> str:
-    """The default codebook for `bits`. Raises `ValueError` if there is none."""
-    if bits not in _DEFAULTS:
-        raise ValueError(f"bits={bits} has no codebook, choose one of {', '.join(map(str, _DEFAULTS))}")
-    return _DEFAULTS[bits]
+def families() -> tuple[str, ...]:
+    """Names that stand for several codebooks, one for each number of bits: see [`default_for_bits`]."""
+    return tuple(_FAMILIES)
+
+
+def bits_of(family: str | None = None) -> list[float]:
+    """The bits that some codebook has, ascending: of this family, or if it is None of those that [`names`] lists."""
+    return sorted({get(name).bits for name in names()} if family is None else _FAMILIES[family])
+
+
+def defaults() -> tuple[str, ...]:
+    """The codebooks that bits alone choose."""
+    return tuple(_DEFAULTS.values())
+
+
+def default_for_bits(bits: float, family: str | None = None) -> str:
+    """The codebook for `bits`, of this family or by default. Raises `ValueError` if there is none."""
+    defaults = _DEFAULTS if family is None else _FAMILIES[family]
+    if bits not in defaults:
+        raise ValueError(f"bits={bits} has no codebook, choose one of {', '.join(f'{known:g}' for known in defaults)}")
+    return defaults[bits]

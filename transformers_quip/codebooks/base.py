@@ -87,6 +87,8 @@ class Codebook(abc.ABC):
         scale_factors: multiples of it that are worth trying for a weight.
         residual_scale: factor of the points of a second stage; None for a codebook of one stage.
         is_read_only: whether it is only for checkpoints that were made elsewhere, and encodes nothing.
+        refinement_sweeps: passes over the codes after the first rounding that are worth their time, if the user sets no
+            number.
         kernels: the family of compiled kernels that compute with the stored tensors, if there is one. None: layers run
             through PyTorch.
     """
@@ -100,6 +102,7 @@ class Codebook(abc.ABC):
     scale_factors: tuple[float, ...] = (0.9, 0.95, 1.0, 1.05)
     residual_scale: float | None = None
     is_read_only: bool = False
+    refinement_sweeps: int = 10
     kernels: Literal["e8p", "trellis"] | None = None
 
     @property

@@ -16,7 +16,7 @@ from .. import codebooks, rounding
 from ..registry import suggest
 from ..version import __version__
 from . import storage
-from .bits import MIXED_BITS, known_bits
+from .bits import averages, is_average, mixed_bits
 from .checks import short
 from .options import OPTIONS
 from .patterns import matches
@@ -60,7 +60,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
             self.quant_method = QUANT_METHOD
             for name, option in OPTIONS.items():
                 setattr(self, name, options.get(name, option.default))
-            if "bits" not in options and (self.codebook in codebooks.names() or codebooks.is_read_only(self.codebook)):
+            if "bits" not in options and codebooks.is_known(self.codebook):
                 self.bits = codebooks.get(self.codebook).bits
             self.calibration: dict[str, Any] | None = None
             self.quantized_modules: list[str] | None = None
@@ -73,8 +73,6 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         """Check every option and their combination, and settle `codebook`. Raises `ValueError`."""
         for name, option in OPTIONS.items():
             value = getattr(self, name)
-            if name == "bits" and codebooks.is_read_only(self.codebook):
-                continue  # such a codebook may have bits that no other has; compared with its own below
             try:
                 setattr(self, name, option.check(value))
             except ValueError as error:
@@ -106,33 +104,45 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
                 f"QuipConfig: bits={self.bits} is an average over modules, which are measured on data, and dataset=None "
                 "gives none. Choose a data set or 'self', or set bits for patterns of names in `modules`"
             )
-        for bits in MIXED_BITS:
+        for bits in mixed_bits(self.bits, self.codebook):
             self._with({"bits": bits})
 
     def _validate_codebook(self) -> None:
-        if self.codebook is None:
-            self.codebook = codebooks.default_for_bits(self.bits)
-        actual = codebooks.get(self.codebook).bits
+        name = self.codebook
+        if name is None or self._is_open:
+            known, (lowest, highest) = codebooks.bits_of(name), averages(name)
+            if self.bits not in known:
+                families = ", ".join(map(repr, codebooks.families()))
+                more = "" if name else f" ({families} has codebooks of more bits)"
+                raise ValueError(
+                    f"QuipConfig: bits={self.bits} must be one of {', '.join(f'{bits:g}' for bits in known)}, the bits "
+                    f"that a codebook has{more}, or any number between {lowest:g} and {highest:g}: an average, for which "
+                    "each module gets bits of its own"
+                )
+            self.codebook = name = codebooks.default_for_bits(self.bits, name)
+        book = codebooks.get(name)
+        actual = book.bits
         if actual != self.bits:
-            fitting = [name for name in codebooks.names() if codebooks.get(name).bits == self.bits]
+            fitting = [known for known in codebooks.names() if codebooks.get(known).bits == self.bits]
+            fitting += [family for family in codebooks.families() if self.bits in codebooks.bits_of(family)]
             raise ValueError(
-                f"QuipConfig: bits={self.bits} and codebook={self.codebook!r}, which has {actual:g} bits, contradict "
-                f"each other; codebooks of {self.bits} bits: {', '.join(map(repr, fitting))}"
+                f"QuipConfig: bits={self.bits} and codebook={name!r}, which has {actual:g} bits, contradict "
+                f"each other; codebooks of {self.bits} bits: {', '.join(map(repr, fitting)) or 'none'}"
             )
-        if self.residual_scale is not None and codebooks.get(self.codebook).residual_scale is None:
-            staged = [name for name in codebooks.names() if codebooks.get(name).residual_scale is not None]
+        if self.residual_scale is not None and book.residual_scale is None:
+            staged = [known for known in codebooks.names() if codebooks.get(known).residual_scale is not None]
             raise ValueError(
                 f"QuipConfig: residual_scale={self.residual_scale} needs a codebook of two stages, and codebook="
-                f"{self.codebook!r} has one; choose one of {', '.join(map(repr, staged))}"
+                f"{name!r} has one; choose one of {', '.join(map(repr, staged))}"
             )
         method = rounding.get(self.rounding)
-        if not method.works_with(codebooks.get(self.codebook)):
-            books = ", ".join(repr(name) for name in codebooks.names() if method.works_with(codebooks.get(name)))
-            methods = f"methods for {self.codebook!r}: {', '.join(map(repr, _methods(self.codebook)))}"
-            if codebooks.is_read_only(self.codebook):
-                methods = f"{self.codebook!r} is for checkpoints that were made elsewhere, and no method rounds to it"
+        if not method.works_with(book):
+            books = ", ".join(repr(known) for known in codebooks.names() if method.works_with(codebooks.get(known)))
+            methods = f"methods for {name!r}: {', '.join(map(repr, _methods(name)))}"
+            if book.is_read_only:
+                methods = f"{name!r} is for checkpoints that were made elsewhere, and no method rounds to it"
             raise ValueError(
-                f"QuipConfig: rounding={self.rounding!r} does not work with codebook={self.codebook!r}, only with "
+                f"QuipConfig: rounding={self.rounding!r} does not work with codebook={name!r}, only with "
                 f"{books or 'none that is registered'}; {methods}"
             )
 
@@ -140,10 +150,16 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         """A copy with other options for one module."""
         result = copy.copy(self)
         result.modules = None
-        if "bits" in options:
-            result.codebook = None
-        elif "codebook" in options:
-            result.bits = codebooks.get(options["codebook"]).bits
+        if "codebook" in options:
+            if codebooks.is_known(options["codebook"]) and "bits" not in options:
+                result.bits = codebooks.get(options["codebook"]).bits
+            elif self.is_mixed and "bits" not in options:
+                raise ValueError(
+                    f"codebook={options['codebook']!r} needs a number of bits here, because bits={self.bits} of the other "
+                    "modules is an average"
+                )
+        elif "bits" in options:
+            result.codebook = self._family
         if "bits" in options or "codebook" in options:
             result.residual_scale = None  # it belongs to the codebook that it was given with
         result.__dict__.update(options)
@@ -157,7 +173,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         Raises:
             ValueError: `bits` is an average, for which only single modules have a codebook.
         """
-        if self.codebook is None:
+        if self.codebook is None or self._is_open:
             raise ValueError(f"bits={self.bits} is an average over modules: ask `for_module` for the codebook of one")
         return codebooks.spec(self.codebook, self.residual_scale)
 
@@ -197,7 +213,25 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
     @property
     def is_mixed(self) -> bool:
         """Whether `bits` is an average, so that each module is to get bits of its own (see `quantize.allocate`)."""
-        return self.codebook is None and self.bits not in known_bits()
+        return self._is_open and is_average(self.bits, self.codebook)
+
+    @property
+    def sweeps(self) -> int:
+        """`refinement_sweeps`, or the codebook's own number if it is None."""
+        if self.refinement_sweeps is not None:
+            return self.refinement_sweeps
+        return codebooks.get(self.codebook_spec).refinement_sweeps
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether the codebook is still to be chosen by the bits."""
+        return self.codebook is None or self.codebook in codebooks.families()
+
+    @property
+    def _family(self) -> str | None:
+        """The family that the codebook belongs to: a module of other bits gets a codebook of the same."""
+        family = (self.codebook or "").partition(":")[0]
+        return family if family in codebooks.families() else None
 
     @property
     def is_calibrated(self) -> bool:

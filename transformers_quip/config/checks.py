@@ -17,7 +17,6 @@ import torch
 from .. import codebooks
 from .. import incoherence as transforms
 from ..registry import suggest
-from .bits import MIXED_BITS, known_bits
 
 
 def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[Any], int]:
@@ -28,6 +27,16 @@ def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[Any], int]:
         return value
 
     return check
+
+
+def optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def or_none(value: Any) -> Any:
+        try:
+            return None if value is None else check(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or None") from None
+
+    return or_none
 
 
 def boolean(value: Any) -> bool:
@@ -43,13 +52,8 @@ def positive(value: Any) -> float:
 
 
 def bits(value: Any) -> int | float:
-    known = known_bits()
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value in known or known[0] < value < MIXED_BITS[-1]):
-        raise ValueError(
-            f"must be one of {', '.join(f'{bits:g}' for bits in known)}, the bits that a codebook has, or any number "
-            f"between {MIXED_BITS[0]} and {MIXED_BITS[-1]}: an average, for which each module gets bits of its own"
-        )
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError("must be a number of bits per weight, such as 2, 2.5, 3 or 4")
     return int(value) if value == int(value) else value
 
 
@@ -73,7 +77,9 @@ def name(names: Callable[[], tuple[str, ...]], optional: bool = False) -> Callab
 
 
 def codebook(value: Any) -> str | None:
-    return value if codebooks.is_read_only(value) else name(codebooks.names, optional=True)(value)
+    if codebooks.is_known(value):
+        return value
+    return name(lambda: (*codebooks.names(), *codebooks.families()), optional=True)(value)
 
 
 def choice(*allowed: str) -> Callable[[Any], str]:

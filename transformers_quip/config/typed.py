@@ -27,7 +27,7 @@ class TypedOptions:
     batch_size: int
     damping: float
     sketch_samples: int
-    refinement_sweeps: int
+    refinement_sweeps: int | None
     refit: int
     scale: str | float
     modules_to_not_convert: list[str] | None
@@ -53,7 +53,7 @@ class TypedOptions:
         batch_size: int = 8,
         damping: float = 0.01,
         sketch_samples: int = 64,
-        refinement_sweeps: int = 10,
+        refinement_sweeps: int | None = None,
         refit: int = 0,
         scale: str | float = "auto",
         modules_to_not_convert: Sequence[str] | None = None,

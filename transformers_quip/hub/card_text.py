@@ -131,10 +131,12 @@ def _recipe(options: Mapping[str, Any], config: QuipConfig) -> str:
         for name, option in OPTIONS.items()
         if name in options and (name == "bits" or options[name] != option.default)
     }
-    average = config.codebook is None  # bits of each module, as they were measured, are in config.json
-    usual = average or config.codebook == codebooks.default_for_bits(config.bits)
-    for name in ("codebook" if usual else "bits", *(("modules",) if average else ())):
-        chosen.pop(name, None)
+    if config.is_mixed:
+        chosen.pop("modules", None)  # the bits of each module, as they were measured, are in config.json
+    elif config.codebook in (None, *codebooks.defaults()):
+        chosen.pop("codebook", None)
+    else:
+        chosen.pop("bits", None)
     # repr writes strings of any depth as literals on one line
     arguments = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     source = origin.get("base_model") or origin.get("folder") or "the dense model"

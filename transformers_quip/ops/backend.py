@@ -13,6 +13,8 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 
+from ..codebooks import viterbi
+
 BACKEND_VARIABLE = "TRANSFORMERS_QUIP_BACKEND"
 ACTIVATIONS_VARIABLE = "TRANSFORMERS_QUIP_ACTIVATIONS"
 # Types of devices that the Triton kernels are for.
@@ -105,8 +107,11 @@ def for_device(device: torch.device | str) -> str:
     return "triton" if _settings.backend == "triton" and kind in TRITON_DEVICES else "reference"
 
 
+viterbi.encode_with(for_device)
+
+
 def set_backend(name: str) -> None:
-    """Choose the implementation that computes quantized layers.
+    """Choose the implementation that computes quantized layers, and that encodes weights with a trellis.
 
     The environment variable TRANSFORMERS_QUIP_BACKEND does the same when the package is imported.
 

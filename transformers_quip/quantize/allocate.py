@@ -78,9 +78,10 @@ def _disturbed(linear: nn.Module, generator: torch.Generator):
 
 
 def gaussian_error(codebook: str) -> float:
-    """The mean squared error of a codebook on the unit Gaussian, measured on 4096 blocks."""
+    """The mean squared error of a codebook on the unit Gaussian, measured on 32768 weights."""
     book = codebooks.get(codebook)
-    blocks = torch.randn(4096, book.rows_together * book.block_size, generator=torch.Generator().manual_seed(0))
+    size = book.rows_together * book.block_size
+    blocks = torch.randn(32768 // size, size, generator=torch.Generator().manual_seed(0))
     points = book.encode(blocks * book.gaussian_scale)[1] / book.gaussian_scale
     return (points - blocks).square().mean().item()
 

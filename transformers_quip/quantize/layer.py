@@ -101,7 +101,7 @@ def quantize_weights(
     Args:
         weights: name → float [m_i, n].
         hessian: float32 [n, n] = E[x xᵀ] over the calibration tokens.
-        config: `codebook_spec`, `incoherence`, `rescale`, `rounding`, `damping`, `refinement_sweeps`,
+        config: `codebook_spec`, `incoherence`, `rescale`, `rounding`, `damping`, `sweeps`,
             `scale` and `seed` are read.
         outputs: name → float32 [m_i, m_i], output-side Hessians up to a factor, for a two-sided rounding method.
 
@@ -136,7 +136,7 @@ def quantize_weights(
             part.hessian_out = _completed_output(part, outputs[part.name].to(stack), config)
     scaled = [part.rotated / part.unit(book) for part in parts]
     sides = [part.hessian_out for part in parts]
-    rounded = _round(scaled, prepared, book, config.refinement_sweeps, config.seed, sides)
+    rounded = _round(scaled, prepared, book, config.sweeps, config.seed, sides)
     results = {}
     values = [part.decoded(one.points, prepared.q_in) for part, one in zip(parts, rounded, strict=True)]
     su, scales = refit([part.weight for part in parts], values, prepared.damped, prepared.su, config.refit)
@@ -326,11 +326,15 @@ def _round(
 
 def _choose_scales(parts: list[_Part], prepared: PreparedHessian, book: Codebook, config: QuipConfig) -> None:
     """Give each weight the multiple of the published scale with the least proxy loss on a sample of its rows."""
+    if len(book.scale_factors) == 1:
+        for part in parts:
+            part.factor = book.scale_factors[0]
+        return
     samples = [_sample(part, book) for part in parts]
     # One call for all: if rows are rounded independently, a method's factorisations are computed once.
     units = [[part.unit(book, factor) for part in parts] for factor in book.scale_factors]
     scaled = [sample / unit for row in units for sample, unit in zip(samples, row, strict=True)]
-    rounded = _round(scaled, prepared, book, min(config.refinement_sweeps, 2), config.seed)
+    rounded = _round(scaled, prepared, book, min(config.sweeps, 2), config.seed)
     columns = len(prepared.rotated)
     errors = iter([(one.points - weight)[:, :columns] for one, weight in zip(rounded, scaled, strict=True)])
     losses = [[proxy_loss(next(errors) * unit, prepared.rotated).item() for unit in row] for row in units]

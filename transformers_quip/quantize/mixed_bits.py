@@ -16,7 +16,7 @@ from ..calibration import HessianAccumulator, capture_inputs, find_blocks
 from ..calibration.device import evaluating
 from ..calibration.observe import observe_until
 from ..calibration.precision import calibration_autocast
-from ..config.bits import MIXED_BITS
+from ..config.bits import mixed_bits
 from ..nn import replace
 from .allocate import allocate, gaussian_error, measure_sensitivities
 from .block import by_config, observe_block
@@ -49,9 +49,10 @@ def settle_bits(model: nn.Module, config: QuipConfig, plan: QuantizationPlan, id
     sensitivities = measure_sensitivities(model, list(entries), ids, config.seed)
     for name, ratio in _losses_of_rounding(model, config, entries, plan, ids).items():
         sensitivities[name] *= ratio
-    errors = {bits: gaussian_error(codebooks.default_for_bits(bits)) for bits in MIXED_BITS}
+    choices = mixed_bits(config.bits, config.codebook)
+    errors = {bits: gaussian_error(codebooks.default_for_bits(bits, config.codebook)) for bits in choices}
     bits = allocate({n: e.parameters for n, e in entries.items()}, sensitivities, errors, config.bits)
-    counts = ", ".join(f"{list(bits.values()).count(number)} with {number}" for number in MIXED_BITS)
+    counts = ", ".join(f"{list(bits.values()).count(number)} with {number}" for number in choices)
     logger.info("bits=%s on the average: of %d modules %s bits.", config.bits, len(bits), counts)
     modules: dict[str, dict] = {name: {"bits": number} for name, number in bits.items()}
     for pattern, options in (config.modules or {}).items():
@@ -83,7 +84,7 @@ def _losses_of_rounding(
     def add(chosen: Collection[str], hessian: torch.Tensor) -> None:
         for own, alike in by_config(chosen, {name: config.for_module(name) for name in chosen}):
             trial = copy.copy(own)
-            trial.update(bits=MIXED_BITS[0])  # the ratio hardly depends on the bits
+            trial.update(bits=mixed_bits(own.bits, own.codebook)[0])  # the ratio hardly depends on the bits
             weights = {name: replace.dense_weight(model.get_submodule(name)) for name in alike}
             result.update(loss_of_rounding(weights, hessian, trial))
 

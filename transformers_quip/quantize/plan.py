@@ -287,7 +287,7 @@ def _packed_bytes(
     if book.is_read_only:
         raise ValueError(
             f"{name} cannot be quantized with codebook {book.name!r}: it is for checkpoints that were quantized with it "
-            f"elsewhere. Choose one of {', '.join(map(repr, codebooks.names()))}"
+            f"elsewhere. Choose one of {', '.join(map(repr, (*codebooks.names(), *codebooks.families())))}"
         )
     try:
         grids = book.tensors(*shape)

@@ -88,6 +88,7 @@ def library() -> ctypes.CDLL | None:
         ("quip_transform_vectors", number, [pointer]),
         ("quip_trellis_linear", number, [pointer] * 3 + [size] * 2 + [number] * 4),
         ("quip_trellis_decode", number, [pointer] * 2 + [number] * 3),
+        ("quip_viterbi", number, [pointer, size, pointer] + [number] * 6 + [pointer, number, number]),
         ("quip_has_amx", number, []),
         (
             "quip_linear_many",
