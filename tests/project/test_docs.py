@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-import itertools
 import importlib.util
+import itertools
 import os
 import re
 import shlex
