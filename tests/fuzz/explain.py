@@ -233,9 +233,11 @@ def _is_possible(path: tuple, old: Any, new: Any) -> bool:
     if path[0] in ("modules", "layout") and new is _ABSENT:
         return True  # what is said of some modules is optional
     number = isinstance(new, (int, float)) and not isinstance(new, bool) and math.isfinite(new)
-    if key in ("residual_scale", "opt_resid_scale", "resid_scale_override"):
+    if key == "residual_scale":
+        return new is None or number
+    if key in ("opt_resid_scale", "resid_scale_override"):
         return new is None or new is _ABSENT or number
-    if key == "incoherence":
+    if key == "incoherence" and new is not _ABSENT:
         sides = new if isinstance(new, list) else [new]
         return len(sides) in (1, 2) and all(side in _TRANSFORMS for side in sides if isinstance(side, str))
     if key == "codebook":

@@ -94,6 +94,9 @@ def test_what_weights_may_be(folder, name, value, found):
     assert not config_damage(FORMATS / "e8p", folder)
 
 
+LOST = object()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "found"),
     [
@@ -101,6 +104,9 @@ def test_what_weights_may_be(folder, name, value, found):
         ("residual_scale", 0.5, 0),
         ("residual_scale", float("nan"), 1),
         ("residual_scale", True, 1),
+        ("residual_scale", None, 0),
+        ("incoherence", LOST, 1),
+        ("residual_scale", LOST, 1),
         ("incoherence", "x", 1),
         ("quantized_modules", ["model.layers.0.self_attn.q_proj"], 1),
         ("format_version", 2, 1),
@@ -112,6 +118,8 @@ def test_what_weights_may_be(folder, name, value, found):
 def test_what_a_description_may_be(folder, key, value, found):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"][key] = value
+    if value is LOST:
+        del config["quantization_config"][key]
     (folder / "config.json").write_text(json.dumps(config))
     assert len(config_damage(FORMATS / "e8p", folder)) == found
     assert not weight_damage(FORMATS / "e8p", folder)

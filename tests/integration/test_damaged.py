@@ -110,6 +110,13 @@ def test_a_scale_that_is_not_a_float(quantized, changed):
     refuses(folder, "residual_scale=10+.* must be None or a finite number other than 0")
 
 
+@pytest.mark.parametrize("name", ["bits", "codebook", "incoherence", "seed", "residual_scale"])
+def test_a_description_without_what_the_codes_mean(name, quantized, changed):
+    """The default would be taken, and decode other numbers."""
+    folder = changed(quantized("llama"), config=lambda config: config["quantization_config"].pop(name))
+    refuses(folder, f"The saved quantization_config has no {name}, without which codes have no meaning")
+
+
 def test_a_number_of_layers_that_no_model_has(quantized, changed, tmp_path):
     folder = changed(quantized("llama"), config=lambda config: config.update(num_hidden_layers=2**63))
     refuses(folder, "config.json has num_hidden_layers=9223372036854775808, more than any model")

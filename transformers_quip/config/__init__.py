@@ -29,6 +29,8 @@ FORMAT_VERSION = 1
 # Written by the quantizer, not by the caller.
 # Attribute → its key in config.json.
 _RECORDS = {"calibration": "calibration", "quantized_modules": "quantized_modules", "storage": "layout", "origin": "origin"}
+# Options that a quantized checkpoint must have: with their defaults, its codes would be other numbers.
+_DECODING = ("bits", "codebook", "incoherence", "seed", "residual_scale")
 
 
 class QuipConfig(TypedOptions, QuantizationConfigMixin):
@@ -320,6 +322,9 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
             raise ValueError(
                 f"The saved quantization_config has quantized_modules={short(quantized)}: it must be a list of names"
             )
+        lost = [name for name in _DECODING if name not in values]
+        if lost and quantized is not None:
+            raise ValueError(f"The saved quantization_config has no {lost[0]}, without which codes have no meaning: {newer}")
         try:
             config = cls(**values)
             config.storage = storage.check(records["storage"])
