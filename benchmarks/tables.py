@@ -315,7 +315,7 @@ _STATES = {
     "absent": "nothing is there yet",
     "new": "the new model is complete",
     "old": "the old model is unchanged",
-    "refused": "files of save_pretrained that do not load as a model",
+    "refused": "files of save_pretrained or convert() that do not load",
 }
 
 

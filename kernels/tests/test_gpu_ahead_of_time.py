@@ -25,7 +25,8 @@ def load_benchmark(name):
     return module
 
 
-load_benchmark("specimens")
+for needed in ("specimen", "specimens"):
+    load_benchmark(needed)
 instructions = load_benchmark("instructions")
 
 # One of each kernel, as a 4096-wide model in half precision launches it for one token, a small batch and a prompt.
