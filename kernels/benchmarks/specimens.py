@@ -18,7 +18,7 @@ from quip_kernels.gpu.transform import tile as transform_tile
 from quip_kernels.gpu.transform import warps as transform_warps
 from quip_kernels.gpu.trellis import block as trellis_block
 from quip_kernels.gpu.trellis import trellis_dequantize_kernel, trellis_matvec_kernel
-from quip_kernels.gpu.viterbi import BLOCK as VITERBI_BLOCK
+from quip_kernels.gpu.viterbi import MOST_TOGETHER as VITERBI_EDGES
 from quip_kernels.gpu.viterbi import viterbi_kernel
 
 FAMILIES = ("cuda", "blackwell", "cdna", "rdna")
@@ -243,7 +243,7 @@ def _trellis_dequantize(*layout: Any) -> Specimen:
     )
 
 
-def _viterbi(even: int, odd: int, weights: int, doublings: int, closed: bool) -> Specimen:
+def _viterbi(bits: int, weights: int, doublings: int, closed: bool) -> Specimen:
     return Specimen(
         viterbi_kernel,
         {
@@ -257,15 +257,15 @@ def _viterbi(even: int, odd: int, weights: int, doublings: int, closed: bool) ->
             "count": "i32",
             "opened": "i32",
             "steps": "i32",
+            "even": "i32",
+            "odd": "i32",
         },
         {
             "CLOSED": closed,
-            "EVEN": even,
-            "ODD": odd,
             "BITS": 16,
             "WEIGHTS": weights,
             "DOUBLINGS": doublings,
-            "BLOCK": VITERBI_BLOCK,
+            "WIDTH": min(VITERBI_EDGES, 1 << (16 - bits)),
         },
         warps=8,
     )
@@ -301,8 +301,8 @@ _TRELLIS = {
     "lut k2 rows": ("lut", 2, "rows", 16, 2, True),
 }
 
-# new bits of even and odd states, weights of a state, doublings
-_VITERBI = [(1, 1, 1, 0), (2, 2, 1, 0), (2, 3, 1, 1), (4, 4, 1, 2), (4, 4, 2, 0), (8, 8, 1, 6), (16, 16, 2, 5)]
+# new bits of a state (at most), its weights, doublings
+_VITERBI = [(2, 1, 0), (4, 1, 2), (4, 2, 0), (8, 1, 6), (16, 2, 5)]
 
 SPECIMENS = {
     **{
