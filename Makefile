@@ -92,13 +92,13 @@ lint: $(VENV)/.installed ## ruff, mypy, the import contract, clang-format, typos
 	$(BIN)/mypy
 	@# there is no import-linter for Python 3.10
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/lint-imports; fi
-	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch] tests/fuzz/sanitize/*.c
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch] tests/fuzz/sanitize/*.[ch]
 	$(BIN)/typos
 
 format: $(VENV)/.installed ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i kernels/cpu/*.[ch] tests/fuzz/sanitize/*.c
+	$(BIN)/clang-format -i kernels/cpu/*.[ch] tests/fuzz/sanitize/*.[ch]
 
 # In both: only one thing at a time may run on the machine, or its seconds say nothing.
 bench: $(VENV)/.smollm2 $(MODEL)/config.json ## README's tables: quality at 2 to 4 bits, speed of generation (hours)

@@ -114,7 +114,7 @@ def test_a_scale_that_is_not_a_float(quantized, changed):
 def test_a_description_without_what_the_codes_mean(name, quantized, changed):
     """The default would be taken, and decode other numbers."""
     folder = changed(quantized("llama"), config=lambda config: config["quantization_config"].pop(name))
-    refuses(folder, f"The saved quantization_config has no {name}, without which codes have no meaning")
+    refuses(folder, f"The saved quantization_config has no {name}, so its codes have no meaning")
 
 
 def test_a_number_of_layers_that_no_model_has(quantized, changed, tmp_path):

@@ -324,7 +324,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
             )
         lost = [name for name in _DECODING if name not in values]
         if lost and quantized is not None:
-            raise ValueError(f"The saved quantization_config has no {lost[0]}, without which codes have no meaning: {newer}")
+            raise ValueError(f"The saved quantization_config has no {lost[0]}, so its codes have no meaning: {newer}")
         try:
             config = cls(**values)
             config.storage = storage.check(records["storage"])

@@ -42,7 +42,7 @@ def build(name: str, folder: Path) -> tuple[Path, Path]:
     """
     objects = folder / name
     objects.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in [*SOURCES.glob("*.h"), Path(__file__)])
+    newest = max(path.stat().st_mtime for path in [*SOURCES.glob("*.h"), *HERE.glob("*.h"), Path(__file__)])
     flags = [
         "-O1",
         "-g",

@@ -5,17 +5,13 @@
  *
  * THREADS > 1: that many threads call at once, for ThreadSanitizer. fork: a child computes as well, after its parent. Every
  * instruction set and number of threads must give the same result (of trellis codes, nearly the same); if not, exit code 1. */
-#include <math.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "bundles.h"
 #undef MARGIN
-#include "trellis.h"
+#include "arena.h"
 
 EXPORT int quip_linear(const quip_layer *, const void *, void *, int64_t, int64_t, int, int, int, int, int);
 EXPORT void quip_decode(const int16_t *, const void *, int, float, int64_t, int64_t, void *, int, int, int);
@@ -26,6 +22,7 @@ EXPORT int quip_round_panel(const float *, const float *, const float *, int64_t
                             float *, int);
 EXPORT int quip_round_panel_scalar(const float *, const float *, const float *, int64_t, int64_t, int, uint8_t *, float *,
                                    float *, int);
+EXPORT int quip_viterbi(const int16_t *, int64_t, const int16_t *, int, int, int, int, int, int, int16_t *, int, int);
 EXPORT void quip_share_threads(void *);
 EXPORT int quip_has_amx(void);
 #if defined(QUIP_AMX)
@@ -33,116 +30,9 @@ EXPORT void quip_linear_many(const quip_layer *, const uint16_t *, uint16_t *, i
                              float *, int64_t, float *, int64_t, int);
 #endif
 
-#define MOST_KEPT 64
-#define SAME 0
-#define NEARLY 2e-5
 #define BF16_MARGIN 64 /* bytes between decoded rows, as bundles.h has it */
 
-static int differences;
 static const int THREADS[2] = {1, 4};
-
-/* What one call needs: its random numbers, and its memory, which is freed as a whole. */
-typedef struct {
-    uint64_t state;
-    void *kept[MOST_KEPT];
-    int count;
-} arena;
-
-static uint32_t random_bits(arena *a) {
-    a->state ^= a->state << 13, a->state ^= a->state >> 7, a->state ^= a->state << 17;
-    return (uint32_t)(a->state >> 16);
-}
-static int64_t below(arena *a, int64_t n) {
-    return random_bits(a) % n;
-}
-static int one_in(arena *a, int n) {
-    return below(a, n) == 0;
-}
-
-static void *exact(arena *a, int64_t bytes) { /* memory of exactly this size */
-    void *result = malloc((size_t)bytes);
-    if ((bytes && !result) || a->count == MOST_KEPT) abort();
-    return a->kept[a->count++] = result;
-}
-static void release(arena *a) {
-    while (a->count) free(a->kept[--a->count]);
-}
-static void *codes_of(arena *a, int64_t bytes) {
-    uint8_t *result = exact(a, bytes);
-    for (int64_t i = 0; i < bytes; i++) result[i] = (uint8_t)random_bits(a);
-    return result;
-}
-static int64_t width(int type) {
-    return type == QUIP_FLOAT32 ? 4 : 2;
-}
-/* Numbers around 1 of a floating type. `odd`: now and then some are infinite, NaN, huge, tiny or zero. */
-static void *numbers(arena *a, int64_t n, int type, int odd) {
-    void *result = exact(a, n * width(type));
-    const int kind = odd ? (int)below(a, 16) : 15;
-    const int64_t at = n ? below(a, n) : 0;
-    for (int64_t i = 0; i < n; i++) {
-        float x = (float)(int32_t)random_bits(a) * 0x1p-30f;
-        if (kind == 0 && i == at) x = NAN;
-        if (kind == 1 && i == at) x = -INFINITY;
-        if (kind == 2) x *= 1e37f;
-        if (kind == 3) x *= 1e-41f;
-        if (kind == 4) x = 0;
-        quip_store(&x, result, type, i, 1);
-    }
-    return result;
-}
-static void *maybe_numbers(arena *a, int64_t n, int type) {
-    return one_in(a, 3) ? 0 : numbers(a, n, type, 0);
-}
-
-/* A size up to `most`: half of the time one next to where loops and vectors end. */
-static int64_t some(arena *a, int64_t most) {
-    static const int64_t edges[] = {1,  7,  8,   9,   15,  16,  17,  31,  32,   33,  63,
-                                    64, 65, 127, 128, 129, 255, 256, 257, 2048, 2049};
-    const int64_t edge = edges[below(a, sizeof edges / sizeof *edges)];
-    return one_in(a, 2) && edge <= most ? edge : 1 + below(a, most);
-}
-
-/* An orthogonal transform of this size, with dense factors and a power of two; its factors are any numbers. */
-static quip_transform *transform_of(arena *a, int64_t size) {
-    quip_transform *q = exact(a, sizeof *q);
-    *q = (quip_transform){.size = size, .power = 1};
-    int64_t rest = size;
-    while (rest % 2 == 0 && !one_in(a, 6)) rest /= 2, q->power *= 2;
-    for (int64_t d = 2; rest > 1 && q->count < 3; d++) {
-        const int64_t order = q->count == 2 || d * d > rest ? rest : d;
-        if (rest % order) continue;
-        const int64_t f = q->count++;
-        q->orders[f] = order, rest /= order;
-        q->factors[f] = numbers(a, order * order, QUIP_FLOAT32, 0);
-        q->transposed[f] = numbers(a, order * order, QUIP_FLOAT32, 0);
-    }
-    return q;
-}
-
-static void expect(int good, const char *what, int64_t m, int64_t n, int64_t detail) {
-    if (good) return;
-    fprintf(stderr, "DIFFERENCE in %s: m %ld, n %ld, %ld\n", what, (long)m, (long)n, (long)detail);
-    __atomic_store_n(&differences, 1, __ATOMIC_RELAXED);
-}
-/* Whether two results are the same, or differ by no more than this part of the largest. Where they are not finite, both are
- * not: sums in another order may be infinite in one place and NaN in the other. */
-static int agree(const void *x, const void *y, int64_t n, int type, double tolerance) {
-    double most = 0;
-    float u, v;
-    for (int64_t i = 0; i < n; i++) {
-        quip_load(x, type, i, &u, 1);
-        if (isfinite(u) && fabsf(u) > most) most = fabsf(u);
-    }
-    for (int64_t i = 0; i < n; i++) {
-        quip_load(x, type, i, &u, 1), quip_load(y, type, i, &v, 1);
-        if (!(u == v || (!isfinite(u) && !isfinite(v)) || fabs((double)u - v) <= tolerance * most)) return 0;
-    }
-    return 1;
-}
-static double tolerance_of(int type) {
-    return type == QUIP_FLOAT32 ? NEARLY : 1e-2;
-}
 
 /* A layer of E8P codes with what surrounds them. */
 static quip_layer layer_of(arena *a, int64_t m, int64_t n, int second, int wide) {
@@ -316,6 +206,27 @@ static void call_round_panel_scalar(arena *a) {
     }
 }
 
+static void call_viterbi(arena *a) {
+    const int weights = 1 + (int)below(a, 2), steps = 256 / weights, window = 2 + 2 * (int)below(a, steps / 2);
+    const int even = 1 + (int)below(a, 16), odd = one_in(a, 2) ? even : 1 + (int)below(a, 16),
+              passes = 1 + (int)below(a, 2);
+    const int doublings = (int)below(a, 16);
+    const int64_t count = below(a, 3), size = count * steps * 2;
+    const int16_t *x = codes_of(a, count * 256 * 2), *levels = codes_of(a, (int64_t)weights * 65536 * 2);
+    void *first = 0;
+    for (int level = 0; level <= quip_cpu_level(); level++)
+        for (int t = 0; t < 2; t++) {
+            int16_t *states = exact(a, size);
+            expect(
+                !quip_viterbi(x, count, levels, weights, even, odd, doublings, window, passes, states, level, THREADS[t]),
+                "quip_viterbi", even, odd, -1);
+            expect(!first || !memcmp(first, states, (size_t)size), "quip_viterbi", even, odd, 10 * level + THREADS[t]);
+            first = first ? first : states;
+        }
+    expect(quip_viterbi(x, count, levels, 3, even, odd, doublings, window, passes, first, 0, 1) == -1, "refusal", even, odd,
+           3);
+}
+
 /* Needs a processor with AMX; elsewhere it does nothing, and the count of its calls says so. */
 static void call_linear_many(arena *a) {
 #if defined(QUIP_AMX)
@@ -356,6 +267,7 @@ static const struct {
     {"quip_encode", call_encode},
     {"quip_round_panel", call_round_panel},
     {"quip_round_panel_scalar", call_round_panel_scalar},
+    {"quip_viterbi", call_viterbi},
     {"quip_linear_many", call_linear_many},
 };
 enum { COUNT = sizeof ENTRIES / sizeof *ENTRIES };
@@ -366,6 +278,7 @@ static void *run(void *seed) {
     for (long i = 0; i < calls; i++) {
         const int which = (int)(i % COUNT);
         if (ENTRIES[which].call == call_linear_many && !quip_has_amx()) continue;
+        if (ENTRIES[which].call == call_viterbi && i / COUNT % 8) continue; /* a long one */
         ENTRIES[which].call(&a);
         release(&a);
         __atomic_fetch_add(&made[which], 1, __ATOMIC_RELAXED);
