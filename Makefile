@@ -120,6 +120,7 @@ bench-all: bench ## every table of docs/results.md that needs no GPU and no othe
 	$(BIN)/transformers-quip quantize $(MODEL) $(MODEL)-quip-2bit --overwrite
 	$(BIN)/python benchmarks/activations.py $(MODEL)-quip-2bit
 	$(BIN)/python benchmarks/methods.py $(MODEL)
+	$(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/tables.py
 
 # the same programs, briefly; build/benchmarks has the figures, and the published ones stay

@@ -180,6 +180,24 @@ def codebooks() -> str:
     return table(titles, lines) + machine_line(content)
 
 
+def trellis() -> str:
+    """Trellis codes on a Gaussian: errors, and speeds of their encoders."""
+    content = load("trellis")
+    if content is None:
+        return ""
+    lines = []
+    for row in content["rows"]:
+        speeds = row.get("weights_per_cpu_second", {})
+        shown = [speeds.get(key) for key in ("avx512", "avx2", "plain PyTorch", "e8p")]
+        cells = ["" if speed is None else f"{speed / 1000:,.1f}" for speed in shown]
+        error = f"{row['error']:.3g} ({row['error'] / row['bound']:.3f})"
+        published = f"{row['published']:.3g}" if "published" in row else ""
+        lines.append([row["codebook"], f"{row['bits']:g}", error, published, *cells])
+    titles = ["codebook", "bits", "mean squared error (times the bound)", "published encoder"]
+    titles += ["1000 weights per CPU second: AVX-512", "AVX2", "plain PyTorch", "E8P's search"]
+    return table(titles, lines) + machine_line(content)
+
+
 def speed() -> str:
     """README's speed table: tokens per second of the dense model and of the quantized one."""
     content = load("generate")
@@ -297,7 +315,7 @@ _STATES = {
     "absent": "nothing is there yet",
     "new": "the new model is complete",
     "old": "the old model is unchanged",
-    "refused": "files of save_pretrained that do not load as a model",
+    "refused": "files of save_pretrained or convert() that do not load",
 }
 
 
@@ -308,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "methods": methods,
     "codebooks": codebooks,
+    "trellis": trellis,
     "tuning": tuning,
     "speed": speed,
     "peers": peers,

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from specimens import SPECIMENS, Specimen
+from specimen import Specimen
+from specimens import SPECIMENS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import triton.language as tl
+from specimen import Specimen
 
 from quip_kernels.gpu.dequantize import dequantize_kernel
 from quip_kernels.gpu.matvec import Tile, matvec_kernel, tiles
@@ -19,41 +18,8 @@ from quip_kernels.gpu.transform import tile as transform_tile
 from quip_kernels.gpu.transform import warps as transform_warps
 from quip_kernels.gpu.trellis import block as trellis_block
 from quip_kernels.gpu.trellis import trellis_dequantize_kernel, trellis_matvec_kernel
-from quip_kernels.gpu.viterbi import BLOCK as VITERBI_BLOCK
+from quip_kernels.gpu.viterbi import MOST_TOGETHER as VITERBI_EDGES
 from quip_kernels.gpu.viterbi import viterbi_kernel
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """A kernel and how it is launched.
-
-    Attributes:
-        kernel: the `triton.jit` function.
-        arguments: name → type of the argument in Triton's notation ("*fp32", "i32").
-        constants: name → value of the rest, or a function of the target (`GPUTarget`).
-        warps: of a program, or a function of the target.
-        stages: blocks that are on their way at once in a loop, a function of the target; None is Triton's own choice.
-        launched: whether it is launched on a target.
-        weights_in_loop: weights that a program decodes in one round of its main loop; 0 if that has no meaning.
-    """
-
-    kernel: Any
-    arguments: Mapping[str, str]
-    constants: Mapping[str, Any]
-    warps: int | Callable[[Any], int] = 4
-    stages: Callable[[Any], int | None] = lambda gpu: None
-    weights_in_loop: int = 0
-    launched: Callable[[Any], bool] = lambda gpu: True
-
-    def warps_on(self, gpu: Any) -> int:
-        """Warps of a program on a target."""
-        return self.warps(gpu) if callable(self.warps) else self.warps
-
-    def options_on(self, gpu: Any) -> dict[str, int]:
-        """The options of a program on a target, for Triton."""
-        options = {"num_warps": self.warps_on(gpu), "num_stages": self.stages(gpu)}
-        return {name: value for name, value in options.items() if value is not None}
-
 
 FAMILIES = ("cuda", "blackwell", "cdna", "rdna")
 
@@ -277,7 +243,7 @@ def _trellis_dequantize(*layout: Any) -> Specimen:
     )
 
 
-def _viterbi(even: int, odd: int, weights: int, doublings: int, closed: bool) -> Specimen:
+def _viterbi(bits: int, weights: int, doublings: int, closed: bool) -> Specimen:
     return Specimen(
         viterbi_kernel,
         {
@@ -291,15 +257,15 @@ def _viterbi(even: int, odd: int, weights: int, doublings: int, closed: bool) ->
             "count": "i32",
             "opened": "i32",
             "steps": "i32",
+            "even": "i32",
+            "odd": "i32",
         },
         {
             "CLOSED": closed,
-            "EVEN": even,
-            "ODD": odd,
             "BITS": 16,
             "WEIGHTS": weights,
             "DOUBLINGS": doublings,
-            "BLOCK": VITERBI_BLOCK,
+            "WIDTH": min(VITERBI_EDGES, 1 << (16 - bits)),
         },
         warps=8,
     )
@@ -335,8 +301,8 @@ _TRELLIS = {
     "lut k2 rows": ("lut", 2, "rows", 16, 2, True),
 }
 
-# new bits of even and odd states, weights of a state, doublings
-_VITERBI = [(1, 1, 1, 0), (2, 2, 1, 0), (2, 3, 1, 1), (4, 4, 1, 2), (4, 4, 2, 0), (8, 8, 1, 6), (16, 16, 2, 5)]
+# new bits of a state (at most), its weights, doublings
+_VITERBI = [(2, 1, 0), (4, 1, 2), (4, 2, 0), (8, 1, 6), (16, 2, 5)]
 
 SPECIMENS = {
     **{

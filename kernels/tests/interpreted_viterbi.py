@@ -12,20 +12,19 @@ from transformers_quip.codebooks.trellis import Trellis
 from transformers_quip.ops import backend
 
 # bits of a state, V, new bits of even and odd states, doublings, T, window
-VITERBI = [(6, 1, (2, 2), 0, 16, 16), (6, 2, (1, 2), 1, 16, 6), (5, 1, (5, 5), 0, 8, 8), (11, 1, (3, 3), 2, 8, 4)]
+VITERBI = [(5, 1, (2, 2), 0, 12, 12), (5, 2, (1, 2), 1, 8, 6), (4, 1, (4, 4), 0, 4, 4), (8, 1, (3, 3), 2, 8, 4)]
 
 
 @pytest.mark.parametrize(("bits", "weights", "fresh", "doublings", "steps", "window"), VITERBI, ids=str)
 def test_viterbi_finds_the_states_of_the_reference(bits, weights, fresh, doublings, steps, window, monkeypatch):
-    monkeypatch.setattr(viterbi, "TILES", 2)
+    monkeypatch.setattr(viterbi, "TILES", 1)
     generator = torch.Generator().manual_seed(bits)
     levels = torch.randint(-32768, 32768, (weights, 1 << bits), generator=generator).to(torch.int16)
-    x = torch.randint(-32768, 32768, (3, steps, weights), generator=generator).to(torch.int16)
+    x = torch.randint(-32768, 32768, (2, steps, weights), generator=generator).to(torch.int16)
     x[1] //= 16384  # few values, with ties
     levels[:, ::3] //= 16384
-    for passes in (1, 2):
-        wanted = reference.search(x, levels, fresh, doublings, window, passes)
-        assert torch.equal(viterbi.search(x, levels, fresh, doublings, window, passes), wanted)
+    wanted = reference.search(x, levels, fresh, doublings, window, passes=2)
+    assert torch.equal(viterbi.search(x, levels, fresh, doublings, window, passes=2), wanted)
     assert viterbi.search(x[:0], levels, fresh, doublings, window, 1).shape == (0, steps)
 
 

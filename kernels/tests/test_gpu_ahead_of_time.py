@@ -25,7 +25,8 @@ def load_benchmark(name):
     return module
 
 
-load_benchmark("specimens")
+for needed in ("specimen", "specimens"):
+    load_benchmark(needed)
 instructions = load_benchmark("instructions")
 
 # One of each kernel, as a 4096-wide model in half precision launches it for one token, a small batch and a prompt.
@@ -42,8 +43,8 @@ USUAL = (
     "trellis hyb k2 qtip 1",
     "trellis mul1 k2 exl3 dequantize",
     "trellis mul1 k2.5 exl3 1",
-    "viterbi 2 2 1 0 closed",
-    "viterbi 2 3 1 1 free",
+    "viterbi 2 1 0 closed",
+    "viterbi 4 1 2 free",
 )
 USUAL_TARGETS = ("sm_90", "gfx942")
 # Bytes that one program may have.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -76,6 +77,8 @@ def test_commands_that_are_shown_exist(line):
     _, name, *arguments = shlex.split(line)
     command = cli.commands.get_command(click.Context(cli.commands), name)
     assert command is not None
+    if command.context_settings.get("allow_interspersed_args") is False:  # of `run`: the rest is the other program's
+        arguments = list(itertools.takewhile(lambda argument: argument.startswith("-"), arguments))
     known = {option for parameter in command.params for option in parameter.opts}
     assert {argument for argument in arguments if argument.startswith("--")} <= known
 

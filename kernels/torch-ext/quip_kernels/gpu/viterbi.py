@@ -13,7 +13,7 @@ import triton.language as tl
 from .launch import device_of
 
 NO_PATH = 1 << 20
-BLOCK = 1024
+MOST_TOGETHER = 1024  # edges
 # Tiles encoded at a time: the choices of a whole pass take up to 8 MB of memory for each.
 TILES = 512
 
@@ -78,11 +78,12 @@ def _rebase(costs, edges, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _fresh(t, EVEN: tl.constexpr, ODD: tl.constexpr):
-    return EVEN if EVEN == ODD else tl.where(t % 2 == 0, EVEN, ODD)
+def _fresh(t, even, odd):
+    return tl.where(t % 2 == 0, even, odd)
 
 
-@triton.jit
+# As constants, one or two new bits would unroll the loops until AMD's scalar registers do not suffice.
+@triton.jit(do_not_specialize=["even", "odd"])
 def viterbi_kernel(
     x,
     levels,
@@ -94,13 +95,13 @@ def viterbi_kernel(
     count,
     opened,
     steps,
+    even,
+    odd,
     CLOSED: tl.constexpr,
-    EVEN: tl.constexpr,
-    ODD: tl.constexpr,
     BITS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """One pass of `count` steps from state `begin` on, for one tile a program.
 
@@ -112,9 +113,10 @@ def viterbi_kernel(
             written.
         states: int32 [N, steps], written if CLOSED.
         opened: the number of steps after which every edge is reached; 0: from the beginning.
+        even, odd: new bits of states with an even number and of the others.
+        WIDTH: edges whose costs are computed together; at most the number of edges.
     """
     most_edges: tl.constexpr = 1 << (BITS - 1)
-    width: tl.constexpr = min(BLOCK, 1 << (BITS - max(EVEN, ODD)))
     tile = tl.program_id(0).to(tl.int64)
     x += tile * steps * WEIGHTS
     costs += tile * 2 * most_edges
@@ -126,33 +128,32 @@ def viterbi_kernel(
         most = tl.where(i < opened, 0x7FFFFFFF, 65535)
         here = choices + i * most_edges
         rebased = (i + 1 == opened) | ((i >= opened) & (i % 2 == 1))
-        old = _fresh(t, EVEN, ODD)
-        fresh = _fresh(t + 1, EVEN, ODD)
-        _step(levels, x, before, after, here, t, most, old, fresh, BITS, WEIGHTS, DOUBLINGS, width)
+        old = _fresh(t, even, odd)
+        fresh = _fresh(t + 1, even, odd)
+        _step(levels, x, before, after, here, t, most, old, fresh, BITS, WEIGHTS, DOUBLINGS, WIDTH)
         tl.debug_barrier()
         if rebased:
-            _rebase(after, 1 << (BITS - fresh), width)
+            _rebase(after, 1 << (BITS - fresh), WIDTH)
         tl.debug_barrier()
     end = begin + count
     edge = tl.load(seams + tile)
     if not CLOSED:
         # the smallest number of the edges with the least cost
         last = costs + count % 2 * most_edges
-        edges = 1 << (BITS - _fresh(end, EVEN, ODD))
-        packed = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
-        for first in range(0, edges, BLOCK):
-            number = first + tl.arange(0, BLOCK)
-            found = (tl.load(last + number, mask=number < edges, other=0) << 15) + number
-            packed = tl.minimum(packed, tl.where(number < edges, found, 0x7FFFFFFF))
+        edges = 1 << (BITS - _fresh(end, even, odd))
+        packed = tl.full([WIDTH], 0x7FFFFFFF, tl.int32)
+        for first in range(0, edges, WIDTH):
+            number = first + tl.arange(0, WIDTH)
+            packed = tl.minimum(packed, (tl.load(last + number) << 15) + number)
         edge = tl.min(packed, 0) & 0x7FFF
     for back in range(count if CLOSED else count // 2):
         i = count - 1 - back
         t = (begin + i) % steps
         number = tl.load(choices + i * most_edges + edge).to(tl.int32) & 0xFFFF
-        state = (number << (BITS - _fresh(t + 1, EVEN, ODD))) | edge
+        state = (number << (BITS - _fresh(t + 1, even, odd))) | edge
         if CLOSED:
             tl.store(states + tile * steps + t, state)
-        edge = state >> _fresh(t, EVEN, ODD)
+        edge = state >> _fresh(t, even, odd)
     if not CLOSED:
         tl.store(seams + tile, edge)
 
@@ -202,13 +203,12 @@ def _search(
                 number,
                 opened,
                 steps,
+                *fresh,
                 CLOSED=closed,
-                EVEN=fresh[0],
-                ODD=fresh[1],
                 BITS=bits,
                 WEIGHTS=weights,
                 DOUBLINGS=doublings,
-                BLOCK=BLOCK,
+                WIDTH=min(MOST_TOGETHER, 1 << (bits - max(fresh))),
                 num_warps=8,
             )
 
