@@ -85,6 +85,7 @@ def test_a_place_that_is_taken(dense, tmp_path, capsys):
         (["--num-samples", "many"], cli.USAGE, "not a valid integer"),
         (["--dataset", "none", "--report", "r.html"], cli.USAGE, "--report needs calibration"),
         (["--dataset", "typo.txt"], cli.UNUSABLE, "the file does not exist"),
+        (["--dtype", "int8"], cli.USAGE, "'int8' is not one of"),
         (["--bits", "two"], cli.USAGE, "not a valid float"),
         (["--peers", "none.json"], cli.USAGE, "does not exist"),
     ],
@@ -96,10 +97,15 @@ def test_wrong_options_are_named_before_any_work(dense, tmp_path, capsys, argume
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_is_not_there(tmp_path, capsys):
+def test_a_model_that_is_not_there(dense, tmp_path, capsys):
     code, _, error = run(capsys, "quantize", "nobody/nothing", tmp_path / "out", "--dataset", "none")
     assert code == cli.UNREACHABLE
     assert error.startswith("error: ")
+    there, out = f"there is no folder {tmp_path / 'no'}", tmp_path / "out"
+    for arguments in (("quantize", out), ("convert", out), ("tune", out, "--dense", dense), ("inspect",), ("chat",)):
+        code, _, error = run(capsys, arguments[0], tmp_path / "no", *arguments[1:])
+        assert code == cli.UNREACHABLE
+        assert there in error
     assert run(capsys, "inspect", tmp_path)[0] == cli.UNUSABLE
     assert run(capsys, "nonsense")[0] == cli.USAGE
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.test_cli import run
+from tests.models import HIDDEN, LAYERS, save_tiny_model
 from transformers_quip import cli
 
 
@@ -54,4 +55,25 @@ def test_tune_refuses(quantized, dense, text, tmp_path, capsys, arguments, messa
     code, _, err = run(capsys, "tune", quantized, tmp_path / "out", *given)
     assert code in (cli.USAGE, cli.UNUSABLE)
     assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["num_hidden_layers", "hidden_size"])
+def test_tune_refuses_a_model_of_another_size(quantized, text, tmp_path, capsys, part):
+    """It would train towards another model; the config tells before a model is loaded."""
+    other = tmp_path / "other"
+    value = {"num_hidden_layers": LAYERS + 1, "hidden_size": 2 * HIDDEN}[part]
+    save_tiny_model("llama", other, **{part: value})
+    out = tmp_path / "out"
+    code, _, err = run(capsys, "tune", quantized, out, "--dense", other, "--dataset", text)
+    assert code == cli.UNUSABLE
+    assert f"{other} is not the model that was quantized: its {part} is {value}" in err
+    assert not out.exists()
+
+
+def test_a_quantized_model_is_not_the_dense_one(quantized, text, tmp_path, capsys):
+    for command, *options in (("tune", "--dense", quantized), ("quantize",)):
+        code, _, err = run(capsys, command, quantized, tmp_path / "out", *options, "--dataset", text)
+        assert code == cli.UNUSABLE
+        assert f"{quantized} is quantized already (quip): give the dense model" in err
     assert list(tmp_path.iterdir()) == []

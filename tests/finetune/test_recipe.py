@@ -106,3 +106,10 @@ def test_blocks_alone_hold_no_text_out_and_full_does_both(folder):
     assert full.hf_quantizer.report.tokens == 16 * 20
     record = full.hf_quantizer.report.tuning
     assert record["held_out_after"] < record["held_out_before"]
+
+
+def test_blocks_need_no_windows_beside_their_own(folder):
+    """The windows that `held_out` names are those of tuning vectors; 8 windows are fewer than it."""
+    ids = torch.randint(3, 128, (8, 20), generator=torch.Generator().manual_seed(5))
+    model = load(folder, tune="blocks", dataset=ids, num_samples=8)
+    assert model.hf_quantizer.report.tokens == 8 * 20

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # Configurations, vocabularies and merges, tokenizer models, chat templates, descriptions.
 _KINDS = (".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".jinja", ".md")
 _TEXTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
+_WEIGHTS = (".safetensors", ".index.json")  # written anew, so no message says that they are left out
 _IMPORTS = re.compile(r"^\s*(?:from\s+\.([\w.]+)\s+import|from\s+\.\s+import\s+\(?([\w\s,]+))", re.MULTILINE)
 
 
@@ -34,7 +35,7 @@ def companions(folder: Path) -> list[Path]:
     code = _code(folder)
     result = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.is_file():
+        if path.name.startswith(".") or path.name.endswith(_WEIGHTS) or not path.is_file():
             continue
         if path.name not in code and not _is_plain(path.name):
             logger.info("%s is not copied: it is not a file that the model needs", path)
@@ -55,8 +56,6 @@ def stays_inside(path: Path, folder: Path) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    if name.endswith(".index.json"):
-        return False
     stem, dot, _ = name.partition(".")
     return name.endswith(_KINDS) or (not dot and stem.upper().startswith(_TEXTS))
 

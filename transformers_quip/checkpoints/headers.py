@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,18 @@ class TensorInfo:
         if self.dtype not in _TYPES:
             raise ValueError(f"{self.key} has the type {self.dtype}, which is not a known type of safetensors")
         return -(-self.elements * _TYPES[self.dtype][0] // 8)
+
+
+def check_is_there(source: str | os.PathLike) -> None:
+    """Refuse a path that leads nowhere; a name that the Hub may have ("name", "owner/name") passes.
+
+    Raises:
+        FileNotFoundError: it can only be a path, and there is no such folder.
+    """
+    text = os.fspath(source)
+    local = text.startswith(("/", "./", "../", "~", os.sep)) or text.count("/") > 1 or Path(text).is_absolute()
+    if local and not os.path.exists(text):
+        raise FileNotFoundError(f"there is no folder {text}")
 
 
 def is_supported(dtype: str) -> bool:

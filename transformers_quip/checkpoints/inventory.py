@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .headers import DAMAGED, TensorInfo, read_headers, read_json, type_bytes
+from .headers import DAMAGED, TensorInfo, check_is_there, read_headers, read_json, type_bytes
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -186,6 +186,8 @@ def read_repo(repo_id: str, revision: str | None = None, token: str | bool | Non
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
     """
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+    check_is_there(repo_id)
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     if constants.HF_HUB_OFFLINE:

@@ -42,10 +42,13 @@ def command(
 
     A model without a chat template continues your text instead of answering it.
     """
+    from ..checkpoints.headers import check_is_there
+
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
     if temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {temperature:g}")
+    check_is_there(model)
     source: dict[str, Any] = {"revision": revision, "token": token}
     tokenizer = find_tokenizer(model, **source)
     if tokenizer is None:

@@ -83,12 +83,15 @@ def command(
 
     MODEL is released before the dense model is loaded; of MODEL, its last hidden states over the text are kept.
     """
+    from ..checkpoints.headers import check_is_there
     from ..evaluation import check_source
 
     check_source(dataset)
     if save:
         _check_can_save(model)
     source: dict[str, Any] = {"revision": revision, "token": token}
+    for place in filter(None, (model, dense)):
+        check_is_there(place)
     tokenizer = find_tokenizer(model, **source)
     load = partial(load_model, model, dtype=dtype, device_map=device_map, **source)
     load_dense = partial(load_model, dense, dtype=dtype, device_map=device_map, token=token) if dense else None

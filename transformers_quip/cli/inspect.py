@@ -71,7 +71,7 @@ def describe(inventory: Inventory, context: int) -> dict[str, Any]:
         "true_bits": inventory.true_bits if known else None,
         "quantized_layers": len(inventory.linears) if inventory.has_headers else _codes(inventory),
         "quantized_weights": inventory.quantized_weights if known else None,
-        "parameters": inventory.parameters if inventory.has_headers else None,
+        "parameters": inventory.parameters if inventory.has_headers and (known or not options) else None,
         "calibration": options.get("calibration"),
         "origin": options.get("origin"),
         "tensors": len(inventory.names),

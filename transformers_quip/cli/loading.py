@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +12,10 @@ from .console import revision_option, tell, token_option
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-dtype_option = click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+dtype_option = click.option(
+    "--dtype", type=click.Choice(_DTYPES), default="auto", show_default=True, help="Type of the numbers to compute with."
+)
 device_option = click.option("--device-map", help="As in from_pretrained: auto, cpu, cuda:0, …")
 
 seed_option = click.option("--seed", type=int, help="Makes replies repeatable.")
@@ -45,3 +48,36 @@ def find_tokenizer(source: str, say: Callable[[str], None] = tell, **options: An
     except (OSError, ValueError, ImportError) as error:
         say(f"no tokenizer: {(str(error).splitlines() or [type(error).__name__])[0]}")
         return None
+
+
+def read_config(source: str, **options: Any) -> dict[str, Any]:
+    """The content of a model's config.json; options that are None are left out.
+
+    Raises:
+        OSError: there is no such folder, or the Hub cannot be reached.
+    """
+    from transformers import PreTrainedConfig
+
+    from ..checkpoints.headers import check_is_there
+
+    check_is_there(source)
+    given = {name: value for name, value in options.items() if value is not None}
+    return PreTrainedConfig.get_config_dict(source, **given)[0]
+
+
+def check_dense(source: str, config: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if the config of this model is that of a quantized one."""
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise ValueError(f"{source} is quantized already{f' ({method})' if method else ''}: give the dense model")
+
+
+def check_same_sizes(quantized: str, config: Mapping[str, Any], dense: str, dense_config: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if these are not the configs of a quantized model and of the dense model that it was made from."""
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
+        if name in config and name in dense_config and config[name] != dense_config[name]:
+            raise ValueError(
+                f"--dense {dense} is not the model that was quantized: its {name} is {dense_config[name]}, and that of "
+                f"{quantized} is {config[name]}"
+            )

@@ -10,7 +10,7 @@ import click
 
 from .console import json_option, revision_option, show, show_json, size, tell, token_option
 from .destination import check_file, check_not_source, new_folder
-from .loading import device_option, dtype_option, find_tokenizer, load_model
+from .loading import check_dense, device_option, dtype_option, find_tokenizer, load_model, read_config
 
 
 @click.command()
@@ -87,6 +87,7 @@ def command(
     source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     config = QuipConfig(**options)
     check_not_source(out, model)
+    check_dense(model, read_config(model, **source))
     if report is not None and out.absolute() not in report.absolute().parents:
         check_file(report)
     with new_folder(out, overwrite) as folder:

@@ -9,7 +9,7 @@ import click
 
 from .console import json_option, show, show_json, tell, token_option
 from .destination import check_file, check_not_source, new_folder
-from .loading import device_option, dtype_option, find_tokenizer, load_model
+from .loading import check_dense, check_same_sizes, device_option, dtype_option, find_tokenizer, load_model, read_config
 from .quantize import dataset_of
 
 
@@ -81,6 +81,9 @@ def command(
         raise click.UsageError("--dataset none: tuning needs text")
     loading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "token": token}
     check_not_source(out, model)
+    dense_config = read_config(dense, token=token)
+    check_dense(dense, dense_config)
+    check_same_sizes(model, read_config(model, token=token), dense, dense_config)
     if report_file is not None and out.absolute() not in report_file.absolute().parents:
         check_file(report_file)
     together = processes.join()

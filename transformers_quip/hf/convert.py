@@ -15,7 +15,7 @@ from ..checkpoints.claimed import claimed_folder
 from ..checkpoints.convert import write_native
 from ..checkpoints.convert_exl3 import exl3_modules, write_exl3
 from ..checkpoints.files import Files, expand_weights, find_weights
-from ..checkpoints.headers import DAMAGED, read_json
+from ..checkpoints.headers import DAMAGED, check_is_there, read_json
 from ..checkpoints.names import expand_names
 from ..checkpoints.native import check_kind
 from ..checkpoints.sizes import check_layers
@@ -128,6 +128,7 @@ def _naming(file: Path) -> Iterator[None]:
 def _folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
+    check_is_there(source)
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(source)))

@@ -228,8 +228,9 @@ class Calibrated(_Planned):
         if not is_written_by_the_model(config):
             with torch.device("cpu"):  # the model is made on the meta device, and this is not a part of it
                 self._data = load_token_ids(config, model, source=source_of(model), held_out=held_out_windows(config))
-            if config.tune != "none":
-                TuneOptions.parse(config.tune).check_windows(len(self._data[0]))
+            options = TuneOptions.parse(config.tune)
+            if options.tunes_vectors:
+                options.check_windows(len(self._data[0]))
         self._tell(model)
 
     def finish(self, model: PreTrainedModel) -> QuantizationReport:

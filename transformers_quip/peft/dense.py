@@ -12,7 +12,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoints.files import Files, expand_weights, find_weights
-from ..checkpoints.headers import TensorInfo
+from ..checkpoints.headers import TensorInfo, check_is_there
 from ..hf.loader import names_in_model
 from ..nn.replace import dense_weight
 
@@ -30,7 +30,7 @@ class DenseWeights:
 
     Raises:
         ValueError: the folder holds no weights, or those of a quantized model or of another architecture.
-        OSError: the Hub cannot be reached.
+        OSError: there is no such folder, or the Hub cannot be reached.
     """
 
     def __init__(self, dense: str | os.PathLike | nn.Module, like: PreTrainedModel, token: str | None = None):
@@ -41,6 +41,7 @@ class DenseWeights:
             return
         folder = Path(dense)
         if not folder.is_dir():
+            check_is_there(dense)
             patterns = ["*.json", "model*.safetensors"]
             folder = Path(snapshot_download(str(dense), token=token, allow_patterns=patterns))
         self._source = str(dense)

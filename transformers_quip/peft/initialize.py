@@ -85,6 +85,8 @@ def residual_init(
     peft = require_peft()
     if niter is not None and niter < 0:
         raise ValueError(f"niter={niter} must be 0 or more, or None for the exact decomposition")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"rank={rank!r} must be an integer of at least 1")
     data = QuipConfig(
         dataset=dataset, tokenizer=tokenizer, num_samples=num_samples, sequence_length=sequence_length, seed=seed
     )
