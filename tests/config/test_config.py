@@ -346,7 +346,9 @@ def test_methods_of_scalar_grids_are_refused_for_a_trellis(method, dataset):
         QuipConfig(codebook=book, rounding=method, dataset=dataset)
     message = str(caught.value)
     assert message.startswith(f"QuipConfig: rounding={method!r} does not work with codebook={book!r}, {allowed}")
-    assert message.endswith("methods for 'trellis:mul1:k2:exl3': 'ldlq', 'ldlq-rg', 'greedy', 'quantease', 'nearest'")
+    assert message.endswith(
+        "methods for 'trellis:mul1:k2:exl3': 'ldlq', 'ldlq-rg', 'greedy', 'quantease', 'nearest', 'yaqa'"
+    )
     with pytest.raises(
         ValueError, match=f"modules has 'down_proj'.*rounding='{method}' does not work with codebook='{book}'"
     ):

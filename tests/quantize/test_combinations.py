@@ -87,7 +87,7 @@ def test_sizes_that_a_trellis_cannot_have_are_refused_with_the_plan():
 
 @pytest.mark.parametrize("name", BLOCKED)
 def test_transforms_in_blocks_work_where_sizes_allow_it(name):
-    weight, hessian = problem(128, 128, seed=4)
+    weight, hessian = problem(256, 256, seed=4)
     config = QuipConfig(incoherence=name, refinement_sweeps=0)
     assert quantize_weights({"fc": weight}, hessian, config)["fc"].statistics["relative_error"] < 0.1
     model = torch.nn.ModuleDict({"fc": torch.nn.Linear(BLOCKED[name] + 4, 128)})
