@@ -122,5 +122,8 @@ def test_the_command_under_accelerate(tmp_path):
 
 def test_several_processes_need_a_state(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(processes, "join", lambda: object())
-    assert cli.main(["tune", str(tmp_path / "model"), str(tmp_path / "out"), "--dense", "d"]) == cli.USAGE
+    for name in ("model", "dense"):
+        (tmp_path / name).mkdir()
+    command = ["tune", str(tmp_path / "model"), str(tmp_path / "out"), "--dense", str(tmp_path / "dense")]
+    assert cli.main(command) == cli.USAGE
     assert "--state names a folder" in capsys.readouterr().err
