@@ -37,7 +37,7 @@ def records(module: str, count: int, seed: int, logs: Path) -> list[dict]:
             unfinished.unlink(missing_ok=True)
             options = ["--count", str(CHUNKS[module]), "--seed", str(seed + number), "--log", str(unfinished)]
             found = subprocess.run([sys.executable, "-m", module, *options], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
-            if found not in (0, 1):  # 1: there are faults, which are counted
+            if found not in (0, 1) or not unfinished.exists():  # 1: there are faults, which are counted
                 raise RuntimeError(f"{module} --seed {seed + number} failed")
             unfinished.rename(log)
         result += [json.loads(line) for line in log.read_text().splitlines()]

@@ -171,7 +171,10 @@ def _listing(parent: Path) -> set[str]:
 
 
 def _changed(parent: Path, out: Path) -> tuple:
-    return _listing(parent), out.stat().st_mtime_ns if out.exists() else 0
+    try:
+        return _listing(parent), out.stat().st_mtime_ns
+    except FileNotFoundError:  # it is not there, or is exchanged at this moment
+        return _listing(parent), 0
 
 
 def _fresh(parent: Path, job: Job) -> Path:
