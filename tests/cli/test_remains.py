@@ -112,7 +112,7 @@ def test_many_at_once(tmp_path):
 
 def test_where_nothing_can_be_locked(tmp_path, monkeypatch, capsys):
     """NFS without locks: a left-over may be another run's work, so it is named and stays."""
-    monkeypatch.setattr(remains, "lock_folder", lambda folder: None)
+    monkeypatch.setattr(remains, "lock_path", lambda folder: None)
     model(tmp_path / ".m.abcdefgh.partial")
     make(tmp_path / "m")
     assert ".m.abcdefgh.partial may be left over" in capsys.readouterr().err

@@ -210,7 +210,7 @@ def kill_once(job: Job, work: Path, known: dict[str, torch.Tensor], seconds: flo
     faults: list[str] = []
     found = state(out, known, work / "log2")
     left = sorted(_listing(parent) - {*NEIGHBOURS, "model"})
-    left += [path.name for path in out.glob(".partial*")]
+    left += [path.name for pattern in (".partial*", ".*.partial") for path in out.glob(pattern)]
     aside = [state(folder, known, work / "log2") for folder in _folders(parent, out) if (folder / "config.json").exists()]
     faults += [f"a left-over is {what}" for what in aside if what not in ("new", "old", "refused", "absent")]
     if (parent / "notes.txt").read_text() != "precious" or not (parent / "other-model" / "config.json").exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -226,20 +225,6 @@ def test_a_dense_model_saved_over_another_card(dense, tmp_path, text):
     (tmp_path / model_card.CARD).write_bytes(text.encode("latin-1"))
     AutoModelForCausalLM.from_pretrained(dense).save_pretrained(tmp_path)
     assert (tmp_path / model_card.CARD).read_bytes() == text.encode("latin-1")
-
-
-def test_files_are_written_whole(tmp_path, monkeypatch):
-    old, new = tmp_path / ".README.md.1.partial", tmp_path / ".README.md.2.partial"
-    for left in (old, new):
-        left.write_text("half")
-    os.utime(old, (0, 0))
-    model_card.write_whole(tmp_path / "README.md", "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "README.md"]
-    monkeypatch.setattr(os, "replace", lambda *_: {}["broken"])
-    with pytest.raises(KeyError):
-        model_card.write_whole(tmp_path / "README.md", "later")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "README.md"]
-    assert (tmp_path / "README.md").read_text() == "whole"
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
-"""Work folders inside a destination folder, and the distinction between those of killed runs and of live runs.
+"""Work folders and files inside a destination folder: those of killed runs are told from those of live runs.
 
-A work folder is locked (flock on the folder itself) as long as its process lives. The next run that writes to the same
-place removes the folders that are not locked, and says so.
+Each is locked (flock on the folder or file itself) as long as its process lives. The next run that writes to the same
+place removes those that are not locked, and says so.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +29,8 @@ WORK = ".partial"
 MOVING = ".moving"
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Lock a folder for the life of this process; the descriptor, which ends the lock when it is closed.
+def lock_path(path: Path) -> int | None:
+    """Lock a folder or a file for the life of this process; the descriptor, which ends the lock when it is closed.
 
     Returns:
         None where that cannot be done.
@@ -38,7 +41,7 @@ def lock_folder(folder: Path) -> int | None:
     if fcntl is None:
         return None
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
         return None
     try:
@@ -64,7 +67,7 @@ def work_in(target: Path) -> Iterator[Path]:
     """
     remove_dead(target)
     made, work = Path(tempfile.mkdtemp(prefix=f"{WORK}.", dir=target)), target / WORK
-    held = lock_folder(made)
+    held = lock_path(made)
     try:
         # A folder that is not empty is never replaced by a rename.
         (made / MOVING).touch()
@@ -88,7 +91,7 @@ def remove_dead(target: Path) -> None:
         if any(work.iterdir()) and not (work / MOVING).is_file():
             continue  # somebody else's
         try:
-            held = lock_folder(work)
+            held = lock_path(work)
         except BlockingIOError:
             continue
         if held is None:
@@ -121,3 +124,36 @@ def _moving(work: Path) -> list[str]:
         return []
     names = (work / MOVING).read_text(encoding="utf-8", errors="replace").splitlines()
     return [name for name in names if name and Path(name).name == name and (work.parent / name).is_file()]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file atomically. A link (as in the Hub client's cache) is replaced; its target stays unchanged.
+
+    Two processes may write at once: one of the two texts remains. Temporary files of killed runs are removed first, and a
+    warning names them; where files cannot be locked, those that are older than a minute.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        _remove_if_dead(left)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    held = None
+    try:
+        temporary.touch()
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another run is just looking
+            held = lock_path(temporary)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        if held is not None:
+            os.close(held)
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_if_dead(file: Path) -> None:
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):  # of a live run
+        held = lock_path(file)
+        if held is None and time.time() - file.stat().st_mtime < 60:
+            return
+        file.unlink()
+        if held is not None:
+            os.close(held)
+        logger.warning("Removed %s, which a run that was killed has left", file)

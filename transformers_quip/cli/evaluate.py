@@ -231,7 +231,8 @@ def _check_can_save(model: str) -> None:
 
 def save_results(folder: Path, content: dict[str, Any]) -> None:
     """Add a result to the folder's file of measurements; it replaces an older one with the same protocol."""
-    from ..hub.model_card import EVALUATION, read_results, write_card, write_whole
+    from ..checkpoints.unfinished import write_whole
+    from ..hub.model_card import EVALUATION, read_results, write_card
 
     path = folder / EVALUATION
     results = read_results(folder)

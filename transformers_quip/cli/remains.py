@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoints.unfinished import lock_folder
+from ..checkpoints.unfinished import lock_path
 from .console import tell
 
 PARTIAL, OLD = ".partial", ".old"
@@ -55,7 +55,7 @@ def working_folder(place: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
             for parent in (place.parent, place):
                 _clean(parent, place)
             work = make(place)
-            lock = lock_folder(work)
+            lock = lock_path(work)
         try:
             yield work
         finally:
@@ -98,7 +98,7 @@ def _folders(parent: Path) -> list[Path]:
 
 def _remove_dead(folder: Path, place: Path) -> None:
     try:
-        lock = lock_folder(folder)
+        lock = lock_path(folder)
     except BlockingIOError:
         raise ValueError(
             f"another process is writing to {place} (its work is in {folder.name}): wait for it, or choose another place"
@@ -140,7 +140,7 @@ def _one_at_a_time(parent: Path) -> Iterator[None]:
     end = time.monotonic() + _PATIENCE
     while True:
         try:
-            lock = lock_folder(parent)
+            lock = lock_path(parent)
             break
         except BlockingIOError:
             if time.monotonic() > end:

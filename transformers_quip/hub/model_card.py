@@ -6,15 +6,11 @@ form that Transformers leaves. It never replaces a text that somebody has writte
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
 import json
 import logging
 import math
-import os
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..checkpoints.inventory import Inventory, read_folder
+from ..checkpoints.unfinished import write_whole
 from ..config import QUANT_METHOD, QuipConfig
 from ..text import one_line
 from . import card_text, claims
@@ -140,24 +137,6 @@ def remove_stale_card(folder: str | Path) -> bool:
         return False
     path.unlink()
     return True
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically. A link (as in the Hub client's cache) is replaced; its target stays unchanged.
-
-    Two processes may write at once: one of the two texts remains. Temporary files of killed processes are removed after a
-    minute.
-    """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 60:
-                left.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(raw: bytes) -> ModelCard | None:
