@@ -126,8 +126,9 @@ def test_the_command_under_accelerate(tmp_path):
 
 def test_several_processes_need_a_state(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(processes, "join", lambda: object())
-    for name in ("model", "dense"):
+    for name, content in (("model", {"quantization_config": {"quant_method": "quip"}}), ("dense", {})):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
     command = ["tune", str(tmp_path / "model"), str(tmp_path / "out"), "--dense", str(tmp_path / "dense")]
     assert cli.main(command) == cli.USAGE
     assert "--state names a folder" in capsys.readouterr().err
