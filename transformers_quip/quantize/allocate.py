@@ -36,7 +36,7 @@ def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Ten
 
     Args:
         model: dense, in memory; its weights are restored.
-        names: of its dense linears.
+        names: of its dense linears and stacks of experts.
         ids: token ids [N, T]; the first `SEQUENCES` sequences are read, up to `TOKENS` tokens of each.
         seed: of the noise.
 
@@ -56,7 +56,7 @@ def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Ten
             raise ValueError("the model's logits are NaN or Inf: it overflows in its dtype, or its weights do")
         result = {}
         for name in tqdm(names, desc="Measuring sensitivities", unit="module"):
-            with _disturbed(model.get_submodule(name), generator):
+            with _disturbed(replace.weight_of(model, name).detach(), generator):
                 found = model(input_ids=ids, **without_cache(model)).logits.float().log_softmax(-1)
             divergence = (expected.exp() * (expected - found.to(expected.device))).sum(-1).mean().item()
             result[name] = max(divergence, 0.0) / NOISE
@@ -64,9 +64,8 @@ def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Ten
 
 
 @contextmanager
-def _disturbed(linear: nn.Module, generator: torch.Generator):
-    """Add Gaussian noise to a dense linear's weight within a `with` block."""
-    weight = replace.dense_weight(linear).detach()
+def _disturbed(weight: torch.Tensor, generator: torch.Generator):
+    """Add Gaussian noise to a dense weight within a `with` block."""
     kept = weight.clone()
     noise = torch.randn(weight.shape, generator=generator).to(weight.device)
     noise *= (NOISE * kept.float().square().sum() / noise.square().sum().clamp_min(1e-30)).sqrt()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ from ..calibration.dataset import load_token_ids
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
 from .bars import advance
-from .block import ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
+from .block import BlockResult, ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
 from .embedding import quantize_embedding
+from .experts import few_tokens
 from .mixed_bits import hessian_after_blocks, settle_bits
 from .plan import QuantizationPlan, make_plan
 
@@ -54,9 +56,9 @@ class QuantizationReport:
 
     @property
     def mean_relative_error(self) -> float:
-        """The mean over the modules, each counted once."""
-        errors = [record["relative_error"] for record in self.modules]
-        return sum(errors) / len(errors)
+        """The mean over the modules, each counted once; without those whose inputs were all zero, which have no error."""
+        errors = [record["relative_error"] for record in self.modules if math.isfinite(record["relative_error"])]
+        return sum(errors) / len(errors) if errors else 0.0
 
 
 @torch.inference_mode(False)
@@ -113,7 +115,7 @@ def _quantize_model(
         inputs = capture_inputs(model, blocks, ids, config.batch_size)
     curvature = _curvature(model, plan, config, ids)
     dense, following = _split_batches(inputs.num_batches, config.calibrate_on)
-    embeddings = [name for name in plan.names if replace.is_dense_embedding(model.get_submodule(name))]
+    embeddings, borrowing = plan.embeddings, {}
     with tqdm(total=len(plan.names), desc="Quantizing", unit="layer") as bar:
 
         def done(module: ModuleResult) -> None:
@@ -132,8 +134,9 @@ def _quantize_model(
             bar.set_description(f"Block {index + 1} of {len(blocks)}")
             prefix = f"{blocks_name}.{index}."
             configs = {name: config.for_module(prefix + name) for name in plan.inside(prefix)}
-            stages = _quantize_block(block, index, inputs, configs, prefix, dense, following, done, tuner, curvature)
-            for stage, seconds in stages.items():
+            result = _quantize_block(block, index, inputs, configs, prefix, dense, following, done, tuner, curvature)
+            borrowing.update(result.borrowing)
+            for stage, seconds in result.seconds.items():
                 report.seconds[stage] += seconds
         for name in plan.names:
             if not name.startswith(f"{blocks_name}.") and name not in embeddings:
@@ -142,6 +145,8 @@ def _quantize_model(
                     hessian = hessian_after_blocks(model, name, ids, config.batch_size)
                 with timed(report.seconds, "round"):
                     _quantize_after_blocks(model, name, hessian, config, done)
+    if borrowing:
+        logger.warning("%s.", few_tokens(borrowing))
     report.config = config.without_data()
     report.config.calibration = {
         "data": report.data,
@@ -154,8 +159,8 @@ def _quantize_model(
 
 def _curvature(model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor) -> dict[str, Curvature]:
     """The two Hessians of every linear whose rounding method is two-sided."""
-    tables = [name for name in plan.names if replace.is_dense_embedding(model.get_submodule(name))]
-    names = [name for name in plan.names if name not in tables and rounding.get(config.for_module(name).rounding).two_sided]
+    linears = [name for name in plan.names if name not in (*plan.embeddings, *plan.stacks)]
+    names = [name for name in linears if rounding.get(config.for_module(name).rounding).two_sided]
     return collect_curvature(model, names, ids[: config.sketch_samples], config.seed) if names else {}
 
 
@@ -170,8 +175,8 @@ def _quantize_block(
     done: Callable[[ModuleResult], None],
     tuner: Callable[[BlockInputs], Tuner] | None,
     curvature: dict[str, Curvature],
-) -> dict[str, float]:
-    """Quantize one block and bring every batch to the next one; returns the seconds of each stage."""
+) -> BlockResult:
+    """Quantize one block and bring every batch to the next one; the seconds of that are added to the result's."""
 
     def keep(batch: int, output: torch.Tensor) -> None:
         if batch in dense:
@@ -180,15 +185,15 @@ def _quantize_block(
     entering = inputs.of_block(index)
     tuning = tuner(entering) if tuner is not None and configs else None
     own = {name: curvature.pop(prefix + name) for name in configs if prefix + name in curvature}
-    seconds = quantize_block(block, entering, configs, prefix, keep, done, tuning, own).seconds
+    result = quantize_block(block, entering, configs, prefix, keep, done, tuning, own)
     if following and index + 1 < inputs.num_blocks:
-        with timed(seconds, "replay"), calibration_autocast(block), replayed_densely(block, configs):
+        with timed(result.seconds, "replay"), calibration_autocast(block), replayed_densely(block, configs):
             inputs.advance(index, block, following)
-    return seconds
+    return result
 
 
 def _quantize_embeddings(
-    model: nn.Module, names: list[str], config: QuipConfig, done: Callable[[ModuleResult], None]
+    model: nn.Module, names: Sequence[str], config: QuipConfig, done: Callable[[ModuleResult], None]
 ) -> None:
     for name in names:
         started = perf_counter()
