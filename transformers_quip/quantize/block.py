@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from ..calibration import BlockHessians, BlockInputs
+from ..calibration import BlockHessians, BlockInputs, processes
 from ..calibration.curvature import Curvature
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import QuipLinear, replace
@@ -93,6 +93,7 @@ def quantize_block(
     on_module: Callable[[ModuleResult], None] | None = None,
     tuner: Tuner | None = None,
     curvature: Mapping[str, Curvature] | None = None,
+    shared: bool = False,
 ) -> BlockResult:
     """Quantize the linears of one block: observe all of them, then round and replace each group that reads one input.
 
@@ -107,6 +108,9 @@ def quantize_block(
         on_module: gets each result as soon as it is ready, for a progress bar; later tuning may change its su and sv.
         curvature: the name of a linear inside the block → its two Hessians, for those with a two-sided rounding method.
         tuner: tunes the block after each of its groups but the last, which leaves nothing dense to tune.
+        shared: whether all processes are here with the same block and with inputs of their own: Hessians are added up, and
+            each process rounds some of the groups. The result is the same in all of them, and the one that a single process
+            has with all inputs. Not with a `tuner`.
 
     Raises:
         ValueError: see [`quantize_weights`], [`BlockHessians.pop`] and `observe_linears`.
@@ -114,9 +118,15 @@ def quantize_block(
     result = BlockResult()
     with timed(result.seconds, "observe"):
         hessians = observe_block(block, tuple(configs), inputs, prefix, _both(tuner, on_output))
+        owners = hessians.share(block) if shared else {}
     waiting = [name for group in hessians.groups.values() for name in group]
     reached = frozenset(waiting)
-    for leader, group in hessians.groups.items():
+    if shared:
+        with timed(result.seconds, "round"):
+            for done in _round_together(block, hessians, owners, configs, prefix, curvature or {}):
+                _replace(block, done, configs)
+                _collect(done, result, on_module)
+    for leader, group in () if shared else hessians.groups.items():
         with timed(result.seconds, "round"):
             done = quantize_group(block, group, hessians.pop(leader), configs, prefix, curvature or {})
             _replace(block, done, configs)
@@ -136,6 +146,24 @@ def quantize_block(
     if tuner is not None:
         _take_tuned(block, result)
     return result
+
+
+def _round_together(
+    block: nn.Module,
+    hessians: BlockHessians,
+    owners: Mapping[str, int],
+    configs: Mapping[str, QuipConfig],
+    prefix: str,
+    curvature: Mapping[str, Curvature],
+) -> list[dict[str, ModuleResult]]:
+    """The results of all groups, in their order, of which each process rounds its own."""
+    own = {}
+    for leader, group in hessians.groups.items():
+        if owners[leader] == processes.rank():
+            done = quantize_group(block, group, hessians.pop(leader), configs, prefix, curvature)
+            own[leader] = {name: replace_fields(module, quantized=module.quantized.cpu()) for name, module in done.items()}
+    everyone = processes.gathered(own)
+    return [everyone[owners[leader]][leader] for leader in hessians.groups]
 
 
 @cpu_matmul_precision("ieee")

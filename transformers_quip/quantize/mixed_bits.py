@@ -22,6 +22,7 @@ from .allocate import allocate, gaussian_error, measure_sensitivities
 from .block import by_config, observe_block
 from .layer import loss_of_rounding
 from .plan import QuantizationPlan
+from .residence import IN_MEMORY, Residence
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -32,22 +33,25 @@ logger = logging.getLogger(__name__)
 _RATIO_TOKENS = 1 << 15
 
 
-def settle_bits(model: nn.Module, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
+def settle_bits(
+    model: nn.Module, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor, residence: Residence = IN_MEMORY
+) -> QuipConfig:
     """Choose the bits of each module without bits of its own, for `config.bits` as an average.
 
     Args:
-        model: dense, in memory; it is not changed.
+        model: dense; it is not changed.
         config: with an average (`is_mixed`); it is not changed.
         plan: the modules to quantize.
         ids: token ids [N, T] to measure on.
+        residence: where the weights are.
 
     Returns:
         A copy of `config` whose `modules` names the bits of each module, before the patterns of the caller, which still
         hold: later ones win.
     """
     entries = {e.name: e for e in plan.entries if e.quantized and config.for_module(e.name).is_mixed}
-    sensitivities = measure_sensitivities(model, list(entries), ids, config.seed)
-    for name, ratio in _losses_of_rounding(model, config, entries, plan, ids).items():
+    sensitivities = measure_sensitivities(model, list(entries), ids, config.seed, residence)
+    for name, ratio in _losses_of_rounding(model, config, entries, plan, ids, residence).items():
         sensitivities[name] *= ratio
     choices = mixed_bits(config.bits, config.codebook)
     errors = {bits: gaussian_error(codebooks.default_for_bits(bits, config.codebook)) for bits in choices}
@@ -73,7 +77,12 @@ def hessian_after_blocks(model: nn.Module, name: str, ids: torch.Tensor, batch_s
 
 
 def _losses_of_rounding(
-    model: nn.Module, config: QuipConfig, names: Collection[str], plan: QuantizationPlan, ids: torch.Tensor
+    model: nn.Module,
+    config: QuipConfig,
+    names: Collection[str],
+    plan: QuantizationPlan,
+    ids: torch.Tensor,
+    residence: Residence,
 ) -> dict[str, float]:
     """The loss of rounding errors as a share of the loss of independent errors, for these modules."""
     ids = ids[: max(_RATIO_TOKENS // ids.shape[1], 1)]
@@ -90,10 +99,13 @@ def _losses_of_rounding(
 
     for index, block in enumerate(tqdm(blocks, desc="Predicting losses", unit="block")):
         prefix = f"{blocks_name}.{index}."
-        hessians = observe_block(block, plan.inside(prefix), inputs.of_block(index), prefix, inputs.store)
-        for leader, group in hessians.groups.items():
-            add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
+        with residence.part(prefix):
+            hessians = observe_block(block, plan.inside(prefix), inputs.of_block(index), prefix, inputs.store)
+            for leader, group in hessians.groups.items():
+                add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
     for outside in (name for name in names if not name.startswith(f"{blocks_name}.")):
         if not replace.is_dense_embedding(model.get_submodule(outside)):  # rows of an embedding have no feedback
-            add([outside], hessian_after_blocks(model, outside, ids, config.batch_size))
+            with residence.whole():
+                hessian = hessian_after_blocks(model, outside, ids, config.batch_size)
+            add([outside], hessian)
     return result

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import codebooks, incoherence
-from ..calibration.capture import find_blocks
+from ..calibration.blocks import find_blocks
 from ..config.patterns import is_called, is_named, matches
 from ..nn.linear import QuipLinear
 from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, linear_shape
