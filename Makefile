@@ -18,7 +18,7 @@ SEED ?= 1
 # files whose change asks for a new installation
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 
-.PHONY: help install demo test test-oldest test-newest test-slow test-gpu lint format bench bench-quick bench-all \
+.PHONY: help install demo test test-oldest test-newest test-slow test-architectures test-gpu lint format bench bench-quick bench-all \
 	docs package clean distclean fuzz fuzz-kill sanitize
 .DELETE_ON_ERROR:
 
@@ -73,6 +73,9 @@ test-newest: ## the tests with the newest release of everything but torch and tr
 
 test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+test-architectures: $(VENV)/.installed ## try every architecture of Transformers; docs/architectures.md (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures --jobs $(WORKERS)
 
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 from tests.models import tiny_ids, tiny_model
-from transformers_quip.calibration import capture_inputs, find_blocks, linear_names, observe_linears
+from transformers_quip.calibration import (
+    BlockCall,
+    BlockHessians,
+    BlockInputs,
+    capture_inputs,
+    find_blocks,
+    linear_names,
+    observe_linears,
+)
+from transformers_quip.calibration.observe import Regroup
 
 GROUPS = {
     "llama": [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
@@ -140,13 +149,56 @@ def test_a_member_that_does_not_run_is_no_error():
     assert reports == ["a", "a"]
 
 
-def test_groups_that_part_are_an_error():
-    def body(m, x):
+def test_groups_that_part_name_the_one_that_differs():
+    def later(m, x):
         m.a(x)
         m.b(x if len(x) > 1 else x.clone())
 
-    with pytest.raises(ValueError, match="read the same input in the first call"):
-        run(body, X, X[:1])
+    def in_one_call(m, x):
+        m.a(x)
+        m.b(x)
+        m.c(x)
+        m.b(x * 2)
+
+    def by_the_leader(m, x):
+        m.a(x)
+        m.b(x)
+        m.a(x * 2)
+
+    for body, batches, name in ((later, (X, X[:1]), "b"), (in_one_call, (X,), "b"), (by_the_leader, (X,), "a")):
+        with pytest.raises(Regroup) as error:
+            run(body, *batches)
+        assert error.value.name == name
+    block, reports = Block(in_one_call), []
+    with torch.no_grad(), observe_linears(block, "abcd", lambda leader, x: reports.append(leader), ["b"]) as observer:
+        block(X)
+    assert observer.groups == {"a": ("a", "c"), "b": ("b",)}
+    assert reports == ["a", "b", "b"]
+
+
+def test_hessians_of_a_linear_that_reads_its_groups_input_and_another():
+    def body(m, x):
+        return m.a(x) + m.b(x) + m.b(x[:1] * 3)
+
+    block, inputs = Block(body), BlockInputs([X, X + 1], [BlockCall((), {})] * 2)
+    outputs, restarts = {}, []
+    hessians = BlockHessians().collect(block, "abcd", inputs, outputs.__setitem__, lambda: restarts.append(1))
+    assert hessians.groups == {"a": ("a",), "b": ("b",)}
+    assert restarts == [1]
+    assert sorted(outputs) == [0, 1]
+    a = torch.cat([X, X + 1]).double()
+    b = torch.cat([a, X[:1] * 3, (X[:1] + 1) * 3])
+    for name, x in (("a", a), ("b", b)):
+        torch.testing.assert_close(hessians.pop(name).double(), x.T @ x / len(x), rtol=1e-5, atol=1e-5)
+
+
+def test_groups_that_part_after_the_first_batch_are_an_error():
+    def body(m, x):
+        return m.a(x) + m.b(x if len(x) > 1 else x.clone())
+
+    inputs = BlockInputs([X, X[:1]], [BlockCall((), {})] * 2)
+    with pytest.raises(ValueError, match=r"block\.b reads the same input as other linears in the first batch"):
+        BlockHessians("block.").collect(Block(body), "abcd", inputs)
 
 
 def test_hooks_are_removed_after_an_error():

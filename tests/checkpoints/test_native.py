@@ -55,8 +55,8 @@ def test_many_problems_are_one_short_error():
 
 
 def test_the_source_of_a_quantization_is_checked():
-    native.check_sources(["norm"], headers())
+    native.check_sources({"norm": "norm.weight"}, headers())
     with pytest.raises(ValueError, match=r"no fc\.weight to quantize \(1 of 2 .* it has fc\.bias, fc\.codes"):
-        native.check_sources(["norm", "fc"], headers())
+        native.check_sources({"norm": "norm.weight", "fc": "fc.weight"}, headers())
     with pytest.raises(ValueError, match="nothing of that name"):
-        native.check_sources(["absent"], headers())
+        native.check_sources({"absent": "absent.weight"}, headers())

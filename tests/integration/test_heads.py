@@ -16,7 +16,8 @@ from transformers import (
 from tests.models import tiny_ids
 from transformers_quip import QuipConfig
 from transformers_quip.nn import QuipLinear, replace
-from transformers_quip.quantize.plan import TASK_HEAD, make_plan
+from transformers_quip.quantize.plan import make_plan
+from transformers_quip.quantize.reasons import TASK_HEAD
 
 HEADS = {
     AutoModelForSequenceClassification: "score",

@@ -24,7 +24,23 @@ class Net(nn.Module):
 
 
 class Router(nn.Linear):
-    pass
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+class Named(nn.Linear):
+    """Computes the same as its base class."""
+
+
+class WithMore(nn.Linear):
+    """Needs more than a weight and a bias."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
 
 
 def values(m, n):
@@ -44,7 +60,10 @@ def test_what_counts_as_a_dense_linear():
     assert replace.is_dense_linear(nn.Linear(2, 3))
     assert replace.is_dense_linear(Conv1D(2, 3))
     assert not replace.is_dense_linear(QuipLinear(2, 3))
+    assert replace.is_dense_linear(Named(2, 3))
     assert not replace.is_dense_linear(Router(2, 3))
+    assert not replace.is_dense_linear(WithMore(2, 3))
+    assert not replace.is_dense_linear(nn.MultiheadAttention(4, 2).out_proj)  # another module reads its weight
     assert not replace.is_dense_linear(nn.Embedding(2, 3))
 
 

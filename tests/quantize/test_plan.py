@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.models import ARCHITECTURES, tiny_model
 from transformers_quip import QuipConfig
+from transformers_quip.nn.replace import weight_of
 from transformers_quip.quantize.plan import make_plan, unmatched_patterns
 
 CALIBRATED, UNCALIBRATED = QuipConfig(), QuipConfig(dataset=None)
@@ -19,7 +20,8 @@ LINEARS = {
     "gpt2": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
     "opt": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2",
     "gpt_neox": "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
-    "mixtral": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj",
+    "mixtral": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.experts.gate_up_proj "
+    "mlp.experts.down_proj",
 }
 BLOCKS = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
 
@@ -31,14 +33,20 @@ def test_the_linears_of_the_blocks_are_quantized_and_every_parameter_is_counted(
     plan = make_plan(model, config)
     blocks = BLOCKS.get(arch, "model.layers")
     assert set(plan.names) == {f"{blocks}.{i}.{name}" for i in (0, 1) for name in LINEARS[arch].split()}
+    assert plan.stacks == tuple(name for name in plan.names if ".experts." in name)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
-    quantized = sum(model.get_submodule(name).weight.numel() for name in plan.names)
+    quantized = sum(weight_of(model, name).numel() for name in plan.names)
     assert plan.share == pytest.approx(quantized / plan.parameters)
     bits = 0
     for name in plan.names:
-        weight = model.get_submodule(name).weight
-        n = weight.shape[0] if isinstance(model.get_submodule(name), Conv1D) else weight.shape[1]
-        bits += weight.numel() // n * -(-n // 8) * 16 + 32 * sum(weight.shape)
+        experts = 1
+        if name in plan.stacks:
+            experts, m, n = model.get_parameter(name).shape
+        else:
+            m, n = model.get_submodule(name).weight.shape
+            if isinstance(model.get_submodule(name), Conv1D):
+                m, n = n, m
+        bits += experts * (m * -(-n // 8) * 16 + 32 * (m + n))
     assert plan.true_bits == pytest.approx(bits / quantized)
     assert any("output embeddings" in reason for reason in plan.left_dense())
     with torch.device("meta"):
@@ -53,11 +61,9 @@ def test_half_precision_vectors_take_fewer_bits():
 
 def test_the_summary_says_how_much_and_what_not():
     text = make_plan(tiny_model("mixtral"), CALIBRATED).summary()
-    assert "8 of 9 linear layers, 13.0% of 189.2k parameters" in text
-    assert "3.167 bits per weight (codebook e8p)" in text
+    assert "8 of 9 linear layers and 4 stacks of experts, 90.9% of 189.2k parameters" in text
+    assert "bits per weight (codebook e8p)" in text
     assert "lm_head (output embeddings)" in text
-    assert "model.layers.0.mlp.experts.gate_up_proj" in text
-    assert "(fused 3-D experts are not supported yet)" in text
     assert "model.layers.0.mlp.gate.weight" in text
     assert "MixtralTopKRouter" in text
     assert "norms, biases and other vectors" in text
@@ -87,7 +93,18 @@ def test_a_pattern_that_is_no_regular_expression():
 
 
 class Special(nn.Linear):
-    """A subclass may compute anything."""
+    """A subclass that computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Spelled(nn.Linear):
+    """A subclass that computes the same in other words."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
 
 
 class Odd(nn.Module):
@@ -101,6 +118,7 @@ class Odd(nn.Module):
         self.outside = nn.Linear(16, 8)
         self.precise = nn.Linear(16, 16)
         self.special = Special(16, 16)
+        self.spelled = Spelled(16, 16)
         self.twice = nn.Linear(16, 16)
         self.again = self.twice
         self.embedding = nn.Embedding(4, 16)
@@ -112,7 +130,7 @@ class Odd(nn.Module):
 
 def test_reasons():
     plan = make_plan(Odd(), UNCALIBRATED)
-    assert set(plan.names) == {"blocks.0.fc", "blocks.1.fc", "outside"}
+    assert set(plan.names) == {"blocks.0.fc", "blocks.1.fc", "outside", "spelled"}
     reasons = {entry.name: entry.reason for entry in plan.entries if not entry.quantized}
     assert reasons["precise"] == "kept in float32 by the model"
     assert reasons["twice"] == "one module used in several places"
@@ -123,7 +141,8 @@ def test_reasons():
     assert plan.parameters == sum(p.numel() for p in Odd().parameters())
     calibrated = make_plan(Odd(), CALIBRATED)
     assert set(calibrated.names) == {"blocks.0.fc", "blocks.1.fc"}
-    assert [entry.name for entry in calibrated.left_dense()["outside the decoder blocks"]] == ["outside"]
+    outside = [entry.name for entry in calibrated.left_dense()["outside the decoder blocks"]]
+    assert outside == ["outside", "spelled"]
 
 
 def test_a_model_without_linears():
@@ -136,7 +155,73 @@ def test_a_model_of_which_everything_is_left_out():
         make_plan(tiny_model("llama"), QuipConfig(modules_to_not_convert=["model"]))
 
 
-def test_an_empty_weight():
+def test_an_empty_weight_stays_as_it_is():
     model = nn.ModuleDict({"fc": nn.Linear(8, 8), "none": nn.Linear(8, 0)})
-    with pytest.raises(ValueError, match=r"none has shape \[0, 8\]"):
-        make_plan(model, UNCALIBRATED)
+    plan = make_plan(model, UNCALIBRATED)
+    assert plan.names == ("fc",)
+    assert [entry.name for entry in plan.left_dense()["it has no numbers"]] == ["none"]
+
+
+def test_experts_stay_dense_as_a_whole():
+    for pattern in ("experts", "down_proj", r".*\.0\.mlp\.experts\.gate_up_proj"):
+        plan = make_plan(tiny_model("mixtral"), QuipConfig(dataset=None, modules_to_not_convert=[pattern]))
+        left = {entry.name for entry in plan.left_dense()["in modules_to_not_convert"]}
+        layers = (0,) if "0" in pattern else (0, 1)
+        assert left == {f"model.layers.{i}.mlp.experts.{name}" for i in layers for name in ("gate_up_proj", "down_proj")}
+        assert not unmatched_patterns(tiny_model("mixtral"), QuipConfig(modules_to_not_convert=[pattern]))
+
+
+def test_options_that_experts_cannot_have():
+    for options, said in (
+        ({"rounding": "yaqa"}, "experts.gate_up_proj: rounding='yaqa' needs Hessians of both sides"),
+        ({"modules": {"experts.*": {"incoherence": "hadamard-256"}}}, "experts.gate_up_proj has shape"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make_plan(tiny_model("mixtral"), QuipConfig(**options))
+
+
+class Mixture(nn.Module):
+    """A block with experts, and linears around them that choose among them."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.ModuleDict(
+            {
+                "attention": nn.ModuleDict({"gate": nn.Linear(16, 16), "value_router": nn.Linear(16, 2)}),
+                "mlp": nn.ModuleDict(
+                    {
+                        "experts": nn.ModuleDict({"expert_0": nn.Linear(16, 16)}),
+                        "gate": nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)),
+                        "gate_proj": nn.Linear(16, 16),
+                        "shared_expert_gate": nn.Linear(16, 1),
+                        "router": nn.ModuleDict({"layer": nn.Linear(16, 4)}),
+                        "classifier": nn.Linear(16, 4),
+                    }
+                ),
+                "score": nn.Linear(16, 1),
+            }
+        )
+        self.blocks = nn.ModuleList([block])
+
+
+@pytest.mark.parametrize("config", [CALIBRATED, UNCALIBRATED], ids=["calibrated", "uncalibrated"])
+def test_routers_and_gates_of_one_output_stay_dense(config):
+    plan = make_plan(Mixture(), config)
+    assert set(plan.names) == {f"blocks.0.{n}" for n in ("attention.gate", "mlp.experts.expert_0", "mlp.gate_proj")}
+    routers = {entry.name.removeprefix("blocks.0.") for entry in plan.left_dense()["a router, or a gate of one output"]}
+    inside = {f"mlp.{n}" for n in ("gate.0", "gate.1", "shared_expert_gate", "router.layer", "classifier")}
+    assert routers == {"attention.value_router", "score", *inside}
+    asked = make_plan(Mixture(), QuipConfig(dataset=None, modules={"*.classifier": {"bits": 4}}))
+    assert set(asked.names) - set(plan.names) == {"blocks.0.mlp.classifier"}
+
+
+def test_a_warning_if_much_stays_dense():
+    assert make_plan(tiny_model("llama"), UNCALIBRATED).coverage_warning() == ""
+    assert make_plan(tiny_model("mixtral"), CALIBRATED).coverage_warning() == ""
+    without = QuipConfig(dataset=None, modules_to_not_convert=["experts"])
+    assert make_plan(tiny_model("mixtral"), without).coverage_warning() == ""  # that was asked for
+    text = make_plan(Odd(), CALIBRATED).coverage_warning()
+    total = sum(p.numel() for p in Odd().parameters()) - 4 * 16  # without the embedding, to which the head is tied
+    assert f"{(total - 2 * 256) / total:.0%} of the weights outside the embeddings and the head stay dense" in text
+    assert "conv.weight" in text
+    assert "modules_to_not_convert" in text

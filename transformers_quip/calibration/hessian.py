@@ -12,7 +12,7 @@ from ..nn.replace import linear_shape
 from . import processes
 from .capture import BlockInputs
 from .device import execution_device
-from .observe import observe_linears
+from .observe import Regroup, observe_linears
 from .precision import autocast_dtype, cpu_matmul_precision
 
 logger = logging.getLogger(__name__)
@@ -124,25 +124,56 @@ class BlockHessians:
         names: Sequence[str],
         inputs: BlockInputs,
         on_output: Callable[[int, torch.Tensor], None] | None = None,
+        on_restart: Callable[[], None] | None = None,
     ) -> BlockHessians:
-        """Run the block over all batches, once.
+        """Run the block over all batches, once; the first again if linears that share an input read others besides.
 
         Args:
             block: with dense linears.
             names: of its linears to observe.
             inputs: of the block.
             on_output: gets the number and the block's output [B, T, H] of each batch, after that batch is done with.
+            on_restart: called before the first batch is run again.
 
         Returns:
             self.
+
+        Raises:
+            ValueError: linears share an input in the first batch and not in a later one.
         """
-        with observe_linears(block, names, self._add) as observer:
-            for batch in range(inputs.num_batches):
-                output = inputs.call(block, batch)
-                if on_output is not None:
-                    on_output(batch, output)
-        self.groups = observer.groups
+        alone: list[str] = []
+        while not self._collected(block, names, inputs, on_output, alone):
+            self.accumulators.clear()
+            if on_restart is not None:
+                on_restart()
         return self
+
+    def _collected(
+        self,
+        block: nn.Module,
+        names: Sequence[str],
+        inputs: BlockInputs,
+        on_output: Callable[[int, torch.Tensor], None] | None,
+        alone: list[str],
+    ) -> bool:
+        """Whether all batches could be run with these linears alone; if not, there is one more of them."""
+        batch = 0
+        try:
+            with observe_linears(block, names, self._add, alone) as observer:
+                for batch in range(inputs.num_batches):
+                    output = inputs.call(block, batch)
+                    if on_output is not None:
+                        on_output(batch, output)
+        except Regroup as error:
+            if batch:  # earlier inputs may have been replaced by outputs
+                raise ValueError(
+                    f"{self.prefix}{error.name} reads the same input as other linears in the first batch and another one "
+                    "later, so there are no statistics for it: leave it dense (modules_to_not_convert)"
+                ) from None
+            alone.append(error.name)
+            return False
+        self.groups = observer.groups
+        return True
 
     def pop(self, leader: str) -> torch.Tensor:
         """The Hessian float32 [n, n] of one input; its accumulator is freed.

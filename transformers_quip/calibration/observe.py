@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,19 +36,32 @@ class _Reading:
         return self._tensor() is not None and self._describe(tensor) == self._form
 
 
+class Regroup(Exception):
+    """A linear reads another input than its group: what was collected for the group is wrong, and has to be again.
+
+    Args:
+        name: of the linear, which from now on is `alone`.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(f"{name} does not read the same inputs as the linears that it was grouped with")
+        self.name = name
+
+
 class LinearObserver:
     """Calls back with every input of the block's linears, once for all linears that read the same tensor.
 
     The linear that reads a tensor first leads a group; the others that read the same tensor (k and v after q, up after
     gate) join it during the first call in which they run. From then on the groups are fixed, and each call is checked
-    to agree with them. A linear that runs several times in a call is reported each time; one that does not run (an
-    expert without tokens) is not reported, and joins or leads a group when it first runs.
+    to agree with them ([`Regroup`]). A linear that runs several times in a call is reported each time; one that does not
+    run (an expert without tokens) is not reported, and joins or leads a group when it first runs.
 
     Attributes:
         groups: leader's name -> names of its group, the leader first; complete after the first call of the block.
     """
 
-    def __init__(self, callback: Callable[[str, torch.Tensor], None]):
+    def __init__(self, callback: Callable[[str, torch.Tensor], None], alone: Collection[str] = ()):
+        self._alone = alone
         self.groups: dict[str, tuple[str, ...]] = {}
         self._callback = callback
         self._leader_of: dict[str, str] = {}
@@ -78,8 +91,8 @@ class LinearObserver:
     def _join_or_lead(self, name: str, index: int, reading: _Reading) -> str:
         # Join only a group that has read exactly the same: this tensor, once, in this call.
         joinable = [leader for leader in reading.leaders if leader in self._formed and self._reports[leader] == {index}]
-        leader = joinable[0] if joinable else name
-        if leader == name:
+        leader = joinable[0] if joinable and name not in self._alone else name
+        if leader == name and name not in self._alone:
             self._formed.add(name)
         self._leader_of[name] = leader
         self.groups[leader] = (*self.groups.get(leader, ()), name)
@@ -90,17 +103,23 @@ class LinearObserver:
             for name in self.groups[leader]:
                 read = self._read_by.get(name)
                 if read is not None and read != reports:
-                    raise ValueError(
-                        f"{name} and {leader} read the same input in the first call of the block but not in a later "
-                        "one, so their common statistics would be wrong. Calibrate them apart, or leave them dense "
-                        "(modules_to_not_convert)."
-                    )
+                    raise Regroup(self._other(leader))
         self._start()
+
+    def _other(self, leader: str) -> str:
+        """The member of a group that reads more, or something else, than most of the group."""
+        read = {name: self._read_by[name] for name in self.groups[leader] if name in self._read_by}
+        common = set.intersection(*read.values())
+        others = [name for name in read if read[name] != common and name != leader]
+        return others[0] if others else leader
 
 
 @contextmanager
 def observe_linears(
-    block: nn.Module, names: Sequence[str], callback: Callable[[str, torch.Tensor], None]
+    block: nn.Module,
+    names: Sequence[str],
+    callback: Callable[[str, torch.Tensor], None],
+    alone: Collection[str] = (),
 ) -> Iterator[LinearObserver]:
     """Call `callback(leader, x)` for every input of the named linears, while the context is open.
 
@@ -109,14 +128,15 @@ def observe_linears(
         names: dotted names of linears inside `block`.
         callback: is given the name of the group's leader and the input x [..., n], detached, before the leader runs.
             x is the model's own tensor: read it at once, do not keep or change it.
+        alone: names that join no group.
 
     Yields:
         The observer. Its `groups` says who follows each leader; names in no group have not run.
 
     Raises:
-        ValueError: linears that shared an input in the first call do not in a later one.
+        Regroup: linears that shared an input do not always share it.
     """
-    observer = LinearObserver(callback)
+    observer = LinearObserver(callback, alone)
 
     def reader(name: str) -> Callable[..., None]:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

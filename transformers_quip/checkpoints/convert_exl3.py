@@ -14,9 +14,10 @@ import torch
 
 from ..codebooks.trellis import Trellis
 from ..nn.embedding import QuipEmbedding
-from ..nn.experts import is_stacked
+from ..nn.experts import QuipExperts
 from ..nn.fused import FusedRows, JoinedLinear
 from ..nn.replace import quantized_modules
+from ..nn.unstacked import can_unstack
 from .companions import companions
 from .files import Files
 from .foreign.exl3_folded import folded_factor
@@ -52,10 +53,15 @@ def exl3_modules(model: Any, names: Mapping[str, TensorInfo], in_source: Callabl
     for name, module in model.named_modules():
         if isinstance(module, FusedRows):
             raise ValueError(f"{name} is stored as a part of a fused linear, for which EXL3 has no form")
-        if is_stacked(module):
+        if can_unstack(module):
             raise ValueError(f"{name}: exllamav3 reads quantized experts alone, and these are dense: quantize them")
     result = []
     for name, module in quantized_modules(model).items():
+        if isinstance(module, QuipExperts):
+            raise ValueError(
+                f"{name}: these experts are quantized as stacks, gate and up as one matrix, for which EXL3 has no form: "
+                "keep the native format"
+            )
         bias = names.get(f"{name}.bias")
         parent, _, last = name.rpartition(".")
         if isinstance(model.get_submodule(parent), JoinedLinear):

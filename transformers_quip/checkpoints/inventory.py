@@ -5,7 +5,7 @@ No tensor is read and PyTorch is not imported, so a model of any size, local or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ _MARKS = ("codes", "su", "sv")
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One quantized linear of a checkpoint.
+    """One quantized linear of a checkpoint, or one projection of all experts of a mixture.
 
     Attributes:
-        name: of the module.
+        name: of the module, or of the projection.
         out_features, in_features: m and n; the larger sizes m', n' of a padded linear (see `config.storage.Storage`).
         codes_bytes: bytes of all integer tensors stored for the weight.
         bytes: of all tensors stored for the weight (without the bias).
+        tensors: their names.
+        experts: the number of matrices of these sizes that are stored together; 1 for a linear.
     """
 
     name: str
@@ -35,11 +37,13 @@ class StoredLinear:
     in_features: int
     codes_bytes: int
     bytes: int
+    tensors: tuple[str, ...] = ()
+    experts: int = 1
 
     @property
     def weights(self) -> int:
-        """m·n."""
-        return self.out_features * self.in_features
+        """m·n, times the number of experts."""
+        return self.experts * self.out_features * self.in_features
 
     @property
     def true_bits(self) -> float:
@@ -128,12 +132,8 @@ class Inventory:
 
     def _dense(self) -> dict[str, TensorInfo]:
         """The tensors that do not stand for a quantized weight."""
-        quantized = {linear.name for linear in self.linears}
-        return {
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if name.rpartition(".")[0] not in quantized or name.endswith(".bias")
-        }
+        quantized = {name for linear in self.linears for name in linear.tensors}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in quantized}
 
 
 def read_folder(folder: str | Path) -> Inventory:
@@ -241,16 +241,28 @@ def make_inventory(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
         module, _, kind = name.rpartition(".")
         modules.setdefault(module, {})[kind] = tensor
     native = "format_version" in _quantization(config)
-    linears = tuple(_linear(name, parts) for name, parts in modules.items() if native and "codes" in parts)
+    linears = tuple(found for name, parts in modules.items() if native for found in _linears(name, parts))
     total = sum(tensor.bytes for tensor in tensors.values())
     return Inventory(config, tensors, linears, total, tuple(tensors))
 
 
-def _linear(name: str, parts: Mapping[str, TensorInfo]) -> StoredLinear:
-    missing = [mark for mark in _MARKS if mark not in parts or not parts[mark].elements or not parts[mark].shape]
+def _linears(name: str, parts: Mapping[str, TensorInfo]) -> Iterator[StoredLinear]:
+    """The quantized weights of a module: its own, or the stacks of its experts."""
+    if "codes" in parts:
+        yield _linear(name, {kind: (f"{name}.{kind}", tensor) for kind, tensor in parts.items()})
+    for stack in [kind.removesuffix("_codes") for kind in parts if kind.endswith("_codes")]:
+        prefix = f"{stack}_"
+        own = {kind.removeprefix(prefix): (f"{name}.{kind}", t) for kind, t in parts.items() if kind.startswith(prefix)}
+        yield _linear(f"{name}.{stack}", own, stacked=True)
+
+
+def _linear(name: str, parts: Mapping[str, tuple[str, TensorInfo]], stacked: bool = False) -> StoredLinear:
+    missing = [mark for mark in _MARKS if mark not in parts or not parts[mark][1].elements or not parts[mark][1].shape]
+    missing = missing or [mark for mark in ("su", "sv") if stacked and len(parts[mark][1].shape) != 2]
     if missing:
         raise ValueError(f"{name} has codes, but has no {missing[0]}: {DAMAGED}")
-    m, n = parts["sv"].shape[-1], parts["su"].shape[-1]
-    codes = sum(tensor.bytes for tensor in parts.values() if tensor.dtype.startswith(("I", "U")))
-    everything = sum(tensor.bytes for kind, tensor in parts.items() if kind != "bias")
-    return StoredLinear(name, m, n, codes, everything)
+    su, sv = parts["su"][1].shape, parts["sv"][1].shape
+    own = {full: tensor for kind, (full, tensor) in parts.items() if kind != "bias"}
+    codes = sum(tensor.bytes for tensor in own.values() if tensor.dtype.startswith(("I", "U")))
+    everything = sum(tensor.bytes for tensor in own.values())
+    return StoredLinear(name, sv[-1], su[-1], codes, everything, tuple(own), sv[0] if stacked else 1)

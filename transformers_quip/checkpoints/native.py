@@ -2,15 +2,17 @@
 
 For every quantized linear and embedding a checkpoint holds the tensors of its codebook (`Codebook.tensors`: `codes`, and
 others where it has them), `su`, `sv` and the `bias` if there is one, under the module's name. `config.json` lists those
-names.
+names. The experts of a mixture hold the same stacked for each of their projections, with the projection's name and an
+underscore in front (`experts.down_proj_codes`); `config.json` lists `experts.down_proj`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from ..nn.embedding import QuipEmbedding
+from ..nn.experts import QuipExperts
 from ..nn.linear import QuipLinear
 from .headers import DAMAGED, TensorInfo, type_name
 
@@ -25,14 +27,16 @@ def check_kind(files: Iterable[str]) -> None:
 
 
 def check_tensors(
-    linears: Mapping[str, QuipLinear | QuipEmbedding], others: Iterable[str], headers: Mapping[str, TensorInfo]
+    linears: Mapping[str, QuipLinear | QuipEmbedding | QuipExperts],
+    others: Iterable[str],
+    headers: Mapping[str, TensorInfo],
 ) -> None:
     """Check that a checkpoint holds every tensor of every quantized linear, in the right shape and type.
 
     Parameters whose size is known only to the file (`Grid.shape`) get the size that they have there.
 
     Args:
-        linears: the model's quantized linears and embeddings (`nn.QuipLinear`, `nn.QuipEmbedding`) by name.
+        linears: the model's quantized modules by name (`nn.replace.quantized_modules`).
         others: names of the model's dense ones.
         headers: the checkpoint's tensors under the names that they have in the model.
 
@@ -43,7 +47,8 @@ def check_tensors(
     for name, module in linears.items():
         parameters = dict(module.named_parameters())
         infos = {key: headers[f"{name}.{key}"] for key in parameters if f"{name}.{key}" in headers}
-        module.resize_stored({key: info.shape for key, info in infos.items()})
+        if not isinstance(module, QuipExperts):  # stacks have known sizes
+            module.resize_stored({key: info.shape for key, info in infos.items()})
         for key, parameter in module.named_parameters():
             info = infos.get(key)
             if info is None:
@@ -66,14 +71,14 @@ def check_tensors(
         )
 
 
-def check_sources(names: Sequence[str], headers: Mapping[str, TensorInfo]) -> list[str]:
+def check_sources(names: Mapping[str, str], headers: Mapping[str, TensorInfo]) -> list[str]:
     """Check that a dense checkpoint holds the weights that are going to be quantized.
 
     A module of which the checkpoint has nothing is new, where it is not one of a series of blocks: a pooler or a head that
     the base model's checkpoint has no weights for, and that Transformers initialises at random.
 
     Args:
-        names: of the linears to quantize.
+        names: of the modules and stacks to quantize → the tensor that holds the weight of each.
         headers: as for [`check_tensors`].
 
     Returns:
@@ -82,7 +87,7 @@ def check_sources(names: Sequence[str], headers: Mapping[str, TensorInfo]) -> li
     Raises:
         ValueError: a weight is missing that is not new, or all are; the message lists the names that are there instead.
     """
-    missing = [name for name in names if f"{name}.weight" not in headers]
+    missing = [name for name, weight in names.items() if weight not in headers]
     new = [
         name
         for name in missing
@@ -91,9 +96,9 @@ def check_sources(names: Sequence[str], headers: Mapping[str, TensorInfo]) -> li
     if len(missing) == len(new) < len(names):
         return new
     missing = [name for name in missing if name not in new] or missing
-    there = sorted(key for key in headers if key.startswith(missing[0] + "."))[:4]
+    there = sorted(key for key in headers if key.startswith((missing[0] + ".", missing[0] + "_")))[:4]
     found = f"it has {', '.join(there)} instead" if there else "it has nothing of that name"
     raise ValueError(
-        f"The checkpoint has no {missing[0]}.weight to quantize ({len(missing)} of {len(names)} such weights are "
+        f"The checkpoint has no {names[missing[0]]} to quantize ({len(missing)} of {len(names)} such weights are "
         f"missing; {found}). If it was quantized by another method, start from the original, unquantized model."
     )

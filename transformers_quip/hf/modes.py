@@ -97,8 +97,12 @@ class Mode:
         """The true bits per weight of this weight, if it is quantized while it is read; else None."""
         return None
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether the loader has to call the operation with the tensor of which this is the first weight."""
+        return False
+
     def operation(self) -> ConversionOps:
-        """The operation that the loader calls with each weight for which [`bits_of`] is not None."""
+        """The operation that the loader calls with each weight for which [`is_quantized`]."""
         raise NotImplementedError
 
     def finish(self, model: PreTrainedModel) -> QuantizationReport | None:
@@ -150,13 +154,13 @@ class _Planned(Mode):
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
         super().__init__(model, config, files)
         self.plan: QuantizationPlan = make_plan(model, config)
-        self._names = set(self.plan.names)
+        self._weights = {entry.name: entry.weight for entry in self.plan.entries if entry.quantized}
 
     def conversions(self, rules: list) -> list:
         """See [`Mode.conversions`]: every weight that is going to be quantized must be in the files."""
         if self._files and all(str(file).endswith(".safetensors") for file in self._files):
             headers = names_in_model(self._model, read_headers(self._files), rules)
-            self._leave_dense(native.check_sources(sorted(self._names), headers))
+            self._leave_dense(native.check_sources(dict(sorted(self._weights.items())), headers))
         return rules
 
     def _leave_dense(self, new: list[str]) -> None:
@@ -168,7 +172,7 @@ class _Planned(Mode):
 
 def recorded(model: PreTrainedModel, config: QuipConfig) -> QuipConfig:
     """The config with a record of the modules of this model that are quantized, and of the model that it was made from."""
-    quantized = replace.quantized_modules(model)
+    quantized = replace.quantized_names(model)
     config = config.without_data()
     config.quantized_modules = compress_names(quantized)
     config.settle_modules(quantized)
@@ -179,6 +183,9 @@ def recorded(model: PreTrainedModel, config: QuipConfig) -> QuipConfig:
 def tell_plan(model: PreTrainedModel, config: QuipConfig, plan: QuantizationPlan) -> None:
     """Log the modules to quantize, and patterns that do not match any module."""
     logger.info(f"{type(model).__name__}: {plan.summary()}")
+    warning = plan.coverage_warning()
+    if warning:
+        logger.warning(f"{type(model).__name__}: {warning}")
     for pattern in unmatched_patterns(model, config):
         logger.warning(f"No module of {type(model).__name__} matches {pattern!r} of the quantization_config")
     if not config.is_calibrated and config.bits < 3:
@@ -226,17 +233,34 @@ class WhileLoading(_Planned):
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
         super().__init__(model, config, files)
         tell_plan(model, config, self.plan)
-        self._operation = QuantizeWeight(config, PageReleaser(files), LoadingBar(self.plan.names))
+        self._split: list[list[str]] = []
+        stacks = {name: stack for name, stack in replace.dense_stacks(model).items() if name in self._weights}
+        weights = {weight: name for name, weight in self._weights.items()}
+        self._operation = QuantizeWeight(config, weights, stacks, PageReleaser(files), LoadingBar(self.plan.names))
 
     def _leave_dense(self, new: list[str]) -> None:
         if new:
             logger.warning(f"{', '.join(new)}: not in the checkpoint, so initialised at random and left dense")
-            self._names -= set(new)
-            self._operation.bar = LoadingBar(self._names)
+            self._weights = {name: weight for name, weight in self._weights.items() if name not in new}
+            self._operation.bar = LoadingBar(self._weights)
+
+    def conversions(self, rules: list) -> list:
+        """See [`Mode.conversions`]."""
+        self._split = [rule.target_patterns for rule in rules if len(getattr(rule, "target_patterns", ())) > 1]
+        return super().conversions(rules)
+
+    def is_quantized(self, name: str) -> bool:
+        """See [`Mode.is_quantized`]."""
+        if self.bits_of(name) is not None:
+            return True
+        # the loader asks for the first of the weights that one tensor is split into
+        others = [name.replace(first, other) for first, *rest in self._split if first in name for other in rest]
+        return any(self.bits_of(other) is not None for other in others)
 
     def bits_of(self, name: str) -> float | None:
         """See [`Mode.bits_of`]."""
-        return self.plan.true_bits if name.removesuffix(".weight") in self._names else None
+        wanted = self._weights.get(name) == name or self._weights.get(name.removesuffix(".weight")) == name
+        return self.plan.true_bits if wanted else None
 
     def operation(self) -> ConversionOps:
         """See [`Mode.operation`]."""
@@ -244,7 +268,7 @@ class WhileLoading(_Planned):
 
     def finish(self, model: PreTrainedModel) -> None:
         """See [`Mode.finish`]. Raises `ValueError` if a weight that was to be quantized never came."""
-        missed = sorted(self._names - replace.quantized_modules(model).keys())
+        missed = sorted(self._weights.keys() - set(self._operation.done))
         if missed:
             raise ValueError(
                 f"{len(missed)} weights that were to be quantized were not in the checkpoint: {', '.join(missed[:4])}"

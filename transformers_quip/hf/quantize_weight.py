@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,12 @@ from transformers.core_model_loading import ConversionOps
 from ..checkpoints.memory import PageReleaser
 from ..config import QuipConfig
 from ..nn import replace
+from ..nn.experts import QuipExperts
+from ..nn.stacks import Stack
 from ..quantize.bars import LoadingBar
 from ..quantize.embedding import quantize_embedding
-from ..quantize.layer import quantize_weight
+from ..quantize.layer import QuantizedWeight, quantize_weight
+from ..quantize.stack import QuantizedStack, quantize_stack
 from .loader import RaisedLater
 
 if TYPE_CHECKING:
@@ -20,12 +24,31 @@ if TYPE_CHECKING:
 
 
 class QuantizeWeight(ConversionOps):
-    """Quantizes one weight as soon as the loader has read it, and replaces the dense module by the quantized one."""
+    """Quantizes one weight as soon as the loader has read it, and replaces the dense module by the quantized one.
 
-    def __init__(self, config: QuipConfig, releaser: PageReleaser, bar: LoadingBar):
-        self.config = config
+    Args:
+        config: the options.
+        weights: the names of the tensors to quantize → the names that their modules, or the stacks, have in the plan.
+        stacks: the stacks of experts among the weights to quantize, by the full names of their parameters.
+        releaser: is told of weights that are done with.
+        bar: is advanced.
+
+    Attributes:
+        done: the names of the weights that were quantized.
+    """
+
+    def __init__(
+        self,
+        config: QuipConfig,
+        weights: Mapping[str, str],
+        stacks: Mapping[str, Stack],
+        releaser: PageReleaser,
+        bar: LoadingBar,
+    ):
+        self.config, self.weights, self.stacks = config, weights, stacks
         self.releaser = releaser
         self.bar = bar
+        self.done: list[str] = []
 
     def convert(
         self,
@@ -35,23 +58,56 @@ class QuantizeWeight(ConversionOps):
         missing_keys: set[str],
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """Turn {…: weight} into the tensors of the quantized module by their full names."""
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        name = full_layer_name.removesuffix(".weight")
-        linear = model.get_submodule(name)
-        quantize = quantize_embedding if replace.is_dense_embedding(linear) else quantize_weight
-        try:
-            quantized = quantize(replace.dense_weight(linear, weight), self.config.for_module(name), name)
-        except Exception as error:
-            return RaisedLater(error)
+        """Turn {name: weight} into the tensors of the quantized module by their full names.
+
+        A weight that the loader has split has several names, of which some may not be quantized: those are passed on.
+        """
+        if len(input_dict) == 1:
+            input_dict = {full_layer_name: next(iter(input_dict.values()))}
+        result: dict[str, torch.Tensor] = {}
+        for target, given in input_dict.items():
+            weight = given[0] if isinstance(given, list) else given
+            if target not in self.weights:
+                result[target] = weight
+                continue
+            name = self.weights[target]
+            try:
+                values = self._quantized(model, name, weight)
+            except Exception as error:
+                return RaisedLater(error)
+            missing_keys.discard(target)
+            self.done.append(name)
+            self.releaser.handled(weight.nbytes)
+            result |= values
+        return result
+
+    def _quantized(self, model: PreTrainedModel, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantize a weight, put the quantized module in its place, and return its tensors by their full names."""
+        experts, _, stack = name.rpartition(".")
+        is_stack = name in self.stacks
+        quantized = self._stack(model, name, weight) if is_stack else self._module(model, name, weight)
         self.bar.advance(name, quantized.statistics["relative_error"])
-        module = replace.replace_by_empty(model, name, self.config)
-        missing_keys.discard(full_layer_name)
-        self.releaser.handled(weight.nbytes)
         values = {**quantized.tensors, "su": quantized.su, "sv": quantized.sv}
-        module.resize_stored({key: value.shape for key, value in values.items()})
+        if is_stack:
+            module: Any = model.get_submodule(experts)
+            if not isinstance(module, QuipExperts):  # the first of its projections
+                module = replace.replace_experts(model, experts, self.config)
+            values = {f"{experts}.{parameter}": values[key] for key, parameter in module.tensor_names(stack)}
+        else:
+            module = replace.replace_by_empty(model, name, self.config)
+            module.resize_stored({key: value.shape for key, value in values.items()})
+            values = {f"{name}.{key}": value for key, value in values.items()}
         return {
-            f"{name}.{key}": value.to(device=weight.device, dtype=getattr(module, key).dtype).contiguous()
+            key: value.to(device=weight.device, dtype=getattr(module, key.rpartition(".")[2]).dtype).contiguous()
             for key, value in values.items()
         }
+
+    def _module(self, model: PreTrainedModel, name: str, weight: torch.Tensor) -> QuantizedWeight:
+        """The replacement of a linear's or an embedding's weight."""
+        linear = model.get_submodule(name)
+        quantize = quantize_embedding if replace.is_dense_embedding(linear) else quantize_weight
+        return quantize(replace.dense_weight(linear, weight), self.config.for_module(name), name)
+
+    def _stack(self, model: PreTrainedModel, name: str, weight: torch.Tensor) -> QuantizedStack:
+        """The replacement of a projection's weights of all experts."""
+        return quantize_stack(self.stacks[name].turned(weight), self.config.for_module(name), name)

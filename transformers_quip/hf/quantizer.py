@@ -104,7 +104,7 @@ class QuipQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether this is a weight to quantize as it is read."""
-        return self._mode is not None and self._mode.bits_of(param_name) is not None
+        return self._mode is not None and self._mode.is_quantized(param_name)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element that a parameter will have, for device_map="auto"."""

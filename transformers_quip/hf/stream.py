@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +38,11 @@ from ..nn import replace
 from ..quantize.bars import LoadingBar
 from ..quantize.embedding import quantize_embedding
 from ..quantize.estimate import estimate
+from ..quantize.experts import place_experts
 from ..quantize.layer import quantize_weight
 from ..quantize.plan import QuantizationPlan, make_plan
 from ..quantize.recipe import QuantizationReport
+from ..quantize.stack import quantize_stack
 from ..quantize.state import FOLDER, RunState, is_moving
 from ..version import __version__
 from . import patches
@@ -123,6 +125,8 @@ def quantize(
     if config.is_calibrated:
         check_can_be_calibrated(model)
     plan = make_plan(model, config)
+    if processes.count() > 1 and plan.stacks:
+        raise ValueError(f"{plan.stacks[0]}: experts of mixtures are quantized in one process alone")
     tell_plan(model, config, plan)
     if tokenizer is None:
         tokenizer = _own_tokenizer(folder, trust_remote_code)
@@ -242,7 +246,8 @@ def _without_calibration(
         names = [name for name in plan.names if f"{name}.".startswith(part)]
         records = []
         with weights.part(part) if part in weights.parts else nullcontext():
-            for name in names:
+            records += _quantize_stacks(model.get_submodule(part.removesuffix(".")), part, names, config, bar)
+            for name in (name for name in names if name not in plan.stacks):
                 module, own = model.get_submodule(name), config.for_module(name)
                 if replace.is_dense_embedding(module):
                     quantized = quantize_embedding(replace.dense_weight(module), own, name)
@@ -254,6 +259,23 @@ def _without_calibration(
                 records.append({"name": name, "relative_error": error})
                 bar.advance(name, error)
             weights.finish(part, records, {})
+
+
+def _quantize_stacks(
+    block: nn.Module, prefix: str, names: Sequence[str], config: QuipConfig, bar: LoadingBar
+) -> list[dict[str, Any]]:
+    """Quantize those of these weights that are stacks of experts; returns their records."""
+    records, stacks = [], replace.dense_stacks(block)
+    configs = {name: config.for_module(prefix + name) for name in stacks}
+    rounded = {}
+    for name in (name for name in stacks if prefix + name in names):
+        weights = stacks[name].turned(block.get_parameter(name))
+        rounded[name] = quantize_stack(weights, configs[name], prefix + name)
+        error = rounded[name].statistics["relative_error"]
+        records.append({"name": prefix + name, "relative_error": error})
+        bar.advance(prefix + name, error)
+    place_experts(block, rounded, configs)
+    return records
 
 
 def _save(

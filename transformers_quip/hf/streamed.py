@@ -289,8 +289,11 @@ class StreamedWeights(Residence):
         records = self.state.finished[prefix]
         self._placed.add(prefix)
         shapes = {name: tensor.shape for name, tensor in self.state.tensors(prefix).items()}
-        for record in records:
-            name = record["name"]
+        stacks = replace.dense_stacks(self.model)
+        experts = dict.fromkeys(record["name"].rpartition(".")[0] for record in records if record["name"] in stacks)
+        for name in experts:
+            replace.replace_experts(self.model, name, self.config)
+        for name in (record["name"] for record in records if record["name"] not in stacks):
             module = replace.replace_by_empty(self.model, name, self.config)
             inside = {key.removeprefix(f"{name}."): shape for key, shape in shapes.items() if key.startswith(f"{name}.")}
             module.resize_stored(inside)

@@ -11,10 +11,19 @@ from torch import nn
 
 from .embedding import QuipEmbedding
 from .empty import empty_linear
-from .experts import QuipExperts, expert_shape, is_stacked
 from .fused import FusedRows, Fusion, JoinedLinear
 from .linear import QuipLinear
-from .replace import DenseLinear, empty_embedding, empty_like, is_dense_embedding, is_dense_linear, linear_shape
+from .replace import (
+    DenseLinear,
+    empty_embedding,
+    empty_like,
+    is_dense_embedding,
+    is_dense_linear,
+    linear_shape,
+    replace_experts,
+)
+from .stacks import find_stacks
+from .unstacked import UnstackedExperts, can_unstack, expert_shape
 
 
 def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
@@ -33,6 +42,7 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
     modules = dict(model.named_modules())
     joined: dict[str, dict[str, str]] = defaultdict(dict)
     experts: dict[str, dict[str, str]] = defaultdict(dict)
+    stacks: dict[str, dict[str, str]] = defaultdict(dict)
     for name in recorded:
         for here in possible_names(model, name):
             parent, _, last = here.rpartition(".")
@@ -46,7 +56,9 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
                 model.set_submodule(here, empty_embedding(modules[here], config, name))
             elif parent in modules and is_dense_linear(modules[parent]):
                 joined[parent][last] = name
-            elif grandparent in modules and is_stacked(modules[grandparent]):
+            elif parent in modules and last in find_stacks(modules[parent]):
+                stacks[parent][last] = name
+            elif grandparent in modules and can_unstack(modules[grandparent]):
                 experts[grandparent][f"{parent.rpartition('.')[2]}.{last}"] = name
             else:
                 continue
@@ -55,6 +67,8 @@ def place_all(model: nn.Module, recorded: Iterable[str], config: Any) -> None:
         _join(model, here, names, config)
     for here, names in experts.items():
         _spread(model, here, names, config)
+    for here, names in stacks.items():
+        _stack(model, here, names, config)
     _untie(model)
 
 
@@ -64,7 +78,7 @@ def restore_structure(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, JoinedLinear):
             model.set_submodule(name, _dense([*module.parts()]))
-        elif isinstance(module, QuipExperts):
+        elif isinstance(module, UnstackedExperts):
             weights = {key.removesuffix(".weight"): value for key, value in module.state_dict().items()}
             model.set_submodule(name, module.stack(weights))
         fused = set()
@@ -174,4 +188,14 @@ def _spread(model: nn.Module, here: str, names: Mapping[str, str], config: Any) 
         {role: empty_linear(*shapes[role], config, names[f"{index}.{role}"], bias=False, dtype=dtype) for role in roles}
         for index in range(count)
     ]
-    model.set_submodule(here, QuipExperts(stacked, experts).train(stacked.training))
+    model.set_submodule(here, UnstackedExperts(stacked, experts).train(stacked.training))
+
+
+def _stack(model: nn.Module, here: str, names: Mapping[str, str], config: Any) -> None:
+    missing = find_stacks(model.get_submodule(here)).keys() - names.keys()
+    if missing:
+        raise ValueError(
+            f"{here}: config.json lists {', '.join(sorted(names))} of its experts as quantized, and not "
+            f"{', '.join(sorted(missing))}: all or none can be"
+        )
+    replace_experts(model, here, config)

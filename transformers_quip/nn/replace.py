@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeAlias, TypeGuard
 
@@ -12,15 +13,45 @@ from transformers.pytorch_utils import Conv1D
 from ..incoherence import sides
 from .embedding import QuipEmbedding
 from .empty import check_transforms, empty_linear
+from .experts import QuipExperts
 from .linear import QuipLinear
+from .stacks import Stack, find_stacks
 
 LINEARS = (nn.Linear, Conv1D)
 DenseLinear: TypeAlias = nn.Linear | Conv1D
 
 
 def is_dense_linear(module: nn.Module) -> TypeGuard[DenseLinear]:
-    """Whether this is exactly an `nn.Linear` or a `Conv1D`: a subclass may compute something else."""
-    return type(module) in LINEARS
+    """Whether this is an `nn.Linear` or a `Conv1D`, or of a subclass that computes the same as `nn.Linear`."""
+    kind: Any = type(module)
+    return kind in LINEARS or (isinstance(module, nn.Linear) and _computes_linear(kind))
+
+
+@functools.lru_cache(maxsize=256)
+def _computes_linear(kind: Any) -> bool:
+    """Whether the forward of a subclass of `nn.Linear` is that of `nn.Linear`, tried with random numbers.
+
+    Not for PyTorch's own subclasses, whose weights are read by others, and ours.
+    """
+    if kind.__module__.partition(".")[0] in ("torch", "transformers_quip"):
+        return False
+    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        weight, bias, x = torch.randn(3, 5), torch.randn(3), torch.randn(2, 4, 5)
+        for given in (bias, None):
+            module: Any = object.__new__(kind)
+            nn.Module.__init__(module)
+            module.in_features, module.out_features = 5, 3
+            module.weight = nn.Parameter(weight)
+            module.register_parameter("bias", None if given is None else nn.Parameter(given))
+            try:
+                found = module.eval()(x)
+            except Exception:  # of any kind: it needs more than a weight and a bias
+                return False
+            if not (isinstance(found, torch.Tensor) and found.shape == (2, 4, 3)):
+                return False
+            if not torch.allclose(found, nn.functional.linear(x, weight, given), atol=1e-5):
+                return False
+    return True
 
 
 def is_dense_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
@@ -80,10 +111,42 @@ def quantized_linears(model: nn.Module) -> dict[str, QuipLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuipLinear)}
 
 
-def quantized_modules(model: nn.Module) -> dict[str, QuipLinear | QuipEmbedding]:
-    """Every quantized linear and embedding of the model by name."""
-    kinds = (QuipLinear, QuipEmbedding)
+def quantized_modules(model: nn.Module) -> dict[str, QuipLinear | QuipEmbedding | QuipExperts]:
+    """Every quantized linear, embedding and module of experts of the model by name."""
+    kinds = (QuipLinear, QuipEmbedding, QuipExperts)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def quantized_names(model: nn.Module) -> list[str]:
+    """The names that plans and config.json have for the quantized weights: of linears, embeddings and stacks of experts."""
+    names = []
+    for name, module in quantized_modules(model).items():
+        names += [f"{name}.{stack}" for stack in module.stacks] if isinstance(module, QuipExperts) else [name]
+    return names
+
+
+def dense_stacks(model: nn.Module) -> dict[str, Stack]:
+    """The stacks of experts of the model that are dense, by the full names of their parameters."""
+    return {
+        f"{name}.{key}": stack
+        for name, module in model.named_modules()
+        if not isinstance(module, QuipExperts)
+        for key, stack in find_stacks(module).items()
+    }
+
+
+def weight_of(model: nn.Module, name: str) -> torch.Tensor:
+    """The dense weight that a plan calls by this name: [out, in] of a linear or an embedding, or a stack of experts."""
+    owner, _, last = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    return parent.get_parameter(last) if last in find_stacks(parent) else dense_weight(model.get_submodule(name))
+
+
+def replace_experts(model: nn.Module, name: str, config: Any) -> QuipExperts:
+    """Put quantized experts without values (on the meta device) in the place of the dense ones called `name`."""
+    module = QuipExperts(model.get_submodule(name), config, name)
+    model.set_submodule(name, module)
+    return module
 
 
 def quantized_linear(linear: DenseLinear, quantized: Any, config: Any) -> QuipLinear:
@@ -179,12 +242,14 @@ def pack(model: nn.Module) -> None:
         module.pack_if_wanted()
 
 
-def to_dense(module: QuipLinear | QuipEmbedding, dtype: torch.dtype | None = None) -> nn.Module:
-    """The dense module that computes the same: an `nn.Linear`, or the `Conv1D` or `nn.Embedding` that was quantized.
+def to_dense(module: QuipLinear | QuipEmbedding | QuipExperts, dtype: torch.dtype | None = None) -> nn.Module:
+    """The dense module that computes the same: an `nn.Linear`, or the `Conv1D`, embedding or experts that were quantized.
 
     Args:
         dtype: of its parameters; None: the dtype of the stand-in for the weight.
     """
+    if isinstance(module, QuipExperts):
+        return module.to_dense(dtype)
     if isinstance(module, QuipEmbedding):
         dense = nn.Embedding.from_pretrained(module.dequantize(dtype), freeze=False, padding_idx=module.padding_idx)
         return dense.train(module.training)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from . import autograd, backend, batching, graph, reference, schemas
+from . import autograd, backend, batching, graph, grouped, reference, schemas
 from .cpu import prepared
 from .cpu import run as cpu_run
 from .layer import Layer
@@ -24,6 +24,7 @@ backend.read_environment()
 if not hasattr(torch.ops.quip, "linear"):
     schemas.define()
     reference.register()
+    grouped.register()
     cpu_run.register()
     autograd.register()
     batching.register()

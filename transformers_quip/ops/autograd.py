@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .cpu import torch_private
+from .grouped import with_tokens
 from .layer import Layer
 from .reference import compute_dtype, linear_formula, transform_formula
 
@@ -58,6 +59,18 @@ def _linear_backward(ctx: Any, grad: torch.Tensor, needed: tuple[bool, ...] | No
     return grad_x, [None] * len(stored), grad_su, grad_sv, grad_bias, None, None, None, None
 
 
+def _grouped_linear_setup(ctx: Any, inputs: tuple, output: torch.Tensor | None = None) -> None:
+    _, ends, weight, su, sv, *ctx.names = inputs
+    ctx.save_for_backward(ends, su, sv, *weight)
+
+
+def _grouped_linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    """The gradient with respect to x."""
+    ends, su, sv, *weight = ctx.saved_tensors
+    grad_x = torch.ops.quip.grouped_linear_backward(grad, ends, weight, su, sv, *ctx.names)
+    return grad_x, None, [None] * len(weight), *[None] * 6
+
+
 class _Linear(torch.autograd.Function):
     """quip::linear with a graph. Its inputs are the op's, with the list of stored tensors at the end."""
 
@@ -87,6 +100,22 @@ class _Transform(torch.autograd.Function):
         return _transform_backward(ctx, grads[0])
 
 
+class _GroupedLinear(torch.autograd.Function):
+    """quip::grouped_linear with a graph for the derivative with respect to x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ends: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        *names, su, sv = arguments[:6]
+        inputs = (x, ends, list(arguments[6:]), su, sv, *names)
+        _grouped_linear_setup(ctx, inputs)
+        return _grouped_linear_below(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        grad_x, _, stored, *others = _grouped_linear_backward(ctx, grads[0])
+        return grad_x, None, *others, *stored
+
+
 def _in_order(x: torch.Tensor, *others: Any) -> tuple:
     """The op's arguments: the stored tensors, which come last, are its second."""
     count = len(Layer._fields) - 1
@@ -96,6 +125,11 @@ def _in_order(x: torch.Tensor, *others: Any) -> tuple:
 def _linear_below(*inputs: Any) -> torch.Tensor:
     with torch_private.below_autograd():
         return torch.ops.quip.linear.default(*inputs)
+
+
+def _grouped_linear_below(*inputs: Any) -> torch.Tensor:
+    with torch_private.below_autograd():
+        return torch.ops.quip.grouped_linear.default(*inputs)
 
 
 def _transform_below(*inputs: Any) -> torch.Tensor:
@@ -132,6 +166,25 @@ def _transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) ->
     return _transform_below(x, incoherence, seed, transpose)
 
 
+def _grouped_linear(
+    x: torch.Tensor, ends: torch.Tensor, weight: list[torch.Tensor], su: torch.Tensor, sv: torch.Tensor, *names: Any
+) -> torch.Tensor:
+    """quip::grouped_linear above its kernels; see [`_linear`]. Derivatives for su and sv are those of single linears."""
+    if torch.is_grad_enabled() or torch_private.may_be_dual():
+        needs_scales = torch.is_grad_enabled() and (su.requires_grad or sv.requires_grad)
+        if needs_scales or _wants_formula((x, su, sv)):
+            linear = torch.ops.quip.linear
+            parts = [
+                linear(x[begin:end], [w[expert] for w in weight], su[expert], sv[expert], None, *names)
+                for expert, begin, end in with_tokens(ends)
+            ]
+            rest = x.new_zeros((x.shape[0] - sum(map(len, parts)), sv.shape[-1]))
+            return torch.cat([*parts, rest])
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _GroupedLinear.apply(x, ends, *names, su, sv, *weight)
+    return _grouped_linear_below(x, ends, weight, su, sv, *names)
+
+
 def _wants_formula(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether derivatives of these are needed that an `autograd.Function` does not give."""
     if torch_private.may_be_dual() and any(forward_ad.unpack_dual(v).tangent is not None for v in tensors):
@@ -143,15 +196,19 @@ _library: list[torch.library.Library] = []  # kept alive: registrations vanish w
 
 
 def register() -> None:
-    """Register the derivatives of quip::transform and quip::linear; quip::decode has none.
+    """Register the derivatives of quip::transform, quip::linear and quip::grouped_linear; quip::decode has none.
 
     If PyTorch lacks a function that forward mode needs (see `cpu.torch_private`), only backward mode is registered.
     """
     if not torch_private.is_usable():
         torch.library.register_autograd("quip::transform", _transform_backward, setup_context=_transform_setup)
         torch.library.register_autograd("quip::linear", _linear_backward, setup_context=_linear_setup)
+        torch.library.register_autograd(
+            "quip::grouped_linear", _grouped_linear_backward, setup_context=_grouped_linear_setup
+        )
         return
     library = torch.library.Library("quip", "FRAGMENT")
     library.impl("linear", _linear, "Autograd")
     library.impl("transform", _transform, "Autograd")
+    library.impl("grouped_linear", _grouped_linear, "Autograd")
     _library.append(library)

@@ -26,6 +26,11 @@ def transform(info: Any, in_dims: tuple, x: torch.Tensor, *arguments: Any) -> tu
     return torch.ops.quip.transform(x.movedim(in_dims[0], 0), *arguments), 0
 
 
+def grouped_linear(info: Any, in_dims: tuple, *arguments: Any) -> tuple[torch.Tensor, int]:
+    """quip::grouped_linear for every entry of a batch dimension: each has its own order of tokens."""
+    return _loop(torch.ops.quip.grouped_linear, info, in_dims, arguments)
+
+
 def _loop(op: Any, info: Any, in_dims: tuple, arguments: tuple) -> tuple[torch.Tensor, int]:
     def entry(value: Any, dim: Any, i: int) -> Any:
         if isinstance(value, (list, tuple)):
@@ -40,5 +45,5 @@ def _loop(op: Any, info: Any, in_dims: tuple, arguments: tuple) -> tuple[torch.T
 
 def register() -> None:
     """Register the batching rules."""
-    for function in (transform, decode, linear):
+    for function in (transform, decode, linear, grouped_linear):
         torch.library.register_vmap(f"quip::{function.__name__}", function)

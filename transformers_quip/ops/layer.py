@@ -16,6 +16,11 @@ SCHEMA = (
     "Tensor[] weight, Tensor su, Tensor sv, Tensor? bias, str codebook, str incoherence_in, str incoherence_out, int seed"
 )
 
+# Those of grouped linears: the tensors of the weight, su and sv are stacked, and there is no bias.
+GROUPED_SCHEMA = (
+    "Tensor ends, Tensor[] weight, Tensor su, Tensor sv, str codebook, str incoherence_in, str incoherence_out, int seed"
+)
+
 
 class Layer(NamedTuple):
     """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias for n inputs and m outputs.

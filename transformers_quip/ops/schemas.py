@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .layer import GROUPED_SCHEMA as GROUPED
 from .layer import SCHEMA as LAYER
 from .layer import Layer
 
@@ -17,6 +18,11 @@ SCHEMAS = {
     "decode": "(Tensor[] weight, str codebook, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     # sv ⊙ Q_out(Ŵ Q_inᵀ(su ⊙ x)) + bias for x [..., n]: [..., m] in the dtype of x.
     "linear": f"(Tensor x, {LAYER}) -> Tensor",
+    # For x [tokens, n] sorted by expert, row i times the weight of its expert: [tokens, m] in the dtype of x. Tokens from
+    # ends[e−1] to ends[e] belong to expert e; the rows of those from ends[−1] on are zeros.
+    "grouped_linear": f"(Tensor x, {GROUPED}) -> Tensor",
+    # The derivative of the sum of grad ⊙ grouped_linear(x) with respect to x: [tokens, n] in the dtype of grad [tokens, m].
+    "grouped_linear_backward": f"(Tensor grad, {GROUPED}) -> Tensor",
 }
 
 
@@ -35,9 +41,23 @@ def linear(x: torch.Tensor, *layer: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], Layer(*layer).m))
 
 
+def grouped_linear(
+    x: torch.Tensor, ends: torch.Tensor, weight: Sequence[torch.Tensor], su: torch.Tensor, sv: torch.Tensor, *names: Any
+) -> torch.Tensor:
+    """Fake of quip::grouped_linear."""
+    return x.new_empty((x.shape[0], sv.shape[-1]))
+
+
+def grouped_linear_backward(
+    grad: torch.Tensor, ends: torch.Tensor, weight: Sequence[torch.Tensor], su: torch.Tensor, sv: torch.Tensor, *names: Any
+) -> torch.Tensor:
+    """Fake of quip::grouped_linear_backward."""
+    return grad.new_empty((grad.shape[0], su.shape[-1]))
+
+
 def define() -> None:
     """Define every op and its fake."""
     for name, schema in SCHEMAS.items():
         torch.library.define(f"quip::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for fake in (transform, decode, linear):
+    for fake in (transform, decode, linear, grouped_linear, grouped_linear_backward):
         torch.library.register_fake(f"quip::{fake.__name__}", fake)

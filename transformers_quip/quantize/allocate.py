@@ -41,7 +41,7 @@ def measure_sensitivities(
 
     Args:
         model: dense; its weights are restored.
-        names: of its dense linears and embeddings.
+        names: of its dense linears, stacks of experts and embeddings.
         ids: token ids [N, T]; the first `SEQUENCES` sequences are read, up to `TOKENS` tokens of each.
         seed: of the noise.
         residence: where the weights are.
@@ -59,7 +59,7 @@ def measure_sensitivities(
     outside = {name for name in names if not name.startswith(f"{blocks_name}.")}
 
     def disturbed(name: str) -> AbstractContextManager:
-        return _disturbed(model.get_submodule(name), noise[name])
+        return _disturbed(model, name, noise[name])
 
     def entering() -> CapturedInputs:
         return capture_inputs(model, blocks, ids, len(ids), progress=False)
@@ -104,25 +104,27 @@ def _noise(model: nn.Module, names: Sequence[str], seed: int) -> dict[str, torch
     generator, states = torch.Generator().manual_seed(seed), {}
     for name in names:
         states[name] = generator.get_state()
-        torch.randn(replace.linear_shape(model.get_submodule(name)), generator=generator)
+        torch.randn(replace.weight_of(model, name).shape, generator=generator)
     return states
 
 
 @contextmanager
-def _disturbed(linear: nn.Module, state: torch.Tensor):
-    """Give a dense linear a weight with Gaussian noise within a `with` block; its own may be a file's, and is kept."""
-    weight = linear.get_parameter("weight")
-    original = weight.data
-    kept = replace.dense_weight(linear, original).float()
+def _disturbed(model: nn.Module, name: str, state: torch.Tensor):
+    """Give a dense weight Gaussian noise within a `with` block; its own numbers may be a file's, and are kept."""
+    weight, is_module = replace.weight_of(model, name).detach(), name in dict(model.named_modules())
+    parameter = model.get_parameter(f"{name}.weight" if is_module else name)
+    original, kept = parameter.data, weight.float()
     generator = torch.Generator()
     generator.set_state(state)
     noise = torch.randn(kept.shape, generator=generator).to(kept.device)
     noise *= (NOISE * kept.square().sum() / noise.square().sum().clamp_min(1e-30)).sqrt()
+    changed = (kept + noise).to(original.dtype)
     try:
-        weight.data = replace.dense_weight(linear, (kept + noise).to(original.dtype)).contiguous()
+        # a Conv1D holds the transposed weight
+        parameter.data = changed if weight.stride() == original.stride() else changed.T.contiguous()
         yield
     finally:
-        weight.data = original
+        parameter.data = original
 
 
 def gaussian_error(codebook: str) -> float:

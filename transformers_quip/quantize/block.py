@@ -19,9 +19,13 @@ from torch import nn
 
 from ..calibration import BlockHessians, BlockInputs, processes
 from ..calibration.curvature import Curvature
+from ..calibration.experts import ExpertHessians
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import QuipLinear, replace
+from ..nn.experts import QuipExperts
+from .experts import experts_in, place_experts, round_experts
 from .layer import QuantizedWeight, quantize_weight, quantize_weights
+from .stack import QuantizedStack
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -31,18 +35,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModuleResult:
-    """One module that was quantized.
+    """One module, or one projection of all experts of a mixture, that was quantized.
 
     Attributes:
         name: its full name in the model.
-        shape: (rows, columns) of its weight.
+        shape: (rows, columns) of its weight; (experts, rows, columns) of a projection.
         quantized: the replacement of the weight.
         seconds: wall time of its rounding; of linears that were rounded together, an equal share.
     """
 
     name: str
-    shape: tuple[int, int]
-    quantized: QuantizedWeight
+    shape: tuple[int, ...]
+    quantized: QuantizedWeight | QuantizedStack
     seconds: float = 0.0
 
     @property
@@ -64,11 +68,13 @@ class BlockResult:
         modules: the name inside the block → its result, in the order in which they were rounded.
         vectors: the block's norms and biases after tuning, by name; empty without tuning.
         seconds: wall time of each stage: "observe", "round", "tune".
+        borrowing: of projections of experts that saw few tokens, see [`ExpertHessians.borrowing`].
     """
 
     modules: dict[str, ModuleResult] = field(default_factory=dict)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    borrowing: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 class Tuner(Protocol):
@@ -95,14 +101,17 @@ def quantize_block(
     curvature: Mapping[str, Curvature] | None = None,
     shared: bool = False,
 ) -> BlockResult:
-    """Quantize the linears of one block: observe all of them, then round and replace each group that reads one input.
+    """Quantize the linears and experts of one block: observe all of them, then round and replace them.
+
+    The experts of mixtures come first, then each group of linears that reads one input.
 
     The result depends on the arguments alone, and the only thing that changes is `block`, whose linears are replaced.
 
     Args:
         block: dense, in memory, on any device.
         inputs: the inputs of the block.
-        configs: the name of a linear inside the block → its options, without an average of bits (`is_mixed`).
+        configs: the name of a linear, or of a projection of experts, inside the block → its options, without an average of
+            bits (`is_mixed`).
         prefix: the block's name in the model with a dot, for names in results and messages.
         on_output: gets the number and the dense block's output [B, T, H] of each batch, once, before anything is replaced.
         on_module: gets each result as soon as it is ready, for a progress bar; later tuning may change its su and sv.
@@ -116,9 +125,22 @@ def quantize_block(
         ValueError: see [`quantize_weights`], [`BlockHessians.pop`] and `observe_linears`.
     """
     result = BlockResult()
-    with timed(result.seconds, "observe"):
-        hessians = observe_block(block, tuple(configs), inputs, prefix, _both(tuner, on_output))
+    experts = experts_in(block, configs)
+    if shared and experts:
+        raise ValueError(f"{prefix}{next(iter(experts))}: experts of mixtures are quantized in one process alone")
+    stacks = [name for names in experts.values() for name in names]
+    linears = [name for name in configs if name not in stacks]
+    of_experts = ExpertHessians(block, list(experts), prefix)
+    with timed(result.seconds, "observe"), of_experts.watching(block, 0):
+        hessians = observe_block(block, linears, inputs, prefix, _both(tuner, on_output), of_experts.forget)
         owners = hessians.share(block) if shared else {}
+    with timed(result.seconds, "round"):
+        rounded = round_experts(block, of_experts, inputs, configs)
+        shapes = {name: of_experts.shape(name) for name in rounded}
+        place_experts(block, {name: quantized for name, (quantized, _) in rounded.items()}, configs)
+        done = {name: ModuleResult(prefix + name, shapes[name], *rounded[name]) for name in stacks}
+        _collect(done, result, on_module)
+        result.borrowing = of_experts.borrowing()
     waiting = [name for group in hessians.groups.values() for name in group]
     reached = frozenset(waiting)
     if shared:
@@ -136,7 +158,7 @@ def quantize_block(
             with timed(result.seconds, "tune"):
                 tuner.tune(block, group, waiting)
     with timed(result.seconds, "round"):
-        for name in (name for name in configs if name not in reached):
+        for name in (name for name in linears if name not in reached):
             logger.warning("%s: no calibration token reached it, so it is quantized without calibration", prefix + name)
             weight = replace.dense_weight(block.get_submodule(name))
             quantized = quantize_weight(weight, configs[name], prefix + name)
@@ -161,9 +183,15 @@ def _round_together(
     for leader, group in hessians.groups.items():
         if owners[leader] == processes.rank():
             done = quantize_group(block, group, hessians.pop(leader), configs, prefix, curvature)
-            own[leader] = {name: replace_fields(module, quantized=module.quantized.cpu()) for name, module in done.items()}
+            own[leader] = {name: _on_cpu(module) for name, module in done.items()}
     everyone = processes.gathered(own)
     return [everyone[owners[leader]][leader] for leader in hessians.groups]
+
+
+def _on_cpu(module: ModuleResult) -> ModuleResult:
+    """The same result on the CPU, to be sent."""
+    quantized = module.quantized
+    return replace_fields(module, quantized=quantized.cpu() if isinstance(quantized, QuantizedWeight) else quantized)
 
 
 @cpu_matmul_precision("ieee")
@@ -174,10 +202,11 @@ def observe_block(
     inputs: BlockInputs,
     prefix: str = "",
     on_output: Callable[[int, torch.Tensor], None] | None = None,
+    on_restart: Callable[[], None] | None = None,
 ) -> BlockHessians:
     """Run the dense block over all batches, once: the first half of [`quantize_block`], whose arguments it takes."""
     with calibration_autocast(block):
-        return BlockHessians(prefix).collect(block, names, inputs, on_output)
+        return BlockHessians(prefix).collect(block, names, inputs, on_output, on_restart)
 
 
 def quantize_group(
@@ -232,31 +261,22 @@ def by_config(names: Iterable[str], configs: Mapping[str, QuipConfig]) -> list[t
 
 @contextmanager
 def replayed_densely(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """A context in which the block's quantized linears hold their values as dense weights.
+    """A context in which these quantized linears of the block, and its experts, hold their values as dense weights.
 
     Then running the block over many batches costs one product for each linear and batch, instead of decoding each time.
     """
-    found = {name: block.get_submodule(name) for name in names}
-    quantized = {name: module for name, module in found.items() if isinstance(module, QuipLinear)}
+    wanted, modules = set(names), dict(block.named_modules())
+    dense: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if isinstance(module, QuipExperts) or (isinstance(module, QuipLinear) and name in wanted):
+            dense[name] = replace.to_dense(module)
     try:
-        for name, module in quantized.items():
-            block.set_submodule(name, _Replayed(module))
+        for name, module in dense.items():
+            block.set_submodule(name, module)
         yield
     finally:
-        for name, module in quantized.items():
-            block.set_submodule(name, module)
-
-
-class _Replayed(nn.Module):
-    """A quantized linear while its block is replayed: the same values as a dense weight."""
-
-    def __init__(self, quantized: QuipLinear):
-        super().__init__()
-        self.quantized = quantized
-        self.dense = quantized.dequantize()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.dense.to(x.dtype), self.quantized.bias)
+        for name in dense:
+            block.set_submodule(name, modules[name])
 
 
 @contextmanager
@@ -290,6 +310,8 @@ def _both(
 def _take_tuned(block: nn.Module, result: BlockResult) -> None:
     """Bring the results up to date with the block, whose vectors were tuned after they were collected."""
     for name, module in result.modules.items():
+        if isinstance(module.quantized, QuantizedStack):
+            continue  # its vectors are not tuned
         linear = block.get_submodule(name)
         assert isinstance(linear, QuipLinear)
         su, sv = (vector.detach().float() for vector in (linear.su, linear.sv))

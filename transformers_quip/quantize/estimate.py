@@ -12,6 +12,7 @@ import torch
 
 from .. import rounding
 from ..calibration import capture_inputs, find_blocks
+from ..calibration.experts import BUDGET
 from ..calibration.precision import fast_cpu_linears
 from ..config.bits import mixed_bits
 from ..nn import replace
@@ -102,9 +103,9 @@ def time_samples(
         The times, and the groups of that block.
     """
     blocks_name, blocks = find_blocks(model)
-    index = next(index for index in range(len(blocks)) if plan.inside(f"{blocks_name}.{index}."))
+    index = next(index for index in range(len(blocks)) if _linears(plan, f"{blocks_name}.{index}."))
     prefix = f"{blocks_name}.{index}."
-    names = plan.inside(prefix)
+    names = _linears(plan, prefix)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (config.batch_size, tokens), generator=torch.Generator().manual_seed(0))
     inputs = capture_inputs(model, blocks, ids, config.batch_size, progress=False).of_block(index)
@@ -140,6 +141,12 @@ def time_samples(
     return Sample(observed - replayed, replayed - begin, written, smallest.columns, row, fixed), groups
 
 
+def _linears(plan: QuantizationPlan, prefix: str) -> list[str]:
+    """The linears of a block to quantize, without its experts."""
+    stacks = set(plan.stacks)
+    return [name for name in plan.inside(prefix) if prefix + name not in stacks]
+
+
 def _sampled(config: QuipConfig) -> QuipConfig:
     """The options of a sample: the fewest bits of an average, and no rounding method that needs gradients."""
     config = copy.copy(config)
@@ -162,7 +169,7 @@ def peak_of_block(groups: Sequence[Group], dense: int) -> int:
         sum(sums[number + 1 :]) + _HESSIAN_BYTES * group.columns**2 + _WEIGHT_BYTES * group.rows * group.columns
         for number, group in enumerate(groups)
     ]
-    return dense + max(sum(sums), *rounding)
+    return dense + max(sum(sums), *rounding, 0)
 
 
 @dataclass(frozen=True)
@@ -214,15 +221,18 @@ def estimate(
     peak = largest = 0
     for index, block in enumerate(blocks):
         prefix = f"{blocks_name}.{index}."
-        shapes = {name: replace.linear_shape(block.get_submodule(name)) for name in plan.inside(prefix)}
+        shapes = {name: replace.linear_shape(block.get_submodule(name)) for name in _linears(plan, prefix)}
         known = {name: alike[name].names[0] if name in alike else name for name in shapes}
         leaders = {leader: [name for name in shapes if known[name] == leader] for leader in dict.fromkeys(known.values())}
         own = groups_of({members[0]: members for members in leaders.values()}, shapes)
         dense = sum(tensor.nbytes for tensor in block.state_dict().values())
         stages["observe and replay"] += sample.observe * batches + sample.replay * following
+        stacks = [entry.shape for entry in plan.entries if entry.name in plan.stacks and entry.name.startswith(prefix)]
         stages["round"] += sum(map(sample.rounding, own))
-        if own:
-            peak, largest = max(peak, peak_of_block(own, dense)), max(largest, dense)
+        stages["round"] += sum(count * sample.rounding(Group((), columns, rows)) for count, rows, columns in stacks)
+        if own or stacks:
+            of_experts = min(BUDGET, sum(8 * count * columns**2 for count, _, columns in stacks))
+            peak, largest = max(peak, peak_of_block(own, dense) + of_experts), max(largest, dense)
     if written:
         rounds = -(-(shape[0] * shape[1]) // (written * WRITTEN))
         stages["text"] = rounds * written * len(blocks) * sample.write

@@ -51,8 +51,11 @@ def settle_bits(
     """
     entries = {e.name: e for e in plan.entries if e.quantized and config.for_module(e.name).is_mixed}
     sensitivities = measure_sensitivities(model, list(entries), ids, config.seed, residence)
-    for name, ratio in _losses_of_rounding(model, config, entries, plan, ids, residence).items():
-        sensitivities[name] *= ratio
+    linears = [name for name in entries if name not in plan.stacks]
+    ratios = _losses_of_rounding(model, config, linears, plan, ids, residence)
+    usual = sum(ratios.values()) / len(ratios) if ratios else 1.0
+    for name in entries:  # experts, which are many, are taken to be like the linears
+        sensitivities[name] *= ratios.get(name, usual if name in plan.stacks else 1.0)
     choices = mixed_bits(config.bits, config.codebook)
     errors = {bits: gaussian_error(codebooks.default_for_bits(bits, config.codebook)) for bits in choices}
     bits = allocate({n: e.parameters for n, e in entries.items()}, sensitivities, errors, config.bits)
@@ -99,12 +102,13 @@ def _losses_of_rounding(
 
     for index, block in enumerate(tqdm(blocks, desc="Predicting losses", unit="block")):
         prefix = f"{blocks_name}.{index}."
+        linears = [name for name in plan.inside(prefix) if prefix + name not in plan.stacks]
         with residence.part(prefix):
-            hessians = observe_block(block, plan.inside(prefix), inputs.of_block(index), prefix, inputs.store)
+            hessians = observe_block(block, linears, inputs.of_block(index), prefix, inputs.store)
             for leader, group in hessians.groups.items():
                 add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
     for outside in (name for name in names if not name.startswith(f"{blocks_name}.")):
-        if not replace.is_dense_embedding(model.get_submodule(outside)):  # rows of an embedding have no feedback
+        if outside not in plan.embeddings:  # their rows have no feedback
             with residence.whole():
                 hessian = hessian_after_blocks(model, outside, ids, config.batch_size)
             add([outside], hessian)

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .. import codebooks, incoherence
-from ..calibration.blocks import find_blocks
+from .. import codebooks, incoherence, rounding
 from ..config.patterns import is_called, is_named, matches
+from ..nn.experts import QuipExperts, stacked_grids
 from ..nn.linear import QuipLinear
-from ..nn.replace import LINEARS, is_dense_embedding, is_dense_linear, linear_shape
+from ..nn.replace import dense_stacks, is_dense_embedding, is_dense_linear, linear_shape
+from ..nn.stacks import Stack
+from .reasons import (
+    EMBEDDING,
+    NOT_CONVERTED,
+    OUTPUT_EMBEDDINGS,
+    OUTSIDE_BLOCKS,
+    VECTORS,
+    linear_reasons,
+    stack_reasons,
+    tied_error,
+    tied_modules,
+    why_no_linear,
+)
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
 
-OUTPUT_EMBEDDINGS = "output embeddings"
-TIED = "tied to another weight"
-SHARED = "one module used in several places"
-NOT_CONVERTED = "in modules_to_not_convert"
-FLOAT32 = "kept in float32 by the model"
-OUTSIDE_BLOCKS = "outside the decoder blocks"
-TASK_HEAD = "a head outside the base model"
-EXPERTS = "fused 3-D experts are not supported yet"
-EMBEDDING = "embedding"
-VECTORS = "norms, biases and other vectors"
+
+# A larger share of dense weights than this, outside the embeddings and the head, is worth a warning.
+WARNED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,10 @@ class PlanEntry:
 
     Attributes:
         name: of the module or parameter.
-        shape: (out_features, in_features) of a linear, else the parameter's own.
+        shape: (out_features, in_features) of a linear, (experts, outputs, inputs) of a stack, else the parameter's own.
         parameters: number of entries of the weight.
         linear: whether it is the weight of a dense linear.
+        stacked: whether it is the weight of one projection of all experts of a mixture; then `name` is the parameter's.
         quantized: whether it will be quantized.
         reason: why it is not quantized; "" if it is.
         packed_bytes: of the quantized weight: codes, su and sv; 0 if it stays dense.
@@ -54,6 +60,12 @@ class PlanEntry:
     quantized: bool = False
     reason: str = ""
     packed_bytes: int = 0
+    stacked: bool = False
+
+    @property
+    def weight(self) -> str:
+        """The name of the parameter."""
+        return self.name if self.stacked else f"{self.name}.weight"
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class QuantizationPlan:
     """All weights of a model, each with its decision.
 
     Attributes:
-        entries: linears in the order of the model, then everything else that is not quantized.
+        entries: linears in the order of the model, then experts, embeddings, and everything else that is not quantized.
         codebooks: those that are used.
     """
 
@@ -70,8 +82,18 @@ class QuantizationPlan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The modules to quantize: linears in the order of the model, then embeddings."""
+        """The weights to quantize: linears in the order of the model, then stacks of experts, then embeddings."""
         return tuple(entry.name for entry in self.entries if entry.quantized)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Those of `names` that are stacks of experts."""
+        return tuple(entry.name for entry in self.entries if entry.quantized and entry.stacked)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Those of `names` that are embeddings."""
+        return tuple(entry.name for entry in self.entries if entry.quantized and not (entry.stacked or entry.linear))
 
     def inside(self, prefix: str) -> tuple[str, ...]:
         """The modules to quantize whose name begins with this prefix, without it."""
@@ -101,13 +123,33 @@ class QuantizationPlan:
                 groups.setdefault(entry.reason, []).append(entry)
         return groups
 
+    def coverage_warning(self) -> str:
+        """A text for the user if much stays dense besides embeddings, the head and what was left by choice; else ""."""
+        counted = [e for e in self.entries if not e.reason.startswith((EMBEDDING, OUTPUT_EMBEDDINGS, NOT_CONVERTED))]
+        left: dict[tuple[str, str], int] = {}
+        for entry in counted:
+            if not entry.quantized:
+                kind = (re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name), entry.reason)
+                left[kind] = left.get(kind, 0) + entry.parameters
+        total, dense = sum(entry.parameters for entry in counted), sum(left.values())
+        if dense <= WARNED_SHARE * total:
+            return ""
+        most = sorted(left.items(), key=lambda item: -item[1])[:3]
+        shown = "; ".join(f"{name}, {size / total:.0%} ({reason})" for (name, reason), size in most)
+        outside = any(reason == OUTSIDE_BLOCKS for (_, reason), _ in most)
+        remedy = "dataset=None, which also quantizes what lies outside the decoder blocks" if outside else ""
+        return (
+            f"{dense / total:.0%} of the weights outside the embeddings and the head stay dense: {shown}. "
+            + (f"An option that changes this: {remedy}. " if remedy else "No option changes this. ")
+            + "To leave them dense without this warning, name them in modules_to_not_convert"
+        )
+
     def summary(self) -> str:
         """The coverage in a few lines for the user."""
-        quantized = [entry.linear for entry in self.entries if entry.quantized]
-        tables = quantized.count(False)
-        embeddings = f" and {tables} embedding{'s' if tables > 1 else ''}" if tables else ""
+        count = sum(entry.quantized and entry.linear for entry in self.entries)
+        more = _counted(len(self.stacks), "stack", " of experts") + _counted(len(self.embeddings), "embedding")
         lines = [
-            f"{sum(quantized)} of {sum(entry.linear for entry in self.entries)} linear layers{embeddings}, "
+            f"{count} of {sum(entry.linear for entry in self.entries)} linear layers{more}, "
             f"{self.share:.1%} of {_count(self.parameters)} parameters, are quantized to {self.true_bits:.3f} bits per "
             f"weight (codebook {', '.join(self.codebooks)})."
         ]
@@ -123,7 +165,7 @@ class QuantizationPlan:
 def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     """Decide for every weight of the model, on the meta device or not, whether it is quantized.
 
-    A calibrated run quantizes the linears inside the decoder blocks; a run without calibration all linears. Left out
+    A calibrated run quantizes the linears and experts inside the decoder blocks; a run without calibration all. Left out
     are the output embeddings, heads of other tasks (every linear outside the base model), weights that are tied, modules
     that the model keeps in float32 and those that `config.modules_to_not_convert` names: a prefix up to a dot, a suffix,
     or a regular expression, as everywhere in Transformers (there the list replaces the default, here it adds to it).
@@ -134,27 +176,34 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
         ValueError: there is nothing to quantize, a size cannot be quantized, a pattern is not a regular expression, or
             embeddings that `config.modules` names are tied, or cannot be quantized in that way.
     """
-    if any(isinstance(module, QuipLinear) for module in model.modules()):
+    if any(isinstance(module, (QuipLinear, QuipExperts)) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is quantized already: start from the original, dense model")
     patterns = config.modules_to_not_convert or []
     _check_patterns(patterns)
     entries = []
     linears = {name: module for name, module in model.named_modules() if is_dense_linear(module)}
-    if not linears:
+    stacks = dense_stacks(model)
+    if not linears and not stacks:
         raise ValueError(f"{type(model).__name__} has no nn.Linear (or Conv1D) layer, so QuIP# cannot quantize it")
-    dense = _reasons(model, linears, config)
+    dense = linear_reasons(model, linears, stacks, config)
     for name, module in linears.items():
         shape = linear_shape(module)
         reason = dense.get(name, "")
         size = 0 if reason else _packed_bytes(name, shape, module.weight.dtype, config.for_module(name))
         entries.append(PlanEntry(name, shape, module.weight.numel(), True, not reason, reason, size))
+    left = stack_reasons(model, stacks, config)
+    for name, stack in stacks.items():
+        reason, size = left.get(name, ""), 0
+        if not reason:
+            size = _check_stack(name, stack, model.get_parameter(name).dtype, config.for_module(name))
+        entries.append(PlanEntry(name, stack.shape, stack.weights, False, not reason, reason, size, stacked=True))
     tables = _embeddings(model, config)
     entries += tables
     if all(not entry.quantized for entry in entries):
         found = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries[:4])
         raise ValueError(f"Nothing of {type(model).__name__} would be quantized ({found})")
     entries = _without_repetitions(model, entries)
-    entries += _rest(model, [entry.name for entry in entries])
+    entries += _rest(model, [entry.weight for entry in entries])
     configs = (config.for_module(entry.name) for entry in entries if entry.quantized)
     used = {"chosen for each module" if found.is_mixed else str(found.codebook): None for found in configs}
     return QuantizationPlan(tuple(entries), tuple(used))
@@ -162,7 +211,7 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
 
 def unmatched_patterns(model: nn.Module, config: QuipConfig) -> list[str]:
     """The patterns of `modules_to_not_convert` and `modules` that match no module of the model (misspelled?)."""
-    names = [name for name, _ in model.named_modules()]
+    names = [*(name for name, _ in model.named_modules()), *dense_stacks(model)]
     left = config.modules_to_not_convert or []
     return [pattern for pattern in left if not any(is_named(name, [pattern]) for name in names)] + [
         pattern for pattern in config.modules or {} if not any(matches(name, pattern) for name in names)
@@ -177,42 +226,16 @@ def _check_patterns(patterns: Iterable[str]) -> None:
             raise ValueError(f"modules_to_not_convert: {pattern!r} is not a regular expression ({error})") from None
 
 
-def _reasons(model: nn.Module, linears: dict[str, nn.Module], config: QuipConfig) -> dict[str, str]:
-    """The reason for each linear that stays dense."""
-    find_output: Any = getattr(model, "get_output_embeddings", None)
-    output = None if find_output is None else find_output()
-    tied = _tied_modules(model)
-    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ()), *_strict_float32(model)]
-    blocks = find_blocks(model)[0] + "." if config.is_calibrated else ""
-    base = {id(module) for module in getattr(model, "base_model", model).modules()}
-    reasons = {}
-    for name, module in linears.items():
-        if module is output and is_called(name, config.modules or {}):
-            if name in tied:
-                raise _tied_error(name)
-        elif module is output:
-            reasons[name] = f"{OUTPUT_EMBEDDINGS}, {TIED}" if name in tied else OUTPUT_EMBEDDINGS
-        elif places[id(module)] > 1:
-            reasons[name] = SHARED
-        elif name in tied:
-            reasons[name] = TIED
-        elif is_named(name, config.modules_to_not_convert or []):
-            reasons[name] = NOT_CONVERTED
-        elif is_named(name, float32):
-            reasons[name] = FLOAT32
-        elif not name.startswith(blocks):
-            reasons[name] = OUTSIDE_BLOCKS
-        elif id(module) not in base and not is_called(name, config.modules or {}):
-            reasons[name] = TASK_HEAD
-    return reasons
-
-
-def _tied_error(name: str) -> ValueError:
-    return ValueError(
-        f"modules names {name!r}, but its weight is {TIED}: untie the model's embeddings and save it first "
-        "(config.tie_word_embeddings=False), or leave it dense"
-    )
+def _check_stack(name: str, stack: Stack, dtype: torch.dtype, config: QuipConfig) -> int:
+    """Bytes of all codes, su and sv. Raises `ValueError` for a codebook or a rounding method that experts cannot have."""
+    if not config.is_mixed:
+        stacked_grids(stack, config.codebook_spec, name)
+    if config.is_calibrated and rounding.get(config.rounding).two_sided:
+        raise ValueError(
+            f"{name}: rounding={config.rounding!r} needs Hessians of both sides, which are not measured for experts: "
+            f"choose another method for them (modules={{'experts.*': {{'rounding': 'ldlq'}}}})"
+        )
+    return stack.experts * _packed_bytes(name, (stack.rows, stack.columns), dtype, config)
 
 
 def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
@@ -226,9 +249,9 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
             raise ValueError(
                 f"modules names {name!r}, which {why}: only a plain nn.Embedding can be quantized, leave it dense"
             )
-        tied = _tied_modules(model) if tied is None else tied
+        tied = tied_modules(model) if tied is None else tied
         if name in tied:
-            raise _tied_error(name)
+            raise tied_error(name)
         shape, own = linear_shape(module), config.for_module(name)
         if own.incoherence != config.incoherence and incoherence.sides(own.incoherence)[1] != "none":
             raise ValueError(
@@ -253,29 +276,10 @@ def _check_lookup(name: str, config: QuipConfig) -> None:
         )
 
 
-def _strict_float32(model: nn.Module) -> Iterable[str]:
-    return getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-
-
-def _tied_modules(model: nn.Module) -> set[str]:
-    """Modules that share their weight with another module: by Transformers' table (on the meta device), or by identity."""
-    keys = getattr(model, "all_tied_weights_keys", None) or {}
-    tied = {name.rpartition(".")[0] for name in (*keys.keys(), *keys.values())}
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    for names in owners.values():
-        if len(set(names)) > 1:
-            tied.update(names)
-    return tied
-
-
 def _packed_bytes(
     name: str, shape: tuple[int, int], dtype: torch.dtype, config: QuipConfig, sides: tuple[str, str] | None = None
 ) -> int:
     """Bytes of codes, su and sv. Raises `ValueError` for a shape that cannot be quantized."""
-    if min(shape) < 1:
-        raise ValueError(f"{name} has shape {list(shape)}: an empty weight cannot be quantized; leave it out")
     for side, size in zip(sides or incoherence.sides(config.incoherence), reversed(shape), strict=True):
         try:
             incoherence.get(side, size, config.seed)
@@ -302,33 +306,25 @@ def _without_repetitions(model: nn.Module, entries: list[PlanEntry]) -> list[Pla
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     result = []
     for entry in entries:
-        key = f"{entry.name}.weight"
+        key = entry.weight
         elsewhere = key in tied or first[id(model.get_parameter(key))] != key
         result.append(replace(entry, parameters=0) if elsewhere else entry)
     return result
 
 
 def _rest(model: nn.Module, listed: Iterable[str]) -> Iterator[PlanEntry]:
-    """Parameters other than the weights of these modules."""
-    weights = {f"{name}.weight" for name in listed}
+    """Parameters other than these."""
+    weights = set(listed)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, parameter in model.named_parameters():
         if name in weights or name in tied:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
-        yield PlanEntry(name, tuple(parameter.shape), parameter.numel(), reason=_why_no_linear(owner, parameter))
+        yield PlanEntry(name, tuple(parameter.shape), parameter.numel(), reason=why_no_linear(owner, parameter))
 
 
-def _why_no_linear(owner: nn.Module, parameter: nn.Parameter) -> str:
-    if parameter.ndim < 2:
-        return VECTORS
-    if isinstance(owner, nn.Embedding):
-        return EMBEDDING
-    if parameter.ndim == 3 and type(owner).__module__.partition(".")[0] != "torch":
-        return EXPERTS
-    if isinstance(owner, LINEARS):
-        return f"{type(owner).__name__} is a subclass of nn.Linear or Conv1D and may compute something else"
-    return f"a weight of {type(owner).__name__}, which is neither nn.Linear nor Conv1D"
+def _counted(number: int, noun: str, more: str = "") -> str:
+    return f" and {number} {noun}{'s' if number > 1 else ''}{more}" if number else ""
 
 
 def _count(number: int) -> str:

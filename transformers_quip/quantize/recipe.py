@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from ..calibration.dataset import load_token_ids
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
 from .bars import advance, duration
-from .block import ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
+from .block import BlockResult, ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
 from .embedding import quantize_embedding
+from .experts import few_tokens
 from .mixed_bits import hessian_after_blocks, settle_bits
 from .plan import QuantizationPlan, make_plan
 from .residence import IN_MEMORY, Residence
@@ -58,9 +60,9 @@ class QuantizationReport:
 
     @property
     def mean_relative_error(self) -> float:
-        """The mean over the modules, each counted once."""
-        errors = [record["relative_error"] for record in self.modules]
-        return sum(errors) / len(errors)
+        """The mean over the modules, each counted once; without those whose inputs were all zero, which have no error."""
+        errors = [record["relative_error"] for record in self.modules if math.isfinite(record["relative_error"])]
+        return sum(errors) / len(errors) if errors else 0.0
 
 
 @torch.inference_mode(False)
@@ -124,7 +126,7 @@ def _quantize_model(
         inputs = capture_inputs(model, blocks, own, config.batch_size, progress=not residence.quiet)
     curvature = _curvature(model, plan, config, ids, residence)
     dense, following = _split_batches(numbers, config.calibrate_on)
-    embeddings = [name for name in plan.names if replace.is_dense_embedding(model.get_submodule(name))]
+    embeddings, borrowing = plan.embeddings, {}
     with tqdm(total=len(plan.names), desc="Quantizing", unit="layer", disable=residence.quiet) as bar:
 
         def done(module: ModuleResult) -> None:
@@ -162,10 +164,11 @@ def _quantize_model(
             configs = {name: config.for_module(prefix + name) for name in plan.inside(prefix)}
             started = perf_counter()
             with residence.part(prefix):
-                stages = _quantize_block(
+                result = _quantize_block(
                     block, index, inputs, configs, prefix, dense, following, done, tuner, curvature, residence.shared
                 )
-                for stage, seconds in stages.items():
+                borrowing.update(result.borrowing)
+                for stage, seconds in result.seconds.items():
                     report.seconds[stage] += seconds
                 finish(prefix, begin, inputs)
             times.append(perf_counter() - started)
@@ -180,6 +183,8 @@ def _quantize_model(
                 with timed(report.seconds, "round"):
                     _quantize_after_blocks(model, name, hessian, config, done)
                 finish(name + ".", begin)
+    if borrowing:
+        logger.warning("%s.", few_tokens(borrowing))
     report.config = config.without_data()
     report.config.calibration = {
         "data": report.data,
@@ -194,8 +199,8 @@ def _curvature(
     model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor, residence: Residence
 ) -> dict[str, Curvature]:
     """The two Hessians of every linear whose rounding method is two-sided."""
-    tables = [name for name in plan.names if replace.is_dense_embedding(model.get_submodule(name))]
-    names = [name for name in plan.names if name not in tables and rounding.get(config.for_module(name).rounding).two_sided]
+    linears = [name for name in plan.names if name not in (*plan.embeddings, *plan.stacks)]
+    names = [name for name in linears if rounding.get(config.for_module(name).rounding).two_sided]
     if not names:
         return {}
     with residence.held():
@@ -214,8 +219,8 @@ def _quantize_block(
     tuner: Callable[[BlockInputs], Tuner] | None,
     curvature: dict[str, Curvature],
     shared: bool,
-) -> dict[str, float]:
-    """Quantize one block and bring every batch to the next one; returns the seconds of each stage."""
+) -> BlockResult:
+    """Quantize one block and bring every batch to the next one; the seconds of that are added to the result's."""
 
     def keep(batch: int, output: torch.Tensor) -> None:
         if batch in dense:
@@ -224,15 +229,15 @@ def _quantize_block(
     entering = inputs.of_block(index)
     tuning = tuner(entering) if tuner is not None and configs else None
     own = {name: curvature.pop(prefix + name) for name in configs if prefix + name in curvature}
-    seconds = quantize_block(block, entering, configs, prefix, keep, done, tuning, own, shared).seconds
+    result = quantize_block(block, entering, configs, prefix, keep, done, tuning, own, shared)
     if following and index + 1 < inputs.num_blocks:
-        with timed(seconds, "replay"), calibration_autocast(block), replayed_densely(block, configs):
+        with timed(result.seconds, "replay"), calibration_autocast(block), replayed_densely(block, configs):
             inputs.advance(index, block, following)
-    return seconds
+    return result
 
 
 def _quantize_embeddings(
-    model: nn.Module, names: list[str], config: QuipConfig, done: Callable[[ModuleResult], None]
+    model: nn.Module, names: Sequence[str], config: QuipConfig, done: Callable[[ModuleResult], None]
 ) -> None:
     for name in names:
         started = perf_counter()

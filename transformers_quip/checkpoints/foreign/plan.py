@@ -18,9 +18,9 @@ from torch import nn
 
 from ...config import QuipConfig
 from ...config.storage import Storage
-from ...nn.experts import expert_shape, is_stacked
 from ...nn.place import fused_shape, possible_names
 from ...nn.replace import is_dense_embedding, is_dense_linear, linear_shape
+from ...nn.unstacked import can_unstack, expert_shape
 from ..complete import is_outside
 from ..headers import DAMAGED, TensorInfo
 from .exl3 import Exl3
@@ -176,7 +176,7 @@ def _find_place(model: nn.Module, family: Family, source: Source) -> _Place:
         if parent is None:
             expert = re.fullmatch(r"(.+)\.\d+\.([^.]+)", here)
             stacked = _module(model, expert[1]) if expert else None
-            if expert and stacked is not None and is_stacked(stacked):
+            if expert and stacked is not None and can_unstack(stacked):
                 shape = expert_shape(stacked, expert[2])
                 if shape is not None:
                     return _Place(here, *shape)
@@ -255,8 +255,8 @@ def _check_complete(model: nn.Module, linears: Iterable[ForeignLinear], names: M
         there.update((parent, parent.rpartition(".")[0]))  # the linear that it is a part of, or the experts
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, module in model.named_modules():
-        weight = f"{name}.gate_up_proj" if is_stacked(module) else f"{name}.weight"
-        if not (is_dense_linear(module) or is_stacked(module)) or name in there or weight in tied:
+        weight = f"{name}.gate_up_proj" if can_unstack(module) else f"{name}.weight"
+        if not (is_dense_linear(module) or can_unstack(module)) or name in there or weight in tied:
             continue
         if weight not in names or names[weight].shape == ():  # a single number next to codes tells their type
             raise ValueError(f"The checkpoint has neither codes nor a weight for {name}: {DAMAGED}")

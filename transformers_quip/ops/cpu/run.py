@@ -19,6 +19,7 @@ from ... import incoherence as transforms
 from ...codebooks.trellis import TILE
 from .. import reference
 from ..backend import for_device, get_activations
+from ..grouped import linear_by_expert
 from ..layer import Layer, named, stages
 from ..packing import stored
 from ..same_input import SameInput
@@ -242,7 +243,12 @@ def _transform_out(z: torch.Tensor, layer: Layer, q: Side, dtype: torch.dtype) -
     return (y if layer.bias is None else y + layer.bias.float()).to(dtype)
 
 
+def grouped_linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """See [`grouped.grouped_linear`]."""
+    return linear_by_expert(linear, x, *arguments)
+
+
 def register() -> None:
     """Make these the implementation for tensors on the CPU."""
-    for function in (transform, decode, linear):
+    for function in (transform, decode, linear, grouped_linear):
         torch.library.impl(f"quip::{function.__name__}", "cpu", function)
