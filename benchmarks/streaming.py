@@ -123,7 +123,7 @@ def main() -> None:
     if run.returncode:
         sys.exit(f"the run did not finish:\n{run.stderr[-3000:]}")
     found = json.loads(run.stdout.splitlines()[-1])
-    said = re.search(r"Memory: about ([\d.]+) GB.*Time: about (.+?) \(", run.stderr)
+    said = re.search(r"Memory: about ([\d.]+ .?B) .*Time: about (.+?) \(", run.stderr)
     size = sum(path.stat().st_size for path in (options.folder / "quantized").glob("*.safetensors"))
     shutil.rmtree(options.folder)
     result = {
@@ -131,7 +131,7 @@ def main() -> None:
         "shape": {key: getattr(options, key) for key in ("hidden", "intermediate", "blocks", "samples", "tokens", "limit")},
         "dense_bytes": 2 * parameters,
         "quantized_bytes": size,
-        "predicted": {"memory": float(said[1]) * 1e9, "time": said[2]} if said else None,
+        "predicted": {"memory": said[1], "time": said[2]} if said else None,
         **found,
     }
     print(json.dumps(result, indent=1))

@@ -95,7 +95,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tmp_path, mon
     monkeypatch.setattr(modes, "free_memory", lambda device: size - 1)
     monkeypatch.setattr(modes, "load_token_ids", None)
     for device_map in (None, "cpu", {"": "cpu"}):
-        with pytest.raises(ValueError, match=r"GB of memory are free. `transformers-quip quantize .*dense OUT`"):
+        with pytest.raises(ValueError, match=r"kB of memory are free. `transformers-quip quantize .*dense OUT`"):
             AutoModelForCausalLM.from_pretrained(folder, quantization_config=RUN, device_map=device_map)
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuipConfig(dataset=None, bits=4))
     monkeypatch.undo()

@@ -8,7 +8,6 @@ import torch
 from tests.models import tiny_ids, tiny_model
 from transformers_quip import QuipConfig
 from transformers_quip.quantize import estimate as module
-from transformers_quip.quantize.bars import duration
 from transformers_quip.quantize.estimate import Group, Sample, estimate, groups_of, peak_of_block, time_samples
 from transformers_quip.quantize.plan import make_plan
 
@@ -81,10 +80,3 @@ def test_samples_are_measured_and_leave_the_model_alone():
 def test_every_kind_of_config_can_be_sampled(options):
     model, config = tiny_model("qwen3"), QuipConfig(**OPTIONS, **options)
     assert time_samples(model, make_plan(model, config), config, 16)[0].observe > 0
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(40, "40 s"), (89.6, "90 s"), (300, "5 min"), (7140, "119 min"), (12000, "3 h 20 min")]
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from .console import json_option, revision_option, show, show_json, size, tell, token_option
+from ..text import size
+from .console import json_option, revision_option, show, show_json, tell, token_option
 from .destination import check_file, check_not_source
 from .loading import check_dense, device_option, dtype_option, find_tokenizer, read_config
 

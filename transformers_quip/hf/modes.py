@@ -29,6 +29,7 @@ from ..hub import origin
 from ..nn import replace
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
+from ..text import size as in_words
 from .foreign import RepackingConverter, check_plan, plan_for
 from .loader import names_in_model
 from .native import check_native, place_native
@@ -212,7 +213,7 @@ def check_fits(model: PreTrainedModel, device_map: Any = None) -> None:
     size, free = sum(parameter.nbytes for parameter in model.parameters()), sum(map(free_memory, devices))
     if size > free:
         raise ValueError(
-            f"{type(model).__name__} takes {size / 1e9:.1f} GB densely, and {free / 1e9:.1f} GB of memory are free. "
+            f"{type(model).__name__} takes {in_words(size)} densely, and {in_words(free)} of memory are free. "
             f"`transformers-quip quantize {model.name_or_path or 'MODEL'} OUT` (transformers_quip.quantize) holds one "
             "block at a time and makes the same model"
         )

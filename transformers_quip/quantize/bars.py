@@ -40,14 +40,6 @@ class LoadingBar:
             self._bar = None  # a model that holds a bar could not be copied
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: "3 h 20 min", "5 min", "40 s"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 120 else f"{minutes} min"
-
-
 def _block(name: str) -> int | None:
     number = re.search(r"\.(\d+)\.", name)
     return int(number[1]) if number else None

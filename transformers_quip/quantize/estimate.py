@@ -16,7 +16,7 @@ from ..calibration.experts import BUDGET
 from ..calibration.precision import fast_cpu_linears
 from ..config.bits import mixed_bits
 from ..nn import replace
-from .bars import duration
+from ..text import duration, size
 from .block import observe_block
 from .layer import quantize_weights
 from .plan import QuantizationPlan
@@ -190,7 +190,7 @@ class Estimate:
         """For the user, before the run."""
         parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.stages.items() if seconds)
         return (
-            f"Memory: about {self.memory / 1e9:.1f} GB at the peak. Disk: about {self.disk / 1e9:.1f} GB while it runs. "
+            f"Memory: about {size(self.memory)} at the peak. Disk: about {size(self.disk)} while it runs. "
             f"Time: about {duration(sum(self.stages.values()))} ({parts}), from two timed samples."
         )
 

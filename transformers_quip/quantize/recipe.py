@@ -20,7 +20,8 @@ from ..calibration.curvature import Curvature, collect_curvature
 from ..calibration.dataset import load_token_ids
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
-from .bars import advance, duration
+from ..text import duration
+from .bars import advance
 from .block import BlockResult, ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
 from .embedding import quantize_embedding
 from .experts import few_tokens
