@@ -82,6 +82,8 @@ class QuipQuantizer(HfQuantizer):
         from . import mismatched, modes, patches
 
         patches.install()
+        if self.quantization_config.is_calibrated and not self.pre_quantized:
+            modes.check_fits(model, kwargs.get("device_map"))
         self._mode = modes.begin(model, self.quantization_config, self.pre_quantized, checkpoint_files or [])
         self.quantization_config, self.pre_quantized = self._mode.config, self._mode.pre_quantized
         self._shapes = mismatched.expected_shapes(model)
