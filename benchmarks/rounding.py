@@ -1,14 +1,17 @@
-"""CPU seconds for rounding one decoder block of a model: transforms, scale, LDLQ and refinement sweeps.
+"""CPU seconds and losses of rounding one decoder block of a model: transforms, scale, LDLQ, refinement sweeps, refits.
 
-    python benchmarks/rounding.py [FOLDER] [--blocks 0 14 29] [--windows N]
+    python benchmarks/rounding.py [FOLDER] [--blocks 0 14 29] [--windows N] [--codebooks NAME ...] [--sweeps N ...]
+        [--refit N ...]
 
-The Hessians come from the dense model on a few calibration windows; the time of rounding hardly depends on them.
-CPU seconds count all threads.
+The Hessians come from the dense model on a few calibration windows; the time of rounding hardly depends on them. "proxy
+loss" is tr(E H Eᵀ) / tr(W H Wᵀ) with these, "fresh loss" the same with the Hessian of as many windows that rounding has not
+seen. CPU seconds count all threads. The first combination is the one whose seconds docs/results.md shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -22,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_quip import QuipConfig
 from transformers_quip.calibration import find_blocks
 from transformers_quip.evaluation import mean_by_kind
+from transformers_quip.nn.replace import quantized_linear
 from transformers_quip.quantize.layer import quantize_weights
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
@@ -57,41 +61,72 @@ def sharing_inputs(inputs: dict[str, torch.Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
+def measure(weights: dict[str, torch.Tensor], seen: torch.Tensor, fresh: torch.Tensor, config: QuipConfig) -> list[dict]:
+    """Round linears that read one input; a record for each, the first with the CPU seconds of all."""
+    cpu = time.process_time()
+    quantized = quantize_weights(weights, seen, config)
+    seconds = time.process_time() - cpu
+    records = []
+    for name, result in quantized.items():
+        rows, columns = weights[name].shape
+        linear = torch.nn.Linear(columns, rows, bias=False, device="meta")
+        error = weights[name] - quantized_linear(linear, result, config).dequantize(torch.float32)
+        lost, total = (((x @ fresh) * x).sum().item() for x in (error, weights[name]))
+        records.append({"name": name, "fresh_loss": lost / total, **result.statistics})
+    return [{"cpu_seconds": seconds, **records[0]}, *records[1:]]
+
+
+def round_block(block: torch.nn.Module, inputs: list[dict[str, torch.Tensor]], config: QuipConfig) -> dict:
+    """Round all linears of a block; its row of the results.
+
+    Args:
+        inputs: of each linear by its name: those that rounding sees, and others.
+    """
+    records = []
+    for names in sharing_inputs(inputs[0]):
+        hessians = [found[names[0]].T @ found[names[0]] / len(found[names[0]]) for found in inputs]
+        weights = {name: block.get_submodule(name).weight.detach() for name in names}
+        records += measure(weights, *hessians, config)
+    seconds = sum(record.get("cpu_seconds", 0.0) for record in records)
+    return {"cpu_seconds": seconds} | {key: mean_by_kind(records, key) for key in ("proxy_loss", "fresh_loss")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="a dense model; SmolLM2 by default")
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 14, 29])
     parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
+    parser.add_argument("--codebooks", nargs="+", default=["e8p"], help="the option codebook of QuipConfig")
+    parser.add_argument("--sweeps", type=int, nargs="+", default=[None], help="the option refinement_sweeps")
+    parser.add_argument("--refit", type=int, nargs="+", default=[0], help="the option refit")
     options = parser.parse_args()
 
     folder = options.folder or dense_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = load_windows(AutoTokenizer.from_pretrained(folder), calibration=options.windows, evaluation=1).calibration
-    config = QuipConfig(bits=2, dataset=ids)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = load_windows(tokenizer, calibration=2 * options.windows, evaluation=1).calibration.split(options.windows)
     _, blocks = find_blocks(model)
+    inputs = {index: [inputs_of_linears(model, blocks[index], part) for part in ids] for index in options.blocks}
 
-    rows = []
-    print(f"{'block':>5s} {'CPU s':>8s} {'wall s':>8s}   relative proxy loss")
-    for index in options.blocks:
-        inputs = inputs_of_linears(model, blocks[index], ids)
-        records = []
-        cpu_seconds = wall_seconds = 0.0
-        for names in sharing_inputs(inputs):
-            x = inputs[names[0]]
-            hessian = x.T @ x / len(x)
-            weights = {name: blocks[index].get_submodule(name).weight.detach() for name in names}
-            cpu, wall = time.process_time(), time.perf_counter()
-            quantized = quantize_weights(weights, hessian, config)
-            cpu_seconds += time.process_time() - cpu
-            wall_seconds += time.perf_counter() - wall
-            records += [{"name": name, **result.statistics} for name, result in quantized.items()]
-        losses = mean_by_kind(records)
-        shown = ", ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items())
-        print(f"{index:5d} {cpu_seconds:8.2f} {wall_seconds:8.2f}   {shown}")
-        rows.append({"block": index, "cpu_seconds": cpu_seconds, "wall_seconds": wall_seconds, "proxy_loss": losses})
-    median = statistics.median(row["cpu_seconds"] for row in rows)
-    print(f"median: {median:.2f} CPU seconds a block, {config.sweeps} sweeps")
-    machine.save("rounding", {"refinement_sweeps": config.sweeps, "cpu_seconds": median, "rows": rows})
+    combinations = []
+    for codebook, sweeps, refit in itertools.product(options.codebooks, options.sweeps, options.refit):
+        config = QuipConfig(bits=2, codebook=codebook, refinement_sweeps=sweeps, refit=refit)
+        print(f"{codebook}, {config.sweeps} sweeps, refit {refit}: block, CPU s, relative proxy loss / fresh loss")
+        rows = []
+        for index, both in inputs.items():
+            row = {"block": index, **round_block(blocks[index], both, config)}
+            losses = zip(row["proxy_loss"].items(), row["fresh_loss"].values(), strict=True)
+            shown = ", ".join(f"{kind} {loss:.4f} / {fresh:.4f}" for (kind, loss), fresh in losses)
+            print(f"{index:5d} {row['cpu_seconds']:8.2f}   {shown}")
+            rows.append(row)
+        found = {"codebook": codebook, "refinement_sweeps": config.sweeps, "refit": refit}
+        found["cpu_seconds"] = statistics.median(row["cpu_seconds"] for row in rows)
+        for key in ("proxy_loss", "fresh_loss"):
+            found[key] = statistics.mean(statistics.mean(row[key].values()) for row in rows)
+        print(f"  median {found['cpu_seconds']:.2f} CPU s, means {found['proxy_loss']:.5f} / {found['fresh_loss']:.5f}")
+        combinations.append(found | {"rows": rows})
+    first = {key: combinations[0][key] for key in ("refinement_sweeps", "cpu_seconds")}
+    machine.save("rounding", {**first, "combinations": combinations})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import ast
 import doctest
 import random
 
+import pytest
+
 from transformers_quip import text
-from transformers_quip.text import markdown, one_line, printable, python
+from transformers_quip.text import duration, markdown, one_line, printable, python, size
 
 
 def test_examples():
@@ -42,3 +44,19 @@ def test_markdown():
     assert markdown("<b>&amp; | `c` *d* _e_ ~f~ $g$ \\") == (
         "&lt;b&gt;&amp;amp; \\| \\`c\\` \\*d\\* \\_e\\_ \\~f\\~ \\$g\\$ \\\\"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.4, "0 s"), (99.4, "99 s"), (119, "2 min"), (99 * 60, "99 min"), (100 * 60, "1 h 40 min"), (359_999, "100 h 0 min")],
+)
+def test_duration(seconds, shown):
+    assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(999, "999 B"), (1500, "1.50 kB"), (2.5e9, "2.50 GB"), (3e12, "3.00 TB"), (1e30, "more than a million TB")],
+)
+def test_size(count, shown):
+    assert size(count) == shown

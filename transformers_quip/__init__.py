@@ -14,6 +14,7 @@ from .hf import registration
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import quantize
     from .config import QuipConfig
     from .hf.patches import restore as restore_transformers
     from .hf.quantizer import QuipQuantizer
@@ -25,16 +26,18 @@ __all__ = [
     "QuipLinear",
     "QuipQuantizer",
     "__version__",
+    "quantize",
     "restore_transformers",
     "set_activations",
     "set_backend",
 ]
 
-# Public name → the module that has it, and its name there.
+# Public name → the module that has it, and its name there; "" for a package that can be called.
 _HOMES = {
     "QuipConfig": ("config", "QuipConfig"),
     "QuipLinear": ("nn", "QuipLinear"),
     "QuipQuantizer": ("hf.quantizer", "QuipQuantizer"),
+    "quantize": ("quantize", ""),
     "restore_transformers": ("hf.patches", "restore"),
     "set_activations": ("ops.backend", "set_activations"),
     "set_backend": ("ops.backend", "set_backend"),
@@ -45,7 +48,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    value: Any = importlib.import_module(f"{__name__}.{module}")
+    if attribute:
+        value = getattr(value, attribute)
     globals()[name] = value
     return value
 

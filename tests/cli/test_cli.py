@@ -69,7 +69,7 @@ def test_a_place_that_is_taken(dense, tmp_path, capsys):
     assert (tmp_path / "keep.txt").read_text() == "mine"
     (tmp_path / "config.json").write_text("{}")
     assert run(capsys, "quantize", dense, tmp_path, "--dataset", "none", "--overwrite")[0] == 0
-    assert not (tmp_path / "keep.txt").exists()
+    assert (tmp_path / "keep.txt").read_text() == "mine"  # the model is replaced, nothing else
     code, _, error = run(capsys, "quantize", tmp_path, tmp_path, "--dataset", "none", "--overwrite")
     assert code == cli.UNUSABLE
     assert "the model that is read" in error

@@ -12,6 +12,7 @@ import pytest
 from tests.cli.child import finish, start, wait_for
 from tests.loopback_hub import TOKEN, LoopbackHub
 from transformers_quip import cli
+from transformers_quip.quantize.state import FOLDER
 
 
 def contents(folder):
@@ -103,4 +104,9 @@ def test_a_full_disk(dense, golden, tmp_path, capsys, command):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == cli.UNREACHABLE
     assert "File too large" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    if command == "convert":
+        assert list(tmp_path.iterdir()) == []
+    else:  # its finished blocks are kept, and the same command goes on
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [FOLDER]
+        assert cli.main(list(map(str, [command, source, tmp_path / "out", *options]))) == 0
+        assert not (tmp_path / "out" / FOLDER).exists()

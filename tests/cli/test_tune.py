@@ -67,8 +67,15 @@ def test_tune_refuses_a_model_of_another_size(quantized, text, tmp_path, capsys,
     out = tmp_path / "out"
     code, _, err = run(capsys, "tune", quantized, out, "--dense", other, "--dataset", text)
     assert code == cli.UNUSABLE
-    assert f"{other} is not the model that was quantized: its {part} is {value}" in err
+    assert f"{other} is not the model that {quantized} was made from: its {part} is {value}" in err
     assert not out.exists()
+
+
+def test_a_dense_model_is_quantized_before_it_is_tuned(dense, text, tmp_path, capsys):
+    code, _, err = run(capsys, "tune", dense, tmp_path / "out", "--dense", dense, "--dataset", text)
+    assert code == cli.UNUSABLE
+    assert f"{dense} is a dense model: quantize it first" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_quantized_model_is_not_the_dense_one(quantized, text, tmp_path, capsys):

@@ -258,8 +258,18 @@ def test_stored_tensors(name):
         assert grids["table"].nbytes(torch.float16) == table.nbytes
         with pytest.raises(ValueError, match=r"table of a \[32, 64\] layer .* must be floating point \["):
             book.check(tensors(codes, table[:, :0]), 32, 64)
-    with pytest.raises(ValueError, match="rows of codebook .* cannot be looked up: 16 of them are coded together"):
-        book.select_rows(tensors(codes, table), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_selected_rows_come_with_their_tiles(name):
+    book = codebooks.get(name)
+    table, rows = some_table(book), torch.tensor([40, 3, 16, 40])
+    codes = torch.randint(-(2**15), 2**15, (48, int(4 * book.k)), generator=torch.Generator().manual_seed(2)).to(
+        torch.int16
+    )
+    whole = book.decode(tensors(codes, table), 64)
+    selected = book.decode(book.select_rows(tensors(codes, table), rows), 64)
+    assert torch.equal(selected, torch.cat([whole[row // 16 * 16 :][:16] for row in rows.tolist()]))
 
 
 def test_what_does_not_fit_is_refused():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
 import torch
+from transformers.utils.logging import warning_once
 
 from tests.models import tiny_ids, tiny_model
 from transformers_quip.evaluation.generation import generation_quality, repeated_share
@@ -31,6 +33,19 @@ def test_a_model_against_itself():
         token = model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, token], 1)
     assert torch.equal(found.greedy, ids[:, 5:])
+
+
+def test_no_warning_of_generate(caplog):
+    """Settings that sampling needs are not given to greedy generation, which warns about them."""
+    model, prompts = tiny_model("llama"), tiny_ids(2, 5)
+    logger = logging.getLogger("transformers")
+    warning_once.cache_clear()
+    logger.addHandler(caplog.handler)
+    try:
+        generation_quality(model, model, prompts, length=8)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "generation flags" not in caplog.text
 
 
 def test_a_model_that_writes_what_the_reference_finds_unlikely():

@@ -9,8 +9,7 @@ from torch import nn
 from tests.finetune.conftest import IDS
 from tests.models import tiny_model
 from transformers_quip import QuipConfig
-from transformers_quip.calibration import BlockInputs
-from transformers_quip.calibration.capture import BlockCall, capture_inputs, find_blocks
+from transformers_quip.calibration import BlockCall, BlockInputs, capture_inputs, find_blocks
 from transformers_quip.config.tune import TuneOptions
 from transformers_quip.finetune.blockwise import BlockTuner, split
 from transformers_quip.nn import QuipLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -104,7 +106,9 @@ def test_the_command_under_accelerate(tmp_path):
     options = ["--dense", dense, "--dataset", text, "--num-samples", 16, "--sequence-length", 16, "--held-out", 6]
     options += ["--epochs", 4, "--learning-rate", 0.02, "--dtype", "float32", "--json"]
     results = []
-    for count, device in ((1, []), (2, ["--cpu"]), (2, ["--use_fsdp", "--fsdp_version", 2])):
+    has_fsdp2 = "fsdp_version" in {field.name for field in dataclasses.fields(FullyShardedDataParallelPlugin)}
+    sharded = [["--use_fsdp", "--fsdp_version", 2]] if has_fsdp2 else []  # earlier releases have FSDP1 only
+    for count, device in ((1, []), *((2, kind) for kind in (["--cpu"], *sharded))):
         out, state = tmp_path / f"out{len(results)}", tmp_path / f"state{len(results)}"
         program = ["-m", "transformers_quip", "tune", quantized, out, "--state", state, *options]
         launcher = ["-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1, *device]
@@ -122,8 +126,9 @@ def test_the_command_under_accelerate(tmp_path):
 
 def test_several_processes_need_a_state(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(processes, "join", lambda: object())
-    for name in ("model", "dense"):
+    for name, content in (("model", {"quantization_config": {"quant_method": "quip"}}), ("dense", {})):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
     command = ["tune", str(tmp_path / "model"), str(tmp_path / "out"), "--dense", str(tmp_path / "dense")]
     assert cli.main(command) == cli.USAGE
     assert "--state names a folder" in capsys.readouterr().err

@@ -8,13 +8,15 @@ A writer is a forked child, so that no time goes into imports, and SIGKILL gives
 - no folder holds something that loads and computes neither what the old model does nor what the new one does;
 - the same command, run again, ends well; it names what the killed run had left, and nothing of that is there afterwards.
 
-`model.save_pretrained` saves into OUT itself, which may hold other files. While its files take their places, OUT is not a
-model ("refused"): for it the second and the third rule hold.
+`model.save_pretrained` and `quantize` write into OUT itself, which may hold other files. While their files take their
+places, OUT is not a model ("refused"): for them the second and the third rule hold. A killed `quantize` is resumed by the
+next run, which must write the bytes of an undisturbed one.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -42,6 +44,7 @@ from tests.models import tiny_model, tiny_tokenizer
 from transformers_quip import QuipConfig, cli
 from transformers_quip.hf.convert import convert
 from transformers_quip.hub import model_card  # noqa: F401 - imported before the forks
+from transformers_quip.quantize.state import FOLDER
 
 from .worker import logits
 
@@ -60,12 +63,14 @@ class Job:
         run: writes to a folder; returns an exit code, or None.
         old: the model that is in the folder before, or None.
         atomic: whether OUT is the old or the new model at any moment, and the next run removes what is left.
+        resumes: whether the next run goes on where this one was killed, and writes the bytes of an undisturbed one.
     """
 
     name: str
     run: Callable[[Path], Any]
     old: Path | None = None
     atomic: bool = True
+    resumes: bool = False
 
 
 def prepare(base: Path) -> list[Job]:
@@ -73,7 +78,7 @@ def prepare(base: Path) -> list[Job]:
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     tqdm.set_lock(threading.RLock())  # its own lock is shared by all processes, and a killed one would keep it
     dense, foreign_folder = base / "dense", base / "foreign"
-    tiny_model("llama", num_hidden_layers=1).save_pretrained(dense)
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(dense)
     tiny_tokenizer().save_pretrained(dense)
     foreign.write_checkpoints("llama", foreign_folder, foreign.exl3(), {"quantization_config": {"quant_method": "exl3"}})
     source = foreign_folder / "foreign"
@@ -90,11 +95,14 @@ def prepare(base: Path) -> list[Job]:
         first, *rest = map(str, arguments)
         return lambda out: cli.main([first, rest[0], str(out), *rest[1:]])
 
+    def quantizing(name: str, *arguments: str, old: Path | None = None) -> Job:
+        return Job(name, command("quantize", dense, *_QUICK, *arguments), old, atomic=False, resumes=True)
+
     jobs = [
-        Job("quantize", command("quantize", dense, *_QUICK, "--dataset", "none")),
-        Job("quantize, calibrated", command("quantize", dense, *_QUICK, *_CALIBRATED)),
-        Job("quantize --overwrite", command("quantize", dense, *_QUICK, "--dataset", "none", "--overwrite"), old),
-        Job("quantize, shards", command("quantize", dense, *_QUICK, "--dataset", "none", "--max-shard-size", "20KB")),
+        quantizing("quantize", "--dataset", "none"),
+        quantizing("quantize, calibrated", *_CALIBRATED),
+        quantizing("quantize --overwrite", "--dataset", "none", "--overwrite", old=old),
+        quantizing("quantize, shards", "--dataset", "none", "--max-shard-size", "20KB"),
         Job("convert", command("convert", source)),
         Job("convert --overwrite", command("convert", source, "--overwrite"), old),
         Job("convert()", lambda out: convert(source, out, shard_size=20_000)),
@@ -188,12 +196,26 @@ def _fresh(parent: Path, job: Job) -> Path:
     return parent / "model"
 
 
-def kill_once(job: Job, work: Path, known: dict[str, torch.Tensor], seconds: float, rng: random.Random) -> dict[str, Any]:
+def hashes(folder: Path) -> dict[str, str]:
+    """Of every file of weights and of config.json."""
+    files = [path for path in sorted(folder.glob("*")) if path.suffix == ".safetensors" or path.name == "config.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kill_once(
+    job: Job,
+    work: Path,
+    known: dict[str, torch.Tensor],
+    seconds: float,
+    rng: random.Random,
+    expected: dict[str, str],
+) -> dict[str, Any]:
     """Kill one run of a job at a random moment, check what is there, run it again, and check again.
 
     Args:
         known: what the new and the old model compute.
         seconds: how long an undisturbed run takes.
+        expected: the hashes of its files.
     """
     parent, log = work / "parent", work / "log"
     out = _fresh(parent, job)
@@ -220,7 +242,8 @@ def kill_once(job: Job, work: Path, known: dict[str, torch.Tensor], seconds: flo
         allowed |= {"refused"}  # its work folder is in OUT, which has no config.json
     if found not in allowed and not (job.atomic and found == "absent" and "old" in aside):
         faults.append(f"OUT is {found}")
-    if found == "new" and job.atomic and job.old is None:
+    complete = job.atomic or (job.resumes and not (out / FOLDER).exists())
+    if found == "new" and complete and job.old is None:
         faults += _again(job, out, log, refused=True)
     else:
         faults += _again(job, out, log, refused=False)
@@ -229,8 +252,10 @@ def kill_once(job: Job, work: Path, known: dict[str, torch.Tensor], seconds: flo
         if after != "new":
             faults.append(f"OUT is {after} after the next run: {said[-300:]}")
         faults += [f"{name} is not named by the next run" for name in left if name not in said]
+        if job.resumes and hashes(out) != expected:
+            faults.append("the bytes differ from those of an undisturbed run")
     faults += [f"{name} is still there" for name in sorted(_listing(parent) - {*NEIGHBOURS, "model"})]
-    faults += [f"{path.name} is still in OUT" for path in out.glob("*.partial*") if out.is_dir()]
+    faults += [f"{path.name} is still in OUT" for path in out.glob(".*") if path.name == FOLDER or "partial" in path.name]
     return {"job": job.name, "killed": killed, "found": found, "left": len(left), "faults": faults}
 
 
@@ -260,16 +285,18 @@ def run(count: int, seed: int, work: Path, only: str = "") -> list[dict[str, Any
     jobs = [job for job in prepare(base) if only in job.name]
     known: dict[str, dict[str, torch.Tensor]] = {}
     seconds: dict[str, float] = {}
+    expected: dict[str, dict[str, str]] = {}
     for job in jobs:
         out, begin = _fresh(work / "parent", job), time.monotonic()
         if Child(lambda job=job, out=out: job.run(out), work / "log").wait():
             raise RuntimeError(f"{job.name} fails undisturbed: {(work / 'log').read_text()[-2000:]}")
         seconds[job.name] = time.monotonic() - begin
+        expected[job.name] = hashes(out)
         known[job.name] = {"new": logits(out)} | ({"old": logits(job.old)} if job.old else {})
     rng, records, kills, number = random.Random(seed), [], 0, 0
     while kills < count:
         job = jobs[number % len(jobs)]
-        records.append(kill_once(job, work, known[job.name], seconds[job.name], rng))
+        records.append(kill_once(job, work, known[job.name], seconds[job.name], rng, expected[job.name]))
         kills += records[-1]["killed"]
         number += 1
         if number > 20 * count + 100:

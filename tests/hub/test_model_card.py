@@ -44,7 +44,7 @@ def test_saving_writes_it(quantized, dense):
     weights = sum(m * n for m, n in linears) * 2
     rest = 2 * 128 * 64 + 5 * 64  # embeddings, head, norms
     assert f"{weights / (weights + rest):.1%} of {weights + rest:,} parameters" in card.text
-    assert f"{4 * (weights + rest) / 1e6:.1f} MB before" in card.text
+    assert f"{4 * (weights + rest) / 1e3:.2f} kB before" in card.text
 
 
 def test_metadata_with_a_base_model_and_measured_perplexities(folder):

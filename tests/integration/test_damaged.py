@@ -172,11 +172,13 @@ def test_a_head_that_the_caller_lets_have_another_shape(dense, tmp_path):
     """As for any model: with ignore_mismatched_sizes it is made anew."""
     config = QuipConfig(dataset=None)
     load = AutoModelForSequenceClassification.from_pretrained
-    load(dense("llama"), num_labels=2, quantization_config=config).save_pretrained(tmp_path)
-    refuses(tmp_path, r"score\.weight has shape \[2, 64\] instead of \[3, 64\]", load=load, num_labels=3)
-    model = load(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
-    assert model.score.weight.shape == (3, 64)
-    assert model.score.weight.isfinite().all()
+    load(dense("llama"), num_labels=2).save_pretrained(tmp_path / "dense")
+    load(tmp_path / "dense", quantization_config=config).save_pretrained(tmp_path / "q")
+    refuses(tmp_path / "q", r"score\.weight has shape \[2, 64\] instead of \[3, 64\]", load=load, num_labels=3)
+    for folder, options in ((tmp_path / "q", {}), (tmp_path / "dense", {"quantization_config": config})):
+        model = load(folder, num_labels=3, ignore_mismatched_sizes=True, **options)
+        assert model.score.weight.shape == (3, 64)
+        assert 0 < model.score.weight.std() < 1  # initialised
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])

@@ -38,6 +38,20 @@ def test_rows_and_table(codebook, n):
     torch.testing.assert_close(dense(ids), module(ids))
 
 
+@pytest.mark.parametrize("codebook", ["trellis:mul1:k2:exl3", "trellis:mul1:k2.5:exl3", "trellis:hyb-q9v2:k2:qtip"])
+def test_rows_that_are_coded_together(codebook):
+    """A tile has 16 rows: a look-up decodes those of its row, and returns one."""
+    module, table = embedding(m=48, codebook=codebook)
+    ids = torch.tensor([[3, 47, 0, 16], [15, 3, 3, 32]])
+    for wanted in (ids, ids.int(), ids[0, 1], ids[:, :0]):
+        rows = module(wanted)
+        assert rows.shape == (*wanted.shape, 64)
+        torch.testing.assert_close(rows.double(), table[wanted.long()], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(module.dequantize(torch.float64), table, rtol=1e-12, atol=1e-12)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), module(ids), rtol=0, atol=0)
+
+
 def test_a_residual_scale_and_half_precision():
     module, table = embedding(codebook="e8p-rvq4@-0.5", dtype=torch.bfloat16)
     rows = module(torch.arange(40))

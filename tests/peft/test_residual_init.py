@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import save_tiny_model, tiny_model
+from tests.models import LAYERS, save_tiny_model, tiny_model
 from tests.peft.conftest import IDS
 from transformers_quip import QuipLinear
 from transformers_quip.evaluation import divergence
@@ -164,16 +164,20 @@ def test_models_that_do_not_fit(folders, load, tmp_path):
     load(dense_folder).config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no model.safetensors"):
         residual_init(load(folder), tmp_path)
-    with pytest.raises(ValueError, match="is a model of type gpt2, and the quantized model one of type llama"):
-        residual_init(load(folder), folders("gpt2")[0])
+    for gpt2 in (folders("gpt2")[0], tiny_model("gpt2")):
+        with pytest.raises(ValueError, match="its model_type is gpt2, and that of the quantized model is llama"):
+            residual_init(load(folder), gpt2)
+    deeper = tiny_model("llama", num_hidden_layers=LAYERS + 1)
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM is not the dense model .* num_hidden_layers is {LAYERS + 1}"):
+        residual_init(load(folder), deeper)
     with pytest.raises(ValueError, match="has no module model.layers.0.self_attn.q_proj"):
-        residual_init(load(folder), tiny_model("gpt2"))
+        residual_init(load(folder), torch.nn.Module())
     offloaded = load(folder)
     offloaded.model.layers[1].mlp.up_proj.to("meta")
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj is offloaded"):
         residual_init(offloaded, dense_folder)
-    with pytest.raises(ValueError, match=r"q_proj has shape \[48, 48\] .* and \[64, 64\]"):
-        residual_init(load(folder), tiny_model("llama", hidden_size=48))
+    with pytest.raises(ValueError, match=r"k_proj has shape \[16, 64\] .* and \[32, 64\]"):
+        residual_init(load(folder), tiny_model("llama", num_key_value_heads=1))
     adapted = peft.get_peft_model(load(folder), peft.LoraConfig(r=4))
     with pytest.raises(ValueError, match="leave rank and config out"):
         residual_init(adapted, dense_folder, rank=4)

@@ -1,6 +1,15 @@
 """Calibration: token ids, the blocks' inputs, and the Hessians of the linears that read them."""
 
-from .capture import BlockCall, BlockInputs, CapturedInputs, NotBlockByBlock, capture_inputs, find_blocks, linear_names
+from .blocks import find_blocks
+from .capture import (
+    BlockCall,
+    BlockInputs,
+    CapturedInputs,
+    NotBlockByBlock,
+    capture_inputs,
+    linear_names,
+    run_after_blocks,
+)
 from .dataset import load_token_ids
 from .hessian import BlockHessians, HessianAccumulator
 from .observe import LinearObserver, observe_linears
@@ -19,5 +28,6 @@ __all__ = [
     "linear_names",
     "load_token_ids",
     "observe_linears",
+    "run_after_blocks",
     "write_text",
 ]

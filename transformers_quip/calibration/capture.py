@@ -1,4 +1,4 @@
-"""Find the decoder blocks of a model by its structure, and record how the model calls them.
+"""Record how a model calls its decoder blocks.
 
 Calibration goes block by block: with the hidden states that enter block ``i`` and the other arguments the model calls
 it with, block ``i`` can be run alone, observed, quantized and run again, while the rest of the model is not run.
@@ -7,9 +7,8 @@ Nothing here knows an architecture by name.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,74 +18,12 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import Cache
 
 from .arguments import without_cache
+from .blocks import UNCALIBRATED, first_argument
 from .device import evaluating, execution_device, is_linear, move
 from .precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_UNCALIBRATED = "use dataset=None (no calibration)"
-
-
-def _first_argument(block: nn.Module) -> str:
-    """The name of the first argument of the block's own forward, whatever hooks replaced it on the instance."""
-    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
-    return parameters[0].name if parameters else ""
-
-
-def _block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
-    """Every outermost ModuleList whose modules hold linears and are called in the same way."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if any(name.startswith(outer + ".") for outer in found):  # named_modules() yields parents first
-            continue
-        members = list(module)
-        if any(is_linear(member) for member in members):  # a list of heads, not of blocks
-            continue
-        if not any(is_linear(inner) for member in members for inner in member.modules()):
-            continue
-        if len({_first_argument(member) for member in members}) != 1:
-            continue
-        found[name] = module
-    return found
-
-
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the list of decoder blocks of a causal language model, by structure only.
-
-    A candidate is an outermost `nn.ModuleList` whose members hold linears (`nn.Linear` or Transformers' `Conv1D`),
-    are not linears themselves, and take the same first argument (hybrid models mix classes with one call form). Lists
-    nested in a block, such as experts, are therefore never candidates. Among several, those inside the text decoder
-    that Transformers names (`get_decoder()`; so that the vision tower of a multimodal model does not win) come first,
-    then the longest.
-
-    Returns:
-        (dotted name in `model`, the list).
-
-    Raises:
-        ValueError: an encoder-decoder model, or no such list.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model; calibration block by block is for decoder-only "
-            f"(causal) models. Load a causal model, or {_UNCALIBRATED}."
-        )
-    candidates = _block_lists(model)
-    if not candidates:
-        raise ValueError(
-            f"No decoder blocks found in {type(model).__name__}: it has no nn.ModuleList whose members hold nn.Linear "
-            "or Conv1D layers and are called alike, so it cannot be calibrated block by block; "
-            f"{_UNCALIBRATED}."
-        )
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if isinstance(decoder, nn.Module):
-        inside = {id(module) for module in decoder.modules()}
-        preferred = {name: blocks for name, blocks in candidates.items() if id(blocks) in inside}
-        candidates = preferred or candidates
-    name = max(candidates, key=lambda name: len(candidates[name]))
-    return name, candidates[name]
 
 
 @dataclass
@@ -152,12 +89,14 @@ class CapturedInputs:
         calls: calls[block][batch]. Equal tensors are stored once.
         storage_device: where hidden states and arguments wait between calls.
         precision: whether the blocks may run under autocast.
+        as_tuple: whether the blocks return a tuple, whose first item is the hidden states.
     """
 
     hidden: list[torch.Tensor]
     calls: list[list[BlockCall]]
     storage_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: Precision = field(default_factory=Precision)
+    as_tuple: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -190,7 +129,7 @@ class NotBlockByBlock(ValueError):
     """The model does not run its decoder blocks one after the other on each other's output."""
 
     def __init__(self, reason: str):
-        super().__init__(f"{reason}, so its decoder blocks cannot be calibrated one by one; {_UNCALIBRATED}.")
+        super().__init__(f"{reason}, so its decoder blocks cannot be calibrated one by one; {UNCALIBRATED}.")
 
 
 class _LastBlockReached(Exception):
@@ -204,8 +143,8 @@ class _OtherHiddenStates(Exception):
 class _SharedTensors:
     """Keeps one copy of equal tensors: most blocks and batches get the same masks and rotary tables."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, keeps_caches: bool = False):
+        self.device, self.keeps_caches = device, keeps_caches
         self._stored: dict[tuple, list[torch.Tensor]] = {}
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity, within one forward
 
@@ -216,7 +155,7 @@ class _SharedTensors:
         if isinstance(value, torch.Tensor):
             return self._share_tensor(value)
         if isinstance(value, Cache):  # replaying into a filled cache would show a block its own past
-            return None
+            return value if self.keeps_caches else None
         if type(value) in (tuple, list):
             return type(value)(self.share(item) for item in value)
         if type(value) is dict:
@@ -245,28 +184,18 @@ class _Recorder:
     gives to the second block shows whether it expected a tuple.
     """
 
-    def __init__(self, blocks: nn.ModuleList, storage_device: torch.device):
+    def __init__(self, blocks: nn.ModuleList, storage_device: torch.device, keeps_caches: bool = False):
         self.blocks = blocks
-        self.tensors = _SharedTensors(storage_device)
+        self.tensors = _SharedTensors(storage_device, keeps_caches)
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[BlockCall]] = [[] for _ in blocks]
         self.as_tuple = False
         self._entering: torch.Tensor | None = None
         self._next = 0
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Replace the blocks' forward on the instances (accelerate keeps its hook there too) and put it back."""
-        before = [block.__dict__.get("forward") for block in self.blocks]
-        try:
-            for index, block in enumerate(self.blocks):
-                block.forward = self._forward(index, block)
-            yield
-        finally:
-            for block, forward in zip(self.blocks, before, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
+    def installed(self) -> AbstractContextManager:
+        """A context in which the blocks record how they are called."""
+        return replaced_forwards(self.blocks, self._forward)
 
     def run(self, model: PreTrainedModel, **inputs: Any) -> None:
         """One forward of the model up to its last block."""
@@ -298,7 +227,7 @@ class _Recorder:
         raise NotBlockByBlock(f"{type(model).__name__} calls only {self._next} of {len(self.blocks)} blocks")
 
     def _forward(self, index: int, block: nn.Module) -> Callable[..., Any]:
-        name = _first_argument(block)
+        name = first_argument(block)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index != self._next:
@@ -363,7 +292,65 @@ def capture_inputs(
     with evaluating(model), recorder.installed():
         for batch in tqdm(batches, desc="Capturing block inputs", unit="batch", disable=not progress):
             recorder.run(model, input_ids=batch.to(device), **without_cache(model))
-    return CapturedInputs(recorder.hidden, recorder.calls, storage_device)
+    return CapturedInputs(recorder.hidden, recorder.calls, storage_device, recorder.as_tuple)
+
+
+@torch.no_grad()
+def record_calls(
+    model: PreTrainedModel, blocks: nn.ModuleList, token_ids: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[torch.Tensor, list[BlockCall], bool]:
+    """The states that enter the first block for one batch, how each block is called, and whether blocks return tuples.
+
+    A key/value cache is passed on as it is, so the calls can be made once, in their order.
+
+    Args:
+        model, blocks: as for [`capture_inputs`].
+        token_ids: int64 [B, T].
+        arguments: further keywords of the model.
+    """
+    device = execution_device(model.get_input_embeddings())
+    recorder = _Recorder(blocks, device, keeps_caches=True)
+    with recorder.installed():
+        recorder.run(model, input_ids=token_ids.to(device), **arguments)
+    return recorder.hidden[0], [calls[0] for calls in recorder.calls], recorder.as_tuple
+
+
+@torch.no_grad()
+def run_after_blocks(
+    model: PreTrainedModel, blocks: nn.ModuleList, token_ids: torch.Tensor, hidden: torch.Tensor, as_tuple: bool
+) -> Any:
+    """Run a model without its blocks, on the hidden states that the last block returns; returns the model's output.
+
+    Args:
+        model, blocks: as for [`capture_inputs`]; the blocks may be without weights.
+        token_ids: int64 [B, T], of the batch that the states belong to.
+        hidden: [B, T, H].
+        as_tuple: see [`CapturedInputs`].
+    """
+    device = execution_device(model.get_input_embeddings())
+    hidden = hidden.to(device)
+    output = (hidden, None) if as_tuple else hidden
+    with evaluating(model), replaced_forwards(blocks, lambda *_: lambda *_, **__: output):
+        return model(input_ids=token_ids.to(device), **without_cache(model))
+
+
+@contextmanager
+def replaced_forwards(blocks: nn.ModuleList, make: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the blocks' forward on the instances (accelerate keeps its hook there too) and put it back.
+
+    Args:
+        make: from a block's number and the block to its new forward.
+    """
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = make(index, block)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def linear_names(block: nn.Module) -> Sequence[str]:

@@ -15,7 +15,7 @@ from . import tokenizer as tokenizers
 from .forms import ALLOWED, Row, Rows, read_rows
 from .packing import pack
 from .padding import Unpadding
-from .synthetic import write_text
+from .synthetic import Writer, write_text
 from .tokenizer import Source
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Text that the model writes itself is packed from documents of this length. They take half the time of documents that
 # fill a window, because attention over long caches is slow, and there are more different beginnings.
-_DOCUMENT_LENGTH = 128
+DOCUMENT_LENGTH = 128
 # The first tokens after the random one are greedy: with them, the perplexity of the quantized SmolLM2 was 5 % lower than
 # without (96 x 512 tokens). A temperature of 0.8, longer documents, or the start token instead of a random one were worse.
 _GREEDY_TOKENS = 4
@@ -42,6 +42,8 @@ def load_token_ids(
     tokenizer: Any = None,
     source: Source | None = None,
     held_out: int = 0,
+    writer: Writer | None = None,
+    shared: bool = False,
 ) -> tuple[torch.Tensor, str]:
     """Make the token ids to calibrate on.
 
@@ -60,6 +62,7 @@ def load_token_ids(
         tokenizer: for texts. Else `config.tokenizer` (an object, or where to load one), else the model's own.
         source: where the model was loaded from, and with which arguments: its tokenizer is read in the same way.
         held_out: further sequences, after the `num_samples` that are drawn without them.
+        writer, shared: for dataset="self", see [`write_text`].
 
     Returns:
         (int64 [N, T] on the CPU, a description of the data for the log). N is less than num_samples, with a warning,
@@ -72,9 +75,18 @@ def load_token_ids(
         TypeError: `dataset` is, or contains, something else.
     """
     dataset, samples, seed = config.dataset, config.num_samples + held_out, config.seed
-    length = _fitting_length(config.sequence_length, model)
+    length = fitting_length(config.sequence_length, model)
     if is_written_by_the_model(config):
-        ids = write_text(model, samples, length, seed, document_length=_DOCUMENT_LENGTH, greedy_tokens=_GREEDY_TOKENS)
+        ids = write_text(
+            model,
+            samples,
+            length,
+            seed,
+            document_length=DOCUMENT_LENGTH,
+            greedy_tokens=_GREEDY_TOKENS,
+            writer=writer,
+            shared=shared,
+        )
         return ids, f"self: {samples} x {length} tokens written by the model itself, seed {seed}"
 
     given = tokenizer if tokenizer is not None else config.tokenizer
@@ -122,7 +134,7 @@ def _tokenized(batch: list[Row], tokenizer: Any) -> list[Row]:
     return rows
 
 
-def _fitting_length(length: int, model: PreTrainedModel) -> int:
+def fitting_length(length: int, model: PreTrainedModel) -> int:
     """`length`, or the model's number of positions if that is less."""
     config = model.config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):

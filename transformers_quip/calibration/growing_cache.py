@@ -6,23 +6,35 @@ keys of grouped-query attention: 12 times slower on a CPU.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):
-    """A DynamicLayer over memory set aside at the first token; `keys` and `values` are views of the filled part."""
+    """A DynamicLayer over memory set aside at the first token; `keys` and `values` are views of the filled part.
 
-    def __init__(self, capacity: int):
+    Args:
+        capacity: in tokens.
+        file: to keep keys and values in, mapped into memory, so that the system may write them out; None: in memory, on
+            the device of the first token's. What attention is given is on its own device in both cases.
+    """
+
+    def __init__(self, capacity: int, file: Path | None = None):
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.file = capacity, file
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._key_memory, self._value_memory = (
-            states.new_empty(*states.shape[:-2], self.capacity, states.shape[-1]) for states in (key_states, value_states)
-        )
+        shapes = [(*states.shape[:-2], self.capacity, states.shape[-1]) for states in (key_states, value_states)]
+        if self.file is None:
+            self._key_memory, self._value_memory = (key_states.new_empty(shape) for shape in shapes)
+        else:
+            self._key_memory, self._value_memory = _mapped(self.file, shapes, self.dtype)
         self.keys, self.values = self._key_memory[..., :0, :], self._value_memory[..., :0, :]
         self.is_initialized = True
 
@@ -43,17 +55,31 @@ class GrowingLayer(DynamicLayer):
         self._key_memory[..., start:end, :] = key_states
         self._value_memory[..., start:end, :] = value_states
         self.keys, self.values = self._key_memory[..., :end, :], self._value_memory[..., :end, :]
-        return self.keys, self.values
+        return self.keys.to(key_states.device), self.values.to(key_states.device)
 
 
-def growing_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
+def growing_cache(config: PreTrainedConfig, capacity: int, folder: Path | None = None) -> DynamicCache:
     """An empty DynamicCache for a model of this config, whose full-attention layers have room for `capacity` tokens.
 
     Layers of other kinds (sliding windows, states of linear attention) stay as Transformers makes them.
+
+    Args:
+        folder: an existing folder for one file for each layer; None: in memory.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = GrowingLayer(capacity, None if folder is None else folder / f"{index}.bin")
     return cache
+
+
+def _mapped(file: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tensors of these shapes in a new file, one after the other."""
+    sizes = [math.prod(shape) for shape in shapes]
+    with file.open("wb") as stream:
+        stream.truncate(sum(sizes) * dtype.itemsize)
+    memory = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
+    return [part.view(shape) for part, shape in zip(memory.split(sizes), shapes, strict=True)]
 
 
 def cache_bytes(cache: DynamicCache, tokens: int) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ..nn.replace import linear_shape
+from . import processes
 from .capture import BlockInputs
 from .device import execution_device
 from .observe import Regroup, observe_linears
@@ -64,6 +66,11 @@ class HessianAccumulator:
                     rows = slice(start, start + _COLUMNS)
                     self._sum[rows, start:] += tokens[:, rows].T @ tokens[:, start:]
         self.tokens += len(x)
+
+    def add_up_on(self, process: int, tokens: int) -> None:
+        """Add the sums of all processes up in one of them; the others' are lost. `tokens` is the number of all of them."""
+        processes.add_up_on(process, self._sum)
+        self.tokens = tokens
 
     @torch.no_grad()
     def hessian(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -190,6 +197,50 @@ class BlockHessians:
                 accumulator.size,
             )
         return accumulator.hessian()
+
+    def share(self, block: nn.Module) -> dict[str, int]:
+        """Add the sums of all processes up, each in the process that is to round its group; the others free theirs.
+
+        Each batch adds float32 numbers to float64 sums, which hold them exactly but for those below a 2^-29th of the sum.
+        So the order of the sums, and the number of processes, do not change a float32 Hessian.
+
+        Args:
+            block: with dense linears.
+
+        Returns:
+            leader → process. `groups` has the groups of all processes then: an expert may have had tokens in one alone.
+
+        Raises:
+            ValueError: linears that read one input in one process do not in another.
+        """
+        found = processes.gathered(
+            {leader: (names, self.accumulators[leader].tokens) for leader, names in self.groups.items()}
+        )
+        groups: dict[str, tuple[str, ...]] = {}
+        for theirs in found:
+            for leader, (names, _) in theirs.items():
+                groups[leader] = tuple(dict.fromkeys((*groups.get(leader, ()), *names)))
+        members = [name for names in groups.values() for name in names]
+        twice = next((name for name in members if members.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"{self.prefix}{twice} reads the input of other linears in one process than in another: calibrate in one "
+                "process"
+            )
+        shapes = {name: linear_shape(block.get_submodule(name)) for name in members}
+        costs = {}
+        for leader, names in groups.items():
+            columns = shapes[leader][1]
+            costs[leader] = float(columns**2 * (columns + sum(shapes[name][0] for name in names)))
+        owners, device = processes.dealt(costs), execution_device(block)
+        for leader in groups:
+            own = self.accumulators.pop(leader, None)
+            own = own or HessianAccumulator(shapes[leader][1], device, self.prefix + leader)
+            own.add_up_on(owners[leader], sum(theirs[leader][1] for theirs in found if leader in theirs))
+            if owners[leader] == processes.rank():
+                self.accumulators[leader] = own
+        self.groups = groups
+        return owners
 
     def _add(self, leader: str, x: torch.Tensor) -> None:
         if leader not in self.accumulators:

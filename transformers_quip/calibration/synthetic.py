@@ -7,12 +7,13 @@ Sampling from the model's own distribution to calibrate its quantization is data
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
 
+from . import processes
 from .arguments import cache_argument
 from .device import evaluating, execution_device
 from .growing_cache import cache_bytes, growing_cache
@@ -42,6 +43,8 @@ def write_text(
     greedy_tokens: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    writer: Writer | None = None,
+    shared: bool = False,
 ) -> torch.Tensor:
     """Let the model write token sequences by sampling from its own next-token distribution.
 
@@ -65,6 +68,9 @@ def write_text(
         batch_size: documents written at once; None: as many as fit into 1 GiB (half of the free memory on a GPU), at
             most 256.
         progress: show a tqdm bar.
+        writer: writes all documents instead of the model's forward: `block_writer.BlockWriter`, which reads the weights of
+            one block at a time, and writes the same text.
+        shared: whether all processes are here, and each writes some of the documents; all return the same text.
 
     Returns:
         Token ids, int64 [N, T], on the CPU.
@@ -80,22 +86,33 @@ def write_text(
     documents = -(-num_samples * sequence_length // length)
     first = _first_tokens(model, documents, start, generator)
     heat = torch.tensor(temperatures, dtype=torch.float32).repeat(-(-documents // len(temperatures)))[:documents, None]
-    offloaded = any(parameter.device.type == "meta" for parameter in model.parameters())
-    if offloaded:
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if hooked and any(parameter.device.type == "meta" for parameter in model.parameters()):
         logger.warning(
             "The model writes its own calibration text (dataset='self') while some of its weights are offloaded and must "
             "be loaded again for each of %d tokens: this is slow. Give texts or token ids as `dataset` instead.",
             length,
         )
 
-    texts = []
     with evaluating(model), fast_cpu_linears(model):
         at_once = batch_size or _batch_size(model, first[:1], length)
+        if shared:
+            at_once = min(processes.gathered(at_once))
         rounds = -(-documents // at_once)
         at_once = -(-documents // rounds)  # even rounds: a short last one costs as much as a full one
         with tqdm(total=rounds * length, desc="Writing calibration text", unit="step", disable=not progress) as bar:
-            for part, part_heat in zip(first.split(at_once), heat.split(at_once), strict=True):
-                texts.append(_write(model, part, length, part_heat, greedy_tokens, generator, bar))
+            parts = [Part(*part, generator) for part in zip(first.split(at_once), heat.split(at_once), strict=True)]
+            if shared:
+                for part in parts:
+                    part.draw_all(length - 1 - greedy_tokens)
+                parts = parts[processes.rank() :: processes.count()]
+            if writer is not None:
+                texts = writer(model, parts, length, greedy_tokens, bar)
+            else:
+                texts = [_write(model, part, length, greedy_tokens, bar) for part in parts]
+    if shared:
+        found = processes.gathered(texts)
+        texts = [found[number % len(found)][number // len(found)] for number in range(sum(map(len, found)))]
     return torch.cat(texts).flatten()[: num_samples * sequence_length].view(num_samples, sequence_length)
 
 
@@ -149,31 +166,64 @@ def _batch_size(model: PreTrainedModel, token: torch.Tensor, length: int) -> int
     return max(1, min(_MOST_AT_ONCE, memory // per_document))
 
 
-def _write(
-    model: PreTrainedModel,
-    first: torch.Tensor,
-    length: int,
-    temperature: torch.Tensor,
-    greedy_tokens: int,
-    generator: torch.Generator,
-    bar: tqdm,
-) -> torch.Tensor:
-    """One document of `length` tokens after each token of `first` [B, 1]: int64 [B, length] on the CPU."""
+class Part:
+    """Documents that are written together.
+
+    Args:
+        first: the first token of each, int64 [B, 1].
+        temperature: of each, float32 [B, 1].
+        generator: all random numbers of earlier documents come before those of later ones.
+
+    Attributes:
+        tokens: int64 [B, 1] on the CPU, the last token of each.
+    """
+
+    def __init__(self, first: torch.Tensor, temperature: torch.Tensor, generator: torch.Generator):
+        self.tokens, self._temperature, self._generator = first, temperature, generator
+        self.written = [first]
+        self._uniform: list[torch.Tensor] = []
+
+    def draw_all(self, count: int) -> None:
+        """Draw the random numbers of all `count` sampled tokens now, unless that was done."""
+        # on the CPU: the same text on every device
+        for _ in range(count - len(self._uniform)):
+            self._uniform.append(torch.rand(len(self.tokens), 1, generator=self._generator))
+
+    def extend(self, logits: torch.Tensor, greedy: bool) -> None:
+        """Append one token to each document.
+
+        Args:
+            logits: [B, V] of the next token.
+            greedy: whether to take the likeliest token instead of a sampled one.
+        """
+        logits = logits.float()
+        if greedy:
+            self.tokens = logits.argmax(-1, keepdim=True).cpu()
+        else:
+            if not self._uniform:
+                self.draw_all(1)
+            uniform = self._uniform.pop(0).to(logits.device)
+            self.tokens = sample(logits / self._temperature.to(logits.device), uniform).cpu()
+        self.written.append(self.tokens)
+
+    @property
+    def text(self) -> torch.Tensor:
+        """All tokens, int64 [B, length]."""
+        return torch.cat(self.written, 1)
+
+
+Writer: TypeAlias = "Callable[[PreTrainedModel, Sequence[Part], int, int, tqdm], list[torch.Tensor]]"
+
+
+def _write(model: PreTrainedModel, part: Part, length: int, greedy_tokens: int, bar: tqdm) -> torch.Tensor:
+    """One document of `length` tokens after each token of a part: int64 [B, length] on the CPU."""
     device = execution_device(model.get_input_embeddings())
-    text = torch.empty(len(first), length, dtype=torch.long, device=device)
-    text[:, :1] = token = first.to(device)
     cache = growing_cache(model.config, length)
     bar.update()
     for position in range(1, length):
-        logits = _next_logits(model, token, cache)[:, -1].float()
-        if position <= greedy_tokens:
-            token = logits.argmax(-1, keepdim=True).to(device)
-        else:
-            uniform = torch.rand(len(first), 1, generator=generator)  # on the CPU: the same text on every device
-            token = sample(logits / temperature.to(logits.device), uniform.to(logits.device)).to(device)
-        text[:, position : position + 1] = token
+        part.extend(_next_logits(model, part.tokens.to(device), cache)[:, -1], position <= greedy_tokens)
         bar.update()
-    return text.cpu()
+    return part.text
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .unfinished import WORK, move_up, remove_dead, work_in
+
+_KEEP = (".git", ".hg", ".svn")
+_CONFIG = "config.json"
+
+
+def check_free(path: Path, overwrite: bool, found: Sequence[str]) -> None:
+    """Refuse a place for a model that is taken, before any work is done.
+
+    Args:
+        path: of the folder.
+        overwrite: whether a model that is there may be replaced.
+        found: the names in it that are not the writer's own.
+
+    Raises:
+        ValueError: it is a file; or a folder with something in it and `overwrite` is False; or a folder that is not a
+            model's (it has no config.json, or it is under version control), whatever `overwrite` is.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f"{path} exists and is not a folder")
+    if not found:
+        return
+    if not overwrite:
+        raise ValueError(f"{path} exists and is not empty: choose another place, or add --overwrite (overwrite=True)")
+    if not (path / _CONFIG).is_file():
+        raise ValueError(
+            f"{path} holds {some(found)} but no {_CONFIG}, so it is not a model's folder and --overwrite does not replace "
+            "it: choose another place, or remove it yourself"
+        )
+    kept = [name for name in _KEEP if (path / name).exists()]
+    if kept:
+        raise ValueError(f"{path} has a {kept[0]}, whose history --overwrite would delete: choose another place")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three of these names, and the number of the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager

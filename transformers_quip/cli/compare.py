@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .console import json_option, show_json, show_table, size, token_option
+from ..text import size
+from .console import json_option, show_json, show_table, token_option
 from .evaluate import batch_option, length_option, windows_option
 from .inspect import describe, read
 from .loading import device_option, dtype_option, find_tokenizer, load_model

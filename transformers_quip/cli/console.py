@@ -55,17 +55,6 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110).print(table)
 
 
-def size(count: int | float) -> str:
-    """Bytes in a readable form: kB, MB, GB, with powers of ten."""
-    if count > 1e18:
-        return "more than a million TB"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None

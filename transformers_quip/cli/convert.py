@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .console import json_option, show, show_json, size
+from ..text import size
+from .console import json_option, show, show_json
 from .destination import check_not_source, new_folder
 
 

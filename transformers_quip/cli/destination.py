@@ -15,36 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..checkpoints import claimed
 from . import remains, renaming
 
 # Folders that a file system puts into a new volume.
 _VOLUME = ("lost+found",)
-_KEEP = (".git", ".hg", ".svn")
 _CONFIG = "config.json"
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse a place that is taken, before any work is done.
-
-    Raises:
-        ValueError: it is a file; or a folder with something in it and `overwrite` is False; or a folder that is not a
-            model's (it has no config.json, or it is under version control), whatever `overwrite` is.
-    """
-    if os.path.lexists(path) and not path.is_dir():
-        raise ValueError(f"{path} exists and is not a folder")
-    found = _content(path)
-    if not found:
-        return
-    if not overwrite:
-        raise ValueError(f"{path} exists and is not empty: choose another place, or add --overwrite")
-    if not (path / _CONFIG).is_file():
-        raise ValueError(
-            f"{path} holds {_some(found)} but no {_CONFIG}, so it is not a model's folder and --overwrite does not replace "
-            "it: choose another place, or remove it yourself"
-        )
-    kept = [name for name in _KEEP if (path / name).exists()]
-    if kept:
-        raise ValueError(f"{path} has a {kept[0]}, whose history --overwrite would delete: choose another place")
+    """Refuse a place that is taken, before any work is done; see [`checkpoints.claimed.check_free`]."""
+    claimed.check_free(path, overwrite, _content(path))
 
 
 def check_not_source(path: Path, source: str | Path) -> None:
@@ -163,10 +144,6 @@ def _content(path: Path) -> list[str]:
     return sorted(entry for entry in os.listdir(path) if entry not in _VOLUME and not ours.fullmatch(entry))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _open_to_others(work: Path, place: Path) -> None:
     """Give the work folder, until now its owner's only, the mode of the folder that it replaces, or the usual one."""
     if place.is_dir():
@@ -181,7 +158,7 @@ def _move_up(work: Path, place: Path) -> None:
     """Move everything in `work` into `place`, which is empty otherwise; config.json last, which marks a complete model."""
     taken = [name for name in _content(place) if name != work.name]
     if taken:
-        raise FileExistsError(errno.EEXIST, f"there is {_some(taken)} by now", str(place))
+        raise FileExistsError(errno.EEXIST, f"there is {claimed.some(taken)} by now", str(place))
     names = sorted(os.listdir(work), key=lambda name: (name == _CONFIG, name))
     moved = []
     try:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import json_option, revision_option, show_json, show_table, size, tell, token_option
+from ..text import size
+from .console import json_option, revision_option, show_json, show_table, tell, token_option
 from .destination import check_file
 from .loading import device_option, dtype_option, find_tokenizer, load_model
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..hub import claims
-from .console import json_option, revision_option, show_json, show_table, size, tell, token_option
+from ..text import size
+from .console import json_option, revision_option, show_json, show_table, tell, token_option
 
 if TYPE_CHECKING:
     from ..checkpoints.inventory import Inventory

@@ -71,13 +71,3 @@ def check_dense(source: str, config: Mapping[str, Any]) -> None:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise ValueError(f"{source} is quantized already{f' ({method})' if method else ''}: give the dense model")
-
-
-def check_same_sizes(quantized: str, config: Mapping[str, Any], dense: str, dense_config: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if these are not the configs of a quantized model and of the dense model that it was made from."""
-    for name in ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"):
-        if name in config and name in dense_config and config[name] != dense_config[name]:
-            raise ValueError(
-                f"--dense {dense} is not the model that was quantized: its {name} is {dense_config[name]}, and that of "
-                f"{quantized} is {config[name]}"
-            )

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from .console import json_option, revision_option, show, show_json, size, tell, token_option
-from .destination import check_file, check_not_source, new_folder
-from .loading import check_dense, device_option, dtype_option, find_tokenizer, load_model, read_config
+from ..text import size
+from .console import json_option, revision_option, show, show_json, tell, token_option
+from .destination import check_file, check_not_source
+from .loading import check_dense, device_option, dtype_option, find_tokenizer, read_config
 
 
 @click.command()
@@ -50,7 +51,8 @@ from .loading import check_dense, device_option, dtype_option, find_tokenizer, l
     help="For --report: JSON of {name: perplexity} to compare with.",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a file of weights.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there, once the new model is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace the model in OUT, once the new one is complete.")
+@click.option("--fresh", is_flag=True, help="Delete an unfinished run in OUT instead of resuming it.")
 @dtype_option
 @device_option
 @revision_option
@@ -64,6 +66,7 @@ def command(
     peers: Path | None,
     max_shard_size: str,
     overwrite: bool,
+    fresh: bool,
     dtype: str,
     device_map: str | None,
     revision: str | None,
@@ -75,7 +78,8 @@ def command(
 ) -> None:
     """Quantize MODEL (a folder or an id on the Hub) and save it, with its tokenizer and a model card, in OUT.
 
-    OUT appears only when it is complete; after an error or Ctrl-C it is as it was before.
+    Memory holds one decoder block at a time. Finished blocks are kept in OUT/.quantizing: after an error, Ctrl-C or a power
+    cut the same command resumes. OUT is a model only when it is complete; one that was there stays until then.
     """
     options = config_options(**chosen)
     if report is not None and options["dataset"] is None:
@@ -83,34 +87,48 @@ def command(
     known_peers = _read_peers(peers)
 
     from ..config import QuipConfig
+    from ..hf.stream import quantize
 
-    source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    source: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     config = QuipConfig(**options)
     check_not_source(out, model)
     check_dense(model, read_config(model, **source))
     if report is not None and out.absolute() not in report.absolute().parents:
         check_file(report)
-    with new_folder(out, overwrite) as folder:
+    tokenizer = None
+    if tokenizer_name is not None:  # before the work, because it may need the network; --revision is for MODEL only
         reasons: list[str] = []
-        # Before the work, because it may need the network. --revision is for MODEL only.
-        there = source if tokenizer_name is None else source | {"revision": None}
-        tokenizer = find_tokenizer(tokenizer_name or model, reasons.append, **there)
-        if tokenizer_name is not None and tokenizer is None:
+        tokenizer = find_tokenizer(tokenizer_name, reasons.append, **source | {"revision": None})
+        if tokenizer is None:
             raise ValueError(f"--tokenizer {tokenizer_name}: {reasons[0]}")
-        if config.tokenizer is None:
-            config.tokenizer = tokenizer
-        quantized = load_model(model, dtype=dtype, device_map=device_map, quantization_config=config, **source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for reason in reasons:
-            tell(reason)
-        quantized.save_pretrained(folder, max_shard_size=max_shard_size)
+    quantized = quantize(
+        model,
+        out,
+        config,
+        dtype=dtype,
+        device=device_of(device_map),
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        fresh=fresh,
+        **source,
+    )
     if report is not None:
         from ..evaluation.html_report import write_report
 
         write_report(report, quantized, known_peers)
         tell(f"report: {report}")
     _conclude(out, as_json)
+
+
+def device_of(device_map: str | None) -> str:
+    """The device for one block: --device-map, of which "auto" is the accelerator if there is one."""
+    if device_map == "auto":
+        import torch
+
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if found is None else str(found)
+    return device_map or "cpu"
 
 
 def config_options(

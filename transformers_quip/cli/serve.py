@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from .console import size, tell
+from ..text import size
+from .console import tell
 from .inspect import read
 from .loading import running_options
 from .run_program import run_loaded

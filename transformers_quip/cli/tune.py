@@ -9,7 +9,7 @@ import click
 
 from .console import json_option, show, show_json, tell, token_option
 from .destination import check_file, check_not_source, new_folder
-from .loading import check_dense, check_same_sizes, device_option, dtype_option, find_tokenizer, load_model, read_config
+from .loading import check_dense, device_option, dtype_option, find_tokenizer, load_model, read_config
 from .quantize import dataset_of
 
 
@@ -72,6 +72,7 @@ def command(
     The codes do not change, so OUT has the size and the speed of MODEL. If the result is not better on held-out text, OUT
     is a copy of MODEL, and a message says so.
     """
+    from ..checkpoints.sizes import check_same_sizes
     from ..config import QuipConfig
     from ..finetune import TuneOptions, processes
 
@@ -83,7 +84,13 @@ def command(
     check_not_source(out, model)
     dense_config = read_config(dense, token=token)
     check_dense(dense, dense_config)
-    check_same_sizes(model, read_config(model, token=token), dense, dense_config)
+    config = read_config(model, token=token)
+    if not config.get("quantization_config"):
+        raise ValueError(f"{model} is a dense model: quantize it first (transformers-quip quantize {model} …)")
+    try:
+        check_same_sizes(config, dense_config)
+    except ValueError as error:
+        raise ValueError(f"--dense {dense} is not the model that {model} was made from: {error}") from None
     if report_file is not None and out.absolute() not in report_file.absolute().parents:
         check_file(report_file)
     together = processes.join()

@@ -105,11 +105,6 @@ class Codebook(abc.ABC):
     refinement_sweeps: int = 10
     kernels: Literal["e8p", "trellis"] | None = None
 
-    @property
-    def has_single_rows(self) -> bool:
-        """Whether [`select_rows`] works, so that an embedding can have this codebook: if rows are coded one by one."""
-        return self.rows_together == 1
-
     def with_residual_scale(self, scale: float) -> Codebook:
         """The same codebook with another `residual_scale`. Raises `ValueError` for a codebook of one stage."""
         raise ValueError(f"residual_scale={scale} was given, but codebook {self.name!r} has no second stage")
@@ -157,19 +152,17 @@ class Codebook(abc.ABC):
         return {"codes": codes}
 
     def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The stored tensors of some rows of a weight, as an embedding looks them up.
+        """The stored tensors of some rows of a weight with the rows that are coded together with them, for embeddings.
 
-        The default is for codebooks whose tensors have one row for each row of the weight; others override it (and
-        [`has_single_rows`]).
+        Decoded, they are k groups of `rows_together` rows; row i of the request is row rows[i] % rows_together of group i.
+        The default is for codebooks whose tensors have one row for each such group; others override it.
 
         Args:
             tensors: as [`tensors`] describes them.
             rows: int32 or int64 [k], each below the number of rows.
-
-        Raises:
-            ValueError: rows of this codebook cannot be decoded alone.
         """
-        return {name: tensor.index_select(0, rows) for name, tensor in tensors.items()}
+        groups = rows if self.rows_together == 1 else rows // self.rows_together
+        return {name: tensor.index_select(0, groups) for name, tensor in tensors.items()}
 
     def check(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> None:
         """Raise `ValueError` for tensors that do not fit a [out_features, in_features] layer of this codebook."""

@@ -160,8 +160,10 @@ class Trellis(Codebook):
         return grids if self.table_shape is None else grids | {"table": Grid(self.table_shape, torch.float32)}
 
     def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Raises `ValueError`: a tile is decoded as a whole."""
-        raise ValueError(f"rows of codebook {self.name!r} cannot be looked up: {TILE} of them are coded together")
+        """See [`Codebook.select_rows`]: the row of tiles of each."""
+        codes = tensors["codes"]
+        groups = codes.reshape(len(codes) // TILE, -1).index_select(0, rows // TILE)
+        return {**tensors, "codes": groups.reshape(len(rows) * TILE, codes.shape[1])}
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`Codebook.encode`]: the points of a path that `viterbi.py` finds, which are near, if not always nearest.

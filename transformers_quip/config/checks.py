@@ -79,6 +79,12 @@ def name(names: Callable[[], tuple[str, ...]], optional: bool = False) -> Callab
 def codebook(value: Any) -> str | None:
     if codebooks.is_known(value):
         return value
+    if isinstance(value, str) and value.startswith("trellis"):
+        try:
+            codebooks.get(value)
+        except ValueError as error:
+            if ":" in value:  # one of the names that are made of parts
+                raise ValueError(f"must name a codebook: {error}") from None
     return name(lambda: (*codebooks.names(), *codebooks.families()), optional=True)(value)
 
 

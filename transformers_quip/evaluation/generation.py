@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Tokens of the pieces whose repetition is counted.
 _PIECE = 4
+# Sampling from all tokens, whatever the model's own settings cut off; greedy generation warns about them.
+_UNCUT = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,11 @@ def _continuations(model: PreTrainedModel, prompts: torch.Tensor, length: int, s
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=sample,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
             repetition_penalty=1.0,
             min_new_tokens=length,
             max_new_tokens=length,
             pad_token_id=0,
+            **(_UNCUT if sample else {}),
         )
     return text[:, prompts.shape[1] :].cpu()
 

@@ -24,6 +24,7 @@ from ..config import QuipConfig
 from ..config.tune import TuneOptions
 from ..evaluation.kept import logit_map
 from ..nn.replace import quantized_linears
+from ..text import duration, size
 from . import processes
 from .guard import Verdict, restored_unless_kept, window_divergences
 from .head import CHUNK, Head, divergence_sum, hidden_states
@@ -147,15 +148,14 @@ def _tune_vectors(
                 lambda: options.memory == "auto" and not fits(found.total(keep, False), model.device)
             )
             logger.info(
-                "Tuning: %d steps of %d windows, %.1f GB of memory in addition to the quantized model, about %.0f minutes.",
+                "Tuning: %d steps of %d windows, %s of memory in addition to the quantized model, about %s.",
                 report.steps,
                 options.batch_size,
-                found.total(keep, recompute) / 1e9,
+                size(found.total(keep, recompute)),
                 # a backward pass costs as much as two forward passes
-                (report.steps * options.batch_size * 3 + len(held_out) * (options.looks + 1))
-                * reading
-                / len(held_out)
-                / 60,
+                duration(
+                    (report.steps * options.batch_size * 3 + len(held_out) * (options.looks + 1)) * reading / len(held_out)
+                ),
             )
             with recomputed(blocks_of(model, student.linears)) if recompute else nullcontext():
                 _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..calibration.device import free_memory
 from ..nn import QuipLinear
 from .product import product_dtype
 from .student import Student
@@ -100,15 +101,6 @@ def estimate(
         state=_NUMBERS * 4 * sum(parameter.numel() for parameter in student.trained().values()),
         logits=logits,
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on this device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # type: ignore[import-untyped] # accelerate needs it, too
-
-    return psutil.virtual_memory().available
 
 
 def decoded_bytes(linears: Iterable[QuipLinear]) -> int:

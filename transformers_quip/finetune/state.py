@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..checkpoints.durable import durable
 from ..config.tune import TuneOptions
 from .teacher import Teacher
 
@@ -74,16 +74,10 @@ def save(folder: Path, run: Run, mark: str) -> None:
         tensors |= {f"first.{name}": first, f"second.{name}": second}
     about = {"fingerprint": mark, "step": run.step, "best_loss": run.best_loss, "history": run.history}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{FILE}.{os.getpid()}.tmp"
-    try:
+    with durable(folder / FILE) as temporary:
         save_file(
             {name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, {"run": json.dumps(about)}
         )
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(folder: Path, mark: str) -> Run | None:

@@ -16,6 +16,7 @@ import torch
 from transformers.core_model_loading import ConversionOps
 
 from ..calibration.dataset import is_written_by_the_model, load_token_ids
+from ..calibration.device import free_memory
 from ..checkpoints import native
 from ..checkpoints.files import Files, check_inside
 from ..checkpoints.headers import read_headers
@@ -28,6 +29,7 @@ from ..hub import origin
 from ..nn import replace
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
+from ..text import size as in_words
 from .foreign import RepackingConverter, check_plan, plan_for
 from .loader import names_in_model
 from .native import check_native, place_native
@@ -165,23 +167,65 @@ class _Planned(Mode):
     def _leave_dense(self, new: list[str]) -> None:
         """Modules without a weight in the checkpoint, which Transformers initialises at random: no mode needs to know."""
 
-    def _tell(self, model: PreTrainedModel) -> None:
-        """Log the modules to quantize, and patterns that do not match any module."""
-        logger.info(f"{type(model).__name__}: {self.plan.summary()}")
-        warning = self.plan.coverage_warning()
-        if warning:
-            logger.warning(f"{type(model).__name__}: {warning}")
-        for pattern in unmatched_patterns(model, self.config):
-            logger.warning(f"No module of {type(model).__name__} matches {pattern!r} of the quantization_config")
-
     def _record(self, model: PreTrainedModel) -> None:
-        """Record in the config which modules were quantized, and from which model."""
-        quantized = replace.quantized_names(model)
-        config = self.config.without_data()
-        config.quantized_modules = compress_names(quantized)
-        config.settle_modules(quantized)
-        config.origin = origin.describe(model.name_or_path)
-        self.config = config
+        self.config = recorded(model, self.config)
+
+
+def recorded(model: PreTrainedModel, config: QuipConfig) -> QuipConfig:
+    """The config with a record of the modules of this model that are quantized, and of the model that it was made from."""
+    quantized = replace.quantized_names(model)
+    config = config.without_data()
+    config.quantized_modules = compress_names(quantized)
+    config.settle_modules(quantized)
+    config.origin = origin.describe(model.name_or_path)
+    return config
+
+
+def tell_plan(model: PreTrainedModel, config: QuipConfig, plan: QuantizationPlan) -> None:
+    """Log the modules to quantize, and patterns that do not match any module."""
+    logger.info(f"{type(model).__name__}: {plan.summary()}")
+    warning = plan.coverage_warning()
+    if warning:
+        logger.warning(f"{type(model).__name__}: {warning}")
+    for pattern in unmatched_patterns(model, config):
+        logger.warning(f"No module of {type(model).__name__} matches {pattern!r} of the quantization_config")
+    if not config.is_calibrated and config.bits < 3:
+        logger.warning(
+            f"dataset=None at {config.bits} bits: without calibration the model will be badly damaged (measured: "
+            "perplexities hundreds of times the dense model's). The default, dataset='self', needs no data."
+        )
+
+
+def check_fits(model: PreTrainedModel, device_map: Any = None) -> None:
+    """Refuse to calibrate a dense model that is larger than the free memory, before it is loaded.
+
+    Args:
+        model: dense, on the meta device.
+        device_map: of `from_pretrained`; all devices in it count.
+
+    Raises:
+        ValueError: it is larger; the message has the command that holds one block at a time.
+    """
+    names = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
+    if names & {"auto", "balanced", "balanced_low_0", "sequential"}:
+        names = {"cpu", *range(torch.cuda.device_count())}
+    devices = {torch.device("cuda", name) if isinstance(name, int) else torch.device(name) for name in names}
+    size, free = sum(parameter.nbytes for parameter in model.parameters()), sum(map(free_memory, devices))
+    if size > free:
+        raise ValueError(
+            f"{type(model).__name__} takes {in_words(size)} densely, and {in_words(free)} of memory are free. "
+            f"`transformers-quip quantize {model.name_or_path or 'MODEL'} OUT` (transformers_quip.quantize) holds one "
+            "block at a time and makes the same model"
+        )
+
+
+def check_can_be_calibrated(model: PreTrainedModel) -> None:
+    """Raise `ValueError` if this is not a causal language model."""
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} cannot be calibrated: it is not a causal language model with a generation head. "
+            "Load it with AutoModelForCausalLM, or quantize without calibration (dataset=None)"
+        )
 
 
 class WhileLoading(_Planned):
@@ -189,12 +233,7 @@ class WhileLoading(_Planned):
 
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
         super().__init__(model, config, files)
-        self._tell(model)
-        if config.bits < 3:
-            logger.warning(
-                f"dataset=None at {config.bits} bits: without calibration the model will be badly damaged (measured: "
-                "perplexities hundreds of times the dense model's). The default, dataset='self', needs no data."
-            )
+        tell_plan(model, config, self.plan)
         self._split: list[list[str]] = []
         stacks = {name: stack for name, stack in replace.dense_stacks(model).items() if name in self._weights}
         weights = {weight: name for name, weight in self._weights.items()}
@@ -242,11 +281,7 @@ class Calibrated(_Planned):
     """The model is loaded dense, and then calibrated and quantized block by block."""
 
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
-        if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
-            raise ValueError(
-                f"{type(model).__name__} cannot be calibrated: it is not a causal language model with a generation head. "
-                "Load it with AutoModelForCausalLM, or quantize without calibration (dataset=None)"
-            )
+        check_can_be_calibrated(model)
         super().__init__(model, config, files)
         self._data: tuple[torch.Tensor, str] | None = None
         if not is_written_by_the_model(config):
@@ -255,7 +290,7 @@ class Calibrated(_Planned):
             options = TuneOptions.parse(config.tune)
             if options.tunes_vectors:
                 options.check_windows(len(self._data[0]))
-        self._tell(model)
+        tell_plan(model, config, self.plan)
 
     def finish(self, model: PreTrainedModel) -> QuantizationReport:
         """See [`Mode.finish`]."""

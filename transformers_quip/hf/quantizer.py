@@ -44,6 +44,7 @@ class QuipQuantizer(HfQuantizer):
         super().__init__(quantization_config.__deepcopy__({}), **kwargs)
         self.report: QuantizationReport | None = None
         self._mode: Mode | None = None
+        self._shapes: dict[str, torch.Size] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model is already loaded."""
@@ -78,11 +79,14 @@ class QuipQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from . import modes, patches
+        from . import mismatched, modes, patches
 
         patches.install()
+        if self.quantization_config.is_calibrated and not self.pre_quantized:
+            modes.check_fits(model, kwargs.get("device_map"))
         self._mode = modes.begin(model, self.quantization_config, self.pre_quantized, checkpoint_files or [])
         self.quantization_config, self.pre_quantized = self._mode.config, self._mode.pre_quantized
+        self._shapes = mismatched.expected_shapes(model)
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         """Called with the renamings between the checkpoint and the model: now the checkpoint can be checked."""
@@ -128,8 +132,10 @@ class QuipQuantizer(HfQuantizer):
     @torch.inference_mode(False)
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from ..nn import replace
+        from . import mismatched
 
         replace.leave_inference_mode(model)
+        mismatched.initialise_others(model, self._shapes)
         self.report = self._loading.finish(model)
         self.quantization_config = model.config.quantization_config = self._loading.config
         replace.freeze(model)

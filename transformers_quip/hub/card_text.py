@@ -8,7 +8,7 @@ from typing import Any
 from .. import codebooks
 from ..checkpoints.inventory import Inventory
 from ..config import OPTIONS, QuipConfig
-from ..text import markdown, python
+from ..text import markdown, python, size
 from ..version import __version__
 from . import claims
 
@@ -98,7 +98,7 @@ def _facts(inventory: Inventory, config: QuipConfig) -> list[tuple[str, ...]]:
         ("bits per weight", f"{config.bits:g} in the codes, {inventory.true_bits:.3f} counting all stored tensors"),
         ("quantized", f"{len(inventory.linears)} layers, {share:.1%} of {inventory.parameters:,} parameters"),
         ("calibration", calibration["data"] if calibration else "none: nearest points" if made_here else "not known"),
-        ("size", f"{_megabytes(inventory.dense_bytes)} before, {_megabytes(inventory.total_bytes)} now"),
+        ("size", f"{size(inventory.dense_bytes)} before, {size(inventory.total_bytes)} now"),
     ]
     if calibration and "mean_relative_error" in calibration:
         rows.append(("mean relative error of a layer's output", f"{calibration['mean_relative_error']:.4f}"))
@@ -157,7 +157,3 @@ def _recipe(options: Mapping[str, Any], config: QuipConfig) -> str:
 def _table(rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -19,7 +19,8 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
     """row i = sv_i · su ⊙ (Q ŵ_i), ŵ_i = codebook.decode(tensors of row i).
 
     The formula of [`QuipLinear`]'s dense weight with no transform on the output side: it would mix all rows, and a
-    look-up needs only a few. So only these rows are decoded, and sv scales each of them.
+    look-up needs only a few. So only these rows are decoded (with those that a codebook of tiles codes together with them),
+    and sv scales each of them.
 
     It is an `nn.Embedding` so that tools which look for those (PEFT) find it, but it has no weight parameter: `weight` is
     a read-only stand-in with the shape, dtype and device of the dense table. All parameters are frozen; it has no
@@ -126,21 +127,28 @@ class QuipEmbedding(StoredTensors, nn.Embedding):
         if ids.numel() == 0:
             return self.su.new_empty((*ids.shape, self.embedding_dim))
         flat = ids.reshape(-1)
-        tensors = codebooks.get(self.codebook).select_rows(self.stored(), flat)
-        rows = self._rows(tensors, self.sv.index_select(0, flat), self.su.dtype)
-        return rows.reshape(*ids.shape, self.embedding_dim)
+        book = codebooks.get(self.codebook)
+        rows = self._decode(book.select_rows(self.stored(), flat), len(flat) * book.rows_together, self.su.dtype)
+        if book.rows_together > 1:
+            places = torch.arange(len(flat), device=flat.device) * book.rows_together + flat % book.rows_together
+            rows = rows.index_select(0, places)
+        return self._rows(rows, self.sv.index_select(0, flat), self.su.dtype).reshape(*ids.shape, self.embedding_dim)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense table [m, n], in this dtype; None: the dtype of su."""
-        return self._rows(self.stored(), self.sv, dtype or self.su.dtype)
+        dtype = dtype or self.su.dtype
+        return self._rows(self._decode(self.stored(), self.num_embeddings, dtype), self.sv, dtype)
 
-    def _rows(self, tensors: Mapping[str, torch.Tensor], sv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _decode(self, tensors: Mapping[str, torch.Tensor], rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """Ŵ [rows, n'] of stored tensors, in float64 for that dtype, else in float32."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        sizes = (sv.shape[0], self.su.shape[0])
-        rows = torch.ops.quip.decode(list(tensors.values()), self.codebook, *sizes, compute)
-        rows = torch.ops.quip.transform(rows, self.incoherence, self.seed, False)
-        rows = rows * self.su.to(compute) * sv.to(compute)[:, None]
+        return torch.ops.quip.decode(list(tensors.values()), self.codebook, rows, self.su.shape[0], compute)
+
+    def _rows(self, decoded: torch.Tensor, sv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows [k, n] of the table from those of Ŵ [k, n'] and their sv [k]."""
+        rows = torch.ops.quip.transform(decoded, self.incoherence, self.seed, False)
+        rows = rows * self.su.to(rows.dtype) * sv.to(rows.dtype)[:, None]
         return rows[:, : self.embedding_dim].to(dtype).contiguous()
 
     def extra_repr(self) -> str:

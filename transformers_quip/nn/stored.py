@@ -41,7 +41,9 @@ class StoredTensors(nn.Module):
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The stored tensors by name."""
-        return {name: found for name in self.tensor_names if (found := self._parameters[name]) is not None}
+        # no assignment expression in a comprehension: torch.compile cannot trace it
+        found = [(name, self._parameters[name]) for name in self.tensor_names]
+        return {name: tensor for name, tensor in found if tensor is not None}
 
     def resize_stored(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Make room for tensors whose sizes were not known: empty ones, on the device of the present ones.

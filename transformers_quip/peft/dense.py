@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..checkpoints.files import Files, expand_weights, find_weights
 from ..checkpoints.headers import TensorInfo, check_is_there
+from ..checkpoints.sizes import check_same_sizes
 from ..hf.loader import names_in_model
 from ..nn.replace import dense_weight
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class DenseWeights:
@@ -38,6 +37,8 @@ class DenseWeights:
         self._tensors: dict[str, TensorInfo] = {}
         if isinstance(dense, nn.Module):
             self._model, self._source = dense, type(dense).__name__
+            if isinstance(dense, PreTrainedModel):
+                _check_sizes(dense.config.to_dict(), like, self._source)
             return
         folder = Path(dense)
         if not folder.is_dir():
@@ -48,12 +49,7 @@ class DenseWeights:
         content, _ = like.config.get_config_dict(folder)
         if content.get("quantization_config"):
             raise ValueError(f"{dense} is a quantized model: give the dense one that was quantized")
-        kind, expected = content.get("model_type"), like.config.model_type
-        if kind != expected:
-            raise ValueError(
-                f"{dense} is a model of type {kind}, and the quantized model one of type {expected}: give the dense model "
-                "that was quantized"
-            )
+        _check_sizes(content, like, self._source)
         path = find_weights(folder)
         if path is None:
             raise ValueError(f"{dense} holds no model.safetensors or index of several files, so it has no dense weights")
@@ -90,3 +86,10 @@ class DenseWeights:
                 f"{name} has shape {list(weight.shape)} in {self._source} and {list(shape)} in the quantized model"
             )
         return weight
+
+
+def _check_sizes(content: dict[str, Any], like: PreTrainedModel, source: str) -> None:
+    try:
+        check_same_sizes(like.config.to_dict(), content)
+    except ValueError as error:
+        raise ValueError(f"{source} is not the dense model that was quantized: {error}") from None

@@ -10,8 +10,8 @@ modules much more than in others. So `mixed_bits` multiplies a_l by the share of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import codebooks
-from ..calibration.arguments import without_cache
-from ..calibration.device import evaluating, execution_device
+from ..calibration import BlockCall, BlockInputs, CapturedInputs, capture_inputs, find_blocks, run_after_blocks
 from ..nn import replace
+from .residence import IN_MEMORY, Residence
 
 # Relative squared error of the noise: large enough to be seen in a short text, of the size of a 2-bit codebook's error.
 NOISE = 0.05
@@ -31,14 +31,20 @@ _UNITS = 1 << 14
 
 
 @torch.no_grad()
-def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Tensor, seed: int = 0) -> dict[str, float]:
+def measure_sensitivities(
+    model: nn.Module, names: Sequence[str], ids: torch.Tensor, seed: int = 0, residence: Residence = IN_MEMORY
+) -> dict[str, float]:
     """The sensitivity of the model's predictions to errors in each module.
 
+    Goes through the model once, block by block: the hidden states that each disturbance has led to are carried along, so
+    that one block's weights are needed at a time. The states of `SEQUENCES` sequences are kept for each module.
+
     Args:
-        model: dense, in memory; its weights are restored.
-        names: of its dense linears and stacks of experts.
+        model: dense; its weights are restored.
+        names: of its dense linears, stacks of experts and embeddings.
         ids: token ids [N, T]; the first `SEQUENCES` sequences are read, up to `TOKENS` tokens of each.
         seed: of the noise.
+        residence: where the weights are.
 
     Returns:
         name → KL divergence of the model's predictions (nats a token) for each unit of the weight's relative squared
@@ -47,33 +53,78 @@ def measure_sensitivities(model: nn.Module, names: Sequence[str], ids: torch.Ten
     Raises:
         ValueError: the model's logits are NaN or Inf.
     """
-    find_table: Any = model.get_input_embeddings
-    ids = ids[:SEQUENCES, :TOKENS].to(execution_device(find_table()))
-    generator = torch.Generator().manual_seed(seed)
-    with evaluating(model):
-        expected = model(input_ids=ids, **without_cache(model)).logits.float().log_softmax(-1)
-        if not expected.isfinite().all():
-            raise ValueError("the model's logits are NaN or Inf: it overflows in its dtype, or its weights do")
-        result = {}
-        for name in tqdm(names, desc="Measuring sensitivities", unit="module"):
-            with _disturbed(replace.weight_of(model, name).detach(), generator):
-                found = model(input_ids=ids, **without_cache(model)).logits.float().log_softmax(-1)
-            divergence = (expected.exp() * (expected - found.to(expected.device))).sum(-1).mean().item()
-            result[name] = max(divergence, 0.0) / NOISE
+    ids = ids[:SEQUENCES, :TOKENS]
+    blocks_name, blocks = find_blocks(model)
+    noise = _noise(model, names, seed)
+    outside = {name for name in names if not name.startswith(f"{blocks_name}.")}
+
+    def disturbed(name: str) -> AbstractContextManager:
+        return _disturbed(model, name, noise[name])
+
+    def entering() -> CapturedInputs:
+        return capture_inputs(model, blocks, ids, len(ids), progress=False)
+
+    captured = entering()
+    dense, changed = captured.hidden[0], {}
+    for name in outside:
+        with disturbed(name):
+            changed[name] = entering().hidden[0]
+    for index, block in enumerate(tqdm(blocks, desc="Measuring sensitivities", unit="block")):
+        prefix = f"{blocks_name}.{index}."
+        with residence.part(prefix):
+            leaving = partial(_leaving, block, captured.calls[index])
+            changed = {name: leaving(hidden) for name, hidden in changed.items()}
+            for name in (name for name in names if name.startswith(prefix)):
+                with disturbed(name):
+                    changed[name] = leaving(dense)
+            dense = leaving(dense)
+
+    def predictions(hidden: torch.Tensor) -> torch.Tensor:
+        return run_after_blocks(model, blocks, ids, hidden, captured.as_tuple).logits.float().log_softmax(-1)
+
+    expected = predictions(dense)
+    if not expected.isfinite().all():
+        raise ValueError("the model's logits are NaN or Inf: it overflows in its dtype, or its weights do")
+    result = {}
+    for name in names:
+        with disturbed(name) if name in outside else nullcontext():
+            found = predictions(changed.pop(name))
+        divergence = (expected.exp() * (expected - found)).sum(-1).mean().item()
+        result[name] = max(divergence, 0.0) / NOISE
     return result
 
 
+def _leaving(block: nn.Module, calls: Sequence[BlockCall], hidden: torch.Tensor) -> torch.Tensor:
+    """The states of one batch after a block, on the CPU."""
+    return BlockInputs([hidden], calls).call(block, 0).cpu()
+
+
+def _noise(model: nn.Module, names: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
+    """The state of the generator from which each module's noise is drawn, in their order."""
+    generator, states = torch.Generator().manual_seed(seed), {}
+    for name in names:
+        states[name] = generator.get_state()
+        torch.randn(replace.weight_of(model, name).shape, generator=generator)
+    return states
+
+
 @contextmanager
-def _disturbed(weight: torch.Tensor, generator: torch.Generator):
-    """Add Gaussian noise to a dense weight within a `with` block."""
-    kept = weight.clone()
-    noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-    noise *= (NOISE * kept.float().square().sum() / noise.square().sum().clamp_min(1e-30)).sqrt()
+def _disturbed(model: nn.Module, name: str, state: torch.Tensor):
+    """Give a dense weight Gaussian noise within a `with` block; its own numbers may be a file's, and are kept."""
+    weight, is_module = replace.weight_of(model, name).detach(), name in dict(model.named_modules())
+    parameter = model.get_parameter(f"{name}.weight" if is_module else name)
+    original, kept = parameter.data, weight.float()
+    generator = torch.Generator()
+    generator.set_state(state)
+    noise = torch.randn(kept.shape, generator=generator).to(kept.device)
+    noise *= (NOISE * kept.square().sum() / noise.square().sum().clamp_min(1e-30)).sqrt()
+    changed = (kept + noise).to(original.dtype)
     try:
-        weight.copy_(kept.float() + noise)
+        # a Conv1D holds the transposed weight
+        parameter.data = changed if weight.stride() == original.stride() else changed.T.contiguous()
         yield
     finally:
-        weight.copy_(kept)
+        parameter.data = original
 
 
 def gaussian_error(codebook: str) -> float:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from ..calibration import BlockHessians, BlockInputs
+from ..calibration import BlockHessians, BlockInputs, processes
 from ..calibration.curvature import Curvature
 from ..calibration.experts import ExpertHessians
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
@@ -99,6 +99,7 @@ def quantize_block(
     on_module: Callable[[ModuleResult], None] | None = None,
     tuner: Tuner | None = None,
     curvature: Mapping[str, Curvature] | None = None,
+    shared: bool = False,
 ) -> BlockResult:
     """Quantize the linears and experts of one block: observe all of them, then round and replace them.
 
@@ -116,17 +117,23 @@ def quantize_block(
         on_module: gets each result as soon as it is ready, for a progress bar; later tuning may change its su and sv.
         curvature: the name of a linear inside the block → its two Hessians, for those with a two-sided rounding method.
         tuner: tunes the block after each of its groups but the last, which leaves nothing dense to tune.
+        shared: whether all processes are here with the same block and with inputs of their own: Hessians are added up, and
+            each process rounds some of the groups. The result is the same in all of them, and the one that a single process
+            has with all inputs. Not with a `tuner`.
 
     Raises:
         ValueError: see [`quantize_weights`], [`BlockHessians.pop`] and `observe_linears`.
     """
     result = BlockResult()
     experts = experts_in(block, configs)
+    if shared and experts:
+        raise ValueError(f"{prefix}{next(iter(experts))}: experts of mixtures are quantized in one process alone")
     stacks = [name for names in experts.values() for name in names]
     linears = [name for name in configs if name not in stacks]
     of_experts = ExpertHessians(block, list(experts), prefix)
     with timed(result.seconds, "observe"), of_experts.watching(block, 0):
         hessians = observe_block(block, linears, inputs, prefix, _both(tuner, on_output), of_experts.forget)
+        owners = hessians.share(block) if shared else {}
     with timed(result.seconds, "round"):
         rounded = round_experts(block, of_experts, inputs, configs)
         shapes = {name: of_experts.shape(name) for name in rounded}
@@ -136,7 +143,12 @@ def quantize_block(
         result.borrowing = of_experts.borrowing()
     waiting = [name for group in hessians.groups.values() for name in group]
     reached = frozenset(waiting)
-    for leader, group in hessians.groups.items():
+    if shared:
+        with timed(result.seconds, "round"):
+            for done in _round_together(block, hessians, owners, configs, prefix, curvature or {}):
+                _replace(block, done, configs)
+                _collect(done, result, on_module)
+    for leader, group in () if shared else hessians.groups.items():
         with timed(result.seconds, "round"):
             done = quantize_group(block, group, hessians.pop(leader), configs, prefix, curvature or {})
             _replace(block, done, configs)
@@ -156,6 +168,30 @@ def quantize_block(
     if tuner is not None:
         _take_tuned(block, result)
     return result
+
+
+def _round_together(
+    block: nn.Module,
+    hessians: BlockHessians,
+    owners: Mapping[str, int],
+    configs: Mapping[str, QuipConfig],
+    prefix: str,
+    curvature: Mapping[str, Curvature],
+) -> list[dict[str, ModuleResult]]:
+    """The results of all groups, in their order, of which each process rounds its own."""
+    own = {}
+    for leader, group in hessians.groups.items():
+        if owners[leader] == processes.rank():
+            done = quantize_group(block, group, hessians.pop(leader), configs, prefix, curvature)
+            own[leader] = {name: _on_cpu(module) for name, module in done.items()}
+    everyone = processes.gathered(own)
+    return [everyone[owners[leader]][leader] for leader in hessians.groups]
+
+
+def _on_cpu(module: ModuleResult) -> ModuleResult:
+    """The same result on the CPU, to be sent."""
+    quantized = module.quantized
+    return replace_fields(module, quantized=quantized.cpu() if isinstance(quantized, QuantizedWeight) else quantized)
 
 
 @cpu_matmul_precision("ieee")

@@ -52,6 +52,11 @@ class QuantizedWeight:
     sv: torch.Tensor
     statistics: dict[str, Any] = field(default_factory=dict)
 
+    def cpu(self) -> QuantizedWeight:
+        """The same on the CPU."""
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+        return QuantizedWeight(tensors, self.su.cpu(), self.sv.cpu(), self.statistics)
+
 
 @dataclass
 class _Part:

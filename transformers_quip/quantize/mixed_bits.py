@@ -22,6 +22,7 @@ from .allocate import allocate, gaussian_error, measure_sensitivities
 from .block import by_config, observe_block
 from .layer import loss_of_rounding
 from .plan import QuantizationPlan
+from .residence import IN_MEMORY, Residence
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -32,22 +33,26 @@ logger = logging.getLogger(__name__)
 _RATIO_TOKENS = 1 << 15
 
 
-def settle_bits(model: nn.Module, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor) -> QuipConfig:
+def settle_bits(
+    model: nn.Module, config: QuipConfig, plan: QuantizationPlan, ids: torch.Tensor, residence: Residence = IN_MEMORY
+) -> QuipConfig:
     """Choose the bits of each module without bits of its own, for `config.bits` as an average.
 
     Args:
-        model: dense, in memory; it is not changed.
+        model: dense; it is not changed.
         config: with an average (`is_mixed`); it is not changed.
         plan: the modules to quantize.
         ids: token ids [N, T] to measure on.
+        residence: where the weights are.
 
     Returns:
         A copy of `config` whose `modules` names the bits of each module, before the patterns of the caller, which still
         hold: later ones win.
     """
     entries = {e.name: e for e in plan.entries if e.quantized and config.for_module(e.name).is_mixed}
-    sensitivities = measure_sensitivities(model, list(entries), ids, config.seed)
-    ratios = _losses_of_rounding(model, config, [name for name in entries if name not in plan.stacks], plan, ids)
+    sensitivities = measure_sensitivities(model, list(entries), ids, config.seed, residence)
+    linears = [name for name in entries if name not in plan.stacks]
+    ratios = _losses_of_rounding(model, config, linears, plan, ids, residence)
     usual = sum(ratios.values()) / len(ratios) if ratios else 1.0
     for name in entries:  # experts, which are many, are taken to be like the linears
         sensitivities[name] *= ratios.get(name, usual if name in plan.stacks else 1.0)
@@ -75,7 +80,12 @@ def hessian_after_blocks(model: nn.Module, name: str, ids: torch.Tensor, batch_s
 
 
 def _losses_of_rounding(
-    model: nn.Module, config: QuipConfig, names: Collection[str], plan: QuantizationPlan, ids: torch.Tensor
+    model: nn.Module,
+    config: QuipConfig,
+    names: Collection[str],
+    plan: QuantizationPlan,
+    ids: torch.Tensor,
+    residence: Residence,
 ) -> dict[str, float]:
     """The loss of rounding errors as a share of the loss of independent errors, for these modules."""
     ids = ids[: max(_RATIO_TOKENS // ids.shape[1], 1)]
@@ -93,10 +103,13 @@ def _losses_of_rounding(
     for index, block in enumerate(tqdm(blocks, desc="Predicting losses", unit="block")):
         prefix = f"{blocks_name}.{index}."
         linears = [name for name in plan.inside(prefix) if prefix + name not in plan.stacks]
-        hessians = observe_block(block, linears, inputs.of_block(index), prefix, inputs.store)
-        for leader, group in hessians.groups.items():
-            add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
+        with residence.part(prefix):
+            hessians = observe_block(block, linears, inputs.of_block(index), prefix, inputs.store)
+            for leader, group in hessians.groups.items():
+                add([prefix + member for member in group if prefix + member in names], hessians.pop(leader))
     for outside in (name for name in names if not name.startswith(f"{blocks_name}.")):
         if outside not in plan.embeddings:  # their rows have no feedback
-            add([outside], hessian_after_blocks(model, outside, ids, config.batch_size))
+            with residence.whole():
+                hessian = hessian_after_blocks(model, outside, ids, config.batch_size)
+            add([outside], hessian)
     return result

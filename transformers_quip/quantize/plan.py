@@ -260,20 +260,8 @@ def _embeddings(model: nn.Module, config: QuipConfig) -> list[PlanEntry]:
             )
         sides = (incoherence.sides(own.incoherence)[0], "none")
         size = _packed_bytes(name, shape, module.weight.dtype, own, sides)
-        _check_lookup(name, own)
         entries.append(PlanEntry(name, shape, module.weight.numel(), quantized=True, packed_bytes=size))
     return entries
-
-
-def _check_lookup(name: str, config: QuipConfig) -> None:
-    """Raise `ValueError` for a codebook whose rows cannot be looked up one by one."""
-    # an average chooses among codebooks that have single rows
-    book = None if config.is_mixed else codebooks.get(config.codebook_spec)
-    if book is not None and not book.has_single_rows:
-        raise ValueError(
-            f"modules names the embedding {name!r}, but codebook {book.name!r} codes {book.rows_together} rows together, "
-            "so that a row cannot be looked up alone: choose another codebook for it"
-        )
 
 
 def _packed_bytes(

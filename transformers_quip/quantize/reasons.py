@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..calibration.capture import find_blocks
+from ..calibration.blocks import find_blocks
 from ..calibration.reads import kind_of, read_by_others
 from ..config.patterns import is_called, is_named
 from ..nn.replace import LINEARS, linear_shape

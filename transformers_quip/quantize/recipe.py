@@ -20,17 +20,22 @@ from ..calibration.curvature import Curvature, collect_curvature
 from ..calibration.dataset import load_token_ids
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
+from ..text import duration
 from .bars import advance
 from .block import BlockResult, ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
 from .embedding import quantize_embedding
 from .experts import few_tokens
 from .mixed_bits import hessian_after_blocks, settle_bits
 from .plan import QuantizationPlan, make_plan
+from .residence import IN_MEMORY, Residence
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
+
+# The name of the part that the embeddings are; all others are prefixes of modules.
+EMBEDDINGS = "embeddings"
 
 
 @dataclass
@@ -69,6 +74,7 @@ def quantize_model(
     tokenizer: Any = None,
     data: tuple[torch.Tensor, str] | None = None,
     tuner: Callable[[BlockInputs], Tuner] | None = None,
+    residence: Residence = IN_MEMORY,
 ) -> QuantizationReport:
     """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, if the config names them.
 
@@ -77,11 +83,12 @@ def quantize_model(
     the CPU).
 
     Args:
-        model: dense, in memory.
+        model: dense, in memory or where `residence` says.
         config: the options; it is not changed.
         tokenizer: for a data set of text, before `config.tokenizer` and the model's own.
         data: the result of [`load_token_ids`], if that was called before the model was loaded.
         tuner: makes an object that tunes a block while it is quantized, from the inputs of the block.
+        residence: where the weights are; parts that an earlier run has finished are not quantized again.
 
     Returns:
         The result for each module, and the final config.
@@ -91,7 +98,7 @@ def quantize_model(
     """
     replace.leave_inference_mode(model)
     with cpu_matmul_precision("ieee"):
-        return _quantize_model(model, config, tokenizer, data, tuner)
+        return _quantize_model(model, config, tokenizer, data, tuner, residence)
 
 
 def _quantize_model(
@@ -100,51 +107,83 @@ def _quantize_model(
     tokenizer: Any,
     data: tuple[torch.Tensor, str] | None,
     tuner: Callable[[BlockInputs], Tuner] | None,
+    residence: Residence,
 ) -> QuantizationReport:
     plan = make_plan(model, config)
     started = perf_counter()
     ids, description = data or load_token_ids(config, model, tokenizer)
     logger.info("Calibrating on %s.", description)
     report = QuantizationReport(description, ids.numel(), config.without_data())
-    report.seconds["data"] = perf_counter() - started
+    report.seconds.update(residence.seconds())
+    report.seconds["data"] += perf_counter() - started
     if config.is_mixed:
         with timed(report.seconds, "allocate"):
-            config = settle_bits(model, config, plan, ids)
+            config = residence.settled(lambda: settle_bits(model, config, plan, ids, residence))
     blocks_name, blocks = find_blocks(model)
     with timed(report.seconds, "capture"):
-        inputs = capture_inputs(model, blocks, ids, config.batch_size)
-    curvature = _curvature(model, plan, config, ids)
-    dense, following = _split_batches(inputs.num_batches, config.calibrate_on)
+        batches = ids.split(config.batch_size)
+        numbers = residence.batches(len(batches))
+        own = torch.cat([batches[number] for number in numbers])
+        inputs = capture_inputs(model, blocks, own, config.batch_size, progress=not residence.quiet)
+    curvature = _curvature(model, plan, config, ids, residence)
+    dense, following = _split_batches(numbers, config.calibrate_on)
     embeddings, borrowing = plan.embeddings, {}
-    with tqdm(total=len(plan.names), desc="Quantizing", unit="layer") as bar:
+    with tqdm(total=len(plan.names), desc="Quantizing", unit="layer", disable=residence.quiet) as bar:
 
         def done(module: ModuleResult) -> None:
             report.modules.append(module.record)
             advance(bar, module.name, module.quantized.statistics["relative_error"], report.mean_relative_error)
 
+        def restored(prefix: str) -> bool:
+            """Whether an earlier run has finished this part; its records join the report."""
+            records = residence.restore(prefix)
+            report.modules += records or []
+            bar.update(len(records or []))
+            return records is not None
+
+        def finish(prefix: str, begin: int, inputs: CapturedInputs | None = None) -> None:
+            residence.finish(prefix, report.modules[begin:], dict(report.seconds), inputs)
+
         if embeddings:
             bar.set_description("Embeddings")
-            with timed(report.seconds, "round"):
-                _quantize_embeddings(model, embeddings, config, done)
+            if not restored(EMBEDDINGS):
+                with timed(report.seconds, "round"):
+                    _quantize_embeddings(model, embeddings, config, done)
+                finish(EMBEDDINGS, 0)
             with timed(report.seconds, "capture"):  # batches that follow the quantized model start here
-                again = capture_inputs(model, blocks, ids, config.batch_size)
+                again = capture_inputs(model, blocks, own, config.batch_size, progress=not residence.quiet)
                 for batch in following:
                     inputs.hidden[batch] = again.hidden[batch]
+        inputs = residence.inputs(inputs)
+        times: list[float] = []
         for index, block in enumerate(blocks):
-            bar.set_description(f"Block {index + 1} of {len(blocks)}")
-            prefix = f"{blocks_name}.{index}."
+            left = duration(sum(times) / len(times) * (len(blocks) - index)) if times else ""
+            bar.set_description(f"Block {index + 1} of {len(blocks)}{left and f', {left} left'}")
+            prefix, begin = f"{blocks_name}.{index}.", len(report.modules)
+            if restored(prefix):
+                continue
             configs = {name: config.for_module(prefix + name) for name in plan.inside(prefix)}
-            result = _quantize_block(block, index, inputs, configs, prefix, dense, following, done, tuner, curvature)
-            borrowing.update(result.borrowing)
-            for stage, seconds in result.seconds.items():
-                report.seconds[stage] += seconds
+            started = perf_counter()
+            with residence.part(prefix):
+                result = _quantize_block(
+                    block, index, inputs, configs, prefix, dense, following, done, tuner, curvature, residence.shared
+                )
+                borrowing.update(result.borrowing)
+                for stage, seconds in result.seconds.items():
+                    report.seconds[stage] += seconds
+                finish(prefix, begin, inputs)
+            times.append(perf_counter() - started)
         for name in plan.names:
             if not name.startswith(f"{blocks_name}.") and name not in embeddings:
                 bar.set_description("After the blocks")
-                with timed(report.seconds, "observe"):
+                begin = len(report.modules)
+                if restored(name + "."):
+                    continue
+                with timed(report.seconds, "observe"), residence.whole():
                     hessian = hessian_after_blocks(model, name, ids, config.batch_size)
                 with timed(report.seconds, "round"):
                     _quantize_after_blocks(model, name, hessian, config, done)
+                finish(name + ".", begin)
     if borrowing:
         logger.warning("%s.", few_tokens(borrowing))
     report.config = config.without_data()
@@ -157,11 +196,16 @@ def _quantize_model(
     return report
 
 
-def _curvature(model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor) -> dict[str, Curvature]:
+def _curvature(
+    model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor, residence: Residence
+) -> dict[str, Curvature]:
     """The two Hessians of every linear whose rounding method is two-sided."""
     linears = [name for name in plan.names if name not in (*plan.embeddings, *plan.stacks)]
     names = [name for name in linears if rounding.get(config.for_module(name).rounding).two_sided]
-    return collect_curvature(model, names, ids[: config.sketch_samples], config.seed) if names else {}
+    if not names:
+        return {}
+    with residence.held():
+        return collect_curvature(model, names, ids[: config.sketch_samples], config.seed)
 
 
 def _quantize_block(
@@ -170,11 +214,12 @@ def _quantize_block(
     inputs: CapturedInputs,
     configs: dict[str, QuipConfig],
     prefix: str,
-    dense: range,
-    following: range,
+    dense: Sequence[int],
+    following: Sequence[int],
     done: Callable[[ModuleResult], None],
     tuner: Callable[[BlockInputs], Tuner] | None,
     curvature: dict[str, Curvature],
+    shared: bool,
 ) -> BlockResult:
     """Quantize one block and bring every batch to the next one; the seconds of that are added to the result's."""
 
@@ -185,7 +230,7 @@ def _quantize_block(
     entering = inputs.of_block(index)
     tuning = tuner(entering) if tuner is not None and configs else None
     own = {name: curvature.pop(prefix + name) for name in configs if prefix + name in curvature}
-    result = quantize_block(block, entering, configs, prefix, keep, done, tuning, own)
+    result = quantize_block(block, entering, configs, prefix, keep, done, tuning, own, shared)
     if following and index + 1 < inputs.num_blocks:
         with timed(result.seconds, "replay"), calibration_autocast(block), replayed_densely(block, configs):
             inputs.advance(index, block, following)
@@ -213,8 +258,13 @@ def _quantize_after_blocks(
         replace.replace_linear(model, name, module.quantized, configs[name])
 
 
-def _split_batches(count: int, calibrate_on: str) -> tuple[range, range]:
-    """The batches that follow the dense model, and those that follow the model quantized so far."""
-    dense = {"dense": range(count), "quantized": range(0), "mixed": range(1, count, 2)}[calibrate_on]
-    quantized = {"dense": range(0), "quantized": range(count), "mixed": range(0, count, 2)}[calibrate_on]
-    return dense, quantized
+def _split_batches(numbers: Sequence[int], calibrate_on: str) -> tuple[list[int], list[int]]:
+    """The batches that follow the dense model, and those that follow the model quantized so far.
+
+    Args:
+        numbers: of the batches of this process among all of them; the result has their places in it.
+        calibrate_on: of the config.
+    """
+    dense = {"dense": lambda _: True, "quantized": lambda _: False, "mixed": lambda number: number % 2 == 1}[calibrate_on]
+    places = range(len(numbers))
+    return [place for place in places if dense(numbers[place])], [place for place in places if not dense(numbers[place])]

@@ -1,0 +1,417 @@
+"""Quantize a model from folder to folder, with the memory of one block: `transformers_quip.quantize`.
+
+The model is built without weights. Its blocks are read, quantized and written one after the other by the recipe that
+`from_pretrained` uses, so the result is the same. A run that is stopped resumes after its last finished block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil  # type: ignore[import-untyped] # accelerate needs it, too
+import safetensors
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ..calibration import find_blocks, processes
+from ..calibration.dataset import DOCUMENT_LENGTH, fitting_length, is_written_by_the_model, load_token_ids
+from ..calibration.tokenizer import Source
+from ..checkpoints.claimed import check_free
+from ..checkpoints.durable import flush
+from ..checkpoints.files import expand_weights, find_weights
+from ..checkpoints.headers import check_is_there, read_header, read_json, torch_dtype
+from ..checkpoints.sizes import check_layers
+from ..checkpoints.unfinished import WORK
+from ..config import QuipConfig
+from ..config.tune import TuneOptions
+from ..finetune.recipe import held_out_windows, quantize_and_tune
+from ..nn import replace
+from ..quantize.bars import LoadingBar
+from ..quantize.embedding import quantize_embedding
+from ..quantize.estimate import estimate
+from ..quantize.experts import place_experts
+from ..quantize.layer import quantize_weight
+from ..quantize.plan import QuantizationPlan, make_plan
+from ..quantize.recipe import QuantizationReport
+from ..quantize.stack import quantize_stack
+from ..quantize.state import FOLDER, RunState, is_moving
+from ..version import __version__
+from . import patches
+from .modes import check_can_be_calibrated, recorded, tell_plan
+from .quantizer import QuipQuantizer
+from .replacing import replaced_model
+from .streamed import StreamedWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# What a repository is asked for: not the weights in other formats.
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
+# Places of a file of weights that are compared, beside its header: fine-tunes of one model differ in their numbers alone.
+_SAMPLES = 8
+_OTHERS = ("original/*", "consolidated*", "onnx/*")
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    config: QuipConfig | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    tokenizer: Any = None,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    fresh: bool = False,
+) -> PreTrainedModel:
+    """Quantize a causal language model from a folder (or the Hub) to a folder, with the memory of one block.
+
+    In memory are the weights outside of the decoder blocks, one dense block, its Hessians, and the result of one block.
+    Hidden states and finished blocks are in files of `out/.quantizing`. If a run is stopped, by whatever, the same call
+    resumes it after the last finished block. The result has the same tensors as
+    `from_pretrained(source, quantization_config=config)` and `save_pretrained(out)`.
+
+    In several processes (torchrun, `accelerate launch`) each runs a part of the text through every block, and rounds some
+    of its linears. They need a file system that all of them see, and give the result of one process.
+
+    Args:
+        source: a folder with the dense model, or its name on the Hub.
+        out: a folder that is empty or does not exist, or that has an unfinished run of this call.
+        config: how; None: `QuipConfig()`. It is not changed.
+        dtype: of the dense weights: "auto" (as they are stored), "float32", "bfloat16" or "float16".
+        device: where blocks are computed, such as "cuda:0". With several processes and a device other than "cpu", each has
+            one of its own.
+        tokenizer: to calibrate with and to save; None: the model's own, if it has one.
+        revision, token: as for `from_pretrained`.
+        trust_remote_code: whether code of the repository may be run.
+        max_shard_size: largest size of a file of weights, as for `save_pretrained`.
+        overwrite: whether a model that is in `out` may be replaced, when the new one is complete.
+        fresh: whether an unfinished run in `out` is deleted, instead of resumed.
+
+    Returns:
+        The quantized model, whose weights are on the meta device. `model.hf_quantizer.report` is the report of a calibrated
+        run (`QuantizationReport`).
+
+    Raises:
+        ValueError: the model or a combination of options cannot be used; or `out` holds something else, another process
+            is writing to it, or its unfinished run is of other settings (the message says which).
+        OSError: a file cannot be read or written. What is finished is kept.
+    """
+    config = (config or QuipConfig()).__deepcopy__({})
+    target = Path(out)
+    device = _join(config, device)
+    if not is_moving(target):
+        check_free(target, overwrite, _content(target))
+    access = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
+    folder = _folder(source, access)
+    if target.exists() and target.resolve() == folder.resolve():
+        raise ValueError(f"{target} is the model that is read: choose another place for the new one")
+    patches.install()
+    model = _dense_model(folder, str(source), dtype, trust_remote_code)
+    if config.is_calibrated:
+        check_can_be_calibrated(model)
+    plan = make_plan(model, config)
+    if processes.count() > 1 and plan.stacks:
+        raise ValueError(f"{plan.stacks[0]}: experts of mixtures are quantized in one process alone")
+    tell_plan(model, config, plan)
+    if tokenizer is None:
+        tokenizer = _own_tokenizer(folder, trust_remote_code)
+    if config.tokenizer is None:
+        config.tokenizer = tokenizer
+    paths = _weight_files(folder)
+    data = None
+    if config.is_calibrated and not is_written_by_the_model(config):
+        data = load_token_ids(config, model, source=Source(str(folder)), held_out=held_out_windows(config))
+        if TuneOptions.parse(config.tune).tunes_vectors:
+            TuneOptions.parse(config.tune).check_windows(len(data[0]))
+    with _run(target, _fingerprint(folder, paths, config, model, data, device), fresh) as state:
+        weights = StreamedWeights(model, paths, _parts(model, config), config, state, device)
+        weights.load_outside()
+        if config.is_calibrated:
+            if processes.is_first():
+                _tell_estimate(model, config, plan, weights, data)
+            report = _calibrated(model, config, weights, data)
+            settled = report.config
+        else:
+            report, settled = None, config
+            _without_calibration(model, config, plan, weights)
+        if processes.is_first():
+            weights.load_results()
+        settled = recorded(model, settled)
+        _save(model, settled, report, tokenizer, target, max_shard_size, state)
+    for name, parameter in model.named_parameters():
+        owner, _, key = name.rpartition(".")
+        empty = torch.empty_like(parameter, device="meta")
+        model.get_submodule(owner)._parameters[key] = nn.Parameter(empty, requires_grad=False)
+    return model
+
+
+def _join(config: QuipConfig, device: str | torch.device) -> str | torch.device:
+    """Join the processes that this one was started with, and choose its device.
+
+    Raises:
+        ValueError: several processes cannot do what the config asks for.
+    """
+    together = processes.join()
+    if processes.count() == 1:
+        return device
+    if not config.is_calibrated:
+        raise ValueError("dataset=None is for one process: without calibration there is nothing to share")
+    if TuneOptions.parse(config.tune).mode != "none":
+        raise ValueError(
+            "tune is for one process here: quantize in several processes without it, and run `transformers-quip tune` in "
+            "several afterwards"
+        )
+    if not processes.is_first():
+        logging.getLogger(__package__.partition(".")[0]).setLevel(logging.ERROR)
+    return together.device if together is not None and torch.device(device).type != "cpu" else device
+
+
+def _content(target: Path) -> list[str]:
+    """The names in the folder that are not of an unfinished run."""
+    names = os.listdir(target) if target.is_dir() else []
+    return sorted(name for name in names if name != FOLDER and not name.startswith(WORK))
+
+
+@contextmanager
+def _run(target: Path, fingerprint: Mapping[str, Any], fresh: bool) -> Iterator[RunState]:
+    """The state of a run, which stays if the run does not come to its end."""
+    state = RunState(target, fingerprint, fresh)
+    try:
+        yield state
+    except BaseException as error:
+        if state.close(keep=True):
+            logger.warning("%s has the finished parts of this run: the same call resumes it", state.folder)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{target} cannot be written: {error}") from error
+        raise
+    state.close(keep=False)
+
+
+def _tell_estimate(
+    model: PreTrainedModel,
+    config: QuipConfig,
+    plan: QuantizationPlan,
+    weights: StreamedWeights,
+    data: tuple[torch.Tensor, str] | None,
+) -> None:
+    """Log what the run needs; of a resumed one nothing is said, because its bar begins where it was stopped."""
+    if weights.state.finished:
+        return
+    written = DOCUMENT_LENGTH if is_written_by_the_model(config) else 0
+    samples = config.num_samples + held_out_windows(config)
+    shape = (samples, fitting_length(config.sequence_length, model)) if data is None else tuple(data[0].shape)
+    memory = psutil.Process().memory_info().rss
+    logger.info(estimate(model, plan, config, (shape[0], shape[1]), written, memory, weights).sentences())
+
+
+def _calibrated(
+    model: PreTrainedModel, config: QuipConfig, weights: StreamedWeights, data: tuple[torch.Tensor, str] | None
+) -> QuantizationReport:
+    data = data or weights.state.text()
+    if data is None:
+        with weights.whole():
+            writer = None if processes.from_first(weights.fit) else weights.writer()
+            data = load_token_ids(config, model, held_out=held_out_windows(config), writer=writer, shared=weights.shared)
+        weights.state.keep_text(*data)
+    return quantize_and_tune(model, config, data, weights, weights.state.folder)
+
+
+def _without_calibration(
+    model: PreTrainedModel, config: QuipConfig, plan: QuantizationPlan, weights: StreamedWeights
+) -> None:
+    """Quantize part by part, as `from_pretrained` does while it reads the weights."""
+    bar = LoadingBar(plan.names)
+    inside = {name for part in weights.parts for name in plan.names if name.startswith(part)}
+    for part in (*weights.parts, *(f"{name}." for name in plan.names if name not in inside)):
+        finished = weights.restore(part)
+        for record in finished or ():
+            bar.advance(record["name"], record["relative_error"])
+        if finished is not None:
+            continue
+        names = [name for name in plan.names if f"{name}.".startswith(part)]
+        records = []
+        with weights.part(part) if part in weights.parts else nullcontext():
+            records += _quantize_stacks(model.get_submodule(part.removesuffix(".")), part, names, config, bar)
+            for name in (name for name in names if name not in plan.stacks):
+                module, own = model.get_submodule(name), config.for_module(name)
+                if replace.is_dense_embedding(module):
+                    quantized = quantize_embedding(replace.dense_weight(module), own, name)
+                    replace.replace_embedding(model, name, quantized, own)
+                else:
+                    quantized = quantize_weight(replace.dense_weight(module), own, name)
+                    replace.replace_linear(model, name, quantized, own)
+                error = quantized.statistics["relative_error"]
+                records.append({"name": name, "relative_error": error})
+                bar.advance(name, error)
+            weights.finish(part, records, {})
+
+
+def _quantize_stacks(
+    block: nn.Module, prefix: str, names: Sequence[str], config: QuipConfig, bar: LoadingBar
+) -> list[dict[str, Any]]:
+    """Quantize those of these weights that are stacks of experts; returns their records."""
+    records, stacks = [], replace.dense_stacks(block)
+    configs = {name: config.for_module(prefix + name) for name in stacks}
+    rounded = {}
+    for name in (name for name in stacks if prefix + name in names):
+        weights = stacks[name].turned(block.get_parameter(name))
+        rounded[name] = quantize_stack(weights, configs[name], prefix + name)
+        error = rounded[name].statistics["relative_error"]
+        records.append({"name": prefix + name, "relative_error": error})
+        bar.advance(prefix + name, error)
+    place_experts(block, rounded, configs)
+    return records
+
+
+def _save(
+    model: PreTrainedModel,
+    config: QuipConfig,
+    report: QuantizationReport | None,
+    tokenizer: Any,
+    target: Path,
+    max_shard_size: int | str,
+    state: RunState,
+) -> None:
+    """Write the model as `save_pretrained` does; `target` is a model when all of it is on the disk."""
+    quantizer = QuipQuantizer(config)
+    quantizer.report, quantizer.pre_quantized = report, True
+    model_: Any = model
+    model_.hf_quantizer, model_.config.quantization_config = quantizer, config
+    replace.freeze(model)
+    if not processes.is_first():
+        return
+    with replaced_model(target) as work:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        model.save_pretrained(work, max_shard_size=max_shard_size)
+        for path in work.iterdir():
+            if path.is_file():
+                flush(path)
+        state.moving()
+    flush(target)
+
+
+def _parts(model: PreTrainedModel, config: QuipConfig) -> list[str]:
+    """The prefixes of the decoder blocks; without calibration, of the members of every outermost list of modules."""
+    if config.is_calibrated:
+        name, blocks = find_blocks(model)
+        return [f"{name}.{index}." for index in range(len(blocks))]
+    parts: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(tuple(parts)):
+            parts += [f"{name}.{index}." for index, member in enumerate(module) if any(True for _ in member.parameters())]
+    return parts
+
+
+def _dense_model(folder: Path, source: str, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The dense model on the meta device, in eval mode."""
+    read_json(folder / "config.json")  # its error names the file
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None or getattr(config, "quip_params", None) is not None:
+        raise ValueError(f"{source} is quantized already: give the dense model")
+    check_layers(config)
+    kind = _dtype(dtype, config, folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+    model.name_or_path = model.config.name_or_path = source
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _dtype(dtype: str | torch.dtype, config: Any, folder: Path) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if getattr(config, "dtype", None) is not None:
+        return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
+    first = _weight_files(folder)[0]
+    kinds = (torch_dtype(info.dtype) for info in read_header(first).values())
+    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+
+
+def _own_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        logger.warning("%s has no tokenizer that can be read, so none is saved (%s)", folder, str(error).split("\n")[0])
+        return None
+
+
+def _folder(source: str | Path, access: Mapping[str, Any]) -> Path:
+    """The folder of a model; one on the Hub is downloaded without weights in other formats."""
+    if Path(source).is_dir():
+        return Path(source)
+    check_is_there(source)
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(str(source), allow_patterns=_WANTED, ignore_patterns=_OTHERS, **access))
+    if find_weights(folder) is None:
+        folder = Path(snapshot_download(str(source), allow_patterns=(*_WANTED, "*.bin"), ignore_patterns=_OTHERS, **access))
+    return folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    found = find_weights(folder)
+    if found is None:
+        raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of several files")
+    return expand_weights(found)
+
+
+def _fingerprint(
+    folder: Path,
+    paths: list[str],
+    config: QuipConfig,
+    model: PreTrainedModel,
+    data: tuple[torch.Tensor, str] | None,
+    device: str | torch.device,
+) -> dict[str, Any]:
+    """All that must be the same to resume a run: source, options, text, versions and place."""
+    options = {name: value for name, value in config.without_data().to_dict().items() if value is not None}
+    ids = None if data is None else hashlib.sha256(data[0].numpy().tobytes()).hexdigest()
+    return {
+        "source": {"config.json": _digest(folder / "config.json"), **{Path(path).name: _file(path) for path in paths}},
+        "options": options,
+        "token ids": ids,
+        "dtype": str(model.dtype),
+        "device": torch.device(device).type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "transformers-quip": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
+
+
+def _file(path: str) -> str:
+    """The size of a file of weights, and a hash of its header and of samples: names, shapes, places and some numbers."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little") if path.endswith(".safetensors") else 0
+        digest = hashlib.sha256(file.read(min(length, size)))
+        for place in range(_SAMPLES):
+            file.seek(size * place // _SAMPLES)
+            digest.update(file.read(1 << 16))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
