@@ -88,15 +88,15 @@ class CapturedInputs:
             block 0. `store` and `advance` replace them once a block is done.
         calls: calls[block][batch]. Equal tensors are stored once.
         storage_device: where hidden states and arguments wait between calls.
-        precision: whether the blocks may run under autocast.
         as_tuple: whether the blocks return a tuple, whose first item is the hidden states.
+        precision: whether the blocks may run under autocast.
     """
 
     hidden: list[torch.Tensor]
     calls: list[list[BlockCall]]
     storage_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: Precision = field(default_factory=Precision)
     as_tuple: bool = False
+    precision: Precision = field(default_factory=Precision)
 
     @property
     def num_blocks(self) -> int:

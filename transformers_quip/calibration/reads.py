@@ -43,7 +43,8 @@ def read_by_others(model: nn.Module) -> frozenset[str]:
     """
     if not isinstance(model, PreTrainedModel):
         return frozenset()
-    return _read_by_others(type(model), _Config(model.config))
+    cls: Any = type(model)
+    return _read_by_others(cls, _Config(model.config))
 
 
 class _Config:

@@ -121,7 +121,8 @@ def names_that_would_change(model: PreTrainedModel, names: Iterable[str]) -> lis
 
 def _by_kind(rules: list) -> tuple[list, list]:
     """Those that rename, and those that convert."""
-    return tuple([rule for rule in rules if isinstance(rule, kind)] for kind in (WeightRenaming, WeightConverter))
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 def _parents(name: str) -> Iterator[str]:
