@@ -9,10 +9,10 @@ from tests.architectures.check import STAGES, TASKS, check
 
 SAMPLE = {
     "causal": "mixtral gpt_oss aria_text nemotron_h llama4_text longcat_flash jetmoe deepseek_v4 qwen2_moe falcon jamba"
-    " zaya hrm_text gemma3n_text",
+    " zaya hrm_text gemma3n_text mamba dbrx inkling2_text",
     "image": "llava",
     "seq2seq": "t5 bart switch_transformers",
-    "masked": "bert modernbert",
+    "masked": "bert nomic_bert",
     "speech": "whisper",
 }
 JOBS = [(task, kind) for task, kinds in SAMPLE.items() for kind in kinds.split()]

@@ -24,6 +24,8 @@ _CONFIG: dict[str, Any] = {
     "n_shared_experts": 3,
     "post_norm_eps": 1e-6,
     "rms_norm_eps": 1e-6,
+    "ffn_hidden_size": INNER,
+    "ffn_act_fn": {"name": "silu"},
 }
 # The class of each kind.
 KINDS = {
@@ -43,9 +45,13 @@ KINDS = {
 UNROUTED = ("experts that return their input", "all tokens for each", "one projection", "shared")
 
 
+# A module around another with all matrices of one projection below each other.
+FLAT = ("dbrx", "DbrxExperts")
+
+
 def dense_experts(kind: str, seed: int = 0) -> nn.Module:
     """A module with random weights; skips the test where this Transformers does not have it."""
-    package, name = KINDS[kind]
+    package, name = FLAT if kind == "flat" else KINDS[kind]
     try:
         found = getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
     except (ImportError, AttributeError):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests import truth
-from tests.nn.experts import EXPERTS, HIDDEN, KINDS, TOKENS, UNROUTED, dense_experts, inputs
+from tests.nn.experts import EXPERTS, HIDDEN, INNER, KINDS, TOKENS, UNROUTED, dense_experts, inputs
 from transformers_quip import QuipConfig
 from transformers_quip.nn.experts import QuipExperts
 from transformers_quip.nn.stacks import find_stacks
@@ -20,7 +20,7 @@ CONFIG = QuipConfig(dataset=None)
 def quantized_experts(dense, config=CONFIG):
     module = QuipExperts(dense, config, "experts")
     for name, stack in module.stacks.items():
-        weights = stack.turned(dense.get_parameter(name).detach())
+        weights = stack.split(dense.get_parameter(name).detach())
         quantized = quantize_stack(weights, config.for_module(f"experts.{name}"), name)
         module.take(name, quantized, torch.device("cpu"))
     return module.eval()
@@ -33,7 +33,9 @@ def by_formula(module, dense):
         if f"{name}_codes" in dict(module.named_parameters()):
             tensors = [module.get_parameter(f"{name}_{key}") for key in ("codes", "su", "sv")]
             weights = torch.stack([truth.dense_weight(*parts) for parts in zip(*tensors, strict=True)]).float()
-            parameter.data = weights if weights.shape == parameter.shape else weights.mT.contiguous()
+            if name == "w2" or weights[0].T.shape == parameter.shape[1:]:  # it is stored the other way round
+                weights = weights.mT
+            parameter.data = weights.contiguous().view(parameter.shape)
     return result
 
 
@@ -72,6 +74,21 @@ def test_copies_and_pickles_compute_the_same(kind):
         assert torch.equal(again(*inputs(kind)), expected)
         next(again.parameters()).data.zero_()
         assert torch.equal(module(*inputs(kind)), expected)
+
+
+@torch.no_grad()
+def test_matrices_below_each_other():
+    dense = dense_experts("flat")
+    whole, expected = copy.deepcopy(dense), copy.deepcopy(dense)
+    whole.mlp = quantized_experts(dense.mlp)
+    assert whole.mlp.w2_codes.shape == (EXPERTS, HIDDEN, INNER // 8)
+    expected.mlp = by_formula(whole.mlp, dense.mlp)
+    torch.testing.assert_close(whole(*inputs("flat")), expected(*inputs("flat")), rtol=1e-4, atol=1e-5)
+    back = whole.mlp.to_dense()
+    for name, parameter in expected.mlp.named_parameters():
+        torch.testing.assert_close(back.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="stored as codes"):
+        whole.mlp.w1.view(2, -1)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from .arguments import without_cache
 from .blocks import UNCALIBRATED, first_argument
 from .device import evaluating, execution_device, is_linear, move
+from .precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,10 +46,12 @@ class BlockInputs:
     Attributes:
         hidden: one tensor [B, T, H] for each batch, in the model's dtype.
         calls: one for each batch.
+        precision: whether the block may run under autocast.
     """
 
     hidden: Sequence[torch.Tensor]
     calls: Sequence[BlockCall]
+    precision: Precision = field(default_factory=Precision)
 
     @property
     def num_batches(self) -> int:
@@ -68,7 +71,7 @@ class BlockInputs:
         device = execution_device(block)
         hidden = move(self.hidden[batch_index], device)
         args, kwargs = move(call.args, device), move(call.kwargs, device)
-        with evaluating(block):
+        with evaluating(block), self.precision.context(device):
             if call.keyword is None:
                 output = block(hidden, *args, **kwargs)
             else:
@@ -86,12 +89,14 @@ class CapturedInputs:
         calls: calls[block][batch]. Equal tensors are stored once.
         storage_device: where hidden states and arguments wait between calls.
         as_tuple: whether the blocks return a tuple, whose first item is the hidden states.
+        precision: whether the blocks may run under autocast.
     """
 
     hidden: list[torch.Tensor]
     calls: list[list[BlockCall]]
     storage_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     as_tuple: bool = False
+    precision: Precision = field(default_factory=Precision)
 
     @property
     def num_blocks(self) -> int:
@@ -103,7 +108,7 @@ class CapturedInputs:
 
     def of_block(self, block_index: int) -> BlockInputs:
         """The inputs of one block: the current hidden states (the same list), and the calls of that block."""
-        return BlockInputs(self.hidden, self.calls[block_index])
+        return BlockInputs(self.hidden, self.calls[block_index], self.precision)
 
     def store(self, batch_index: int, output: torch.Tensor) -> None:
         """Replace the hidden states of one batch by the output of a block."""

@@ -57,8 +57,7 @@ class WatchedExperts(StackedForward):
     def single(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         """See [`StackedForward.single`]."""
         self._callback(name, expert, x.detach())
-        weight = self._dense[0].get_parameter(name)[expert]
-        return nn.functional.linear(x, weight.mT if self.stacks[name].transposed else weight)
+        return nn.functional.linear(x, self.stacks[name].split(self._dense[0].get_parameter(name))[expert])
 
 
 class ExpertHessians:

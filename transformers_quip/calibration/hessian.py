@@ -126,7 +126,10 @@ class BlockHessians:
         on_output: Callable[[int, torch.Tensor], None] | None = None,
         on_restart: Callable[[], None] | None = None,
     ) -> BlockHessians:
-        """Run the block over all batches, once; the first again if linears that share an input read others besides.
+        """Run the block over all batches, once.
+
+        The first batch is run again if linears that share an input read others besides, or if the block fails under
+        autocast.
 
         Args:
             block: with dense linears.
@@ -171,6 +174,10 @@ class BlockHessians:
                     "later, so there are no statistics for it: leave it dense (modules_to_not_convert)"
                 ) from None
             alone.append(error.name)
+            return False
+        except RuntimeError:
+            if batch or not inputs.precision.gives_way(execution_device(block)):
+                raise
             return False
         self.groups = observer.groups
         return True

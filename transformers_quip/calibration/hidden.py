@@ -89,7 +89,8 @@ class MappedInputs(CapturedInputs):
             for place, states in zip(hidden, captured.hidden, strict=True):
                 place.copy_(states)
         device, as_tuple = captured.storage_device, captured.as_tuple
-        return cls(hidden, captured.calls, device, as_tuple, folder, shapes, numbers, entering, current)
+        known = (captured.calls, device, as_tuple, captured.precision)
+        return cls(hidden, *known, folder, shapes, numbers, entering, current)
 
     def store(self, batch_index: int, output: torch.Tensor) -> None:
         """See [`CapturedInputs.store`]; the states that entered the block stay in their file."""

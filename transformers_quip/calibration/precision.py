@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,28 @@ def calibration_autocast(model: nn.Module) -> AbstractContextManager:
     if device.type != "cpu" or first != torch.float32 or not _multiplies_bfloat16():
         return nullcontext()
     return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@dataclass
+class Precision:
+    """Whether the blocks of a model run under [`calibration_autocast`]: some join tensors of two types there and fail.
+
+    Attributes:
+        is_exact: autocast is switched off inside of it.
+    """
+
+    is_exact: bool = False
+
+    def context(self, device: torch.device) -> AbstractContextManager:
+        """For one call of a block."""
+        return torch.autocast(device.type, enabled=False) if self.is_exact else nullcontext()
+
+    def gives_way(self, device: torch.device) -> bool:
+        """Whether a block that has failed may be tried again: from now on without autocast, if there was one."""
+        if self.is_exact or not torch.is_autocast_enabled(device.type):
+            return False
+        self.is_exact = True
+        return True
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:

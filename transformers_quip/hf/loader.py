@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoints.headers import DAMAGED, TensorInfo
+from ..nn.replace import quantized_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +89,47 @@ def names_in_source(model: PreTrainedModel) -> Callable[[str], str]:
         return source
 
     return name_in_source
+
+
+def names_that_would_change(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """The tensors of quantized modules that Transformers would join to others, or write under a name that becomes another.
+
+    Args:
+        model: with its quantized modules.
+        names: of all tensors to write.
+    """
+    rules = getattr(model, "_weight_conversions", None)
+    if rules is None:
+        rules = get_model_conversion_mapping(model, add_legacy=False)
+    rules = copy.deepcopy(list(rules))  # renaming a key marks the rules as used
+    back = [rule.reverse_transform() for rule in copy.deepcopy(rules)[::-1]]
+    forward, backward = _by_kind(rules), _by_kind(back)
+    quantized = quantized_modules(model)
+    state = model.state_dict(keep_vars=True)
+    kept = []
+    for name in names:
+        if not any(module in quantized for module in _parents(name)):
+            continue
+        if rename_source_key(name, [], backward[1])[1] is not None:
+            kept.append(name)
+            continue
+        source = rename_source_key(name, backward[0], [])[0]
+        if source != name and rename_source_key(source, *forward, model.base_model_prefix, state)[0] != name:
+            kept.append(name)
+    return kept
+
+
+def _by_kind(rules: list) -> tuple[list, list]:
+    """Those that rename, and those that convert."""
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The names of the modules that a tensor may belong to."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _check_stack(keys: list[str], count: int) -> None:

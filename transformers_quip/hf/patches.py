@@ -97,6 +97,14 @@ TABLE = (
     ),
     Patch(
         _MODELS,
+        "revert_weight_conversion",
+        saving.revert_weight_conversion,
+        _ON_LOADING,
+        "Rules that rename or join a model's dense weights in files also match some codes and scales, which would not be "
+        "found again.",
+    ),
+    Patch(
+        _MODELS,
         "PreTrainedModel._upload_modified_files",
         saving.upload_modified_files,
         _ON_LOADING,

@@ -110,4 +110,4 @@ class QuantizeWeight(ConversionOps):
 
     def _stack(self, model: PreTrainedModel, name: str, weight: torch.Tensor) -> QuantizedStack:
         """The replacement of a projection's weights of all experts."""
-        return quantize_stack(self.stacks[name].turned(weight), self.config.for_module(name), name)
+        return quantize_stack(self.stacks[name].split(weight), self.config.for_module(name), name)

@@ -1,6 +1,6 @@
-"""Write a model card when Transformers saves or pushes a quantized model.
+"""Write a model card, and tensors under names that are read again, when Transformers saves or pushes a quantized model.
 
-Transformers has no hook that knows the folder, so `patches` wraps two methods of `PreTrainedModel` with these functions.
+Transformers has no hook for either, so `patches` wraps two methods of `PreTrainedModel` and a function with these.
 For a model that is not quantized by this package they behave as before.
 """
 
@@ -14,6 +14,7 @@ import torch
 
 from ..config import QUANT_METHOD
 from ..hub.model_card import CARD, remove_stale_card, try_to_write_card
+from .loader import names_that_would_change
 from .replacing import replaced_model
 
 
@@ -34,6 +35,19 @@ def save_pretrained(original: Callable) -> Callable:
         return result
 
     return save_pretrained
+
+
+def revert_weight_conversion(original: Callable) -> Callable:
+    """Leaves tensors of quantized modules alone that would not come back under their names, or not as they are."""
+
+    def revert_weight_conversion(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if not _is_quantized(model):
+            return original(model, state_dict)
+        kept = names_that_would_change(model, state_dict)
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in kept}
+        return {**original(model, rest), **{name: state_dict[name] for name in kept}}
+
+    return revert_weight_conversion
 
 
 def upload_modified_files(original: Callable) -> Callable:

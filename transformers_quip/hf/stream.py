@@ -269,7 +269,7 @@ def _quantize_stacks(
     configs = {name: config.for_module(prefix + name) for name in stacks}
     rounded = {}
     for name in (name for name in stacks if prefix + name in names):
-        weights = stacks[name].turned(block.get_parameter(name))
+        weights = stacks[name].split(block.get_parameter(name))
         rounded[name] = quantize_stack(weights, configs[name], prefix + name)
         error = rounded[name].statistics["relative_error"]
         records.append({"name": prefix + name, "relative_error": error})

@@ -148,7 +148,7 @@ class QuipExperts(StackedForward):
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The module that this one replaced, with dense weights, in this dtype; None: the dtype of su."""
         dense = self._bare[0]
-        weights = {name: stack.turned(self.dequantize(name, dtype)).contiguous() for name, stack in self.stacks.items()}
+        weights = {name: stack.joined(self.dequantize(name, dtype)) for name, stack in self.stacks.items()}
         others = {name: p for name, p in self._parameters.items() if p is not None and not self._is_packed(name)}
         restored = object.__new__(type(dense))
         restored.__dict__ = {

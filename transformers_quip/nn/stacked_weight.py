@@ -16,7 +16,9 @@ _MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm,
 
 
 class StackedWeight:
-    """Stands for a parameter [experts, a, b]: `weight[e]` and `torch.bmm(x, weight)` work, nothing else does.
+    """Stands for a parameter [experts, a, b]: `weight[e]` and `torch.bmm(x, weight)` work, little else does.
+
+    One that is stored as [experts·a, b] has to be viewed as the former first.
 
     Args:
         experts: the module that computes the products.
@@ -35,6 +37,15 @@ class StackedWeight:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def view(self, *shape: Any) -> StackedWeight:
+        """As [experts, a, b]."""
+        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if sizes[1:] != tuple(self.shape[1:]) or sizes[0] not in (-1, self.shape[0]):
+            raise _unreadable(self._stack, f"view{sizes}")
+        return self
+
+    reshape = view
 
     def __getitem__(self, expert: Any) -> _Weight:
         return _Weight(self._experts, self._stack, int(expert), self._turned)

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 # The parameters of the two matrices of an expert, or of the three: those that read the input, and the one that writes.
-READS = ("gate_up_proj", "up_proj", "gate_proj")
+READS = ("gate_up_proj", "up_proj", "gate_proj", "w1", "v1")
 WRITES = "down_proj"
+# Names of matrices of which each is flat: the first two read the input, the last one, transposed, writes.
+_FLAT = ("w1", "v1", "w2")
 
 
 class Stack(NamedTuple):
@@ -25,6 +27,7 @@ class Stack(NamedTuple):
         experts: their number.
         rows, columns: outputs and inputs of each expert's matrix.
         transposed: whether the parameter holds [experts, columns, rows] instead of [experts, rows, columns].
+        flat: whether its first two dimensions are one.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Stack(NamedTuple):
     rows: int
     columns: int
     transposed: bool
+    flat: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,7 +44,7 @@ class Stack(NamedTuple):
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
-        """The shape of the parameter."""
+        """The shape of the parameter, with its first two dimensions apart."""
         return (self.experts, self.columns, self.rows) if self.transposed else self.shape
 
     @property
@@ -48,9 +52,15 @@ class Stack(NamedTuple):
         """experts · rows · columns."""
         return self.experts * self.rows * self.columns
 
-    def turned(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight as the parameter has it, as [experts, rows, columns]; and the other way round. A view."""
-        return weight.mT if self.transposed else weight
+    def split(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The parameter as [experts, rows, columns], a view."""
+        weights = parameter.view(self.stored_shape)
+        return weights.mT if self.transposed else weights
+
+    def joined(self, weights: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`split`], contiguous."""
+        weights = (weights.mT if self.transposed else weights).contiguous()
+        return weights.flatten(0, 1) if self.flat else weights
 
 
 def find_stacks(module: nn.Module) -> dict[str, Stack]:
@@ -58,10 +68,13 @@ def find_stacks(module: nn.Module) -> dict[str, Stack]:
 
     They are: `down_proj` [experts, hidden, inner] with `gate_up_proj` [experts, 2·inner, hidden], or with `up_proj`, and
     maybe `gate_proj`, [experts, inner, hidden]; all of them in this order of dimensions or all transposed; or one
-    `weight` [experts, outputs, inputs] of a module with `num_experts`.
+    `weight` [experts, outputs, inputs] of a module with `num_experts`; or `w1`, `v1` and `w2` [experts·inner, hidden] of a
+    module with `moe_num_experts`.
     """
     if type(module).__module__.partition(".")[0] == "torch":
         return {}
+    if set(module._parameters) == set(_FLAT):
+        return _flat(module)
     matrices = {name: p for name, p in module._parameters.items() if p is not None and p.ndim == 3}
     if set(matrices) == {"weight"} and len(matrices["weight"]) == getattr(module, "num_experts", None):
         return {"weight": _stack("weight", matrices["weight"], False)}
@@ -77,6 +90,16 @@ def find_stacks(module: nn.Module) -> dict[str, Stack]:
     else:  # transposed, these have the same shapes in exchanged roles
         ways = [way for way in (_is_transposed(module),) if all(_fit(part, down, 1, way) for part in reads.values())]
     return {name: _stack(name, matrices[name], ways[0]) for name in (*reads, WRITES)} if ways else {}
+
+
+def _flat(module: nn.Module) -> dict[str, Stack]:
+    shapes = {tuple(p.shape) for p in module._parameters.values() if p is not None}
+    experts = getattr(module, "moe_num_experts", 0)
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or not experts or shape[0] % experts:
+        return {}
+    inner, hidden = shape[0] // experts, shape[1]
+    read, written = (inner, hidden, False), (hidden, inner, True)
+    return {name: Stack(name, experts, *(written if name == "w2" else read), flat=True) for name in _FLAT}
 
 
 def is_routed(module: Any) -> bool:

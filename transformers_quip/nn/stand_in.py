@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _T: Any = torch.Tensor  # its attributes are descriptors, which its stubs do not say
 # The functions that the stand-in allows: those that neither read nor write a value.
-_METADATA = {
+METADATA = {
     # attributes
     *(
         property_.__get__
@@ -93,7 +93,7 @@ class PackedWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in _METADATA:
+        if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
         # Not a TypeError: Tensor's arithmetic would turn that into "unsupported operand type" without the reason.
         raise ValueError(f"{getattr(func, '__name__', func)}: {cls._no_values}")

@@ -53,7 +53,7 @@ def round_experts(
                     inputs.call(block, batch)
         for part in parts:
             started = time.perf_counter()
-            weights = part.stack.turned(block.get_parameter(part.name))
+            weights = part.stack.split(block.get_parameter(part.name))
             for expert in part.experts:
                 name = f"{hessians.prefix}{part.name}[{expert}]"
                 hessian = hessians.pop(part.name, expert)

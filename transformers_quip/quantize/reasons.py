@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..calibration.blocks import find_blocks
+from ..calibration.reads import kind_of, read_by_others
 from ..config.patterns import is_called, is_named
 from ..nn.replace import LINEARS, linear_shape
 from ..nn.stacks import Stack
@@ -27,6 +28,7 @@ TASK_HEAD = "a head outside the base model"
 STACKED = "a stack of matrices of a form that is not known"
 EMBEDDING = "embedding"
 VECTORS = "norms, biases and other vectors"
+READ = "its weight is read by the model itself"
 ROUTER = "a router, or a gate of one output"
 EMPTY = "it has no numbers"
 # Parts of the names of modules that choose experts: anywhere, and beside experts.
@@ -55,6 +57,7 @@ def linear_reasons(
     float32 = float32_modules(model)
     blocks = find_blocks(model)[0] + "." if config.is_calibrated and linears else ""
     mixtures = _mixtures(model, stacks)
+    read = read_by_others(model)
     base = {id(module) for module in getattr(model, "base_model", model).modules()}
     reasons = {}
     for name, module in linears.items():
@@ -75,10 +78,12 @@ def linear_reasons(
             reasons[name] = FLOAT32
         elif not name.startswith(blocks):
             reasons[name] = OUTSIDE_BLOCKS
-        elif _is_router(name, linear_shape(module)[0], mixtures) and not is_called(name, config.modules or {}):
-            reasons[name] = ROUTER
+        elif kind_of(name) in read:
+            reasons[name] = READ
         elif id(module) not in base and not is_called(name, config.modules or {}):
             reasons[name] = TASK_HEAD
+        elif _is_router(name, linear_shape(module)[0], mixtures) and not is_called(name, config.modules or {}):
+            reasons[name] = ROUTER
     return reasons
 
 
