@@ -15,8 +15,9 @@ import torch
 import transformers_quip
 from tests.models import save_tiny_model, tiny_ids
 from transformers_quip import QuipConfig
+from transformers_quip.calibration import capture
 from transformers_quip.checkpoints import durable as durable_module
-from transformers_quip.hf import stream
+from transformers_quip.hf import stream, streamed
 from transformers_quip.quantize import block, recipe, state
 from transformers_quip.quantize.state import FOLDER
 
@@ -196,3 +197,28 @@ def test_kill(dense, tmp_path):
     transformers_quip.quantize(dense, tmp_path / "whole", QuipConfig(**OPTIONS))
     assert hashes(out) == hashes(tmp_path / "whole")
     assert block.quantize_block is recipe.quantize_block
+
+
+def test_the_precision_of_blocks_is_kept(dense, tmp_path, monkeypatch):
+    """A block that fails under autocast switches it off for all later ones, also after the run was stopped."""
+    seen = []
+    real = capture.BlockInputs.run
+
+    def run(self, block, batch):
+        seen.append(self.precision.is_exact)
+        return real(self, block, batch)
+
+    monkeypatch.setattr(capture.BlockInputs, "run", run)
+    real_inputs = streamed.StreamedWeights.inputs
+
+    def inputs(self, captured):
+        if not self.state.finished:
+            captured.precision.is_exact = True
+        return real_inputs(self, captured)
+
+    monkeypatch.setattr(streamed.StreamedWeights, "inputs", inputs)
+    stopped(monkeypatch, 4, lambda: transformers_quip.quantize(dense, tmp_path / "out", QuipConfig(**OPTIONS)))
+    seen.clear()
+    transformers_quip.quantize(dense, tmp_path / "out", QuipConfig(**OPTIONS))
+    assert seen
+    assert all(seen)

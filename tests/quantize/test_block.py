@@ -11,6 +11,7 @@ from tests.models import tiny_ids, tiny_model
 from transformers_quip import QuipConfig
 from transformers_quip.calibration import capture_inputs, find_blocks, linear_names
 from transformers_quip.nn import QuipLinear, replace
+from transformers_quip.quantize import block as block_module
 from transformers_quip.quantize.block import observe_block, quantize_block, quantize_group, replayed_densely
 from transformers_quip.quantize.recipe import quantize_model
 
@@ -182,3 +183,13 @@ def test_the_callers_config_is_left_as_it_was(options):
         assert len({module.codebook for module in replace.quantized_linears(model).values()}) > 1
     if modules:
         assert model.model.layers[0].self_attn.v_proj.codebook == "e8p-rvq4"
+
+
+def test_groups_too_large_for_their_device_are_rounded_on_the_cpu(monkeypatch):
+    weights = {"a": torch.empty(96, 64, device="meta"), "b": torch.empty(32, 64, device="meta")}
+    hessian = torch.empty(64, 64, device="meta")
+    needed = block_module.rounding_bytes(128, 64)
+    assert needed == 40 * 64**2 + 32 * 128 * 64
+    for free, device in ((needed, "meta"), (needed - 1, "cpu")):
+        monkeypatch.setattr(block_module, "free_memory", lambda _, free=free: free)
+        assert block_module._rounding_device(weights, hessian) == torch.device(device)

@@ -86,6 +86,7 @@ def command(
         raise click.UsageError("--report needs calibration: --dataset none measures nothing")
     known_peers = _read_peers(peers)
 
+    from ..calibration import processes
     from ..config import QuipConfig
     from ..hf.stream import quantize
 
@@ -113,6 +114,8 @@ def command(
         fresh=fresh,
         **source,
     )
+    if not processes.is_first():
+        return
     if report is not None:
         from ..evaluation.html_report import write_report
 

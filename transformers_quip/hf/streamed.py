@@ -271,6 +271,7 @@ class StreamedWeights(Residence):
         shapes = [found[number % count][number // count] for number in range(sum(map(len, found)))]
         numbers = [processes.rank() + count * place for place in range(len(captured.hidden))]
         state = self.state
+        captured.precision.is_exact |= state.is_exact
         return MappedInputs.of(captured, state.folder, shapes, numbers, state.entering, state.hidden_dtype)
 
     def batches(self, count: int) -> Sequence[int]:
@@ -321,6 +322,8 @@ class StreamedWeights(Residence):
                 f"{name}.{key}": value for name, module in stored.items() for key, value in module.state_dict().items()
             }
         after = inputs.next_file() if isinstance(inputs, MappedInputs) else None
+        if inputs is not None:
+            self.state.is_exact = inputs.precision.is_exact
         self.state.finish(prefix, tensors, records, seconds, after)
         self._placed.add(prefix)
         if isinstance(inputs, MappedInputs):

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..calibration import BlockHessians, BlockInputs, processes
 from ..calibration.curvature import Curvature
+from ..calibration.device import free_memory
 from ..calibration.experts import ExpertHessians
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import QuipLinear, replace
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from ..config import QuipConfig
 
 logger = logging.getLogger(__name__)
+
+# Bytes for each entry of a Hessian while its group is rounded, and for each entry of the group's weights.
+_HESSIAN_BYTES, _WEIGHT_BYTES = 40, 32
 
 
 @dataclass
@@ -237,13 +241,31 @@ def quantize_group(
         known = {name: curvature[name] for name in alike if name in curvature} if curvature else {}
         inner = torch.stack([found.hessian_in for found in known.values()]).sum(0) if known else hessian
         outputs = {prefix + name: found.hessian_out for name, found in known.items()}
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        device = _rounding_device(weights, inner)
+        weights, inner = {name: weight.to(device) for name, weight in weights.items()}, inner.to(device)
         quantized = quantize_weights(weights, inner, config, outputs)
         seconds = (time.perf_counter() - started) / len(weights)
         for name in alike:
             full_name = prefix + name
-            rows, columns = weights[full_name].shape
+            rows, columns = shapes[full_name]
             result[name] = ModuleResult(full_name, (rows, columns), quantized[full_name], seconds)
     return result
+
+
+def _rounding_device(weights: Mapping[str, torch.Tensor], hessian: torch.Tensor) -> torch.device:
+    """The weights' device, or the CPU if the rounding of these weights needs more memory than that device has free."""
+    device, columns = next(iter(weights.values())).device, len(hessian)
+    rows = sum(len(weight) for weight in weights.values())
+    if device.type == "cpu" or rounding_bytes(rows, columns) <= free_memory(device):
+        return device
+    logger.info("%s: too large to be rounded on %s, so that is done on the CPU", ", ".join(weights), device)
+    return torch.device("cpu")
+
+
+def rounding_bytes(rows: int, columns: int) -> int:
+    """Bytes of memory, besides the dense weights, for rounding this number of rows that read one input."""
+    return _HESSIAN_BYTES * columns**2 + _WEIGHT_BYTES * rows * columns
 
 
 def by_config(names: Iterable[str], configs: Mapping[str, QuipConfig]) -> list[tuple[QuipConfig, list[str]]]:

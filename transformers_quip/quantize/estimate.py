@@ -17,7 +17,7 @@ from ..calibration.precision import fast_cpu_linears
 from ..config.bits import mixed_bits
 from ..nn import replace
 from ..text import duration, size
-from .block import observe_block
+from .block import observe_block, rounding_bytes
 from .layer import quantize_weights
 from .plan import QuantizationPlan
 from .residence import IN_MEMORY, Residence
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _FEW, _MORE = 64, 192
 # Documents that are written at once, at most (`calibration.synthetic`).
 WRITTEN = 256
-# Bytes for each entry of a Hessian while its group is rounded, and for each entry of the group's weights.
-_HESSIAN_BYTES, _WEIGHT_BYTES = 40, 32
 
 
 @dataclass(frozen=True)
@@ -165,10 +163,7 @@ def peak_of_block(groups: Sequence[Group], dense: int) -> int:
         dense: bytes of its weights.
     """
     sums = [8 * group.columns**2 for group in groups]
-    rounding = [
-        sum(sums[number + 1 :]) + _HESSIAN_BYTES * group.columns**2 + _WEIGHT_BYTES * group.rows * group.columns
-        for number, group in enumerate(groups)
-    ]
+    rounding = [sum(sums[number + 1 :]) + rounding_bytes(group.rows, group.columns) for number, group in enumerate(groups)]
     return dense + max(sum(sums), *rounding, 0)
 
 

@@ -49,6 +49,7 @@ class RunState:
         modules: the options of each module, if bits were chosen for each; else None.
         entering: the number of the first block that is not finished.
         hidden_dtype: of the hidden states that enter it, if they are in a file.
+        is_exact: whether a block has failed under autocast, so that all later ones run without it.
 
     Raises:
         ValueError: another process is writing to the same folder; or the folder has the state of another run, and the
@@ -65,6 +66,7 @@ class RunState:
         self.modules: dict[str, dict] | None = None
         self.entering = 0
         self.hidden_dtype: torch.dtype | None = None
+        self.is_exact = False
         problem = processes.from_first(lambda: self._claim(out, fresh))
         if problem is not None:
             raise problem
@@ -107,6 +109,7 @@ class RunState:
             found = json.loads(path.read_text(encoding="utf-8"))
             fingerprint, self.finished, self.seconds = found["fingerprint"], found["finished"], found["seconds"]
             self.modules, self.entering, dtype = found["modules"], found["entering"], found["hidden_dtype"]
+            self.is_exact = found["is_exact"]
             self.hidden_dtype = None if dtype is None else getattr(torch, dtype)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}): --fresh starts the run anew") from None
@@ -223,6 +226,7 @@ class RunState:
             "seconds": self.seconds,
             "modules": self.modules,
             "entering": self.entering,
+            "is_exact": self.is_exact,
             "hidden_dtype": None if self.hidden_dtype is None else str(self.hidden_dtype).removeprefix("torch."),
         }
         with durable(self.folder / _STATE) as temporary:
