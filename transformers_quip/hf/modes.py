@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import ConversionOps
 
-from ..calibration.dataset import is_written_by_the_model, load_token_ids
+from ..calibration.dataset import is_written, load_token_ids
 from ..calibration.device import free_memory
 from ..checkpoints import native
 from ..checkpoints.files import Files, check_inside
@@ -284,7 +284,7 @@ class Calibrated(_Planned):
         check_can_be_calibrated(model)
         super().__init__(model, config, files)
         self._data: tuple[torch.Tensor, str] | None = None
-        if not is_written_by_the_model(config):
+        if not is_written(config):
             with torch.device("cpu"):  # the model is made on the meta device, and this is not a part of it
                 self._data = load_token_ids(config, model, source=source_of(model), held_out=held_out_windows(config))
             options = TuneOptions.parse(config.tune)
