@@ -1,12 +1,14 @@
 """The gain of tuning after rounding on SmolLM2: perplexity, KL divergence and generation against minutes.
 
     python benchmarks/finetune.py [FOLDER] [--settings text self] [--codebooks e8p trellis] [--modes vectors full]
-                                  [--bits 2] [--epochs 0 1 2 4] [--seed N]
+                                  [--bits 2] [--epochs 0 1 2 4] [--tuning-samples N] [--quantized FOLDER] [--seed N]
 
 Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
 the dense model writes. Modes: `vectors` tunes end to end only, `full` also tunes each block while it is rounded. `epochs 0`
 is the model before tuning end to end: with `vectors` the quantized model, with `full` the one after blockwise tuning.
 
+Tuning end to end reads the windows that quantizing read, or with --tuning-samples more of the same source. --quantized is a
+model that `quality.py --save` has made with the same windows, so that it need not be quantized again.
 16 further windows of the same source decide about every state. Neither the Hessians nor the tuning use them, and the
 evaluation text is different again. Everything is kept in .cache/finetune, so that a series can be made in parts. Rows that
 are already in results/finetune.json are measured again only with --again.
@@ -40,14 +42,14 @@ PROMPTS, PROMPT_LENGTH, WRITTEN = 8, 32, 128
 
 
 def text(options: argparse.Namespace, setting: str, tokenizer) -> torch.Tensor:
-    """Token ids [samples + HELD_OUT, 512]; made once for each setting and seed."""
-    count = options.num_samples + HELD_OUT
+    """Token ids [samples + HELD_OUT, 512], those of quantizing first; made once for each setting, number and seed."""
+    count = options.tuning_samples + HELD_OUT
     if setting == "text":
         return load_windows(tokenizer, calibration=count).calibration
     path = CACHE / f"self-{count}-{options.seed}.pt"
     if not path.is_file():
         model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
-        config = QuipConfig(num_samples=options.num_samples, seed=options.seed)
+        config = QuipConfig(num_samples=options.tuning_samples, seed=options.seed)
         ids, _ = load_token_ids(config, model, held_out=HELD_OUT)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(ids, path)
@@ -61,7 +63,7 @@ def quantized(options: argparse.Namespace, setting: str, codebook: str, mode: st
         config = QuipConfig(
             bits=bits,
             codebook=None if codebook == "default" else codebook,
-            dataset=ids[:-HELD_OUT],
+            dataset=ids[: options.num_samples],
             num_samples=options.num_samples,
             tune="blocks" if mode == "full" else "none",
             seed=options.seed,
@@ -96,14 +98,16 @@ def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bit
     """One row of results/finetune.json."""
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     ids = text(options, setting, tokenizer)
-    folder = quantized(options, setting, codebook, mode, bits, ids)
+    folder = options.quantized or quantized(options, setting, codebook, mode, bits, ids)
     dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
     row = {"setting": setting, "codebook": codebook, "mode": mode, "bits": bits, "epochs": epochs, "seed": options.seed}
-    row |= {"num_samples": options.num_samples, "quantizing": json.loads((folder / "seconds.json").read_text())}
+    row |= {"num_samples": options.num_samples, "tuning_samples": options.tuning_samples if epochs else 0}
+    if not options.quantized:
+        row["quantizing"] = json.loads((folder / "seconds.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     if epochs:
         wall, cpu = time.perf_counter(), time.process_time()
-        teacher = record(dense, ids, CACHE / f"{setting}-{options.num_samples}-{options.seed}.bin")
+        teacher = record(dense, ids, CACHE / f"{setting}-{options.tuning_samples}-{options.seed}.bin")
         row["teacher_cpu_seconds"] = time.process_time() - cpu
         report = tune_vectors(model, teacher, TuneOptions(epochs=epochs, held_out=HELD_OUT, seed=options.seed))
         row |= {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
@@ -120,17 +124,24 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[2])
     parser.add_argument("--epochs", type=float, nargs="+", default=[0, 2])
     parser.add_argument("--num-samples", type=int, default=256)
+    parser.add_argument("--tuning-samples", type=int, help="windows for tuning end to end; --num-samples by default")
+    parser.add_argument("--quantized", type=Path, help="a folder of quality.py --save: one codebook, bits and seed")
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     options.folder = options.folder or dense_folder()
+    options.tuning_samples = options.tuning_samples or options.num_samples
+    if options.tuning_samples < options.num_samples:
+        parser.error("--tuning-samples must be at least --num-samples")
+    if options.quantized and len(options.codebooks) * len(options.bits) * len(options.settings) > 1:
+        parser.error("--quantized is one model: give one setting, codebook and number of bits")
     path = machine.RESULTS / "finetune.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    keys = ("setting", "codebook", "mode", "bits", "epochs", "seed", "num_samples")
+    keys = ("setting", "codebook", "mode", "bits", "epochs", "seed", "num_samples", "tuning_samples")
     wanted = itertools.product(options.settings, options.codebooks, options.modes, options.bits, options.epochs)
     for combination in wanted:
-        key = (*combination, options.seed, options.num_samples)
+        key = (*combination, options.seed, options.num_samples, options.tuning_samples if combination[-1] else 0)
         old = [row for row in rows if tuple(row[name] for name in keys) == key]
         if old and not options.again:
             continue

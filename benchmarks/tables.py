@@ -147,14 +147,16 @@ def tuning() -> str:
     lines = []
     for row in sorted(content["rows"], key=lambda row: (row["bits"], row["setting"], -row["perplexity"]["wiki"])):
         blocks = ["blocks"] if row["mode"] == "full" else []
-        done = " and ".join(blocks + ([f"vectors, {row['epochs']:g} epochs"] if row["epochs"] else [])) or "none"
+        read = f"vectors, {row['epochs']:g} x {row['tuning_samples']} windows"
+        done = " and ".join(blocks + ([read] if row["epochs"] else [])) or "none"
+        quantizing = f"{row['quantizing']['cpu'] / 60:.0f}" if "quantizing" in row else "not measured"
         lines.append(
             [
                 f"{row['bits']:g}",
                 "E8P" if row["codebook"] == "default" and row["bits"] == 2 else row["codebook"],
                 source[row["setting"]],
                 done,
-                f"{(row['quantizing']['cpu'] + row.get('cpu_seconds', 0)) / 60:.0f}",
+                f"{quantizing} + {row.get('cpu_seconds', 0) / 60:.0f}",
                 *_perplexities([row]),
                 f"{row['divergence']['wiki']:.3f} / {row['divergence']['news']:.3f}",
                 f"{row['sampled_perplexity']:.2f}",
@@ -162,7 +164,16 @@ def tuning() -> str:
                 f"{row['true_bits']:.3f}",
             ]
         )
-    titles = ["bits", "codebook", "text", "tuning", "CPU minutes", "wiki perplexity", "news perplexity", "KL wiki / news"]
+    titles = [
+        "bits",
+        "codebook",
+        "text",
+        "tuning",
+        "CPU minutes: quantizing + tuning",
+        "wiki perplexity",
+        "news perplexity",
+        "KL wiki / news",
+    ]
     titles += ["sampled text, times dense", "repeated 4-grams (dense)", "true bits"]
     return table(titles, lines) + machine_line(content)
 

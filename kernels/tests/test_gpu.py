@@ -148,9 +148,9 @@ def test_kernels_of_two_stages(second, device):
 
 
 def test_tiles_are_measured_once_and_remembered(device, monkeypatch, tmp_path):
-    from quip_kernels.gpu import matvec, quantize, tune
+    from quip_kernels.gpu import cache, matvec, quantize, tune
 
-    monkeypatch.setenv(tune.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(tune, "_answers", {})
     monkeypatch.setattr(tune, "_spent", 0.0)
     codes, x = truth.random_linear(512, 1024)["codes"], torch.randn(1, 1024)

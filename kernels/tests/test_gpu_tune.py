@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from quip_kernels.gpu import tune
+from quip_kernels.gpu import cache, tune
 
 DEVICE = torch.device("cuda", 0)
 TIMES = {"slow": 3.0, "fast": 1.0, "large": None}
@@ -27,9 +27,9 @@ def runs(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tune, "interpreted", lambda: False)
     monkeypatch.setattr(tune, "milliseconds", milliseconds)
-    monkeypatch.setattr(tune, "_device_name", lambda device: "Test GPU (80 GB)")
+    monkeypatch.setattr(cache, "device_name", lambda device: "Test GPU (80 GB)")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setenv(tune.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     forget(monkeypatch)
     return measured
 
@@ -60,9 +60,9 @@ def test_the_fastest_is_taken_and_remembered(runs, monkeypatch):
 def test_the_file_is_of_one_device_and_one_version_of_the_kernels(runs, monkeypatch, tmp_path):
     choose(runs)
     (file,) = (tmp_path / "cache").iterdir()
-    assert file.name == f"Test-GPU-80-GB-{tune._version()}.json"
+    assert file.name == f"Test-GPU-80-GB-{cache.version()}.json"
     assert json.loads(file.read_text()) == {"matvec 4096x128": 1}
-    monkeypatch.setattr(tune, "_version", lambda: "later")
+    monkeypatch.setattr(cache, "version", lambda: "later")
     forget(monkeypatch)
     choose(runs)
     assert len(runs) == 6
@@ -124,7 +124,7 @@ def test_no_temporary_file_is_left(runs, monkeypatch, tmp_path, error):
     def replace(source, target):
         raise error
 
-    monkeypatch.setattr(tune.os, "replace", replace)
+    monkeypatch.setattr(cache.os, "replace", replace)
     if isinstance(error, OSError):
         assert choose(runs) == "fast"
     else:
@@ -146,7 +146,7 @@ def test_a_temporary_file_of_a_process_that_was_killed_is_removed(runs, tmp_path
 
 def test_a_folder_that_cannot_be_written_does_no_harm(runs, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(tune.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
     assert choose(runs) == "fast"
     assert choose(runs) == "fast"
     assert len(runs) == 3

@@ -1,11 +1,9 @@
 """Calibration: token ids, the blocks' inputs, and the Hessians of the linears that read them."""
 
-from .blocks import find_blocks
+from .blocks import find_block_lists, find_blocks
 from .capture import (
-    BlockCall,
     BlockInputs,
     CapturedInputs,
-    NotBlockByBlock,
     capture_inputs,
     linear_names,
     run_after_blocks,
@@ -13,6 +11,7 @@ from .capture import (
 from .dataset import load_token_ids
 from .hessian import BlockHessians, HessianAccumulator
 from .observe import LinearObserver, observe_linears
+from .recorder import BlockCall, NotBlockByBlock
 from .synthetic import write_text
 
 __all__ = [
@@ -24,6 +23,7 @@ __all__ = [
     "LinearObserver",
     "NotBlockByBlock",
     "capture_inputs",
+    "find_block_lists",
     "find_blocks",
     "linear_names",
     "load_token_ids",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -32,6 +33,8 @@ def _block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
         members = list(module)
         if any(is_linear(member) for member in members):  # a list of heads, not of blocks
             continue
+        if any(isinstance(member, (nn.ModuleList, nn.ModuleDict)) for member in members):  # its members are the lists
+            continue
         if not any(is_linear(inner) for member in members for inner in member.modules()):
             continue
         if len({first_argument(member) for member in members}) != 1:
@@ -60,6 +63,46 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} is an encoder-decoder model; calibration block by block is for decoder-only "
             f"(causal) models. Load a causal model, or {UNCALIBRATED}."
         )
+    candidates = _candidates(model)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    candidates = _inside(candidates, [decoder]) or candidates
+    name = max(candidates, key=lambda name: len(candidates[name]))
+    return name, candidates[name]
+
+
+def find_block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """Every list of blocks to calibrate, in the order in which they run.
+
+    Of an encoder-decoder model these are the lists of the encoder and the decoder. Of any other model they are the list
+    that [`find_blocks`] finds and others beside it whose blocks are of the same class: a model may have two stacks of
+    layers, or a stack for each resolution.
+
+    Returns:
+        The dotted name in `model` → the list.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        candidates = _candidates(model)
+        halves = [getattr(model, find)() for find in ("get_encoder", "get_decoder") if hasattr(model, find)]
+        return _inside(candidates, halves) or candidates
+    name, blocks = find_blocks(model)
+    classes = {type(block) for block in blocks}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    candidates = _candidates(model)
+    candidates = _inside(candidates, [decoder]) or candidates
+    return {n: found for n, found in candidates.items() if n == name or classes >= {type(block) for block in found}}
+
+
+def _inside(lists: dict[str, nn.ModuleList], parents: Iterable[object]) -> dict[str, nn.ModuleList]:
+    """Those of these lists that are in one of the parents."""
+    inside = {id(module) for parent in parents if isinstance(parent, nn.Module) for module in parent.modules()}
+    return {name: blocks for name, blocks in lists.items() if id(blocks) in inside}
+
+
+def _candidates(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists of blocks, without those of parts that read images or sounds, if there are others."""
     candidates = _block_lists(model)
     if not candidates:
         raise ValueError(
@@ -67,10 +110,10 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             "or Conv1D layers and are called alike, so it cannot be calibrated block by block; "
             f"{UNCALIBRATED}."
         )
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if isinstance(decoder, nn.Module):
-        inside = {id(module) for module in decoder.modules()}
-        preferred = {name: blocks for name, blocks in candidates.items() if id(blocks) in inside}
-        candidates = preferred or candidates
-    name = max(candidates, key=lambda name: len(candidates[name]))
-    return name, candidates[name]
+    others = {
+        id(inner)
+        for module in model.modules()
+        if module is not model and getattr(module, "main_input_name", "input_ids") != "input_ids"
+        for inner in module.modules()
+    }
+    return {name: blocks for name, blocks in candidates.items() if id(blocks) not in others} or candidates

@@ -14,6 +14,7 @@ import torch
 
 from . import tokenizer as tokenizers
 from .forms import ALLOWED, Row, Rows, read_rows
+from .inputs import GivenInputs, are_calls
 from .other_writer import PREFIX, written_by_another
 from .packing import pack
 from .padding import Unpadding
@@ -41,6 +42,33 @@ def is_written_by_the_model(config: Any) -> bool:
 def is_written(config: Any) -> bool:
     """Whether the data are text that a model writes: this one ("self"), or another one ("self:NAME")."""
     return is_written_by_the_model(config) or (isinstance(config.dataset, str) and config.dataset.startswith(PREFIX))
+
+
+def load_data(
+    config: Any,
+    model: PreTrainedModel,
+    tokenizer: Any = None,
+    source: Source | None = None,
+    held_out: int = 0,
+) -> tuple[torch.Tensor | GivenInputs, str]:
+    """The data to calibrate on: token ids, or the model's own keyword arguments where the data set is a list of those.
+
+    Args and errors: see [`load_token_ids`].
+
+    Raises:
+        ValueError: also, the model's main input is not token ids, and the data are.
+    """
+    if are_calls(config.dataset):
+        given = GivenInputs(config.dataset, config.num_samples + held_out)
+        return given, f"inputs given by the caller: {given.sequences} sequences"
+    wanted = getattr(model, "main_input_name", "input_ids")
+    if wanted != "input_ids" and getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"the encoder of {type(model).__name__} reads {wanted}, so it cannot be calibrated on text or token ids: give "
+            f"a list of the model's own arguments, dataset=[{{{wanted!r}: …, 'decoder_input_ids': …}}, …], or use "
+            "dataset=None"
+        )
+    return load_token_ids(config, model, tokenizer, source, held_out)
 
 
 def load_token_ids(

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .arguments import without_cache
-from .device import execution_device
+from .device import move
+from .inputs import Batch, input_device, keywords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,30 +159,30 @@ class _Reached(Exception):
 
 
 def observe_until(
-    model: PreTrainedModel, linear: nn.Module, batches: Iterable[torch.Tensor], callback: Callable[[torch.Tensor], None]
+    model: PreTrainedModel, linear: nn.Module, batches: Iterable[Batch], callback: Callable[[torch.Tensor], None]
 ) -> None:
     """Call back with the inputs of one linear; the model is not run beyond it.
 
     Args:
-        model: a causal model.
+        model: of any kind.
         linear: a module of it that runs once in each forward pass.
-        batches: token ids, each [N, T].
+        batches: token ids, each [N, T], or the model's keyword arguments.
         callback: gets the linear's input [N, T, n] of each batch.
 
     Raises:
         ValueError: the linear did not run.
     """
 
-    def stop(_: nn.Module, arguments: tuple, keywords: dict) -> None:
-        callback((arguments[0] if arguments else next(iter(keywords.values()))).detach())
+    def stop(_: nn.Module, arguments: tuple, named: dict) -> None:
+        callback((arguments[0] if arguments else next(iter(named.values()))).detach())
         raise _Reached
 
-    device = execution_device(model.get_input_embeddings())
+    device = input_device(model)
     handle = linear.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        for ids in batches:
+        for batch in batches:
             try:
-                model(input_ids=ids.to(device), **without_cache(model))
+                model(**{**move(keywords(model, batch), device), **without_cache(model)})
             except _Reached:
                 continue
             raise ValueError(f"{type(model).__name__} did not run a linear that was to be calibrated ({linear})")

@@ -32,6 +32,7 @@ COMMANDS = {
     "chat": "Talk to a model.",
     "serve": "Serve a model with an OpenAI-compatible API.",
     "run": "Run another program with transformers_quip loaded.",
+    "doctor": "Show versions, devices, and the kernels that compute here.",
 }
 # `run` is a name of this module already.
 _MODULES = {"run": "run_program"}

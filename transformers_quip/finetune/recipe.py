@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibration.dataset import load_token_ids
+from ..calibration.inputs import GivenInputs
 from ..config.tune import TuneOptions
 from ..quantize.recipe import QuantizationReport, quantize_model
 from ..quantize.residence import IN_MEMORY, Residence
@@ -32,7 +33,7 @@ def held_out_windows(config: QuipConfig) -> int:
 def quantize_and_tune(
     model: PreTrainedModel,
     config: QuipConfig,
-    data: tuple[torch.Tensor, str] | None = None,
+    data: tuple[torch.Tensor | GivenInputs, str] | None = None,
     residence: Residence = IN_MEMORY,
     state: Path | None = None,
 ) -> QuantizationReport:
@@ -43,7 +44,7 @@ def quantize_and_tune(
     Args:
         model: dense.
         config: how; it is not changed.
-        data: the result of [`load_token_ids`] with [`held_out_windows`]; None: it is made here.
+        data: the result of [`load_data`] with [`held_out_windows`]; None: it is made here.
         residence: where the weights are.
         state: a folder for the dense model's states and for the state of the tuning, so that a stopped run resumes.
 
@@ -57,6 +58,8 @@ def quantize_and_tune(
     if options.mode == "none":
         return quantize_model(model, config, data=data, residence=residence)
     ids, description = data or load_token_ids(config, model, held_out=held_out_windows(config))
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(f"tune={config.tune!r} needs token ids or texts as dataset, not arguments of the model")
     tuner = partial(BlockTuner, options) if options.tunes_blocks else None
     if not options.tunes_vectors:
         return quantize_model(model, config, data=(ids, description), tuner=tuner, residence=residence)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import ConversionOps
 
-from ..calibration.dataset import is_written, load_token_ids
+from ..calibration.dataset import is_written, is_written_by_the_model, load_data
 from ..calibration.device import free_memory
+from ..calibration.inputs import GivenInputs
 from ..checkpoints import native
 from ..checkpoints.files import Files, check_inside
 from ..checkpoints.headers import read_headers
@@ -219,12 +220,33 @@ def check_fits(model: PreTrainedModel, device_map: Any = None) -> None:
         )
 
 
-def check_can_be_calibrated(model: PreTrainedModel) -> None:
-    """Raise `ValueError` if this is not a causal language model."""
+def check_can_be_calibrated(model: PreTrainedModel, config: QuipConfig) -> None:
+    """Raise `ValueError` for options that need a causal language model, if this is not one."""
+    encodes = getattr(model.config, "is_encoder_decoder", False)
+    if model.can_generate() and not encodes:
+        return
+    if is_written_by_the_model(config):
+        raise ValueError(
+            f"{type(model).__name__} cannot be calibrated on text that it writes itself (dataset='self', the default): it "
+            "is not a causal language model. Give texts, token ids or a list of the model's own arguments as dataset, or "
+            "quantize without calibration (dataset=None)"
+        )
+    if TuneOptions.parse(config.tune).mode != "none":
+        raise ValueError(f"tune={config.tune!r} needs a causal language model, and {type(model).__name__} is not one")
+    if config.is_mixed and encodes:
+        raise ValueError(
+            f"bits={config.bits} is an average, which is chosen for causal language models: choose bits that a codebook "
+            f"has for {type(model).__name__}, or set bits for patterns of names in `modules`"
+        )
+
+
+def check_is_causal(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a model that is calibrated in memory alone, because it is not a causal language model."""
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise ValueError(
-            f"{type(model).__name__} cannot be calibrated: it is not a causal language model with a generation head. "
-            "Load it with AutoModelForCausalLM, or quantize without calibration (dataset=None)"
+            f"{type(model).__name__} cannot be calibrated from folder to folder: it is not a causal language model with a "
+            "generation head. Load it with from_pretrained(…, quantization_config=…), or quantize without calibration "
+            "(dataset=None)"
         )
 
 
@@ -281,12 +303,12 @@ class Calibrated(_Planned):
     """The model is loaded dense, and then calibrated and quantized block by block."""
 
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
-        check_can_be_calibrated(model)
+        check_can_be_calibrated(model, config)
         super().__init__(model, config, files)
-        self._data: tuple[torch.Tensor, str] | None = None
+        self._data: tuple[torch.Tensor | GivenInputs, str] | None = None
         if not is_written(config):
             with torch.device("cpu"):  # the model is made on the meta device, and this is not a part of it
-                self._data = load_token_ids(config, model, source=source_of(model), held_out=held_out_windows(config))
+                self._data = load_data(config, model, source=source_of(model), held_out=held_out_windows(config))
             options = TuneOptions.parse(config.tune)
             if options.tunes_vectors:
                 options.check_windows(len(self._data[0]))

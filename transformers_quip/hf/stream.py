@@ -39,7 +39,7 @@ from ..quantize.stack import quantize_stack
 from ..quantize.state import FOLDER, RunState, is_moving
 from . import patches
 from .dense import dense_model, fingerprint, local_folder, own_tokenizer, weight_files
-from .modes import check_can_be_calibrated, recorded, tell_plan
+from .modes import check_is_causal, recorded, tell_plan
 from .quantizer import QuipQuantizer
 from .replacing import replaced_model
 from .streamed import StreamedWeights
@@ -110,7 +110,7 @@ def quantize(
     patches.install()
     model = dense_model(folder, str(source), dtype, trust_remote_code)
     if config.is_calibrated:
-        check_can_be_calibrated(model)
+        check_is_causal(model)
     plan = make_plan(model, config)
     if processes.count() > 1 and plan.stacks:
         raise ValueError(f"{plan.stacks[0]}: experts of mixtures are quantized in one process alone")

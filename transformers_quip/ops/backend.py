@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -63,6 +63,13 @@ class Settings(NamedTuple):
 _settings = Settings()
 
 
+def _nothing_is_proved(device: torch.device) -> Collection:
+    return ()
+
+
+_proved: Callable[[torch.device], Collection] = _nothing_is_proved  # where Triton is not installed
+
+
 def settings() -> Settings:
     """All current choices, for callers that must notice a change."""
     return _settings
@@ -104,7 +111,21 @@ def for_device(device: torch.device | str) -> str:
         return chosen
     if kind == "cpu":
         return "cpu" if _settings.backend in ("auto", "cpu") else "reference"
-    return "triton" if _settings.backend == "triton" and kind in TRITON_DEVICES else "reference"
+    if kind not in TRITON_DEVICES or _settings.backend not in ("auto", "triton"):
+        return "reference"
+    return "triton" if _settings.backend == "triton" or _proved(torch.device(device)) else "reference"
+
+
+def is_forced(device: torch.device) -> bool:
+    """Whether the user (or a test) has chosen Triton for this device, so that it need not prove anything."""
+    chosen = _settings.devices.get(device.type)
+    return chosen == "triton" or (chosen is None and _settings.backend == "triton" and device.type in TRITON_DEVICES)
+
+
+def prove_with(proved: Callable[[torch.device], Collection]) -> None:
+    """Say how to find the families of kernels with which a device computes right; none: it is left to the reference."""
+    global _proved
+    _proved = proved
 
 
 viterbi.encode_with(for_device)
@@ -116,9 +137,10 @@ def set_backend(name: str) -> None:
     The environment variable TRANSFORMERS_QUIP_BACKEND does the same when the package is imported.
 
     Args:
-        name: "auto": the compiled library on the CPU and plain PyTorch on GPUs (the default); "cpu": the compiled library
-            for tensors on the CPU; "triton": Triton kernels for tensors on a GPU, which have been tested in Triton's
-            interpreter but not yet on a device; "reference": plain PyTorch everywhere.
+        name: "auto" (the default): the compiled library on the CPU, and on a GPU the Triton kernels that compute right
+            there, which is tried once on each device (`transformers-quip doctor` shows the outcome); "cpu": the compiled
+            library for tensors on the CPU; "triton": all Triton kernels for tensors on a GPU, without trying them;
+            "reference": plain PyTorch everywhere.
             With any choice, the reference is the fallback for layers that the chosen implementation does not cover (other
             codebooks, float64, other devices).
 

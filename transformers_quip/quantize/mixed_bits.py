@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .. import codebooks
 from ..calibration import HessianAccumulator, capture_inputs, find_blocks
 from ..calibration.device import evaluating
+from ..calibration.inputs import GivenInputs, split
 from ..calibration.observe import observe_until
 from ..calibration.precision import calibration_autocast
 from ..config.bits import mixed_bits
@@ -69,13 +70,13 @@ def settle_bits(
     return settled
 
 
-def hessian_after_blocks(model: nn.Module, name: str, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+def hessian_after_blocks(model: nn.Module, name: str, data: torch.Tensor | GivenInputs, batch_size: int) -> torch.Tensor:
     """The Hessian float32 [n, n] of a linear that reads the output of all blocks: the output embeddings."""
     linear = model.get_submodule(name)
     weight = replace.dense_weight(linear)
     accumulator = HessianAccumulator(weight.shape[1], weight.device, name)
     with evaluating(model), calibration_autocast(model):
-        observe_until(model, linear, ids.split(batch_size), accumulator.add)
+        observe_until(model, linear, split(data, batch_size), accumulator.add)
     return accumulator.hessian()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..calibration.blocks import find_blocks
+from ..calibration.blocks import find_block_lists
 from ..calibration.reads import kind_of, read_by_others
 from ..config.patterns import is_called, is_named
 from ..nn.replace import LINEARS, linear_shape
@@ -55,7 +55,7 @@ def linear_reasons(
     tied = tied_modules(model)
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32 = float32_modules(model)
-    blocks = find_blocks(model)[0] + "." if config.is_calibrated and linears else ""
+    blocks = _inside_blocks(model) if config.is_calibrated and linears else ("",)
     mixtures = _mixtures(model, stacks)
     read = read_by_others(model)
     base = {id(module) for module in getattr(model, "base_model", model).modules()}
@@ -89,7 +89,7 @@ def linear_reasons(
 
 def stack_reasons(model: nn.Module, stacks: dict[str, Stack], config: QuipConfig) -> dict[str, str]:
     """The reason for each stack of experts that stays dense: of one module, all are quantized or none."""
-    blocks = find_blocks(model)[0] + "." if stacks and config.is_calibrated else ""
+    blocks = _inside_blocks(model) if stacks and config.is_calibrated else ("",)
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32, dense, reasons = float32_modules(model), config.modules_to_not_convert or [], {}
     for name in stacks:
@@ -103,6 +103,11 @@ def stack_reasons(model: nn.Module, stacks: dict[str, Stack], config: QuipConfig
         elif not name.startswith(blocks):
             reasons[module] = OUTSIDE_BLOCKS
     return {name: reasons[module] for name in stacks if (module := name.rpartition(".")[0]) in reasons}
+
+
+def _inside_blocks(model: nn.Module) -> tuple[str, ...]:
+    """The beginnings of the names of everything that a calibrated run quantizes."""
+    return tuple(f"{name}." for name in find_block_lists(model))
 
 
 def _mixtures(model: nn.Module, stacks: Iterable[str]) -> set[str]:

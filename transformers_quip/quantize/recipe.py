@@ -15,19 +15,22 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import rounding
-from ..calibration import BlockInputs, CapturedInputs, capture_inputs, find_blocks
+from ..calibration import BlockInputs, CapturedInputs, NotBlockByBlock, capture_inputs, find_block_lists
 from ..calibration.curvature import Curvature, collect_curvature
-from ..calibration.dataset import load_token_ids
+from ..calibration.dataset import load_data
+from ..calibration.inputs import GivenInputs, counts, split
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
 from ..text import duration
 from .bars import advance
 from .block import BlockResult, ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
 from .embedding import quantize_embedding
-from .experts import few_tokens
+from .experts import few_tokens, place_experts
+from .layer import quantize_weight
 from .mixed_bits import hessian_after_blocks, settle_bits
 from .plan import QuantizationPlan, make_plan
 from .residence import IN_MEMORY, Residence
+from .stack import quantize_stack
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -72,11 +75,11 @@ def quantize_model(
     model: nn.Module,
     config: QuipConfig,
     tokenizer: Any = None,
-    data: tuple[torch.Tensor, str] | None = None,
+    data: tuple[torch.Tensor | GivenInputs, str] | None = None,
     tuner: Callable[[BlockInputs], Tuner] | None = None,
     residence: Residence = IN_MEMORY,
 ) -> QuantizationReport:
-    """Quantize the linears of a causal model's decoder blocks, in place; and its embeddings, if the config names them.
+    """Quantize the linears of a model's blocks, in place; and its embeddings, if the config names them.
 
     For each block in turn: Hessians from one pass over the calibration tokens, all its weights quantized, and the
     block replayed with them. In addition to the model, memory holds one block's Hessians and one set of hidden states (on
@@ -86,7 +89,7 @@ def quantize_model(
         model: dense, in memory or where `residence` says.
         config: the options; it is not changed.
         tokenizer: for a data set of text, before `config.tokenizer` and the model's own.
-        data: the result of [`load_token_ids`], if that was called before the model was loaded.
+        data: the result of [`load_data`], if that was called before the model was loaded.
         tuner: makes an object that tunes a block while it is quantized, from the inputs of the block.
         residence: where the weights are; parts that an earlier run has finished are not quantized again.
 
@@ -94,7 +97,7 @@ def quantize_model(
         The result for each module, and the final config.
 
     Raises:
-        ValueError: see [`make_plan`], [`load_token_ids`] and [`quantize_weights`].
+        ValueError: see [`make_plan`], [`load_data`] and [`quantize_weights`].
     """
     replace.leave_inference_mode(model)
     with cpu_matmul_precision("ieee"):
@@ -105,26 +108,39 @@ def _quantize_model(
     model: nn.Module,
     config: QuipConfig,
     tokenizer: Any,
-    data: tuple[torch.Tensor, str] | None,
+    data: tuple[torch.Tensor | GivenInputs, str] | None,
     tuner: Callable[[BlockInputs], Tuner] | None,
     residence: Residence,
 ) -> QuantizationReport:
     plan = make_plan(model, config)
     started = perf_counter()
-    ids, description = data or load_token_ids(config, model, tokenizer)
+    ids, description = data or load_data(config, model, tokenizer)
     logger.info("Calibrating on %s.", description)
-    report = QuantizationReport(description, ids.numel(), config.without_data())
+    sequences, tokens = counts(ids)
+    report = QuantizationReport(description, tokens, config.without_data())
     report.seconds.update(residence.seconds())
     report.seconds["data"] += perf_counter() - started
     if config.is_mixed:
         with timed(report.seconds, "allocate"):
+            if not isinstance(ids, torch.Tensor):
+                raise ValueError(f"bits={config.bits} is an average, which is chosen on token ids: give token ids or texts")
             config = residence.settled(lambda: settle_bits(model, config, plan, ids, residence))
-    blocks_name, blocks = find_blocks(model)
-    with timed(report.seconds, "capture"):
-        batches = ids.split(config.batch_size)
-        numbers = residence.batches(len(batches))
-        own = torch.cat([batches[number] for number in numbers])
-        inputs = capture_inputs(model, blocks, own, config.batch_size, progress=not residence.quiet)
+    lists = find_block_lists(model)
+    if len(lists) > 1 and residence is not IN_MEMORY:
+        raise ValueError(
+            f"{type(model).__name__} has several lists of blocks ({', '.join(lists)}), which are quantized one after the "
+            "other in memory alone: use from_pretrained"
+        )
+    batches = split(ids, config.batch_size)
+    numbers = residence.batches(len(batches))
+    own = [batches[number] for number in numbers]
+
+    def captured(blocks: nn.ModuleList) -> CapturedInputs:
+        with timed(report.seconds, "capture"):
+            return capture_inputs(model, blocks, own, config.batch_size, progress=not residence.quiet)
+
+    first, *others = lists.items()
+    inputs = captured(first[1])
     curvature = _curvature(model, plan, config, ids, residence)
     dense, following = _split_batches(numbers, config.calibrate_on)
     embeddings, borrowing = plan.embeddings, {}
@@ -144,37 +160,48 @@ def _quantize_model(
         def finish(prefix: str, begin: int, inputs: CapturedInputs | None = None) -> None:
             residence.finish(prefix, report.modules[begin:], dict(report.seconds), inputs)
 
+        def through(blocks_name: str, blocks: nn.ModuleList, inputs: CapturedInputs) -> None:
+            """Quantize one list of blocks."""
+            times: list[float] = []
+            for index, block in enumerate(blocks):
+                left = duration(sum(times) / len(times) * (len(blocks) - index)) if times else ""
+                bar.set_description(f"Block {index + 1} of {len(blocks)}{left and f', {left} left'}")
+                prefix, begin = f"{blocks_name}.{index}.", len(report.modules)
+                if restored(prefix):
+                    continue
+                configs = {name: config.for_module(prefix + name) for name in plan.inside(prefix)}
+                started = perf_counter()
+                with residence.part(prefix):
+                    result = _quantize_block(
+                        block, index, inputs, configs, prefix, dense, following, done, tuner, curvature, residence.shared
+                    )
+                    borrowing.update(result.borrowing)
+                    for stage, seconds in result.seconds.items():
+                        report.seconds[stage] += seconds
+                    finish(prefix, begin, inputs)
+                times.append(perf_counter() - started)
+
         if embeddings:
             bar.set_description("Embeddings")
             if not restored(EMBEDDINGS):
                 with timed(report.seconds, "round"):
                     _quantize_embeddings(model, embeddings, config, done)
                 finish(EMBEDDINGS, 0)
-            with timed(report.seconds, "capture"):  # batches that follow the quantized model start here
-                again = capture_inputs(model, blocks, own, config.batch_size, progress=not residence.quiet)
-                for batch in following:
-                    inputs.hidden[batch] = again.hidden[batch]
-        inputs = residence.inputs(inputs)
-        times: list[float] = []
-        for index, block in enumerate(blocks):
-            left = duration(sum(times) / len(times) * (len(blocks) - index)) if times else ""
-            bar.set_description(f"Block {index + 1} of {len(blocks)}{left and f', {left} left'}")
-            prefix, begin = f"{blocks_name}.{index}.", len(report.modules)
-            if restored(prefix):
+            again = captured(first[1])  # batches that follow the quantized model start here
+            for batch in following:
+                inputs.hidden[batch] = again.hidden[batch]
+        through(*first, residence.inputs(inputs))
+        for name, blocks in others:  # which read what the quantized ones before them compute
+            try:
+                inputs = captured(blocks)
+            except NotBlockByBlock as error:
+                logger.warning("%s: %s Its layers are quantized without calibration.", name, error)
+                _quantize_without_data(model, plan.inside(f"{name}."), f"{name}.", config, done)
                 continue
-            configs = {name: config.for_module(prefix + name) for name in plan.inside(prefix)}
-            started = perf_counter()
-            with residence.part(prefix):
-                result = _quantize_block(
-                    block, index, inputs, configs, prefix, dense, following, done, tuner, curvature, residence.shared
-                )
-                borrowing.update(result.borrowing)
-                for stage, seconds in result.seconds.items():
-                    report.seconds[stage] += seconds
-                finish(prefix, begin, inputs)
-            times.append(perf_counter() - started)
+            through(name, blocks, inputs)
+        prefixes = tuple(f"{name}." for name in lists)
         for name in plan.names:
-            if not name.startswith(f"{blocks_name}.") and name not in embeddings:
+            if not name.startswith(prefixes) and name not in embeddings:
                 bar.set_description("After the blocks")
                 begin = len(report.modules)
                 if restored(name + "."):
@@ -189,21 +216,25 @@ def _quantize_model(
     report.config = config.without_data()
     report.config.calibration = {
         "data": report.data,
-        "sequences": ids.shape[0],
-        "tokens": ids.numel(),
+        "sequences": sequences,
+        "tokens": tokens,
         "mean_relative_error": round(report.mean_relative_error, 6),
     }
     return report
 
 
 def _curvature(
-    model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor, residence: Residence
+    model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor | GivenInputs, residence: Residence
 ) -> dict[str, Curvature]:
     """The two Hessians of every linear whose rounding method is two-sided."""
     linears = [name for name in plan.names if name not in (*plan.embeddings, *plan.stacks)]
     names = [name for name in linears if rounding.get(config.for_module(name).rounding).two_sided]
     if not names:
         return {}
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(
+            f"rounding={config.rounding!r} needs gradients of predictions of token ids: give token ids or texts"
+        )
     with residence.held():
         return collect_curvature(model, names, ids[: config.sketch_samples], config.seed)
 
@@ -246,6 +277,30 @@ def _quantize_embeddings(
         quantized = quantize_embedding(table, own, name)
         done(ModuleResult(name, (table.shape[0], table.shape[1]), quantized, perf_counter() - started))
         replace.replace_embedding(model, name, quantized, own)
+
+
+def _quantize_without_data(
+    model: nn.Module, names: Sequence[str], prefix: str, config: QuipConfig, done: Callable[[ModuleResult], None]
+) -> None:
+    """Quantize the weights of some blocks to the nearest points.
+
+    Args:
+        names: as [`QuantizationPlan.inside`] gives them for this prefix.
+    """
+    parent = model.get_submodule(prefix.removesuffix("."))
+    configs = {name: config.for_module(prefix + name) for name in names}
+    stacks = {name: stack for name, stack in replace.dense_stacks(parent).items() if name in configs}
+    rounded = {}
+    for name, own in configs.items():
+        started, weight = perf_counter(), replace.weight_of(parent, name)
+        if name in stacks:
+            rounded[name] = quantize_stack(stacks[name].split(weight), own, prefix + name)
+            done(ModuleResult(prefix + name, stacks[name].shape, rounded[name], perf_counter() - started))
+        else:
+            quantized = quantize_weight(weight, own, prefix + name)
+            done(ModuleResult(prefix + name, (weight.shape[0], weight.shape[1]), quantized, perf_counter() - started))
+            replace.replace_linear(parent, name, quantized, own)
+    place_experts(parent, rounded, configs)
 
 
 def _quantize_after_blocks(

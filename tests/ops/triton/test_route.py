@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transformers_quip.ops.triton.route import MOST_VECTORS, Route, digits, route
+from transformers_quip.ops.triton.route import ALL, MOST_VECTORS, Family, Route, digits, route
 
 FLOAT, BF16, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 R = Route
@@ -29,7 +29,23 @@ def test_the_table():
 )
 def test_routes(kernels, dtype, expected):
     assert {vectors: route(kernels, dtype, vectors) for vectors in expected} == expected
-    assert {route(kernels, dtype, vectors, is_chosen=False) for vectors in expected} == {R.REFERENCE}
+    assert {route(kernels, dtype, vectors, trusted=()) for vectors in expected} == {R.REFERENCE}
+
+
+@pytest.mark.parametrize(
+    ("kernels", "vectors", "family"),
+    [
+        ("e8p", 1, Family.MATVEC),
+        ("e8p", 5, Family.SMALL_BATCH),
+        ("e8p", 65, Family.DEQUANTIZE),
+        ("trellis", 1, Family.TRELLIS),
+        ("trellis", 9, Family.TRELLIS),
+    ],
+)
+def test_each_route_needs_its_family_and_no_other(kernels, vectors, family):
+    for dtype in (HALF, BF16, FLOAT):
+        assert route(kernels, dtype, vectors, ALL - {family}) is R.REFERENCE
+        assert route(kernels, dtype, vectors, {family}) is route(kernels, dtype, vectors) is not R.REFERENCE
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import Enum
 
 import torch
+
+
+class Family(Enum):
+    """Kernels that are right or wrong together: the unit in which a device is trusted (`self_check`)."""
+
+    TRANSFORM = "transform"
+    MATVEC = "matvec"
+    SMALL_BATCH = "small batch"
+    DEQUANTIZE = "dequantize"
+    TRELLIS = "trellis"
+    ENCODE = "encode"
 
 
 class Route(Enum):
@@ -18,6 +30,7 @@ class Route(Enum):
     DENSE_SINGLE = "float32; a matrix product with the decoded weight"
 
 
+ALL = frozenset(Family)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The largest batch size of each route; above the last, a dense weight and a matrix product.
 MOST_VECTORS = {
@@ -26,21 +39,27 @@ MOST_VECTORS = {
 }
 
 
-def route(kernels: str | None, dtype: torch.dtype, vectors: int, is_chosen: bool = True) -> Route:
+def route(kernels: str | None, dtype: torch.dtype, vectors: int, trusted: Collection[Family] = ALL) -> Route:
     """How a layer is computed.
 
     Args:
-        kernels: the family of its codebook ("e8p", "trellis"), or None.
+        kernels: the kernels of its codebook ("e8p", "trellis"), or None.
         dtype: of the activations.
         vectors: their number.
-        is_chosen: whether Triton kernels compute on the device (`backend.for_device`).
+        trusted: the families that may compute on the device.
     """
-    if not is_chosen or kernels is None or dtype not in DTYPES or vectors == 0:
+    if kernels is None or dtype not in DTYPES or vectors == 0:
         return Route.REFERENCE
-    for way, most in MOST_VECTORS[kernels]:
-        if vectors <= most:
-            return way
-    return Route.DENSE_SINGLE if dtype == torch.float32 else Route.DENSE_HALF
+    dense = Route.DENSE_SINGLE if dtype == torch.float32 else Route.DENSE_HALF
+    way = next((way for way, most in MOST_VECTORS[kernels] if vectors <= most), dense)
+    return way if needed(way, kernels) in trusted else Route.REFERENCE
+
+
+def needed(way: Route, kernels: str) -> Family:
+    """The family of the product of a route; its transforms are another, without which PyTorch computes them."""
+    if kernels == "trellis":
+        return Family.TRELLIS
+    return {Route.DIGITS: Family.MATVEC, Route.HALVES: Family.SMALL_BATCH}.get(way, Family.DEQUANTIZE)
 
 
 def digits(dtype: torch.dtype, activations: str) -> int:

@@ -2,26 +2,28 @@
 
 Codes come in either form (see `packing`); every call converts stored ones into the form of the kernels again.
 
-They run only on request, with `set_backend("triton")`: until they have been measured on a device, "auto" is the reference
-there.
+With the backend "auto" they run on a device that has proved, family by family, that it computes right with them
+(`self_check`); what it did not prove is left to the reference.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ... import codebooks
 from ... import incoherence as transforms
+from ...codebooks import viterbi
 from .. import reference
-from ..backend import TRITON_DEVICES, for_device, get_activations
+from ..backend import TRITON_DEVICES, for_device, get_activations, is_forced, prove_with
 from ..layer import Layer, named, stages
 from ..packing import is_packed, pack
-from .route import DTYPES, Route, digits, route
+from . import self_check
+from .route import ALL, DTYPES, Family, Route, digits, route
 
 if TYPE_CHECKING:
     from quip_kernels.gpu.transform import Plan
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
     """See [`reference.transform`]; computed in float32."""
-    has_kernel = _is_chosen(x) and x.dtype in DTYPES and x.numel() > 0
-    plan = _plan(incoherence, x.shape[-1], seed, x.device) if has_kernel else None
+    has_kernel = x.dtype in DTYPES and x.numel() > 0
+    plan = _plan_on(x.device, incoherence, x.shape[-1], seed) if has_kernel else None
     if plan is None:
         return reference.transform(x, incoherence, seed, transpose)
     from quip_kernels.gpu.transform import transform as launch
@@ -41,7 +43,9 @@ def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> 
 def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """See [`reference.decode`]; takes either form of the codes, and needs no kernel for stored E8P ones."""
     book, packed = codebooks.get(codebook), is_packed(weight, codebook)
-    if not _is_chosen(weight[0]) or dtype not in DTYPES or not (packed or book.kernels == "trellis"):
+    family = Family.DEQUANTIZE if packed else Family.TRELLIS
+    has_kernel = dtype in DTYPES and (packed or book.kernels == "trellis")
+    if not has_kernel or family not in trusted(weight[0].device):
         return reference.decode(weight, codebook, rows, columns, dtype)
     if not packed:
         from quip_kernels.gpu.trellis import dequantize as dequantize_trellis
@@ -63,7 +67,7 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     vectors than HALVES takes is computed in float32 as PyTorch's settings allow.
     """
     layer = Layer(*arguments)
-    way = route(layer.book.kernels, x.dtype, x.numel() // layer.n, _is_chosen(x))
+    way = route(layer.book.kernels, x.dtype, x.numel() // layer.n, trusted(x.device))
     if way is Route.REFERENCE:
         return reference.linear(x, *layer)
     rotated = rotate(x, layer, way)
@@ -86,7 +90,7 @@ def rotate(x: torch.Tensor, layer: Layer, way: Route) -> list[torch.Tensor]:
     from quip_kernels.gpu import transform as kernels
 
     columns = layer.n
-    plan = _plan(layer.incoherence_in, columns, layer.seed, x.device)
+    plan = _plan_on(x.device, layer.incoherence_in, columns, layer.seed)
     rows = x.reshape(-1, columns).contiguous()
     count = digits(x.dtype, get_activations())
     if plan is not None and way is Route.DIGITS:
@@ -146,7 +150,7 @@ def _transform_out(y: torch.Tensor, row_scale: torch.Tensor | None, layer: Layer
     from quip_kernels.gpu.transform import transform as launch
 
     sv, bias = layer.sv, layer.bias
-    plan = _plan(layer.incoherence_out, layer.m, layer.seed, x.device)
+    plan = _plan_on(x.device, layer.incoherence_out, layer.m, layer.seed)
     if plan is not None:
         y = launch(y, plan, False, x.dtype, row_scale=row_scale, post=sv, bias=bias)
     else:
@@ -163,8 +167,22 @@ def _trellis_code(codebook: str) -> tuple[str, float, str]:
     return book.code, book.k, book.order
 
 
-def _is_chosen(tensor: torch.Tensor) -> bool:
-    return for_device(tensor.device) == "triton"
+def trusted(device: torch.device) -> Collection[Family]:
+    """The families that compute on a device now: all where the user has chosen Triton, else those that it has proved."""
+    if is_forced(device):
+        return ALL
+    return self_check.trusted(device) if for_device(device) == "triton" else ()
+
+
+def encoder(device: torch.device) -> str:
+    """As [`for_device`], for encoding with a trellis."""
+    chosen = for_device(device)
+    return "reference" if chosen == "triton" and Family.ENCODE not in trusted(device) else chosen
+
+
+def _plan_on(device: torch.device, name: str, size: int, seed: int) -> Plan | None:
+    """The transform for the kernels; None if they cannot compute it here."""
+    return _plan(name, size, seed, device) if Family.TRANSFORM in trusted(device) else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -180,6 +198,8 @@ def register() -> None:
     """Make these the implementation on CUDA, ROCm and XPU devices, if the package `triton` is installed."""
     if importlib.util.find_spec("triton") is None:
         return
+    prove_with(self_check.trusted)
+    viterbi.encode_with(encoder)
     for function in (transform, decode, linear):
         for device in TRITON_DEVICES:
             torch.library.impl(f"quip::{function.__name__}", device, function)

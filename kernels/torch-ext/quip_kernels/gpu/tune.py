@@ -4,21 +4,15 @@ Shapes whose sizes round up to the same powers of two share an answer, so a mode
 time goes into compiling. When a process has spent `SECONDS`, the first candidate answers the rest of its questions, and a
 later process measures them.
 
-The file holds the results of one device and one version of the kernels: NAME-VERSION.json in $QUIP_KERNELS_CACHE, or in
-quip-kernels in the user's cache folder. It may be deleted at any time. If it cannot be read or written, kernels are
-measured again.
+The file (`cache.py`) holds the results of one device and one version of the kernels. If it cannot be read or written,
+kernels are measured again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import glob
-import hashlib
 import json
 import logging
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,13 +22,13 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from . import cache
 from .launch import current, interpreted
 
 logger = logging.getLogger(__name__)
 
 Candidate = TypeVar("Candidate")
 
-CACHE_VARIABLE = "QUIP_KERNELS_CACHE"
 # For all questions of a process together; a measurement that has begun is finished.
 SECONDS = 10.0
 _answers: dict[torch.device, dict[str, int]] = {}
@@ -66,7 +60,7 @@ def choose(
     if len(candidates) == 1 or interpreted():
         return candidates[0]
     if device not in _answers:
-        _answers[device] = _read(_path(_device_name(device)))
+        _answers[device] = _read(cache.file_of(device))
     question = f"{kernel} {'x'.join(str(triton.next_power_of_2(size)) for size in shape)}"
     answer = _answers[device].get(question)
     if answer is None or answer >= len(candidates) or (unfit is not None and candidates[answer] == unfit):
@@ -74,7 +68,7 @@ def choose(
         if answer is None:
             return candidates[0]
         _answers[device][question] = answer
-        _write(_path(_device_name(device)), _answers[device])
+        _write(cache.file_of(device), _answers[device])
     return candidates[answer]
 
 
@@ -111,28 +105,6 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
         return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.xpu.get_device_name(device) if device.type == "xpu" else torch.cuda.get_device_name(device)
-
-
-@functools.cache
-def _version() -> str:
-    """The version of the kernels and of their compiler: results of other versions are not valid."""
-    digest = hashlib.sha256(f"{triton.__version__} {torch.__version__}".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _path(name: str) -> Path:
-    wanted = os.environ.get(CACHE_VARIABLE)
-    if wanted is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quip-kernels"
-    else:
-        folder = Path(wanted)
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{_version()}.json"
-
-
 def _read(path: Path) -> dict[str, int]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -148,24 +120,8 @@ def _read(path: Path) -> dict[str, int]:
 
 
 def _write(path: Path, answers: dict[str, int]) -> None:
-    """Write the file atomically, merged with the answers of other processes. The umask decides who may read it."""
-    content = json.dumps(_read(path) | answers, indent=1, sort_keys=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write the file, merged with the answers of other processes."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_over(path)
-        try:
-            temporary.write_text(content + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        cache.write(path, json.dumps(_read(path) | answers, indent=1, sort_keys=True) + "\n")
     except OSError as error:
         logger.info("%s cannot be written, so kernels are measured again next time (%s)", path, error)
-
-
-def _remove_left_over(path: Path) -> None:
-    """Remove temporary files of killed processes: older than a minute, because writing takes less."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):  # another process has removed it
-            if time.time() - left.stat().st_mtime > 60:
-                left.unlink()

@@ -1,0 +1,206 @@
+"""The families of Triton kernels, each with a test on small random inputs: what a device must prove before it is trusted.
+
+The truth is PyTorch on the CPU: the formulas of `reference`, in float64. Inputs have the sizes and dtypes that take every
+way through a kernel: rows and columns that are no multiples of a tile, one vector and several, one stage and two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quip_kernels import layout
+
+from ... import codebooks, incoherence
+from ...codebooks import viterbi
+from ..layer import Layer
+from .route import Family
+
+if TYPE_CHECKING:
+    from quip_kernels.gpu.quantize import Digits
+
+# Relative errors (of norms) that rounding of the inputs and outputs to these types explains.
+ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: 4e-3}
+_SIZES = (96, 576, 1024)
+_E8P = ((40, 136), (16, 1056))
+_TRELLIS = ((32, 96), (16, 288))
+_CODES = ("trellis:mul1:k2:exl3", "trellis:3inst:k3:rows", "trellis:mul1:k2.5:exl3", "trellis:hyb-q9v2:k2:qtip")
+
+
+def check(family: Family, device: torch.device) -> None:
+    """Run the kernels of a family on a device and compare them.
+
+    Raises:
+        ArithmeticError: a result is wrong; the message says which and by how much.
+        Exception: whatever the compiler or the driver raises.
+    """
+    _CHECKS[family](device)
+
+
+def _transform(device: torch.device) -> None:
+    from quip_kernels.gpu import transform as kernels
+
+    for size in _SIZES:
+        q = incoherence.get("hadamard", size, 0)
+        factors = q.dense_factors
+        if factors is None:
+            raise ArithmeticError(f"the transform of {size} numbers is not a product of matrices")
+        plan, x = kernels.make_plan(size, factors, device), _random(3, size)
+        signs = torch.where(_random(1, size, seed=2)[0] < 0, -1.0, 1.0)
+        for dtype, most in ERROR.items():
+            rows = x.to(dtype)
+            for transpose, apply in ((False, q.apply), (True, q.apply_transpose)):
+                found = kernels.transform(rows.to(device), plan, transpose, dtype)
+                _compare(found, apply(rows.double()), most, f"transform of {size} numbers in {dtype}")
+            digits = kernels.transform_quantize(rows.to(device), plan, signs.to(device), 3)
+            wanted = q.apply_transpose(rows.double() * signs)
+            _compare(_of_digits(digits, size), wanted, 3e-6, f"digits of a transform of {size} numbers in {dtype}")
+            sums = (digits.sums.double().cpu() * 256.0 ** torch.arange(3)).sum(1) * digits.scales.double().cpu()
+            _compare(sums, wanted.sum(1), 1e-4, f"sums of digits of {size} numbers in {dtype}")
+
+
+def _of_digits(digits: Digits, columns: int) -> torch.Tensor:
+    """The numbers float64 [M, columns] that digits stand for."""
+    rows, count, groups, words = digits.bytes.shape
+    apart = digits.bytes.cpu().contiguous().view(torch.int8).reshape(rows, count, groups, words, 4)
+    # digit d of number 32 w + 4 g + b
+    in_order = apart.permute(0, 1, 3, 2, 4).reshape(rows, count, -1)[..., :columns].double()
+    return (in_order * 256.0 ** torch.arange(count)[:, None]).sum(1) * digits.scales.double().cpu()[:, None]
+
+
+def _stages(codebook: str, rows: int, columns: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Random stored tensors of a codebook, and the weight float64 that they stand for."""
+    book = codebooks.get(codebook)
+    stored = {}
+    for name, grid in book.tensors(rows, columns).items():
+        generator, shape = torch.Generator().manual_seed(rows + columns), grid.empty_shape()
+        if grid.dtype.is_floating_point:
+            stored[name] = torch.randn(shape, generator=generator, dtype=grid.dtype)
+        else:
+            limits = torch.iinfo(grid.dtype)
+            stored[name] = torch.randint(limits.min, limits.max + 1, shape, generator=generator).to(grid.dtype)
+    return list(stored.values()), book.decode(stored, columns, torch.float64)
+
+
+def _packed(stored: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    first, *others = (layout.pack(codes).to(device) for codes in stored)
+    return first, others[0] if others else None
+
+
+def _each_e8p() -> Any:
+    for codebook in ("e8p", "e8p-rvq3", "e8p-rvq4"):
+        for rows, columns in _E8P:
+            stored, weight = _stages(codebook, rows, columns)
+            yield codebook, stored, weight, codebooks.get(codebook).residual_scale or 0.0
+
+
+def _matvec(device: torch.device) -> None:
+    from quip_kernels.gpu import matvec, quantize
+
+    for codebook, stored, weight, scale in _each_e8p():
+        first, second = _packed(stored, device)
+        for vectors, digits, most in ((1, 2, 2e-4), (4, 3, 3e-6), (1, 1, 2e-2)):
+            x = _random(vectors, weight.shape[1])
+            y = matvec.matvec(quantize.quantize(x.to(device), digits), first, weight.shape[1], second, scale)
+            said = f"{codebook} times {vectors} vectors in {digits} digits, {list(weight.shape)}"
+            _compare(y.float().sum(0), x.double() @ weight.T, most, said)
+
+
+def _small_batch(device: torch.device) -> None:
+    from quip_kernels.gpu import small_batch
+
+    for codebook, stored, weight, scale in _each_e8p():
+        first, second = _packed(stored, device)
+        for vectors, terms, most in ((5, 2, 3e-6), (33, 1, 1e-3)):
+            x = _random(vectors, weight.shape[1])
+            y = small_batch.small_batch(small_batch.halves(x.to(device), terms), first, weight.shape[1], second, scale)
+            said = f"{codebook} times {vectors} vectors of {terms} halves, {list(weight.shape)}"
+            _compare(y.float().sum(0), x.double() @ weight.T, most, said)
+
+
+def _dequantize(device: torch.device) -> None:
+    from quip_kernels.gpu import dequantize
+
+    for codebook, stored, weight, scale in _each_e8p():
+        first, second = _packed(stored, device)
+        for dtype, most in ERROR.items():
+            found = dequantize.dequantize(first, weight.shape[1], dtype, second, scale)
+            _compare(found, weight, most, f"{codebook} decoded to {dtype}, {list(weight.shape)}")
+
+
+def _trellis(device: torch.device) -> None:
+    from quip_kernels.gpu import trellis
+
+    for codebook in _CODES:
+        book: Any = codebooks.get(codebook)
+        for rows, columns in _TRELLIS:
+            stored, weight = _stages(codebook, rows, columns)
+            codes, *tables = (tensor.to(device) for tensor in stored)
+            code = (book.code, book.k, book.order, tables[0] if tables else None)
+            for dtype, most in ERROR.items():
+                found = trellis.dequantize(codes, columns, dtype, *code)
+                _compare(found, weight, most, f"{codebook} decoded to {dtype}, {[rows, columns]}")
+            for vectors in (1, 5):
+                x = _random(vectors, columns)
+                y = trellis.matvec(x.to(device), codes, *code)
+                y = y.float().sum(0) if y.ndim == 3 else y.float()
+                # tables are read in float16
+                most = 1e-3 if tables else 3e-6
+                _compare(y, x.double() @ weight.T, most, f"{codebook} times {vectors} vectors, {[rows, columns]}")
+
+
+def _encode(device: torch.device) -> None:
+    from quip_kernels.gpu import launch
+    from quip_kernels.gpu import viterbi as kernels
+
+    bits, steps = (6, 16) if launch.interpreted() else (16, 256)  # the interpreter is slow, and has no compiler to test
+    for weights, fresh in ((1, (2, 2)), (1, (2, 3)), (2, (4, 4))):
+        generator = torch.Generator().manual_seed(weights)
+        levels = torch.randint(-3000, 3000, (weights, 1 << bits), generator=generator).to(torch.int16)
+        tiles = torch.randint(-3000, 3000, (3, steps, weights), generator=generator).to(torch.int16)
+        arguments = (fresh, 4, steps, 2)
+        wanted = viterbi.search(tiles, levels, *arguments)
+        found = kernels.search(tiles.to(device), levels.to(device), *arguments).cpu()
+        if not torch.equal(found, wanted):
+            differing = (found != wanted).double().mean().item()
+            raise ArithmeticError(f"paths with {fresh} new bits: {differing:.1%} of their states are others")
+
+
+_CHECKS: dict[Family, Callable[[torch.device], None]] = {
+    Family.TRANSFORM: _transform,
+    Family.MATVEC: _matvec,
+    Family.SMALL_BATCH: _small_batch,
+    Family.DEQUANTIZE: _dequantize,
+    Family.TRELLIS: _trellis,
+    Family.ENCODE: _encode,
+}
+
+
+def _random(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _compare(found: torch.Tensor, wanted: torch.Tensor, most: float, said: str) -> None:
+    """Raise `ArithmeticError` for a relative error above `most`, or one that is not a number."""
+    error = ((found.double().cpu() - wanted).norm() / wanted.norm()).item()
+    if not error <= most:
+        raise ArithmeticError(f"{said}: relative error {error:.2g}, at most {most:.2g} was expected")
+
+
+def whole_layer(device: torch.device, linear: Callable[..., torch.Tensor]) -> None:
+    """Compare whole layers, with transforms, of every route; see [`check`]. `linear` is the op on this device."""
+    for codebook in ("e8p", "trellis:mul1:k2:exl3"):
+        rows, columns = 96, 288
+        stored, weight = _stages(codebook, rows, columns)
+        su, sv = _random(1, columns, seed=3)[0], _random(1, rows, seed=4)[0]
+        q_in, q_out = incoherence.get("hadamard", columns, 0), incoherence.get("hadamard", rows, 0)
+        dtype = torch.bfloat16
+        x, su, sv = _random(65, columns).to(dtype), su.to(dtype), sv.to(dtype)
+        wanted = q_out.apply(q_in.apply_transpose(x.double() * su.double()) @ weight.T) * sv.double()
+        packed = [tensor.to(device) for tensor in stored]
+        layer = Layer(packed, su.to(device), sv.to(device), None, codebook, "hadamard", "hadamard", 0)
+        for vectors in (1, 5, 65):
+            said = f"a layer of codebook {codebook} in {dtype}, {vectors} vectors"
+            _compare(linear(x[:vectors].to(device), *layer), wanted[:vectors], 2 * ERROR[dtype], said)
