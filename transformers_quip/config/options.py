@@ -137,6 +137,13 @@ OPTIONS: dict[str, Option] = {
         "The model whose activations a block is calibrated on: 'quantized', with all blocks before it quantized; 'dense', "
         "the original model, as in the paper; 'mixed', the batches alternate between the two.",
     ),
+    "outside_blocks": Option(
+        "dense",
+        check.choice("dense", "uncalibrated"),
+        "Linears and experts that a calibrated run does not reach, because they are outside the blocks of the text model: "
+        "towers for images and sounds, projectors. 'dense' leaves them as they are; 'uncalibrated' rounds them to the "
+        "nearest points, which needs 4 bits or more (set `bits` for them in `modules`).",
+    ),
     "num_samples": Option(256, check.integer(1), "Number of token sequences to calibrate on."),
     "sequence_length": Option(512, check.integer(1), "Tokens in each of them."),
     "batch_size": Option(8, check.integer(1), "Sequences in one forward pass."),
