@@ -109,11 +109,12 @@ OPTIONS: dict[str, Option] = {
     "dataset": Option(
         "self",
         check.dataset,
-        "The calibration data: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
-        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of texts, of chats (lists of messages), of "
-        "token ids or of dictionaries, a tensor of token ids, a tokenizer's output, a `datasets.Dataset`, a stream (an "
-        "`IterableDataset`, a generator) of such rows, which is read as far as needed, or None: no calibration, each "
-        "weight is quantized while it is loaded. Padding is left out, by the attention_mask or by repeated end tokens.",
+        "The calibration data: 'self' (text that the model writes itself; needs neither network nor tokenizer), "
+        "'self:NAME' (text that another, smaller model writes), the name of a data set that Optimum knows (wikitext2, c4, "
+        "...), a list of texts, of chats (lists of messages), of token ids or of dictionaries, a tensor of token ids, a "
+        "tokenizer's output, a `datasets.Dataset`, a stream (an `IterableDataset`, a generator) of such rows, which is "
+        "read as far as needed, or None: no calibration, each weight is quantized while it is loaded. Padding is left out, "
+        "by the attention_mask or by repeated end tokens.",
         describe_dataset,
     ),
     "tokenizer": Option(

@@ -1,4 +1,4 @@
-"""Transformers' plans for several processes, and what quantized modules can follow of them."""
+"""What Transformers' ways to share a model among devices can do with quantized modules."""
 
 from __future__ import annotations
 
@@ -18,6 +18,26 @@ logger = logging.getLogger(__name__)
 # The styles of expert parallelism: whole experts in each process.
 _SHARDS = "grouped_gemm"
 _EXPERT_STYLES = (_SHARDS, "ep_dispatch_experts", "ep_router")
+
+
+def check(model: PreTrainedModel) -> None:
+    """Refuse tensor parallelism before weights are read, where it is not a part of expert parallelism.
+
+    Transformers' plan cuts every tensor of a linear by its rows or its columns. The transforms of a quantized linear mix
+    all of its inputs, and all of its outputs, so a part of su or sv belongs to no part of the linear.
+
+    Raises:
+        ValueError: the model is loaded with tp_plan, or with a `DistributedConfig` of a tp_size above 1 without
+            ep_size.
+    """
+    distributed = getattr(model.config, "distributed_config", None)
+    size, experts = (getattr(distributed, name, None) or 1 for name in ("tp_size", "ep_size"))
+    if size > 1 and experts == 1:
+        raise ValueError(
+            f"Tensor parallelism (tp_size={size}) is not available for quantized models: the transforms of a linear mix "
+            "all of its inputs and outputs, so its rows cannot be computed apart. Use device_map='auto', which gives whole "
+            "layers to each device, or one copy of the model for each device: at 2 bits a 70B takes 22 GB"
+        )
 
 
 def update_plan(model: PreTrainedModel, plan: dict[str, str] | None) -> None:
