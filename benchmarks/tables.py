@@ -57,7 +57,8 @@ def machine_line(content: dict) -> str:
     found = content["machine"]
     processors = list(dict.fromkeys(row.get("processor", found["processor"]) for row in content.get("rows", ())))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"\nMeasured on: {' and '.join(processors or [found['processor']])}, {found['cores']} cores; Python {found['python']}, {versions}.\n"
+    where = " and ".join(processors or [found["processor"]])
+    return f"\nMeasured on: {where}, {found['cores']} cores; Python {found['python']}, {versions}.\n"
 
 
 def _perplexities(rows: list[dict]) -> list[str]:
