@@ -80,6 +80,8 @@ def test_another_run_starts_from_the_beginning(models, tmp_path, monkeypatch, ca
         tune_vectors(model, record(dense, ids), options, state=tmp_path, progress=False)
     assert made[0] == 12
     assert "is of another model, text or options" in caplog.text
+    named = {"options": "options.learning_rate was", "text": "text was", "model": "model was", "codes": "model was"}[change]
+    assert named in caplog.text
 
 
 def test_a_damaged_file(models, tmp_path):

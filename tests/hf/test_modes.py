@@ -93,7 +93,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tmp_path, mon
     folder = save_tiny_model("llama", tmp_path / "dense")
     size = sum(parameter.nbytes for parameter in tiny_model("llama").parameters())
     monkeypatch.setattr(modes, "free_memory", lambda device: size - 1)
-    monkeypatch.setattr(modes, "load_token_ids", None)
+    monkeypatch.setattr(modes, "load_data", None)
     for device_map in (None, "cpu", {"": "cpu"}):
         with pytest.raises(ValueError, match=r"kB of memory are free. `transformers-quip quantize .*dense OUT`"):
             AutoModelForCausalLM.from_pretrained(folder, quantization_config=RUN, device_map=device_map)

@@ -33,7 +33,7 @@ def _block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
         members = list(module)
         if any(is_linear(member) for member in members):  # a list of heads, not of blocks
             continue
-        if any(isinstance(member, (nn.ModuleList, nn.ModuleDict)) for member in members):  # its members are the lists
+        if any(isinstance(member, nn.ModuleList) for member in members):  # its members are the lists
             continue
         if not any(is_linear(inner) for member in members for inner in member.modules()):
             continue

@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from . import tokenizer as tokenizers
 from .forms import ALLOWED, Row, Rows, read_rows
 from .inputs import GivenInputs, are_calls
+from .other_writer import PREFIX, written_by_another
 from .packing import pack
 from .padding import Unpadding
 from .synthetic import Writer, write_text
@@ -35,6 +37,11 @@ _GREEDY_TOKENS = 4
 def is_written_by_the_model(config: Any) -> bool:
     """Whether the data are text that the model writes itself, for which its weights are needed."""
     return isinstance(config.dataset, str) and config.dataset == "self"
+
+
+def is_written(config: Any) -> bool:
+    """Whether the data are text that a model writes: this one ("self"), or another one ("self:NAME")."""
+    return is_written_by_the_model(config) or (isinstance(config.dataset, str) and config.dataset.startswith(PREFIX))
 
 
 def load_data(
@@ -104,21 +111,18 @@ def load_token_ids(
     """
     dataset, samples, seed = config.dataset, config.num_samples + held_out, config.seed
     length = fitting_length(config.sequence_length, model)
+    write = partial(write_text, seed=seed, document_length=DOCUMENT_LENGTH, greedy_tokens=_GREEDY_TOKENS)
     if is_written_by_the_model(config):
-        ids = write_text(
-            model,
-            samples,
-            length,
-            seed,
-            document_length=DOCUMENT_LENGTH,
-            greedy_tokens=_GREEDY_TOKENS,
-            writer=writer,
-            shared=shared,
-        )
+        ids = write(model, samples, length, writer=writer, shared=shared)
         return ids, f"self: {samples} x {length} tokens written by the model itself, seed {seed}"
 
     given = tokenizer if tokenizer is not None else config.tokenizer
     source = source or Source(getattr(model, "name_or_path", "") or "")
+    if is_written(config):
+        name = dataset.removeprefix(PREFIX)
+        ids = written_by_another(name, (samples, length), seed, held_out, given, source, DOCUMENT_LENGTH, write)
+        _check_vocabulary(ids, model)
+        return ids, f"{dataset}: {ids.shape[0]} x {ids.shape[1]} tokens written by {name}, seed {seed}"
     if isinstance(dataset, str):
         kind = dataset
         named = _named(config, samples, length, tokenizers.find_tokenizer(given, source))

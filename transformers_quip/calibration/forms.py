@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 ALLOWED = (
-    "'self' (text the model writes itself), the name of a data set that Optimum knows (wikitext2, c4, c4-new), a list of "
-    "strings, of chats, of token id sequences or of dictionaries, a tensor [samples, tokens] of token ids, a tokenizer's "
-    "output, a datasets.Dataset, or an iterable of such rows"
+    "'self' (text the model writes itself), 'self:NAME' (text that another model writes), the name of a data set that "
+    "Optimum knows (wikitext2, c4, c4-new), a list of strings, of chats, of token id sequences or of dictionaries, a "
+    "tensor [samples, tokens] of token ids, a tokenizer's output, a datasets.Dataset, or an iterable of such rows"
 )
 CHATS = ("messages", "conversations")
 _DEFAULT_TEXT_COLUMN = "text"

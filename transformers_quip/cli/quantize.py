@@ -23,8 +23,8 @@ from .loading import check_dense, device_option, dtype_option, find_tokenizer, r
     "--dataset",
     default="self",
     show_default=True,
-    help="Calibration data: self (text that the model writes), none, a text file (documents between blank lines), "
-    "or the name of a data set that Optimum knows (wikitext2, c4).",
+    help="Calibration data: self (text that the model writes), self:NAME (that another model writes), none, a text file "
+    "(documents between blank lines), or the name of a data set that Optimum knows (wikitext2, c4).",
 )
 @click.option(
     "--tokenizer",
@@ -169,6 +169,8 @@ def dataset_of(value: str) -> Any:
     """None for "none", the documents of a text file, else the name as it is."""
     if value == "none":
         return None
+    if value.startswith("self:"):
+        return value
     path = Path(value)
     if not path.is_file():
         if path.suffix or len(path.parts) > 1:  # names of data sets have neither

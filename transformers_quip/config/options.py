@@ -109,11 +109,12 @@ OPTIONS: dict[str, Option] = {
     "dataset": Option(
         "self",
         check.dataset,
-        "The calibration data: 'self' (text that the model writes itself; needs neither network nor tokenizer), the "
-        "name of a data set that Optimum knows (wikitext2, c4, ...), a list of texts, of chats (lists of messages), of "
-        "token ids or of dictionaries, a tensor of token ids, a tokenizer's output, a `datasets.Dataset`, a stream (an "
-        "`IterableDataset`, a generator) of such rows, which is read as far as needed, or None: no calibration, each "
-        "weight is quantized while it is loaded. Padding is left out, by the attention_mask or by repeated end tokens.",
+        "The calibration data: 'self' (text that the model writes itself; needs neither network nor tokenizer), "
+        "'self:NAME' (text that another, smaller model writes), the name of a data set that Optimum knows (wikitext2, c4, "
+        "...), a list of texts, of chats (lists of messages), of token ids or of dictionaries, a tensor of token ids, a "
+        "tokenizer's output, a `datasets.Dataset`, a stream (an `IterableDataset`, a generator) of such rows, which is "
+        "read as far as needed, or None: no calibration, each weight is quantized while it is loaded. Padding is left out, "
+        "by the attention_mask or by repeated end tokens.",
         describe_dataset,
     ),
     "tokenizer": Option(
@@ -135,6 +136,13 @@ OPTIONS: dict[str, Option] = {
         check.choice("mixed", "quantized", "dense"),
         "The model whose activations a block is calibrated on: 'quantized', with all blocks before it quantized; 'dense', "
         "the original model, as in the paper; 'mixed', the batches alternate between the two.",
+    ),
+    "outside_blocks": Option(
+        "dense",
+        check.choice("dense", "uncalibrated"),
+        "Linears and experts that a calibrated run does not reach, because they are outside the blocks of the text model: "
+        "towers for images and sounds, projectors. 'dense' leaves them as they are; 'uncalibrated' rounds them to the "
+        "nearest points, which needs 4 bits or more (set `bits` for them in `modules`).",
     ),
     "num_samples": Option(256, check.integer(1), "Number of token sequences to calibrate on."),
     "sequence_length": Option(512, check.integer(1), "Tokens in each of them."),

@@ -22,6 +22,7 @@ class TypedOptions:
     tokenizer: Any
     text_column: str
     calibrate_on: str
+    outside_blocks: str
     num_samples: int
     sequence_length: int
     batch_size: int
@@ -48,6 +49,7 @@ class TypedOptions:
         tokenizer: Any = None,
         text_column: str = "text",
         calibrate_on: str = "mixed",
+        outside_blocks: str = "dense",
         num_samples: int = 256,
         sequence_length: int = 512,
         batch_size: int = 8,

@@ -134,7 +134,7 @@ def _tune_vectors(
     reading = time.perf_counter() - reading
     report = TuneReport(Verdict.of(before, before), 0, count, count * teacher.ids.shape[1], options.steps(count))
     folder = None if state is None else Path(state)
-    mark = "" if folder is None else fingerprint(model, teacher, options)
+    mark = {} if folder is None else fingerprint(model, teacher, options)
     with restored_unless_kept(model, trained) as result:
         keep = shard or processes.from_first(lambda: _keep_decoded(model, options))
         with tuned(model, probe, options.norms, keep, options.embeddings) as student:
@@ -235,7 +235,7 @@ class _Trainer:
         options: TuneOptions,
         report: TuneReport,
         folder: Path | None,
-        mark: str,
+        mark: dict[str, Any],
     ):
         self.model, self.student, self.teacher, self.head = model, student, teacher, head
         self.options, self.report, self.folder, self.mark = options, report, folder, mark

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..checkpoints.durable import durable
+from ..checkpoints.durable import differences, durable
 from ..config.tune import TuneOptions
 from .teacher import Teacher
 
@@ -49,24 +49,30 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def fingerprint(model: PreTrainedModel, teacher: Teacher, options: TuneOptions) -> str:
-    """A hash of all that must be the same to resume: the model's tensors, the teacher's text and states, the options."""
+def fingerprint(model: PreTrainedModel, teacher: Teacher, options: TuneOptions) -> dict[str, Any]:
+    """All that must be the same to resume, by name: the options, and hashes of model, text and teacher's states."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(options.to_dict(), sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         if parameter.ndim == 1 or not parameter.is_floating_point():
             digest.update(_bytes(parameter))
-    digest.update(_bytes(teacher.ids))
-    digest.update(_bytes(teacher.states[-1]))
-    return digest.hexdigest()
+    return {
+        "options": json.loads(json.dumps(options.to_dict())),
+        "model": digest.hexdigest(),
+        "text": _hash(teacher.ids),
+        "states of the dense model": _hash(teacher.states[-1]),
+    }
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    return hashlib.blake2b(_bytes(tensor), digest_size=16).hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def save(folder: Path, run: Run, mark: str) -> None:
+def save(folder: Path, run: Run, mark: dict[str, Any]) -> None:
     """Write the run to the folder, atomically."""
     tensors = {f"value.{name}": value for name, value in run.values.items()}
     tensors |= {f"best.{name}": value for name, value in run.best.items()}
@@ -80,7 +86,7 @@ def save(folder: Path, run: Run, mark: str) -> None:
         )
 
 
-def load(folder: Path, mark: str) -> Run | None:
+def load(folder: Path, mark: dict[str, Any]) -> Run | None:
     """The run in the folder if it is this one; else None, with a message if it is another one.
 
     Raises:
@@ -92,8 +98,13 @@ def load(folder: Path, mark: str) -> Run | None:
     try:
         with safe_open(path, "pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})["run"])
-            if about["fingerprint"] != mark:
-                logger.warning("%s is of another model, text or options: tuning starts from the beginning", path)
+            different = differences(about["fingerprint"], mark)
+            if different:
+                logger.warning(
+                    "%s is of another model, text or options, so tuning starts from the beginning: %s",
+                    path,
+                    "; ".join(different[:4]),
+                )
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except Exception as error:  # the reader raises many kinds for a damaged file

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import ConversionOps
 
-from ..calibration.dataset import is_written_by_the_model, load_data
+from ..calibration.dataset import is_written, is_written_by_the_model, load_data
 from ..calibration.device import free_memory
 from ..calibration.inputs import GivenInputs
 from ..checkpoints import native
@@ -306,7 +306,7 @@ class Calibrated(_Planned):
         check_can_be_calibrated(model, config)
         super().__init__(model, config, files)
         self._data: tuple[torch.Tensor | GivenInputs, str] | None = None
-        if not is_written_by_the_model(config):
+        if not is_written(config):
             with torch.device("cpu"):  # the model is made on the meta device, and this is not a part of it
                 self._data = load_data(config, model, source=source_of(model), held_out=held_out_windows(config))
             options = TuneOptions.parse(config.tune)

@@ -79,9 +79,10 @@ class QuipQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from . import mismatched, modes, patches
+        from . import mismatched, modes, parallel, patches
 
         patches.install()
+        parallel.check(model)
         if self.quantization_config.is_calibrated and not self.pre_quantized:
             modes.check_fits(model, kwargs.get("device_map"))
         self._mode = modes.begin(model, self.quantization_config, self.pre_quantized, checkpoint_files or [])

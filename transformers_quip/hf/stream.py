@@ -6,7 +6,6 @@ The model is built without weights. Its blocks are read, quantized and written o
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,21 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped] # accelerate needs it, too
-import safetensors
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..calibration import find_blocks, processes
-from ..calibration.dataset import DOCUMENT_LENGTH, fitting_length, is_written_by_the_model, load_token_ids
+from ..calibration.dataset import DOCUMENT_LENGTH, fitting_length, is_written, is_written_by_the_model, load_token_ids
 from ..calibration.tokenizer import Source
 from ..checkpoints.claimed import check_free
 from ..checkpoints.durable import flush
-from ..checkpoints.files import expand_weights, find_weights
-from ..checkpoints.headers import check_is_there, read_header, read_json, torch_dtype
-from ..checkpoints.sizes import check_layers
 from ..checkpoints.unfinished import WORK
 from ..config import QuipConfig
 from ..config.tune import TuneOptions
@@ -44,8 +37,8 @@ from ..quantize.plan import QuantizationPlan, make_plan
 from ..quantize.recipe import QuantizationReport
 from ..quantize.stack import quantize_stack
 from ..quantize.state import FOLDER, RunState, is_moving
-from ..version import __version__
 from . import patches
+from .dense import dense_model, fingerprint, local_folder, own_tokenizer, weight_files
 from .modes import check_is_causal, recorded, tell_plan
 from .quantizer import QuipQuantizer
 from .replacing import replaced_model
@@ -55,12 +48,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-# What a repository is asked for: not the weights in other formats.
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
-# Places of a file of weights that are compared, beside its header: fine-tunes of one model differ in their numbers alone.
-_SAMPLES = 8
-_OTHERS = ("original/*", "consolidated*", "onnx/*")
 
 
 def quantize(
@@ -117,11 +104,11 @@ def quantize(
     if not is_moving(target):
         check_free(target, overwrite, _content(target))
     access = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
-    folder = _folder(source, access)
+    folder = local_folder(source, access)
     if target.exists() and target.resolve() == folder.resolve():
         raise ValueError(f"{target} is the model that is read: choose another place for the new one")
     patches.install()
-    model = _dense_model(folder, str(source), dtype, trust_remote_code)
+    model = dense_model(folder, str(source), dtype, trust_remote_code)
     if config.is_calibrated:
         check_is_causal(model)
     plan = make_plan(model, config)
@@ -129,22 +116,22 @@ def quantize(
         raise ValueError(f"{plan.stacks[0]}: experts of mixtures are quantized in one process alone")
     tell_plan(model, config, plan)
     if tokenizer is None:
-        tokenizer = _own_tokenizer(folder, trust_remote_code)
+        tokenizer = own_tokenizer(folder, trust_remote_code)
     if config.tokenizer is None:
         config.tokenizer = tokenizer
-    paths = _weight_files(folder)
+    paths = weight_files(folder)
     data = None
-    if config.is_calibrated and not is_written_by_the_model(config):
+    if config.is_calibrated and not is_written(config):
         data = load_token_ids(config, model, source=Source(str(folder)), held_out=held_out_windows(config))
         if TuneOptions.parse(config.tune).tunes_vectors:
             TuneOptions.parse(config.tune).check_windows(len(data[0]))
-    with _run(target, _fingerprint(folder, paths, config, model, data, device), fresh) as state:
+    with _run(target, fingerprint(folder, paths, config, model, data, device), fresh) as state:
         weights = StreamedWeights(model, paths, _parts(model, config), config, state, device)
         weights.load_outside()
         if config.is_calibrated:
             if processes.is_first():
                 _tell_estimate(model, config, plan, weights, data)
-            report = _calibrated(model, config, weights, data)
+            report = _calibrated(model, config, weights, data, str(folder))
             settled = report.config
         else:
             report, settled = None, config
@@ -220,15 +207,30 @@ def _tell_estimate(
 
 
 def _calibrated(
-    model: PreTrainedModel, config: QuipConfig, weights: StreamedWeights, data: tuple[torch.Tensor, str] | None
+    model: PreTrainedModel,
+    config: QuipConfig,
+    weights: StreamedWeights,
+    data: tuple[torch.Tensor, str] | None,
+    folder: str,
 ) -> QuantizationReport:
+    """Quantize with the text that is given, that an earlier run has kept, or that is written now."""
     data = data or weights.state.text()
     if data is None:
-        with weights.whole():
-            writer = None if processes.from_first(weights.fit) else weights.writer()
-            data = load_token_ids(config, model, held_out=held_out_windows(config), writer=writer, shared=weights.shared)
+        data = _written(model, config, weights, Source(folder))
         weights.state.keep_text(*data)
     return quantize_and_tune(model, config, data, weights, weights.state.folder)
+
+
+def _written(
+    model: PreTrainedModel, config: QuipConfig, weights: StreamedWeights, source: Source
+) -> tuple[torch.Tensor, str]:
+    """Text that this model or another one writes."""
+    held_out = held_out_windows(config)
+    if not is_written_by_the_model(config):
+        return processes.from_first(lambda: load_token_ids(config, model, source=source, held_out=held_out))
+    with weights.whole():
+        writer = None if processes.from_first(weights.fit) else weights.writer()
+        return load_token_ids(config, model, held_out=held_out, writer=writer, shared=weights.shared)
 
 
 def _without_calibration(
@@ -316,102 +318,3 @@ def _parts(model: PreTrainedModel, config: QuipConfig) -> list[str]:
         if isinstance(module, nn.ModuleList) and not name.startswith(tuple(parts)):
             parts += [f"{name}.{index}." for index, member in enumerate(module) if any(True for _ in member.parameters())]
     return parts
-
-
-def _dense_model(folder: Path, source: str, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The dense model on the meta device, in eval mode."""
-    read_json(folder / "config.json")  # its error names the file
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None or getattr(config, "quip_params", None) is not None:
-        raise ValueError(f"{source} is quantized already: give the dense model")
-    check_layers(config)
-    kind = _dtype(dtype, config, folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
-    model.name_or_path = model.config.name_or_path = source
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def _dtype(dtype: str | torch.dtype, config: Any, folder: Path) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if getattr(config, "dtype", None) is not None:
-        return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
-    first = _weight_files(folder)[0]
-    kinds = (torch_dtype(info.dtype) for info in read_header(first).values())
-    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
-
-
-def _own_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        logger.warning("%s has no tokenizer that can be read, so none is saved (%s)", folder, str(error).split("\n")[0])
-        return None
-
-
-def _folder(source: str | Path, access: Mapping[str, Any]) -> Path:
-    """The folder of a model; one on the Hub is downloaded without weights in other formats."""
-    if Path(source).is_dir():
-        return Path(source)
-    check_is_there(source)
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(str(source), allow_patterns=_WANTED, ignore_patterns=_OTHERS, **access))
-    if find_weights(folder) is None:
-        folder = Path(snapshot_download(str(source), allow_patterns=(*_WANTED, "*.bin"), ignore_patterns=_OTHERS, **access))
-    return folder
-
-
-def _weight_files(folder: Path) -> list[str]:
-    found = find_weights(folder)
-    if found is None:
-        raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of several files")
-    return expand_weights(found)
-
-
-def _fingerprint(
-    folder: Path,
-    paths: list[str],
-    config: QuipConfig,
-    model: PreTrainedModel,
-    data: tuple[torch.Tensor, str] | None,
-    device: str | torch.device,
-) -> dict[str, Any]:
-    """All that must be the same to resume a run: source, options, text, versions and place."""
-    options = {name: value for name, value in config.without_data().to_dict().items() if value is not None}
-    ids = None if data is None else hashlib.sha256(data[0].numpy().tobytes()).hexdigest()
-    return {
-        "source": {"config.json": _digest(folder / "config.json"), **{Path(path).name: _file(path) for path in paths}},
-        "options": options,
-        "token ids": ids,
-        "dtype": str(model.dtype),
-        "device": torch.device(device).type,
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "transformers-quip": __version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
-    }
-
-
-def _file(path: str) -> str:
-    """The size of a file of weights, and a hash of its header and of samples: names, shapes, places and some numbers."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little") if path.endswith(".safetensors") else 0
-        digest = hashlib.sha256(file.read(min(length, size)))
-        for place in range(_SAMPLES):
-            file.seek(size * place // _SAMPLES)
-            digest.update(file.read(1 << 16))
-    return f"{size} bytes, {digest.hexdigest()[:16]}"
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

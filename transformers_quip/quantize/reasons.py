@@ -55,7 +55,7 @@ def linear_reasons(
     tied = tied_modules(model)
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32 = float32_modules(model)
-    blocks = _inside_blocks(model) if config.is_calibrated and linears else ("",)
+    blocks = _quantized_parts(model, config) if linears else ("",)
     mixtures = _mixtures(model, stacks)
     read = read_by_others(model)
     base = {id(module) for module in getattr(model, "base_model", model).modules()}
@@ -89,7 +89,7 @@ def linear_reasons(
 
 def stack_reasons(model: nn.Module, stacks: dict[str, Stack], config: QuipConfig) -> dict[str, str]:
     """The reason for each stack of experts that stays dense: of one module, all are quantized or none."""
-    blocks = _inside_blocks(model) if stacks and config.is_calibrated else ("",)
+    blocks = _quantized_parts(model, config) if stacks else ("",)
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     float32, dense, reasons = float32_modules(model), config.modules_to_not_convert or [], {}
     for name in stacks:
@@ -105,9 +105,12 @@ def stack_reasons(model: nn.Module, stacks: dict[str, Stack], config: QuipConfig
     return {name: reasons[module] for name in stacks if (module := name.rpartition(".")[0]) in reasons}
 
 
-def _inside_blocks(model: nn.Module) -> tuple[str, ...]:
-    """The beginnings of the names of everything that a calibrated run quantizes."""
-    return tuple(f"{name}." for name in find_block_lists(model))
+def _quantized_parts(model: nn.Module, config: QuipConfig) -> tuple[str, ...]:
+    """The beginnings of the names of everything that is quantized."""
+    if not config.is_calibrated:
+        return ("",)
+    blocks = tuple(f"{name}." for name in find_block_lists(model))  # raises if there are none to calibrate
+    return blocks if config.outside_blocks == "dense" else ("",)
 
 
 def _mixtures(model: nn.Module, stacks: Iterable[str]) -> set[str]:

@@ -199,12 +199,17 @@ def _quantize_model(
                 _quantize_without_data(model, plan.inside(f"{name}."), f"{name}.", config, done)
                 continue
             through(name, blocks, inputs)
-        prefixes = tuple(f"{name}." for name in lists)
+        prefixes, heads = tuple(f"{name}." for name in lists), _outside_base(model)
         for name in plan.names:
             if not name.startswith(prefixes) and name not in embeddings:
                 bar.set_description("After the blocks")
                 begin = len(report.modules)
                 if restored(name + "."):
+                    continue
+                if name not in heads:  # a tower, which the calibration data do not reach
+                    with timed(report.seconds, "round"):
+                        _quantize_without_data(model, [name], "", config, done)
+                    finish(name + ".", begin)
                     continue
                 with timed(report.seconds, "observe"), residence.whole():
                     hessian = hessian_after_blocks(model, name, ids, config.batch_size)
@@ -279,6 +284,14 @@ def _quantize_embeddings(
         replace.replace_embedding(model, name, quantized, own)
 
 
+def _outside_base(model: Any) -> set[str]:
+    """The names of the output embeddings and of the heads outside the base model: they read what the blocks return."""
+    find_output = getattr(model, "get_output_embeddings", None)
+    output = None if find_output is None else find_output()
+    base = {id(module) for module in getattr(model, "base_model", model).modules()}
+    return {name for name, module in model.named_modules() if module is output or id(module) not in base}
+
+
 def _quantize_without_data(
     model: nn.Module, names: Sequence[str], prefix: str, config: QuipConfig, done: Callable[[ModuleResult], None]
 ) -> None:
@@ -287,7 +300,7 @@ def _quantize_without_data(
     Args:
         names: as [`QuantizationPlan.inside`] gives them for this prefix.
     """
-    parent = model.get_submodule(prefix.removesuffix("."))
+    parent = model.get_submodule(prefix.removesuffix(".")) if prefix else model
     configs = {name: config.for_module(prefix + name) for name in names}
     stacks = {name: stack for name, stack in replace.dense_stacks(parent).items() if name in configs}
     rounded = {}
