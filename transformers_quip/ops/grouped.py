@@ -35,16 +35,16 @@ def linear_by_expert(
     """
     y = x.new_empty((x.shape[0], sv.shape[-1]))
     end = 0
-    for expert, begin, end in with_tokens(ends):
+    for expert, begin, end in with_tokens(ends.tolist()):
         y[begin:end] = linear(x[begin:end], [w[expert] for w in weight], su[expert], sv[expert], None, *names)
     y[end:] = 0
     return y
 
 
-def with_tokens(ends: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+def with_tokens(ends: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(expert, begin, end) of each expert that has tokens."""
     begin = 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(ends):
         if end > begin:
             yield expert, begin, end
             begin = end
@@ -70,7 +70,7 @@ def grouped_linear_backward(
     """
     dtype = reference.compute_dtype(grad.dtype)
     result = grad.new_zeros((grad.shape[0], su.shape[-1]))
-    for expert, begin, end in with_tokens(ends):
+    for expert, begin, end in with_tokens(ends.tolist()):
         layer = Layer([w[expert] for w in weight], su[expert], sv[expert], None, *names)
         decoded = torch.ops.quip.decode(layer.weight, layer.codebook, layer.m, layer.n, dtype)
         inner = grad[begin:end].to(dtype) * layer.sv.to(dtype)
