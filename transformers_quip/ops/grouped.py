@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
+from .. import codebooks
 from . import reference
 from .layer import Layer
+
+# Numbers of decoded weights of all tokens together, up to which each token's weight is decoded for itself.
+_MOST_GATHERED = 1 << 27
 
 
 def linear_by_expert(
@@ -56,7 +60,37 @@ def grouped_linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     Args:
         x, arguments: see [`linear_by_expert`].
     """
+    _, _, su, sv, codebook, *_ = arguments
+    small = x.shape[0] * su.shape[-1] * sv.shape[-1] <= _MOST_GATHERED
+    if x.device.type != "cpu" and small and codebooks.get(codebook).rows_together == 1:
+        return linear_by_token(x, *arguments)
     return linear_by_expert(reference.linear, x, *arguments)
+
+
+def linear_by_token(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    su: torch.Tensor,
+    sv: torch.Tensor,
+    codebook: str,
+    incoherence_in: str,
+    incoherence_out: str,
+    seed: int,
+) -> torch.Tensor:
+    """The same by decoding a weight for each token: on a GPU, nothing is read by the host, so that a graph can hold it.
+
+    Args:
+        x, …: see [`linear_by_expert`]; the codebook codes rows one by one.
+    """
+    (tokens, columns), (experts, rows), dtype = x.shape, sv.shape, reference.compute_dtype(x.dtype)
+    chosen = torch.searchsorted(ends, torch.arange(tokens, device=x.device, dtype=ends.dtype), right=True)
+    own = chosen.clamp(max=experts - 1)
+    t = reference.transform(x.to(dtype) * su[own].to(dtype), incoherence_in, seed, True)
+    stored = [tensor[own].flatten(0, 1) for tensor in weight]
+    decoded = reference.decode(stored, codebook, tokens * rows, columns, dtype).view(tokens, rows, columns)
+    y = reference.transform(torch.bmm(decoded, t[..., None])[..., 0], incoherence_out, seed, False) * sv[own].to(dtype)
+    return torch.where((chosen < experts)[:, None], y, 0).to(x.dtype)
 
 
 def grouped_linear_backward(
