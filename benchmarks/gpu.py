@@ -1,15 +1,17 @@
-"""Speed on a GPU: products with packed codes against the memory's speed, and generate() against the dense model.
+"""Speed on a GPU: products with packed codes against the memory's speed, generate() against the dense model, quantizing.
 
-    PYTHONPATH=.:kernels/torch-ext python benchmarks/gpu.py
+    PYTHONPATH=.:kernels/torch-ext python benchmarks/gpu.py [--only PART] [--model NAME] [--minutes M] [--name NAME]
 
 Needs a GPU and nothing else: models are made on the device from random codes, as speed does not depend on the values. Takes
-a few minutes, most of them in torch.compile; parts that do not fit into --minutes are left out and named. Prints tables
-and writes results/gpu.json after each part: a part that fails is named there, and the others are still measured.
+a few minutes, most of them in torch.compile; work that does not fit into --minutes is left out and named. Prints tables
+and writes results/NAME.json after each part: a part that fails is named there, and the others are still measured.
+`benchmarks/gpu_run.sh` runs the parts one by one, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
@@ -28,19 +30,31 @@ CODEBOOKS = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4"}
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
 # The weights take turns, so that none is read from a cache: together they are larger than any GPU's last-level cache.
 ROTATED_BYTES = 512 << 20
-# Share of the time for the layers if generate() is measured after them.
-SHARE_OF_LAYERS = 0.4
+# Share of the time for each part, if all are measured.
+SHARES = {"layers": 0.4, "quantize": 0.1, "generate": 0.5}
 COLUMNS = ("bits", "m", "n", "matvec_int8_us", "matvec_exact_us", "matvec_int8_share", "matvec_exact_share")
 COLUMNS += ("layer_us", "dense_us", "layer_speedup")
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
+MODELS = {
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+    },
 }
 
 
@@ -48,9 +62,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=7.0, help="start only parts that end by then (default: 7)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of generate() (default: 128)")
-    parser.add_argument("--layers", type=int, default=32, help="decoder blocks of the model (default: 32)")
-    parser.add_argument("--only", choices=["layers", "generate"], help="one of the two parts")
+    parser.add_argument("--model", choices=list(MODELS), default="llama-3-8b", help="sizes for generate and quantize")
+    parser.add_argument("--layers", type=int, help="decoder blocks for generate (default: the model's)")
+    parser.add_argument("--only", choices=list(SHARES), help="one of the parts")
+    parser.add_argument("--name", default="gpu", help="write results/NAME.json (default: gpu)")
     options = parser.parse_args(arguments)
+    options.layers = MODELS[options.model]["num_hidden_layers"] if options.layers is None else options.layers
     if options.tokens < 2 or options.layers < 1 or options.minutes <= 0:
         parser.error("--tokens must be at least 2, --layers at least 1, --minutes positive")
     return options
@@ -169,14 +186,14 @@ def check_values(shape: tuple[int, int] = (1024, 4096)) -> float:
     return largest
 
 
-def tokens_per_second(model: nn.Module, tokens: int) -> dict:
-    """Speed (median of three) and time of the first calls of generate() with a static cache, which is compiled."""
+def tokens_per_second(model: nn.Module, tokens: int, compiled: bool) -> dict:
+    """Speed (median of three) and time of the first calls of generate(): eager, or compiled with a static cache."""
     ids = torch.randint(0, model.config.vocab_size, (1, 16), device=model.device)
     settings = {
         "max_new_tokens": tokens,
         "min_new_tokens": tokens,
         "do_sample": False,
-        "cache_implementation": "static",
+        "cache_implementation": "static" if compiled else None,
         "pad_token_id": 0,
         "attention_mask": torch.ones_like(ids),
     }
@@ -209,32 +226,62 @@ def measure_layers(result: list[dict], bandwidth: float, deadline: float) -> Non
             torch.cuda.empty_cache()
 
 
-def measure_generate(result: dict, layers: int, tokens: int, deadline: float) -> None:
-    """A model of Llama-3-8B's shape in bfloat16 with random weights, and then with random codes; written into `result`."""
+def measure_generate(result: dict, model: str, layers: int, tokens: int, deadline: float) -> None:
+    """A model in bfloat16 with random weights, and then with random codes, eager and compiled; written into `result`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     begin = time.perf_counter()
-    config = LlamaConfig(**{**LLAMA_3_8B, "num_hidden_layers": layers}, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(**{**MODELS[model], "num_hidden_layers": layers}, bos_token_id=None, eos_token_id=None)
     with DEVICE:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    result |= {"layers": layers, "new_tokens": tokens}
-    result["dense"] = tokens_per_second(model, tokens)
-    print(f"dense bf16: {result['dense']['tokens_per_second']:.1f} tokens/s", flush=True)
-    # the compiled code is not needed any more, and its graphs hold memory
-    torch._dynamo.reset()
-    result["replaced"] = quantize_randomly(model)
-    gc.collect()
-    torch.cuda.empty_cache()
-    now = time.perf_counter()
-    if now + (now - begin) > deadline:  # it compiles as much as the dense one
-        print("no time is left for the quantized model: use --only generate, or more --minutes")
-        return
-    result["quip"] = tokens_per_second(model, tokens)
-    result["speedup"] = result["quip"]["tokens_per_second"] / result["dense"]["tokens_per_second"]
-    print(f"2 bits:     {result['quip']['tokens_per_second']:.1f} tokens/s, {result['speedup']:.2f} times", flush=True)
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    result |= {"model": model, "layers": layers, "new_tokens": tokens, "dense": {}, "quip": {}, "speedup": {}}
+    for side in ("dense", "quip"):
+        if side == "quip":
+            torch._dynamo.reset()  # the compiled code is not needed any more, and its graphs hold memory
+            result["replaced"] = quantize_randomly(network)
+            gc.collect()
+            torch.cuda.empty_cache()
+            now = time.perf_counter()
+            if now + (now - begin) > deadline:  # it compiles as much as the dense one
+                print("no time is left for the quantized model: use --only generate, or more --minutes")
+                return
+        for kind in ("eager", "compiled"):
+            result[side][kind] = found = tokens_per_second(network, tokens, kind == "compiled")
+            print(f"{model}, {side}, {kind}: {found['tokens_per_second']:.1f} tokens/s", flush=True)
+    for kind, dense in result["dense"].items():
+        result["speedup"][kind] = result["quip"][kind]["tokens_per_second"] / dense["tokens_per_second"]
+        print(f"{model}, {kind}: {result['speedup'][kind]:.2f} times the dense model", flush=True)
 
 
-def attempt(results: dict, part: str, compute: Callable[..., object], *arguments: object) -> object:
+def measure_quantize(result: list[dict], model: str, deadline: float) -> None:
+    """Seconds to round the linears of one block of a model, each group that reads one input; one entry for each group.
+
+    Inputs are correlated, as those of models are: a random walk over the columns.
+    """
+    from transformers_quip import QuipConfig
+    from transformers_quip.quantize.layer import quantize_weights
+
+    sizes = MODELS[model]
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    small = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
+    groups = {"q, k, v": (hidden, [hidden, small, small]), "o": (hidden, [hidden])}
+    groups |= {"gate, up": (hidden, [inner, inner]), "down": (inner, [hidden])}
+    for name, (columns, rows) in groups.items():
+        if time.perf_counter() > deadline:
+            print(f"no time is left to round {name}: use --only quantize, or more --minutes")
+            return
+        x = torch.randn(2 * columns, columns, device=DEVICE).cumsum(1) / columns**0.5
+        hessian = x.T @ x / len(x)
+        weights = {f"{name} {index}": torch.randn(size, columns, device=DEVICE) for index, size in enumerate(rows)}
+        begin = time.perf_counter()
+        found = quantize_weights(weights, hessian, QuipConfig(bits=2))
+        errors = [quantized.statistics["relative_error"] for quantized in found.values()]  # waits for the device
+        result.append({"group": name, "rows": rows, "columns": columns, "seconds": time.perf_counter() - begin})
+        result[-1] |= {"relative_error": max(errors), "bytes": torch.cuda.max_memory_allocated()}
+        print(f"{name}: {rows} x {columns} in {result[-1]['seconds']:.2f} s", flush=True)
+
+
+def attempt(results: dict, name: str, part: str, compute: Callable[..., object], *arguments: object) -> object:
     """The result of `compute`; None if it fails: the error goes into the results, and other parts are still measured."""
     try:
         return compute(*arguments)
@@ -245,7 +292,7 @@ def attempt(results: dict, part: str, compute: Callable[..., object], *arguments
         torch.cuda.empty_cache()
         return None
     finally:
-        machine.save("gpu", results)
+        machine.save(name, results)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,21 +308,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     properties = torch.cuda.get_device_properties(0)
     results = {"gpu": properties.name, "processors": properties.multi_processor_count, "memory": properties.total_memory}
     print(f"{properties.name}, PyTorch {torch.__version__}", flush=True)
-    results["relative_error"] = attempt(results, "values", check_values)
-    if options.only != "generate":
-        results["copy_bandwidth"] = bandwidth = attempt(results, "copy", copy_bandwidth)
-        results["layers"] = []
-        if bandwidth is not None:
-            print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
-            minutes = options.minutes * (1 if options.only else SHARE_OF_LAYERS)
-            attempt(results, "layers", measure_layers, results["layers"], bandwidth, begin + 60 * minutes)
-        print(table(COLUMNS, [[layer[column] for column in COLUMNS] for layer in results["layers"]]), flush=True)
-    if options.only != "layers":
-        results["generate"] = {}
-        deadline = begin + 60 * options.minutes
-        attempt(results, "generate", measure_generate, results["generate"], options.layers, options.tokens, deadline)
+    trial = functools.partial(attempt, results, options.name)
+    results["relative_error"] = trial("values", check_values)
+    parts = [options.only] if options.only else list(SHARES)
+    deadline = begin
+    for part in parts:
+        deadline += 60 * options.minutes * (1 if options.only else SHARES[part])
+        if part == "layers":
+            results["copy_bandwidth"] = bandwidth = trial("copy", copy_bandwidth)
+            results["layers"] = []
+            if bandwidth is not None:
+                print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
+                trial("layers", measure_layers, results["layers"], bandwidth, deadline)
+            print(table(COLUMNS, [[layer[column] for column in COLUMNS] for layer in results["layers"]]), flush=True)
+        elif part == "quantize":
+            results["quantize"] = []
+            trial("quantize", measure_quantize, results["quantize"], options.model, deadline)
+        else:
+            results["generate"] = {}
+            sizes = (options.model, options.layers, options.tokens)
+            trial("generate", measure_generate, results["generate"], *sizes, deadline)
     results["seconds"] = time.perf_counter() - begin
-    machine.save("gpu", results)
+    machine.save(options.name, results)
     for part, error in results.get("errors", {}).items():
         print(f"FAILED {part}: {error}", file=sys.stderr)
     return 1 if "errors" in results else 0

@@ -178,7 +178,7 @@ def main() -> None:
         if setting != "dense" and bits == 2 and seed == options.seeds[0]:
             command += ["--picture", str(machine.RESULTS / f"{options.name}-{setting}.png")]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        row = json.loads(output.splitlines()[-1])
+        row = {**json.loads(output.splitlines()[-1]), "processor": machine.describe()["processor"]}
         rows = json.loads(results.read_text())["rows"] if results.is_file() else []  # others may write it meanwhile
         same = ("setting", "bits", "seed")
         rows = [old for old in rows if [old[key] for key in same] != [row[key] for key in same]] + [row]

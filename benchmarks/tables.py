@@ -53,9 +53,12 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def machine_line(content: dict) -> str:
+    """Where the figures come from; a file of several machines names the processor of each row, in the order of the rows."""
     found = content["machine"]
+    processors = list(dict.fromkeys(row.get("processor", found["processor"]) for row in content.get("rows", ())))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"\nMeasured on: {found['processor']}, {found['cores']} cores; Python {found['python']}, {versions}.\n"
+    where = " and ".join(processors or [found["processor"]])
+    return f"\nMeasured on: {where}, {found['cores']} cores; Python {found['python']}, {versions}.\n"
 
 
 def _perplexities(rows: list[dict]) -> list[str]:

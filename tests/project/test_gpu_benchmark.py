@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
+import gpu_summary
 import machine
 import pytest
 import torch
 
 from tests import truth
 from transformers_quip import QuipLinear
+
+SCRIPT = Path(gpu.__file__).with_name("gpu_run.sh")
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -23,6 +30,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 def test_options():
     options = gpu.parse(["--only", "generate", "--layers", "4", "--minutes", "2.5"])
     assert (options.only, options.layers, options.minutes, options.tokens) == ("generate", 4, 2.5, 128)
+    assert gpu.parse(["--model", "smollm2-135m"]).layers == 30
     for wrong in (["--tokens", "1"], ["--layers", "0"], ["--minutes", "0"], ["--only", "nothing"]):
         with pytest.raises(SystemExit):
             gpu.parse(wrong)
@@ -42,7 +50,7 @@ def test_random_linear_keeps_the_size_of_its_input():
 
 
 SMALL = {
-    **gpu.LLAMA_3_8B,
+    **gpu.MODELS["llama-3-8b"],
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_attention_heads": 4,
@@ -92,15 +100,16 @@ def fake_gpu(monkeypatch, tmp_path):
         "DEVICE": torch.device("cpu"),
         "SHAPES": ((48, 64),),
         "ROTATED_BYTES": 1 << 12,
-        "LLAMA_3_8B": SMALL,
+        "MODELS": {"llama-3-8b": SMALL, "smollm2-135m": SMALL},
         "set_backend": lambda name: None,
         "copy_bandwidth": lambda: 1e9,
         "check_values": lambda: 1e-6,
         "seconds": lambda calls: 1e-6,
     }.items():
         monkeypatch.setattr(gpu, name, value)
-    speeds = iter([{"tokens_per_second": speed, "first_calls_seconds": 60.0} for speed in (100.0, 250.0)])
-    monkeypatch.setattr(gpu, "tokens_per_second", lambda model, tokens: next(speeds))
+    speeds = iter([{"tokens_per_second": speed, "first_calls_seconds": 60.0} for speed in (100.0, 80.0, 250.0, 40.0)])
+    monkeypatch.setattr(gpu, "tokens_per_second", lambda model, tokens, compiled: next(speeds))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
     return machine.RESULTS / "gpu.json"
 
 
@@ -115,8 +124,10 @@ def test_the_whole_run(fake_gpu, capsys):
     # codes of 48·64 weights in one microsecond, at 1 GB/s
     assert layer["matvec_exact_share"] == pytest.approx(48 * 64 / 4 / 1000)
     assert layer["layer_speedup"] == 1
-    assert results["generate"]["speedup"] == 2.5
+    assert results["generate"]["speedup"] == {"eager": 2.5, "compiled": 0.5}
     assert results["generate"]["replaced"] == 7
+    assert [row["rows"] for row in results["quantize"]] == [[32, 16, 16], [32], [48, 48], [32]]
+    assert all(0 < row["relative_error"] < 0.2 and row["seconds"] > 0 for row in results["quantize"])
     printed = capsys.readouterr().out
     assert "matvec_exact_share" in printed
     assert "2.50 times" in printed
@@ -132,14 +143,15 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_named(fake_gpu, monkeyp
 
     layer = dict.fromkeys(gpu.COLUMNS, 1.0)
     monkeypatch.setattr(gpu, "measure_layer", lambda m, n, bits, bandwidth: taking(40, {**layer, "bits": bits}))
-    monkeypatch.setattr(gpu, "tokens_per_second", lambda model, tokens: taking(70, {"tokens_per_second": 100.0}))
+    monkeypatch.setattr(gpu, "tokens_per_second", lambda *_: taking(70, {"tokens_per_second": 100.0}))
     assert gpu.main(["--layers", "1", "--tokens", "2", "--minutes", "2"]) == 0
     results = json.loads(fake_gpu.read_text())
-    # two shapes begin before 0.4 · 120 seconds; the quantized model would end after 220
+    # two shapes begin before 0.4 · 120 seconds and end after the time for rounding; the quantized model would end too late
     assert [layer["bits"] for layer in results["layers"]] == [2, 3]
-    assert results["generate"]["dense"] == {"tokens_per_second": 100}
-    assert "quip" not in results["generate"]
-    assert results["seconds"] == 150
+    assert results["quantize"] == []
+    assert results["generate"]["dense"] == {kind: {"tokens_per_second": 100} for kind in ("eager", "compiled")}
+    assert results["generate"]["quip"] == {}
+    assert results["seconds"] == 220
     printed = capsys.readouterr().out
     assert "no time is left for [48, 64] with 4 bits" in printed
     assert "no time is left for the quantized model" in printed
@@ -156,8 +168,78 @@ def test_a_part_that_fails_leaves_the_others(fake_gpu, monkeypatch, capsys):
     results = json.loads(fake_gpu.read_text())
     assert results["errors"] == dict.fromkeys(("values", "layers"), "OutOfMemoryError: no memory")
     assert [layer["bits"] for layer in results["layers"]] == [2]
-    assert results["generate"]["speedup"] == 2.5
+    assert results["generate"]["speedup"] == {"eager": 2.5, "compiled": 0.5}
+    assert len(results["quantize"]) == 4
     assert "FAILED layers: OutOfMemoryError" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "tokens_per_second", fail)
     assert gpu.main(["--layers", "1", "--tokens", "2", "--only", "generate"]) == 1
-    assert json.loads(fake_gpu.read_text())["generate"] == {"layers": 1, "new_tokens": 2}
+    found = json.loads(fake_gpu.read_text())["generate"]
+    assert (found["model"], found["dense"], found["quip"]) == ("llama-3-8b", {}, {})
+
+
+FAKE_PYTHON = """#!/bin/bash
+echo "$*" >> {log}
+case "$*" in
+*--collect-only*) for test in a[1] a[2] b; do echo "kernels/tests/test_gpu.py::test_$test"; done ;;
+*test_b*) echo 'E  wrong'; exit 1 ;;
+*gpu_summary*) exec {python} "$@" ;;
+*"--only layers"*)
+    echo '{{"gpu": "Test GPU", "errors": {{"copy": "no memory"}}}}' > "$BENCHMARK_RESULTS/gpu-layers.json"
+    exit 1
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run benchmarks/gpu_run.sh with a Python that only notes how it is called; its calls, and the finished process."""
+    log, program = tmp_path / "calls", tmp_path / "python"
+    program.write_text(FAKE_PYTHON.format(log=log, python=sys.executable))
+    program.chmod(0o755)
+
+    def run(*arguments):
+        log.write_text("")
+        environment = os.environ | {"PYTHON": str(program), "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+        return log.read_text().splitlines(), done
+
+    return run
+
+
+def test_the_script_does_every_step_whatever_fails(run_script, tmp_path):
+    calls, done = run_script()
+    assert done.returncode == 2, done.stdout + done.stderr
+    starts = ["-m transformers_quip doctor", "-m pytest --collect-only", "-m pytest -q", "-m pytest -q"]
+    starts += ["benchmarks/gpu.py --only " + part for part in ("layers", "generate", "generate", "quantize", "quantize")]
+    starts += ["benchmarks/gpu_summary.py"]
+    assert [call[: len(start)] for call, start in zip(calls, starts, strict=True)] == starts
+    assert [call.split()[-1] for call in calls[2:4]] == [f"kernels/tests/test_gpu.py::test_{name}" for name in "ab"]
+    assert "FAILED with code 1" in (tmp_path / "out" / "gpu-test-2.log").read_text()
+    assert "FAILED copy: no memory" in (tmp_path / "out" / "gpu-summary.log").read_text()
+    assert "2 failed" in done.stdout
+
+
+def test_the_script_begins_at_a_later_step(run_script):
+    calls, done = run_script("--from", "quantize")
+    assert [call.split()[0] for call in calls] == ["benchmarks/gpu.py", "benchmarks/gpu.py", "benchmarks/gpu_summary.py"]
+    for wrong in (["--from", "nothing"], ["--from"], ["now"]):
+        calls, done = run_script(*wrong)
+        assert (calls, done.returncode) == ([], 2)
+        assert "usage: benchmarks/gpu_run.sh" in done.stderr
+
+
+def test_the_summary_compares_with_the_targets(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    assert gpu_summary.main() == 1
+    layer = dict.fromkeys(gpu.COLUMNS, 1.0) | {"bits": 2, "m": 4096, "n": 14336, "matvec_int8_share": 0.7}
+    small = layer | {"m": 64, "matvec_int8_share": 0.1}
+    content = {"gpu": "Test GPU", "relative_error": 0.003, "layers": [small, layer]}
+    (tmp_path / "gpu-layers.json").write_text(json.dumps(content))
+    content = {"gpu": "Test GPU", "quantize": [{"seconds": 1.25}, {"seconds": 2.0}]}
+    (tmp_path / "gpu-quantize-8b.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert gpu_summary.main() == 0
+    printed = capsys.readouterr().out
+    assert "matvec_int8_share: 0.70 at the least, 0.8 is wanted" in printed
+    assert "one block is rounded in 3.25 s" in printed

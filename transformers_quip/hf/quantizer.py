@@ -93,6 +93,12 @@ class QuipQuantizer(HfQuantizer):
         """Called with the renamings between the checkpoint and the model: now the checkpoint can be checked."""
         return self._loading.conversions(weight_conversions)
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Change Transformers' plans for several processes to what quantized modules can follow."""
+        from .parallel import update_plan
+
+        update_plan(model, plan)
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """su, sv and everything dense have the model's dtype, whichever floating type that is."""
         return dtype
