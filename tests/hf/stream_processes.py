@@ -14,7 +14,7 @@ import torch
 import transformers_quip
 from tests.models import tiny_ids
 from transformers_quip import QuipConfig
-from transformers_quip.calibration import processes
+from transformers_quip.calibration import experts, processes
 from transformers_quip.quantize import block
 
 IDS = tiny_ids(9, 24)
@@ -22,6 +22,7 @@ OPTIONS = {"num_samples": 9, "sequence_length": 24, "batch_size": 2, "refinement
 WAYS = {
     "mixed": {"dataset": IDS},
     "self and average": {"dataset": "self", "bits": 2.5, "modules": {"lm_head": {"bits": 4}}},
+    "experts": {"dataset": IDS},
     "killed": {"dataset": IDS},
 }
 
@@ -33,6 +34,8 @@ def config(way: str) -> QuipConfig:
 def main(dense: str, out: str, way: str) -> None:
     torch.set_num_threads(1)
     processes.join()
+    if os.environ.get("BUDGET"):
+        experts.ExpertHessians.__init__.__defaults__ = ("", int(os.environ["BUDGET"]))
     if way == "killed" and processes.rank() == 1:
         real = block._round_together
         count = 0

@@ -44,6 +44,11 @@ def dense(tmp_path_factory):
     return save_tiny_model("llama", tmp_path_factory.mktemp("dense"), num_hidden_layers=3)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    return save_tiny_model("qwen2_moe", tmp_path_factory.mktemp("mixture"))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
@@ -60,6 +65,16 @@ def test_the_bytes_of_one_process(dense, tmp_path, way, count):
     transformers_quip.quantize(dense, tmp_path / "alone", stream_processes.config(way))
     assert hashes(tmp_path / "together") == hashes(tmp_path / "alone")
     assert not (tmp_path / "together" / FOLDER).exists()
+
+
+@pytest.mark.parametrize("budget", ["", "40000"], ids=["one pass", "several passes"])
+def test_experts(mixture, tmp_path, monkeypatch, budget):
+    """Also where their Hessians need several passes over a block, because few fit into memory at once."""
+    monkeypatch.setenv("BUDGET", budget)
+    done = launch(2, mixture, tmp_path / "together", "experts")
+    assert done.returncode == 0, done.stderr[-4000:]
+    transformers_quip.quantize(mixture, tmp_path / "alone", stream_processes.config("experts"))
+    assert hashes(tmp_path / "together") == hashes(tmp_path / "alone")
 
 
 def test_a_process_that_dies_ends_all_and_another_number_resumes(dense, tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import tiny_ids
 from transformers_quip import QuipConfig
+from transformers_quip.calibration.experts import ExpertHessians
 from transformers_quip.checkpoints.inventory import read_folder
 from transformers_quip.hf.convert import convert
 from transformers_quip.nn.experts import QuipExperts
@@ -114,3 +115,13 @@ def test_config_json_must_name_all_projections(quantized, changed):
     folder = changed(quantized("mixtral"), config=less)
     with pytest.raises(ValueError, match=r"mlp\.experts: config\.json lists gate_up_proj .* not down_proj: all or none"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("calibrate_on", ["mixed", "dense"])
+def test_several_passes_read_what_the_first_one_read(calibrate_on, dense, monkeypatch):
+    """Hidden states are replaced by outputs in the first pass; further passes for Hessians need the inputs."""
+    once = load(dense("mixtral"), bits=2, calibrate_on=calibrate_on, **DATA).state_dict()
+    monkeypatch.setattr(ExpertHessians.__init__, "__defaults__", ("", 40_000))
+    found = load(dense("mixtral"), bits=2, calibrate_on=calibrate_on, **DATA).state_dict()
+    assert found.keys() == once.keys()
+    assert all(torch.equal(value, once[name]) for name, value in found.items())

@@ -11,6 +11,8 @@ from torch import nn
 
 from ..nn.stacked_forward import StackedForward
 from ..nn.stacks import READS, Stack, find_stacks
+from . import processes
+from .device import execution_device
 from .hessian import HessianAccumulator
 from .precision import autocast_dtype
 
@@ -82,6 +84,7 @@ class ExpertHessians:
         self._pools: dict[str, HessianAccumulator] = {}
         self._sums: dict[tuple[str, int], HessianAccumulator] = {}
         self._pass = 0
+        self._device = execution_device(block)
         self.forget()
 
     def forget(self) -> None:
@@ -125,6 +128,44 @@ class ExpertHessians:
         if projection in READS:  # all experts read tokens of one kind; what they compute has no common meaning
             self._pools.setdefault(name, HessianAccumulator(x.shape[-1], x.device, self.prefix + name)).add(x)
 
+    def share(self) -> dict[str, int]:
+        """Add the sums of all processes up after a pass, each expert's in the process that is to round it.
+
+        Returns:
+            [`key`] of each expert of the pass → process.
+        """
+        if self._pass == 0:
+            self._share_counts()
+        wanted = [(part, expert) for part in self.passes[self._pass] for expert in part.experts]
+        costs = {}
+        for part, expert in wanted:
+            rows, columns = self.shape(part.name)[1:]
+            costs[key(part.name, expert)] = float(columns**2 * (columns + rows))
+        owners = processes.dealt(costs)
+        for part, expert in wanted:
+            tokens, owner = self.tokens[part.name][expert], owners[key(part.name, expert)]
+            own = self._sums.pop((part.name, expert), None)
+            if tokens == 0:
+                continue
+            own = own or self._empty(part.name, f"[{expert}]")
+            own.add_up(tokens, owner)
+            if owner == processes.rank():
+                self._sums[part.name, expert] = own
+        return owners
+
+    def _share_counts(self) -> None:
+        found = processes.gathered((self.tokens, self._energy))
+        for name in self.tokens:
+            self.tokens[name] = [sum(counts) for counts in zip(*(tokens[name] for tokens, _ in found), strict=True)]
+            self._energy[name] = sum(energy[name] for _, energy in found)
+            total = sum(self.tokens[name])
+            if name.rpartition(".")[2] in READS and total:
+                self._pools[name] = self._pools.get(name) or self._empty(name)
+                self._pools[name].add_up(total)
+
+    def _empty(self, name: str, which: str = "") -> HessianAccumulator:
+        return HessianAccumulator(self.shape(name)[2], self._device, f"{self.prefix}{name}{which}")
+
     def pop(self, name: str, expert: int) -> torch.Tensor | None:
         """The Hessian float32 [n, n] of an expert of the pass, shrunk towards its siblings' the more, the fewer its tokens.
 
@@ -166,6 +207,11 @@ class ExpertHessians:
             if few:
                 result[self.prefix + name] = (len(few), len(counts), min(few))
         return result
+
+
+def key(name: str, expert: int) -> str:
+    """The name of an expert of a projection."""
+    return f"{name}[{expert}]"
 
 
 def _passes(stacks: Mapping[str, Mapping[str, Stack]], budget: int) -> list[list[Part]]:

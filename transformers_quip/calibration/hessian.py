@@ -67,9 +67,17 @@ class HessianAccumulator:
                     self._sum[rows, start:] += tokens[:, rows].T @ tokens[:, start:]
         self.tokens += len(x)
 
-    def add_up_on(self, process: int, tokens: int) -> None:
-        """Add the sums of all processes up in one of them; the others' are lost. `tokens` is the number of all of them."""
-        processes.add_up_on(process, self._sum)
+    def add_up(self, tokens: int, process: int | None = None) -> None:
+        """Add the sums of all processes up, in all of them or in one; then the others' are lost.
+
+        Args:
+            tokens: the number of those of all processes.
+            process: the one; None: all.
+        """
+        if process is None:
+            processes.add_up_everywhere(self._sum)
+        else:
+            processes.add_up_on(process, self._sum)
         self.tokens = tokens
 
     @torch.no_grad()
@@ -236,7 +244,7 @@ class BlockHessians:
         for leader in groups:
             own = self.accumulators.pop(leader, None)
             own = own or HessianAccumulator(shapes[leader][1], device, self.prefix + leader)
-            own.add_up_on(owners[leader], sum(theirs[leader][1] for theirs in found if leader in theirs))
+            own.add_up(sum(theirs[leader][1] for theirs in found if leader in theirs), owners[leader])
             if owners[leader] == processes.rank():
                 self.accumulators[leader] = own
         self.groups = groups

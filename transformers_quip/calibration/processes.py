@@ -84,6 +84,12 @@ def add_up(tensors: Sequence[torch.Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
+def add_up_everywhere(tensor: torch.Tensor) -> None:
+    """Add a tensor up over all processes, in place in each of them."""
+    if count() > 1:
+        distributed.all_reduce(tensor)
+
+
 def add_up_on(process: int, tensor: torch.Tensor) -> None:
     """Add a tensor up over all processes, in place in one of them; in the others its values are lost."""
     if count() > 1:

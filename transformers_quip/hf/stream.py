@@ -112,8 +112,6 @@ def quantize(
     if config.is_calibrated:
         check_is_causal(model)
     plan = make_plan(model, config)
-    if processes.count() > 1 and plan.stacks:
-        raise ValueError(f"{plan.stacks[0]}: experts of mixtures are quantized in one process alone")
     tell_plan(model, config, plan)
     if tokenizer is None:
         tokenizer = own_tokenizer(folder, trust_remote_code)

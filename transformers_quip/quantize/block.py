@@ -130,16 +130,16 @@ def quantize_block(
     """
     result = BlockResult()
     experts = experts_in(block, configs)
-    if shared and experts:
-        raise ValueError(f"{prefix}{next(iter(experts))}: experts of mixtures are quantized in one process alone")
     stacks = [name for names in experts.values() for name in names]
     linears = [name for name in configs if name not in stacks]
     of_experts = ExpertHessians(block, list(experts), prefix)
+    # further passes read the inputs once more, when some have been replaced by outputs
+    unchanged = replace_fields(inputs, hidden=list(inputs.hidden)) if len(of_experts.passes) > 1 else inputs
     with timed(result.seconds, "observe"), of_experts.watching(block, 0):
         hessians = observe_block(block, linears, inputs, prefix, _both(tuner, on_output), of_experts.forget)
         owners = hessians.share(block) if shared else {}
     with timed(result.seconds, "round"):
-        rounded = round_experts(block, of_experts, inputs, configs)
+        rounded = round_experts(block, of_experts, unchanged, configs, shared)
         shapes = {name: of_experts.shape(name) for name in rounded}
         place_experts(block, {name: quantized for name, (quantized, _) in rounded.items()}, configs)
         done = {name: ModuleResult(prefix + name, shapes[name], *rounded[name]) for name in stacks}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..calibration import BlockInputs
-from ..calibration.experts import ExpertHessians
+from ..calibration import BlockInputs, processes
+from ..calibration.experts import ExpertHessians, key
 from ..calibration.precision import calibration_autocast
 from ..nn.replace import dense_stacks, replace_experts
 from .layer import QuantizedWeight, quantize_weight
@@ -31,18 +31,23 @@ def experts_in(block: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def round_experts(
-    block: nn.Module, hessians: ExpertHessians, inputs: BlockInputs, configs: Mapping[str, QuipConfig]
+    block: nn.Module,
+    hessians: ExpertHessians,
+    inputs: BlockInputs,
+    configs: Mapping[str, QuipConfig],
+    shared: bool = False,
 ) -> dict[str, tuple[QuantizedStack, float]]:
     """Round every expert of a block whose first pass is done; nothing is replaced.
 
     Args:
         block: with dense experts.
         hessians: after its first pass.
-        inputs: of the block, for the further passes.
+        inputs: of the block as they were in the first pass, for the further ones.
         configs: name of a projection in the block → its options.
+        shared: whether all processes are here; each rounds some of the experts.
 
     Returns:
-        name → the projection's weights, and the seconds of their rounding.
+        name → the projection's weights, and the seconds of their rounding in this process.
     """
     done: dict[str, list[QuantizedWeight]] = {}
     seconds: dict[str, float] = {}
@@ -51,16 +56,25 @@ def round_experts(
             with hessians.watching(block, number), calibration_autocast(block), torch.no_grad():
                 for batch in range(inputs.num_batches):
                     inputs.call(block, batch)
+        owners, own = hessians.share() if shared else {}, {}
         for part in parts:
             started = time.perf_counter()
             weights = part.stack.split(block.get_parameter(part.name))
             for expert in part.experts:
-                name = f"{hessians.prefix}{part.name}[{expert}]"
-                hessian = hessians.pop(part.name, expert)
-                found = _round(weights[expert], hessian, configs[part.name], name)
-                done.setdefault(part.name, []).append(found)
+                name = key(part.name, expert)
+                if owners.get(name, processes.rank()) == processes.rank():
+                    hessian = hessians.pop(part.name, expert)
+                    own[name] = _round(weights[expert], hessian, configs[part.name], hessians.prefix + name)
             seconds[part.name] = seconds.get(part.name, 0.0) + time.perf_counter() - started
+        if shared:
+            own = {name: found for theirs in processes.gathered(_on_cpu(own)) for name, found in theirs.items()}
+        for part in parts:
+            done.setdefault(part.name, []).extend(own[key(part.name, expert)] for expert in part.experts)
     return {name: (QuantizedStack.of(found), seconds[name]) for name, found in done.items()}
+
+
+def _on_cpu(done: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    return {name: quantized.cpu() for name, quantized in done.items()}
 
 
 def _round(weight: torch.Tensor, hessian: torch.Tensor | None, config: QuipConfig, name: str) -> QuantizedWeight:
