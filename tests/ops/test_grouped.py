@@ -6,6 +6,7 @@ import torch
 import transformers_quip  # noqa: F401 - registers the ops
 from tests import truth
 from transformers_quip.ops import backend
+from transformers_quip.ops.grouped import linear_by_token
 
 EXPERTS, M, N = 5, 12, 24
 # Tokens from ends[e − 1] to ends[e] belong to expert e: experts 1 and 4 have none, and the last two belong to none.
@@ -81,6 +82,19 @@ def test_many_tokens_take_another_way(implementation):
     x, ends, (codes,), su, sv, *names = stacked(tokens=300, ends=[200, 200, 201, 290, 300])
     y = torch.ops.quip.grouped_linear(x, ends, [codes], su, sv, *names)
     torch.testing.assert_close(y.double(), expected(x, ends, dense(su, sv, codes)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("codebook", ["e8p", "e8p-rvq4", "d4", "scalar3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_weight_for_each_token_gives_the_same(codebook, dtype):
+    """The way of a GPU, which can be tried on a CPU."""
+    x, ends, weight, su, sv, *names = stacked(codebook, dtype)
+    with backend.overridden(backend="reference"):
+        wanted = torch.ops.quip.grouped_linear(x, ends, weight, su, sv, *names)
+    found = linear_by_token(x, ends, weight, su, sv, *names)
+    assert found.dtype == dtype
+    assert not found[7:].any()
+    torch.testing.assert_close(found, wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
 def test_derivatives(implementation):

@@ -11,8 +11,7 @@ from transformers.core_model_loading import ConversionOps
 from ..checkpoints.memory import PageReleaser
 from ..config import QuipConfig
 from ..nn import replace
-from ..nn.experts import QuipExperts
-from ..nn.stacks import Stack
+from ..nn.stacks import Stack, find_stacks
 from ..quantize.bars import LoadingBar
 from ..quantize.embedding import quantize_embedding
 from ..quantize.layer import QuantizedWeight, quantize_weight
@@ -49,6 +48,7 @@ class QuantizeWeight(ConversionOps):
         self.releaser = releaser
         self.bar = bar
         self.done: list[str] = []
+        self._waiting: dict[str, dict[str, QuantizedStack]] = {}
 
     def convert(
         self,
@@ -83,24 +83,36 @@ class QuantizeWeight(ConversionOps):
 
     def _quantized(self, model: PreTrainedModel, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Quantize a weight, put the quantized module in its place, and return its tensors by their full names."""
-        experts, _, stack = name.rpartition(".")
-        is_stack = name in self.stacks
-        quantized = self._stack(model, name, weight) if is_stack else self._module(model, name, weight)
+        if name in self.stacks:
+            return self._experts(model, name, self._stack(model, name, weight))
+        quantized = self._module(model, name, weight)
         self.bar.advance(name, quantized.statistics["relative_error"])
         values = {**quantized.tensors, "su": quantized.su, "sv": quantized.sv}
-        if is_stack:
-            module: Any = model.get_submodule(experts)
-            if not isinstance(module, QuipExperts):  # the first of its projections
-                module = replace.replace_experts(model, experts, self.config)
-            values = {f"{experts}.{parameter}": values[key] for key, parameter in module.tensor_names(stack)}
-        else:
-            module = replace.replace_by_empty(model, name, self.config)
-            module.resize_stored({key: value.shape for key, value in values.items()})
-            values = {f"{name}.{key}": value for key, value in values.items()}
+        module: Any = replace.replace_by_empty(model, name, self.config)
+        module.resize_stored({key: value.shape for key, value in values.items()})
         return {
-            key: value.to(device=weight.device, dtype=getattr(module, key.rpartition(".")[2]).dtype).contiguous()
+            f"{name}.{key}": value.to(device=weight.device, dtype=getattr(module, key).dtype).contiguous()
             for key, value in values.items()
         }
+
+    def _experts(self, model: PreTrainedModel, name: str, quantized: QuantizedStack) -> dict[str, torch.Tensor]:
+        """The tensors of a module of experts when its last projection is there; none before.
+
+        Until then the dense module stays: rules of Transformers ask for the shape of the next projection's weight.
+        """
+        self.bar.advance(name, quantized.statistics["relative_error"])
+        experts, _, stack = name.rpartition(".")
+        waiting = self._waiting.setdefault(experts, {})
+        waiting[stack] = quantized
+        if any(other not in waiting for other in find_stacks(model.get_submodule(experts))):
+            return {}
+        module, values = replace.replace_experts(model, experts, self.config), {}
+        for key, stacked in self._waiting.pop(experts).items():
+            tensors = {**stacked.tensors, "su": stacked.su, "sv": stacked.sv}
+            for part, parameter in module.tensor_names(key):
+                dtype = module.get_parameter(parameter).dtype
+                values[f"{experts}.{parameter}"] = tensors[part].to(dtype).contiguous()
+        return values
 
     def _module(self, model: PreTrainedModel, name: str, weight: torch.Tensor) -> QuantizedWeight:
         """The replacement of a linear's or an embedding's weight."""

@@ -26,6 +26,9 @@ class StackedWeight:
         turned: whether this stands for the transpose of the parameter.
     """
 
+    # Transformers' initialisation, which some models begin at the parent of their experts, leaves such a weight alone.
+    _is_hf_initialized = True
+
     def __init__(self, experts: StackedForward, stack: Stack, turned: bool = False):
         self._experts, self._stack, self._turned = experts, stack, turned
         shape = stack.stored_shape

@@ -176,7 +176,7 @@ def _grouped_linear(
             linear = torch.ops.quip.linear
             parts = [
                 linear(x[begin:end], [w[expert] for w in weight], su[expert], sv[expert], None, *names)
-                for expert, begin, end in with_tokens(ends)
+                for expert, begin, end in with_tokens([int(end) for end in ends.unbind()])  # tensors of torch.func
             ]
             rest = x.new_zeros((x.shape[0] - sum(map(len, parts)), sv.shape[-1]))
             return torch.cat([*parts, rest])

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
+from .. import codebooks
 from . import reference
 from .layer import Layer
+
+# Numbers of decoded weights of all tokens together, up to which each token's weight is decoded for itself.
+_MOST_GATHERED = 1 << 27
 
 
 def linear_by_expert(
@@ -35,16 +39,16 @@ def linear_by_expert(
     """
     y = x.new_empty((x.shape[0], sv.shape[-1]))
     end = 0
-    for expert, begin, end in with_tokens(ends):
+    for expert, begin, end in with_tokens(ends.tolist()):
         y[begin:end] = linear(x[begin:end], [w[expert] for w in weight], su[expert], sv[expert], None, *names)
     y[end:] = 0
     return y
 
 
-def with_tokens(ends: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+def with_tokens(ends: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(expert, begin, end) of each expert that has tokens."""
     begin = 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(ends):
         if end > begin:
             yield expert, begin, end
             begin = end
@@ -56,7 +60,37 @@ def grouped_linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     Args:
         x, arguments: see [`linear_by_expert`].
     """
+    _, _, su, sv, codebook, *_ = arguments
+    small = x.shape[0] * su.shape[-1] * sv.shape[-1] <= _MOST_GATHERED
+    if x.device.type != "cpu" and small and codebooks.get(codebook).rows_together == 1:
+        return linear_by_token(x, *arguments)
     return linear_by_expert(reference.linear, x, *arguments)
+
+
+def linear_by_token(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    su: torch.Tensor,
+    sv: torch.Tensor,
+    codebook: str,
+    incoherence_in: str,
+    incoherence_out: str,
+    seed: int,
+) -> torch.Tensor:
+    """The same by decoding a weight for each token: on a GPU, nothing is read by the host, so that a graph can hold it.
+
+    Args:
+        x, …: see [`linear_by_expert`]; the codebook codes rows one by one.
+    """
+    (tokens, columns), (experts, rows), dtype = x.shape, sv.shape, reference.compute_dtype(x.dtype)
+    chosen = torch.searchsorted(ends, torch.arange(tokens, device=x.device, dtype=ends.dtype), right=True)
+    own = chosen.clamp(max=experts - 1)
+    t = reference.transform(x.to(dtype) * su[own].to(dtype), incoherence_in, seed, True)
+    stored = [tensor[own].flatten(0, 1) for tensor in weight]
+    decoded = reference.decode(stored, codebook, tokens * rows, columns, dtype).view(tokens, rows, columns)
+    y = reference.transform(torch.bmm(decoded, t[..., None])[..., 0], incoherence_out, seed, False) * sv[own].to(dtype)
+    return torch.where((chosen < experts)[:, None], y, 0).to(x.dtype)
 
 
 def grouped_linear_backward(
@@ -70,7 +104,7 @@ def grouped_linear_backward(
     """
     dtype = reference.compute_dtype(grad.dtype)
     result = grad.new_zeros((grad.shape[0], su.shape[-1]))
-    for expert, begin, end in with_tokens(ends):
+    for expert, begin, end in with_tokens(ends.tolist()):
         layer = Layer([w[expert] for w in weight], su[expert], sv[expert], None, *names)
         decoded = torch.ops.quip.decode(layer.weight, layer.codebook, layer.m, layer.n, dtype)
         inner = grad[begin:end].to(dtype) * layer.sv.to(dtype)
