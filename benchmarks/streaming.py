@@ -1,16 +1,20 @@
-"""Quantize a model that is larger than a memory limit, from folder to folder: time, memory, and what the plan said.
+"""Quantize a model from folder to folder under a memory limit, in memory, and in several processes: time, memory, the plan.
 
-    python benchmarks/streaming.py FOLDER [--blocks 20] [--hidden 2560] [--limit 4e9] [--samples 8]
+    python benchmarks/streaming.py WORK [--blocks 32] [--hidden 2560] [--limit 4e9] [--samples 8] [--sweeps 0]
+    python benchmarks/streaming.py WORK --model FOLDER --ways stream memory processes --limit 0 --samples 256 --tokens 512
 
-A Llama with random weights is written to FOLDER/dense, one file for each block, and quantized into FOLDER/quantized by a
-child process that may not have more private memory than the limit (RLIMIT_DATA: the system refuses more). Peaks are those
-of anonymous memory (RssAnon) and of all of it (VmHWM), which includes pages of mapped files.
+Without --model a Llama with random weights is written to WORK/dense, one file for each block. Each way runs in a fresh
+process (or two, with one thread each) and writes to WORK/<way>; with a limit it may not have more private memory
+(RLIMIT_DATA: the system refuses more). Peaks are those of anonymous memory (RssAnon) and of all of it (VmHWM), which
+includes pages of mapped files. The results of all ways must have the same bytes. WORK is removed afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -26,6 +30,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 VOCABULARY = 32000
+NORMS = ("input", "post_attention")
+WAYS = ("stream", "memory", "processes")
+ARGUMENTS = ("hidden", "intermediate", "blocks", "samples", "tokens", "batch_size", "sweeps", "limit")
 
 
 def write_dense(folder: Path, hidden: int, blocks: int, intermediate: int) -> int:
@@ -78,64 +85,106 @@ def write_dense(folder: Path, hidden: int, blocks: int, intermediate: int) -> in
     return total
 
 
-NORMS = ("input", "post_attention")
-
-
 def child(options: argparse.Namespace) -> None:
-    """Quantize under the limit, and print the peaks and the stages as JSON."""
+    """Quantize in one way, and print the peaks and the stages as JSON."""
     import transformers_quip
     from transformers_quip import QuipConfig
+    from transformers_quip.calibration import processes
 
     if options.limit:
         resource.setrlimit(resource.RLIMIT_DATA, (int(options.limit), int(options.limit)))
-    ids = torch.randint(VOCABULARY, (options.samples, options.tokens), generator=torch.Generator().manual_seed(1))
-    config = QuipConfig(bits=2, dataset=ids, num_samples=options.samples, sequence_length=options.tokens, batch_size=2)
+    sizes = {"num_samples": options.samples, "sequence_length": options.tokens, "batch_size": options.batch_size}
+    config = QuipConfig(bits=2, dataset=_ids(options), refinement_sweeps=options.sweeps, **sizes)
     watch = AnonymousPeak()
     watch.start()
     started = time.perf_counter()
-    model = transformers_quip.quantize(options.folder / "dense", options.folder / "quantized", config, fresh=True)
+    dense, out = options.model or options.work / "dense", options.work / options.way
+    if options.way == "memory":
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+        model.save_pretrained(out)
+    else:
+        model = transformers_quip.quantize(dense, out, config, fresh=True)
     seconds = time.perf_counter() - started
     watch.stopped.set()
     watch.join()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     stages = model.hf_quantizer.report.seconds
     highest = int(status["VmHWM"].split()[0]) * 1024
-    print(json.dumps({"anonymous": watch.peak, "resident": highest, "seconds": seconds, "stages": dict(stages)}))
+    if processes.is_first():
+        print(json.dumps({"anonymous": watch.peak, "resident": highest, "seconds": seconds, "stages": dict(stages)}))
+
+
+def _ids(options: argparse.Namespace) -> torch.Tensor | str:
+    """Random token ids for a random model; for a real one the text that it writes."""
+    if options.model:
+        return "self"
+    return torch.randint(VOCABULARY, (options.samples, options.tokens), generator=torch.Generator().manual_seed(1))
+
+
+def run(way: str, options: argparse.Namespace) -> dict:
+    """One way in a fresh process, with one thread."""
+    command = [sys.executable]
+    if way == "processes":
+        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", *where]
+    variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += [__file__, *sys.argv[1:], "--way", way]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{way} did not finish:\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    said = re.search(r"Memory: about ([\d.]+ .?B) .*Time: about (.+?) \(", done.stderr)
+    if said:
+        found["predicted"] = {"memory": said[1], "time": said[2]}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="an empty or new folder, which is emptied afterwards")
+    parser.add_argument("work", type=Path, help="a new folder, which is removed afterwards")
+    parser.add_argument("--model", type=Path, help="a dense model instead of a random one")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["stream"])
     parser.add_argument("--hidden", type=int, default=2560)
     parser.add_argument("--intermediate", type=int, default=6912)
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--samples", type=int, default=8, help="calibration sequences")
     parser.add_argument("--tokens", type=int, default=256, help="tokens in each of them")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--sweeps", type=int, help="refinement sweeps, if not the default")
     parser.add_argument("--limit", type=float, default=4e9, help="bytes of private memory; 0: no limit")
     parser.add_argument("--name", default="streaming", help="of the file of results")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # the child's
     options = parser.parse_args()
-    if options.child:
+    if options.way:
         child(options)
         return
-    parameters = write_dense(options.folder / "dense", options.hidden, options.blocks, options.intermediate)
-    run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--child"], capture_output=True, text=True, check=False)
-    if run.returncode:
-        sys.exit(f"the run did not finish:\n{run.stderr[-3000:]}")
-    found = json.loads(run.stdout.splitlines()[-1])
-    said = re.search(r"Memory: about ([\d.]+ .?B) .*Time: about (.+?) \(", run.stderr)
-    size = sum(path.stat().st_size for path in (options.folder / "quantized").glob("*.safetensors"))
-    shutil.rmtree(options.folder)
+    options.work.mkdir(parents=True)
+    parameters = None
+    if not options.model:
+        parameters = write_dense(options.work / "dense", options.hidden, options.blocks, options.intermediate)
     result = {
+        "model": options.model.name if options.model else "random Llama",
         "parameters": parameters,
-        "shape": {key: getattr(options, key) for key in ("hidden", "intermediate", "blocks", "samples", "tokens", "limit")},
-        "dense_bytes": 2 * parameters,
-        "quantized_bytes": size,
-        "predicted": {"memory": said[1], "time": said[2]} if said else None,
-        **found,
+        "arguments": {key: getattr(options, key) for key in ARGUMENTS},
+        "ways": {way: run(way, options) for way in options.ways},
+        "quantized_bytes": sum(path.stat().st_size for path in _weights(options.work / options.ways[0])),
     }
+    for way in options.ways[1:]:
+        if _bytes(options.work / way) != _bytes(options.work / options.ways[0]):
+            sys.exit(f"{way} and {options.ways[0]} made different models")
+    shutil.rmtree(options.work)
     print(json.dumps(result, indent=1))
     machine.save(options.name, result)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _bytes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _weights(folder)}
 
 
 if __name__ == "__main__":

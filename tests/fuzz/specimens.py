@@ -81,6 +81,9 @@ def make_specimens(out: Path, golden: Path | None = None, only: tuple[str, ...] 
             _write_foreign(name, *made, out)
     if not only:
         _quantized(out / "native-kronecker", incoherence="kronecker")
+        _quantized(out / "native-experts", "mixtral")
+        _quantized(out / "native-experts-trellis", "mixtral", codebook="trellis", bits=3)
+        _quantized(out / "native-table-of-tiles", codebook="trellis", modules={"embed_tokens": {"bits": 4}})
         _quantized(out / "native-calibrated", dataset="self", num_samples=2, sequence_length=16, refinement_sweeps=0)
         _bin(out / "foreign-quip-for-all", out / "foreign-quip-for-all-bin")
         _split(out / "foreign-exl3", out / "foreign-exl3-sharded")
@@ -149,10 +152,10 @@ def _write_storage(folder: Path) -> None:
     (folder / "quantization_config.json").write_text(json.dumps(config | {"tensor_storage": storage}, indent=1))
 
 
-def _quantized(target: Path, **options) -> None:
+def _quantized(target: Path, arch: str = "llama", **options) -> None:
     """A tiny model that this package quantizes."""
     dense = target.with_name(f".{target.name}")
-    tiny_model("llama", num_hidden_layers=1).save_pretrained(dense)
+    tiny_model(arch, num_hidden_layers=1).save_pretrained(dense)
     config = QuipConfig(**{"dataset": None, **options})
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, quantization_config=config)
     model.save_pretrained(target)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +121,29 @@ def test_one_block_is_in_memory(tmp_path, monkeypatch):
     transformers_quip.quantize(dense, tmp_path / "out", QuipConfig(**QUICK))
     assert {sum(blocks) for blocks in seen} == {1}
     assert {blocks.index(True) for blocks in seen} == {0, 1, 2, 3}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_files_of_blocks_are_not_mapped_while_a_block_is_quantized(tmp_path, monkeypatch):
+    """Under a limit of memory a mapped file counts, however few of its pages are there."""
+    AutoModelForCausalLM.from_pretrained(save_tiny_model("llama", tmp_path / "whole", num_hidden_layers=4)).save_pretrained(
+        tmp_path / "dense", max_shard_size="40KB"
+    )
+    index = json.loads((tmp_path / "dense" / "model.safetensors.index.json").read_text())["weight_map"]
+    outside = {file for name, file in index.items() if ".layers." not in name}
+    inside = set(index.values()) - outside
+    assert len(inside) >= 4
+    seen = []
+    real = capture.BlockInputs.run
+
+    def run(self, block, batch):
+        seen.append({file for file in inside if file in Path("/proc/self/maps").read_text()})
+        return real(self, block, batch)
+
+    monkeypatch.setattr(capture.BlockInputs, "run", run)
+    transformers_quip.quantize(tmp_path / "dense", tmp_path / "out", QuipConfig(**QUICK))
+    assert seen
+    assert not any(seen)
 
 
 def test_the_report_and_the_tokenizer(tmp_path):

@@ -46,6 +46,13 @@ class Files:
         self._open.clear()
         self._loaded.clear()
 
+    def unmap(self) -> None:
+        """Let go of the mapped files of which no tensor is left; they are mapped again when they are read again.
+
+        A mapped file counts as memory where that is limited (RLIMIT_DATA), although its pages are the file's.
+        """
+        self._open.clear()
+
     def _load(self, file: str) -> dict[str, TensorInfo]:
         self._loaded[file] = tensors = _load(file)
         types = {key: str(type_name(value.dtype)) for key, value in tensors.items()}

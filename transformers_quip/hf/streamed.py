@@ -119,6 +119,7 @@ class StreamedWeights(Residence):
         """Read all tensors outside of the parts, and compute the buffers that no file has."""
         model: Any = self.model
         self._read(_OUTSIDE, copied=False)
+        self._files.unmap()
         model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)
         for tensor in model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True  # by a file, now or later
@@ -129,6 +130,7 @@ class StreamedWeights(Residence):
         tensors = {key: self._files.read(self._files.headers[key]) for key in self._keys[part]}
         if copied:
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+            self._files.unmap()
         model: Any = self.model
         dtype = model.dtype
         settings = LoadStateDictConfig(
@@ -267,9 +269,9 @@ class StreamedWeights(Residence):
     def inputs(self, captured: CapturedInputs) -> CapturedInputs:
         """See [`Residence.inputs`]: the hidden states are in files, those of all processes in the same ones."""
         found = processes.gathered([tuple(hidden.shape) for hidden in captured.hidden])
-        count = processes.count()
-        shapes = [found[number % count][number // count] for number in range(sum(map(len, found)))]
-        numbers = [processes.rank() + count * place for place in range(len(captured.hidden))]
+        dealt = _deal(sum(map(len, found)))
+        known = {n: shape for numbers, own in zip(dealt, found, strict=True) for n, shape in zip(numbers, own, strict=True)}
+        shapes, numbers = [known[number] for number in range(len(known))], dealt[processes.rank()]
         state = self.state
         captured.precision.is_exact |= state.is_exact
         return MappedInputs.of(captured, state.folder, shapes, numbers, state.entering, state.hidden_dtype)
@@ -281,7 +283,7 @@ class StreamedWeights(Residence):
                 f"{count} batches of text cannot be dealt out to {processes.count()} processes: lower batch_size, or start "
                 "fewer processes"
             )
-        return range(processes.rank(), count, processes.count())
+        return _deal(count)[processes.rank()]
 
     def restore(self, prefix: str) -> list[dict[str, Any]] | None:
         """See [`Residence.restore`]."""
@@ -342,6 +344,13 @@ class StreamedWeights(Residence):
                 self._load(part, copied)
                 self._held.add(part)
                 self._views.discard(part)
+
+
+def _deal(count: int) -> list[list[int]]:
+    """The numbers of the batches of each process: pairs in turn, because every other batch is replayed (`calibrate_on`)."""
+    together = processes.count()
+    size = 2 if count >= 2 * together else 1
+    return [[number for number in range(count) if number // size % together == rank] for rank in range(together)]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import rounding
-from ..calibration import capture_inputs, find_blocks
+from ..calibration import capture_inputs, find_blocks, processes
 from ..calibration.experts import BUDGET
 from ..calibration.precision import fast_cpu_linears
 from ..config.bits import mixed_bits
@@ -235,4 +235,5 @@ def estimate(
     hidden = shape[0] * shape[1] * width * next(model.parameters()).element_size()
     packed = sum(entry.packed_bytes for entry in plan.entries)
     left = sum(tensor.nbytes for tensor in model.state_dict().values()) - largest * len(blocks)
+    stages = {stage: seconds / processes.count() for stage, seconds in stages.items()}
     return Estimate(memory_now + peak + hidden, 2 * packed + max(left, 0) + 2 * hidden, stages)
