@@ -106,6 +106,7 @@ def test_files_and_their_inventory(quantized):
         projection = name.rpartition(".")[2]
         assert linear.bytes == module.packed_bytes(projection)
         assert linear.weights == module.stacks[projection].weights
+        assert linear.shape == module.stacks[projection].shape
     dense = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).dequantize().parameters())
     assert inventory.parameters == dense
 
