@@ -85,7 +85,7 @@ def describe(inventory: Inventory, context: int) -> dict[str, Any]:
 
 
 def _codes(inventory: Inventory) -> int:
-    return sum(name.endswith(".codes") for name in inventory.names)
+    return sum(name.endswith((".codes", "_codes")) for name in inventory.names)
 
 
 def _kinds(inventory: Inventory) -> list[dict[str, Any]]:
