@@ -130,8 +130,10 @@ def _dense(task: str, model_type: str, folder: Path) -> tuple[torch.Tensor, Any,
         raise Untestable("the dense model is of another class after reloading, or differs from call to call")
     with torch.device("meta"):
         bare = cls._from_config(config)
-    others = None if "input_ids" in inputs_for(bare) else lambda seed: inputs_for(bare, seed)
-    return expected, auto, others
+    arguments = inspect.signature(bare.forward).parameters
+    required = [name for name, p in arguments.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    on_ids = "input_ids" in inputs_for(bare) and required in ([], ["input_ids"])
+    return expected, auto, None if on_ids else lambda seed: inputs_for(bare, seed)
 
 
 class _Trial:

@@ -77,6 +77,17 @@ def test_adapters_on_the_attention_are_trained_through_the_experts(quantized, id
     assert all(g is not None and g.abs().sum() > 0 for g in gradients.values())
 
 
+@torch.no_grad()
+def test_compiled_in_one_graph_and_with_a_static_cache(quantized, ids):
+    model = AutoModelForCausalLM.from_pretrained(quantized("mixtral"))
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    static = model.generate(ids[:, :8], cache_implementation="static", **options)
+    assert torch.equal(static, model.generate(ids[:, :8], **options))
+
+
 def test_files_and_their_inventory(quantized):
     folder = quantized("mixtral")
     model = AutoModelForCausalLM.from_pretrained(folder)

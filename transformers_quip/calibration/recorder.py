@@ -113,6 +113,7 @@ class Recorder:
         self._own_forwards = [block.forward for block in blocks]
         self._entering: torch.Tensor | None = None
         self._outputs: tuple = ()
+        self._others = 1  # outputs besides the hidden states
         self._next = 0
 
     def installed(self) -> AbstractContextManager:
@@ -188,7 +189,8 @@ class Recorder:
             if self._computes:
                 output = self._own_forwards[index](*args, **kwargs)
                 self._outputs = tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
-            return (self._entering, *(self._outputs or (None,)))
+                self._others = max(self._others, len(self._outputs))
+            return (self._entering, *(self._outputs or (None,) * self._others))
 
         return forward
 

@@ -58,7 +58,8 @@ METADATA = {
 _NO_VALUES = (
     "the weight of a quantized linear is stored as codes and has no values to read or change. Merging adapters needs a "
     "dense weight: call model.dequantize() before it, or round again with transformers_quip.peft.merge_and_requantize. "
-    "QuipLinear.dequantize() gives the weight of one module"
+    "QuipLinear.dequantize() gives the weight of one module. If the model's own code reads it, leave that module dense "
+    "(modules_to_not_convert)"
 )
 
 

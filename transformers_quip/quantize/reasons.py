@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..calibration.blocks import find_block_lists
@@ -137,7 +138,9 @@ def tied_error(name: str) -> ValueError:
 
 
 def float32_modules(model: nn.Module) -> list[str]:
-    """The modules that the model keeps in float32."""
+    """The modules that the model keeps in float32 while the others have fewer bits."""
+    if getattr(model, "dtype", None) == torch.float32:
+        return []
     kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     return [name for attribute in kept for name in getattr(model, attribute, None) or ()]
 
