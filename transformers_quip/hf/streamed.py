@@ -241,7 +241,9 @@ class StreamedWeights(Residence):
         return_memory(self._paths)
 
     def fit(self) -> bool:
-        """Whether the dense weights fit into half of the free memory, so that reading them again costs nothing."""
+        """Whether the dense weights fit into half of the free memory of a CPU, so that reading them again costs nothing."""
+        if self.device.type != "cpu":
+            return False
         size = sum(info.bytes for info in self._files.headers.values())
         return 2 * size <= free_memory(torch.device("cpu"))
 
