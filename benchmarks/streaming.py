@@ -31,7 +31,7 @@ from transformers import LlamaConfig
 
 VOCABULARY = 32000
 NORMS = ("input", "post_attention")
-WAYS = ("stream", "memory", "processes")
+WAYS = ("stream", "memory", "processes", "resumed")
 ARGUMENTS = ("hidden", "intermediate", "blocks", "samples", "tokens", "batch_size", "sweeps", "limit")
 
 
@@ -105,7 +105,7 @@ def child(options: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
         model.save_pretrained(out)
     else:
-        model = transformers_quip.quantize(dense, out, config, fresh=True)
+        model = transformers_quip.quantize(dense, out, config, fresh=options.way != "resumed")
     seconds = time.perf_counter() - started
     watch.stopped.set()
     watch.join()
@@ -131,6 +131,7 @@ def run(way: str, options: argparse.Namespace) -> dict:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", *where]
     variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command += [__file__, *sys.argv[1:], "--way", way]
+    stopped = kill_in_the_middle(command, variables, options.work / way) if way == "resumed" else {}
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{way} did not finish:\n{done.stderr[-3000:]}")
@@ -138,7 +139,25 @@ def run(way: str, options: argparse.Namespace) -> dict:
     said = re.search(r"Memory: about ([\d.]+ .?B) .*Time: about (.+?) \(", done.stderr)
     if said:
         found["predicted"] = {"memory": said[1], "time": said[2]}
-    return found
+    return {**found, **stopped}
+
+
+def kill_in_the_middle(command: list[str], variables: dict[str, str], out: Path) -> dict:
+    """Kill a run when half of its blocks are finished; returns the stages until then, as its state has them."""
+    state, wanted = out / ".quantizing" / "state.json", None
+    with (out.parent / "killed.log").open("w") as log:
+        process = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
+        while process.poll() is None:
+            time.sleep(0.02)
+            if not state.is_file():
+                continue
+            found = json.loads(state.read_text())
+            wanted = wanted or max(len(list((out.parent / "dense").glob("block-*"))) // 2, 1)
+            if len(found["finished"]) >= wanted:
+                process.kill()
+                process.wait()
+                return {"killed_after": len(found["finished"]), "stages_before": found["seconds"]}
+    sys.exit(f"the run ended before it was killed:\n{(out.parent / 'killed.log').read_text()[-2000:]}")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "transformers_quip"
 # docs/architecture.md: who knows that Transformers exists. `config` derives its config from Transformers' base class.
 ALLOWED_ROOMS = {"calibration", "cli", "evaluation", "finetune", "hf", "hub", "peft", "vllm"}
-ALLOWED_MODULES = {"config", "nn.replace", "nn.experts", "quantize.stream"}
+ALLOWED_MODULES = {"config", "nn.replace", "nn.experts"}
 # Rooms without imports from the house: the entry of `python -m`, and a file that Python runs when it starts.
 OUTSIDE = {"__main__", "startup"}
 

@@ -18,7 +18,16 @@ SIZES = ["--hidden", "128", "--intermediate", "192", "--blocks", "2", "--samples
 def test_a_tiny_model(tmp_path):
     paths = [str(ROOT), str(ROOT / "kernels/torch-ext"), os.environ.get("PYTHONPATH", "")]
     variables = {"PYTHONPATH": os.pathsep.join(paths), "BENCHMARK_RESULTS": str(tmp_path / "results")}
-    command = [sys.executable, ROOT / "benchmarks/streaming.py", tmp_path / "work", *SIZES, "--ways", "stream", "memory"]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/streaming.py",
+        tmp_path / "work",
+        *SIZES,
+        "--ways",
+        "stream",
+        "memory",
+        "resumed",
+    ]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "results" / "streaming.json").read_text())
@@ -28,5 +37,7 @@ def test_a_tiny_model(tmp_path):
     for way in ("stream", "memory"):
         assert 0 < found["ways"][way]["anonymous"] <= found["ways"][way]["resident"]
         assert found["ways"][way]["seconds"] > found["ways"][way]["stages"]["round"] > 0
+    assert found["ways"]["resumed"]["killed_after"] == 1
+    assert found["ways"]["resumed"]["stages"]["round"] > found["ways"]["resumed"]["stages_before"]["round"] > 0
     assert found["ways"]["stream"]["predicted"].keys() == {"memory", "time"}
     assert not (tmp_path / "work").exists()

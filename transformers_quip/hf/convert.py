@@ -14,13 +14,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from ..checkpoints.claimed import claimed_folder
 from ..checkpoints.convert import write_native
 from ..checkpoints.convert_exl3 import exl3_modules, write_exl3
-from ..checkpoints.files import Files, expand_weights, find_weights
+from ..checkpoints.files import Files
 from ..checkpoints.headers import DAMAGED, check_is_there, read_json
 from ..checkpoints.names import expand_names
 from ..checkpoints.native import check_kind
 from ..checkpoints.sizes import check_layers
 from ..config import QUANT_METHOD, QuipConfig
 from ..nn.place import place_all
+from .dense import weight_files
 from .foreign import check_plan, plan_for
 from .loader import names_in_source
 from .native import check_native, place_native
@@ -70,7 +71,7 @@ def _to_native(folder: Path, target: Path, shard_size: int, trust_remote_code: b
     config = _config(folder, trust_remote_code)
     parameters = _parameters(folder, config)
     model = _meta_model(folder, config, trust_remote_code)
-    paths = _weight_files(folder)
+    paths = weight_files(folder)
     files = Files(paths)
     plan = plan_for(model, parameters, files)
     place_all(model, expand_names(plan.config.quantized_modules), plan.config)
@@ -90,7 +91,7 @@ def _to_exl3(folder: Path, target: Path, shard_size: int, trust_remote_code: boo
     settings = QuipConfig.from_dict(parameters)
     model = _meta_model(folder, config, trust_remote_code)
     place_native(model, settings)
-    paths = _weight_files(folder)
+    paths = weight_files(folder)
     check_kind(paths)
     files = Files(paths)
     names, in_source = check_native(model, files, get_model_conversion_mapping(model)), names_in_source(model)
@@ -149,11 +150,3 @@ def _parameters(folder: Path, config: Any) -> dict[str, Any]:
     raise ValueError(
         f"{folder} is not a quantized checkpoint: its config.json has neither quantization_config nor quip_params"
     )
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """The files of weights, as Transformers would choose them."""
-    found = find_weights(folder)
-    if found is None:
-        raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of several files")
-    return expand_weights(found)

@@ -128,9 +128,6 @@ class StreamedWeights(Residence):
 
     def _read(self, part: str, copied: bool) -> None:
         tensors = {key: self._files.read(self._files.headers[key]) for key in self._keys[part]}
-        if copied:
-            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-            self._files.unmap()
         model: Any = self.model
         dtype = model.dtype
         settings = LoadStateDictConfig(
@@ -146,10 +143,14 @@ class StreamedWeights(Residence):
         if info.conversion_errors or info.mismatched_keys:
             wrong = [*info.conversion_errors, *info.mismatched_keys]
             raise ValueError(f"{wrong[0]} cannot be made from the tensors of the checkpoint: {DAMAGED}")
-        if part and not copied:
-            loaded = [kinds[key] for kinds, key in self._tensors(part)]
-            if all(tensor.untyped_storage().data_ptr() in given for tensor in loaded):
-                self._views.add(part)
+        views = [place for place in self._tensors(part) if _storage(place) in given] if part else []
+        if copied:  # converters have copied the others already
+            for kinds, key in views:
+                kinds[key] = _like(kinds[key], kinds[key].detach().clone())
+            del tensors
+            self._files.unmap()
+        elif part and len(views) == len(list(self._tensors(part))):
+            self._views.add(part)
 
     def _load(self, part: str, copied: bool) -> None:
         """Bring a part into memory: its result if the model has its quantized modules, else the dense weights."""
@@ -169,8 +170,7 @@ class StreamedWeights(Residence):
         for kinds, key in self._tensors(part):
             tensor = kinds[key]
             if not tensor.is_meta:
-                empty = torch.empty_like(tensor, device="meta")
-                kinds[key] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                kinds[key] = _like(tensor, torch.empty_like(tensor, device="meta"))
 
     def _tensors(self, part: str) -> Iterator[tuple[dict[str, Any], str]]:
         """The tensors of a part that are stored in files: a module's dictionary, and the name in it."""
@@ -241,7 +241,9 @@ class StreamedWeights(Residence):
         return_memory(self._paths)
 
     def fit(self) -> bool:
-        """Whether the dense weights fit into half of the free memory, so that reading them again costs nothing."""
+        """Whether the dense weights fit into half of the free memory of a CPU, so that reading them again costs nothing."""
+        if self.device.type != "cpu":
+            return False
         size = sum(info.bytes for info in self._files.headers.values())
         return 2 * size <= free_memory(torch.device("cpu"))
 
@@ -344,6 +346,17 @@ class StreamedWeights(Residence):
                 self._load(part, copied)
                 self._held.add(part)
                 self._views.discard(part)
+
+
+def _like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A value as a parameter or a buffer, as the tensor is one."""
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _storage(place: tuple[dict[str, Any], str]) -> int:
+    """The address of the memory of a tensor in a module's dictionary."""
+    kinds, key = place
+    return kinds[key].untyped_storage().data_ptr()
 
 
 def _deal(count: int) -> list[list[int]]:
