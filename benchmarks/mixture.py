@@ -156,10 +156,11 @@ def main() -> None:
         row |= {"bytes": packed_bytes(model), "seconds": seconds, "stacked": stacked}
         rows.append(row)
         ratio = row["perplexity"] / reference
+        machine.save("mixture", {"steps": options.steps, "sweeps": options.sweeps, "dense": reference, "rows": rows})
         print(f"{name}, {bits} bits, {windows} windows: {row['perplexity']:.3f} ({ratio:.3f}x), {row['bytes']:,} bytes, "
               f"{seconds:.0f} s", flush=True)  # fmt: skip
 
-    for bits in (2, 3, 4):
+    for bits in (2, 4, 3):
         run("stacked", bits)
         run("unrolled", bits, unrolled=True)
     run("experts dense", 2, modules_to_not_convert=[r".*\.experts"])
@@ -167,7 +168,6 @@ def main() -> None:
         calibration.BORROWED = share
         for windows in (2, 8, 32):
             run(f"borrowing {share:g}", 2, windows)
-    machine.save("mixture", {"steps": options.steps, "sweeps": options.sweeps, "dense": reference, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ says so and the last column names the largest part of the rest.
 
 """
 # A clear refusal names what to do instead.
-REFUSAL = re.compile(r"dataset=None|modules_to_not_convert")
+REFUSAL = re.compile(r"dataset=None|modules_to_not_convert|would be quantized")
 
 
 def mark(result: Result, stage: str) -> str:

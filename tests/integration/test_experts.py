@@ -78,6 +78,23 @@ def test_adapters_on_the_attention_are_trained_through_the_experts(quantized, id
 
 
 @torch.no_grad()
+def test_offloaded_to_the_disk(dense, quantized, ids, tmp_path):
+    expected = AutoModelForCausalLM.from_pretrained(quantized("mixtral"))(ids).logits
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    places["model.layers.1"] = "disk"
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    model = AutoModelForCausalLM.from_pretrained(quantized("mixtral"), **options)
+    assert all(p.is_meta for p in model.model.layers[1].mlp.experts.parameters())
+    assert torch.equal(model(ids).logits, expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, expected)
+    options["offload_folder"] = tmp_path / "again"
+    config = QuipConfig(dataset=None)
+    model = AutoModelForCausalLM.from_pretrained(dense("mixtral"), quantization_config=config, **options)
+    assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
 def test_compiled_in_one_graph_and_with_a_static_cache(quantized, ids):
     model = AutoModelForCausalLM.from_pretrained(quantized("mixtral"))
     expected = model(ids, use_cache=False).logits
@@ -106,6 +123,7 @@ def test_files_and_their_inventory(quantized):
         projection = name.rpartition(".")[2]
         assert linear.bytes == module.packed_bytes(projection)
         assert linear.weights == module.stacks[projection].weights
+        assert linear.shape == module.stacks[projection].shape
     dense = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).dequantize().parameters())
     assert inventory.parameters == dense
 

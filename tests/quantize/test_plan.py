@@ -155,6 +155,17 @@ def test_a_model_of_which_everything_is_left_out():
         make_plan(tiny_model("llama"), QuipConfig(modules_to_not_convert=["model"]))
 
 
+def test_the_error_names_weights_of_other_classes():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(16, 16))
+
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "own": Other(), "norm": nn.LayerNorm(8)})
+    with pytest.raises(ValueError, match=r"\(fc: in modules_to_not_convert; own\.weight: a weight of Other, which is"):
+        make_plan(model, QuipConfig(dataset=None, modules_to_not_convert=["fc"]))
+
+
 def test_an_empty_weight_stays_as_it_is():
     model = nn.ModuleDict({"fc": nn.Linear(8, 8), "none": nn.Linear(8, 0)})
     plan = make_plan(model, UNCALIBRATED)

@@ -41,6 +41,12 @@ class StoredLinear:
     experts: int = 1
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(m, n), or (experts, m, n)."""
+        sizes = (self.out_features, self.in_features)
+        return sizes if self.experts == 1 else (self.experts, *sizes)
+
+    @property
     def weights(self) -> int:
         """m·n, times the number of experts."""
         return self.experts * self.out_features * self.in_features

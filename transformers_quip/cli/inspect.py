@@ -85,7 +85,7 @@ def describe(inventory: Inventory, context: int) -> dict[str, Any]:
 
 
 def _codes(inventory: Inventory) -> int:
-    return sum(name.endswith(".codes") for name in inventory.names)
+    return sum(name.endswith((".codes", "_codes")) for name in inventory.names)
 
 
 def _kinds(inventory: Inventory) -> list[dict[str, Any]]:
@@ -93,17 +93,17 @@ def _kinds(inventory: Inventory) -> list[dict[str, Any]]:
     groups: dict[tuple, list] = {}
     for linear in inventory.linears:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.name)
-        groups.setdefault((kind, linear.out_features, linear.in_features, linear.codes_bytes), []).append(linear)
+        groups.setdefault((kind, linear.shape, linear.codes_bytes), []).append(linear)
     return [
         {
             "kind": kind,
             "number": len(linears),
-            "shape": [out_features, in_features],
+            "shape": list(shape),
             "code_bits": linears[0].code_bits,
             "true_bits": linears[0].true_bits,
             "bytes": sum(linear.bytes for linear in linears),
         }
-        for (kind, out_features, in_features, _), linears in groups.items()
+        for (kind, shape, _), linears in groups.items()
     ]
 
 

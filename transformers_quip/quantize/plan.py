@@ -200,7 +200,9 @@ def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     tables = _embeddings(model, config)
     entries += tables
     if all(not entry.quantized for entry in entries):
-        found = "; ".join(f"{entry.name}: {entry.reason}" for entry in entries[:4])
+        others = [e for e in _rest(model, [entry.weight for entry in entries]) if e.reason not in (VECTORS, EMBEDDING)]
+        others = sorted(others, key=lambda entry: -entry.parameters)[:2]
+        found = "; ".join(f"{entry.name}: {entry.reason}" for entry in (*entries[:2], *others))
         raise ValueError(f"Nothing of {type(model).__name__} would be quantized ({found})")
     entries = _without_repetitions(model, entries)
     entries += _rest(model, [entry.weight for entry in entries])
