@@ -6,13 +6,13 @@ keys of grouped-query attention: 12 times slower on a CPU.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
+
+from .mapped import mapped
 
 
 class GrowingLayer(DynamicLayer):
@@ -34,7 +34,7 @@ class GrowingLayer(DynamicLayer):
         if self.file is None:
             self._key_memory, self._value_memory = (key_states.new_empty(shape) for shape in shapes)
         else:
-            self._key_memory, self._value_memory = _mapped(self.file, shapes, self.dtype)
+            self._key_memory, self._value_memory = mapped(self.file, shapes, self.dtype, new=True)
         self.keys, self.values = self._key_memory[..., :0, :], self._value_memory[..., :0, :]
         self.is_initialized = True
 
@@ -71,15 +71,6 @@ def growing_cache(config: PreTrainedConfig, capacity: int, folder: Path | None =
         if type(layer) is DynamicLayer:
             cache.layers[index] = GrowingLayer(capacity, None if folder is None else folder / f"{index}.bin")
     return cache
-
-
-def _mapped(file: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Tensors of these shapes in a new file, one after the other."""
-    sizes = [math.prod(shape) for shape in shapes]
-    with file.open("wb") as stream:
-        stream.truncate(sum(sizes) * dtype.itemsize)
-    memory = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
-    return [part.view(shape) for part, shape in zip(memory.split(sizes), shapes, strict=True)]
 
 
 def cache_bytes(cache: DynamicCache, tokens: int) -> int:

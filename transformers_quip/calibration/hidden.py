@@ -6,7 +6,6 @@ until the next block is finished: a run that is stopped continues from there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .capture import CapturedInputs
+from .mapped import mapped
 
 
 class HiddenFile:
@@ -35,15 +35,7 @@ class HiddenFile:
 
     def __init__(self, path: Path, shapes: Sequence[Sequence[int]], dtype: torch.dtype, new: bool):
         self.path, self.dtype = path, dtype
-        sizes = [math.prod(shape) for shape in shapes]
-        length = sum(sizes) * dtype.itemsize
-        if new:
-            with path.open("ab") as file:
-                file.truncate(length)
-        elif path.stat().st_size != length:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {length}: start the run anew")
-        mapped = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=dtype)
-        self.batches = [part.view(*shape) for part, shape in zip(mapped.split(sizes), shapes, strict=True)]
+        self.batches = mapped(path, shapes, dtype, new)
 
 
 @dataclass

@@ -100,7 +100,8 @@ def write_text(
             at_once = min(processes.gathered(at_once))
         rounds = -(-documents // at_once)
         at_once = -(-documents // rounds)  # even rounds: a short last one costs as much as a full one
-        with tqdm(total=rounds * length, desc="Writing calibration text", unit="step", disable=not progress) as bar:
+        quiet = not progress or (shared and not processes.is_first())
+        with tqdm(total=rounds * length, desc="Writing calibration text", unit="step", disable=quiet) as bar:
             parts = [Part(*part, generator) for part in zip(first.split(at_once), heat.split(at_once), strict=True)]
             if shared:
                 for part in parts:
