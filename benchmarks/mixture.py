@@ -97,7 +97,7 @@ def train(data: torch.Tensor, steps: int, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     started = time.perf_counter()
     for step in range(steps):
-        ids = data[torch.randint(len(data), (16,), generator=generator)]
+        ids = data[torch.randint(len(data), (8,), generator=generator)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
