@@ -1,6 +1,6 @@
 """A small mixture of experts, trained here for some minutes and then quantized: its experts stacked, and unrolled.
 
-    python benchmarks/mixture.py [--steps 400] [--folder .cache/mixture]
+    python benchmarks/mixture.py [--steps 420] [--folder .cache/mixture]
 
 A Mixtral of 10.6 million parameters (8 experts, 2 of them for a token) learns to predict bytes of the Wikipedia articles in
 protocol.py. Perplexities are those of a byte, on articles that it has not seen. "Unrolled" is the same model with a module
@@ -128,7 +128,7 @@ def packed_bytes(model: nn.Module) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=420)
     parser.add_argument("--folder", type=Path, default=Path(".cache/mixture"))
     parser.add_argument("--sweeps", type=int, default=2)
     options = parser.parse_args()
