@@ -74,7 +74,7 @@ test-newest: ## the tests with the newest release of everything but torch and tr
 test-slow: $(VENV)/.smollm2 ## the slow tests, which need SmolLM2
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
-test-architectures: $(VENV)/.installed ## try every architecture of Transformers; docs/architectures.md (an hour)
+test-architectures: $(VENV)/.installed ## try every architecture of Transformers; docs/architectures.md (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures --jobs $(WORKERS)
 
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
