@@ -83,7 +83,7 @@ class StackedForward(nn.Module):
         """
         tokens, k = index.shape
         chosen, order = index.reshape(-1).sort(stable=True)
-        experts = torch.arange(self.num_experts, device=chosen.device)
+        experts = torch.arange(self.num_experts, device=chosen.device, dtype=chosen.dtype)
         ends = torch.searchsorted(chosen, experts, right=True)
         bare, own = self._bare[0], chosen.clamp(max=self.num_experts - 1)
         x = hidden_states[order // k]
