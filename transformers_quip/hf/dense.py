@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # What a repository is asked for: not the weights in other formats.
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
-# Places of a file of weights that are compared, beside its header: fine-tunes of one model differ in their numbers alone.
+# Places of a file of weights that are compared, besides its header: fine-tunes of one model differ in their numbers alone.
 _SAMPLES = 8
 _OTHERS = ("original/*", "consolidated*", "onnx/*")
 
