@@ -79,7 +79,8 @@ def summary() -> str:
         if row["epochs"]:
             code = " with trellis codes" if row["codebook"] == "trellis" else ""
             blocks = "block by block and " if row["mode"] == "full" else ""
-            name = f"QuIP#{code}, tuned {blocks}end to end on {row['tuning_samples']} windows of Wikipedia, {row['bits']:g} bits"
+            windows = f"{row['tuning_samples']} windows of Wikipedia"
+            name = f"QuIP#{code}, tuned {blocks}end to end on {windows}, {row['bits']:g} bits"
             lines.append([name, f"{row['true_bits']:.2f}", *_perplexities([row])])
     peers = load("peers")
     for row in (peers or {"rows": []})["rows"]:
