@@ -75,6 +75,13 @@ def summary() -> str:
         name = quality["settings"][setting] + ("" if setting == "dense" else f", {bits:g} bits")
         true = f"{rows[0]['true_bits']:.2f}" if "true_bits" in rows[0] else "32"
         lines.append([name, true, *(number(statistics.mean(r["perplexity"][t] for r in rows)) for t in ("wiki", "news"))])
+    for row in (load("finetune") or {"rows": []})["rows"]:
+        if row["epochs"]:
+            code = " with trellis codes" if row["codebook"] == "trellis" else ""
+            blocks = "block by block and " if row["mode"] == "full" else ""
+            windows = f"{row['tuning_samples']} windows of Wikipedia"
+            name = f"QuIP#{code}, tuned {blocks}end to end on {windows}, {row['bits']:g} bits"
+            lines.append([name, f"{row['true_bits']:.2f}", *_perplexities([row])])
     peers = load("peers")
     for row in (peers or {"rows": []})["rows"]:
         if row.get("in_readme"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import transformers_quip
 from tests.models import ARCHITECTURES, save_tiny_model, tiny_ids, tiny_tokenizer
@@ -157,6 +157,15 @@ def test_the_report_and_the_tokenizer(tmp_path):
     ]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert "transformers_quip" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_without_a_tokenizer(tmp_path, caplog):
+    """Some tokenizers need files, and raise a TypeError without them."""
+    config = AutoConfig.for_model("ctrl", vocab_size=64, n_embd=32, dff=48, n_layer=1, n_head=2, n_positions=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    transformers_quip.quantize(tmp_path / "dense", tmp_path / "out", QuipConfig(bits=4, dataset=None))
+    assert "no tokenizer that can be read" in caplog.text
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
 
 
 def test_what_cannot_be_quantized_is_said_before_the_work(tmp_path):

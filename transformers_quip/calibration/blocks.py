@@ -74,7 +74,7 @@ def find_block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """Every list of blocks to calibrate, in the order in which they run.
 
     Of an encoder-decoder model these are the lists of the encoder and the decoder. Of any other model they are the list
-    that [`find_blocks`] finds and others beside it whose blocks are of the same class: a model may have two stacks of
+    that [`find_blocks`] finds and others next to it whose blocks are of the same class: a model may have two stacks of
     layers, or a stack for each resolution.
 
     Returns:

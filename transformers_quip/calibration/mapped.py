@@ -31,7 +31,7 @@ def mapped(path: Path, shapes: Sequence[Sequence[int]], dtype: torch.dtype, new:
             file.truncate(length)
             _reserve(file.fileno(), length, path)
     elif path.stat().st_size != length:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {length}: start the run anew")
+        raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {length}: start the run again with fresh=True")
     memory = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=dtype)
     return [part.view(*shape) for part, shape in zip(memory.split(sizes), shapes, strict=True)]
 

@@ -42,7 +42,7 @@ def written_by_another(
         tokenizer: of the model to calibrate; None: its own, from `source`.
         source: of the model to calibrate; the writer is read with the same token and cache.
         document_length: tokens in a document.
-        write: makes so many sequences of so many tokens with a model: [`write_text`].
+        write: makes a number of sequences of a number of tokens with a model: [`write_text`].
 
     Returns:
         int64 [N, T] on the CPU.

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # Configurations, vocabularies and merges, tokenizer models, chat templates, descriptions.
 _KINDS = (".json", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".jinja", ".md")
 _TEXTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README")
-_WEIGHTS = (".safetensors", ".index.json")  # written anew, so no message says that they are left out
+_WEIGHTS = (".safetensors", ".index.json")  # written again, so no message says that they are left out
 _IMPORTS = re.compile(r"^\s*(?:from\s+\.([\w.]+)\s+import|from\s+\.\s+import\s+\(?([\w\s,]+))", re.MULTILINE)
 
 

@@ -180,7 +180,7 @@ def _config(folder: Path, model: Any, quantization: dict[str, Any], has_head: bo
     if has_head:
         values["tie_word_embeddings"] = False
     elif isinstance(model.get_input_embeddings(), QuipEmbedding):
-        raise ValueError("The model has a quantized table and no head of its own, and EXL3 stores one beside it")
+        raise ValueError("The model has a quantized table and no head of its own, and EXL3 stores one next to it")
     return values
 
 

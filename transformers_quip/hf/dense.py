@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ..calibration.tokenizer import first_line
 from ..checkpoints.files import expand_weights, find_weights
 from ..checkpoints.headers import check_is_there, read_header, read_json, torch_dtype
 from ..checkpoints.sizes import check_layers
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # What a repository is asked for: not the weights in other formats.
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
-# Places of a file of weights that are compared, beside its header: fine-tunes of one model differ in their numbers alone.
+# Places of a file of weights that are compared, besides its header: fine-tunes of one model differ in their numbers alone.
 _SAMPLES = 8
 _OTHERS = ("original/*", "consolidated*", "onnx/*")
 
@@ -63,8 +64,8 @@ def _dtype(dtype: str | torch.dtype, config: Any, folder: Path) -> torch.dtype:
 def own_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        logger.warning("%s has no tokenizer that can be read, so none is saved (%s)", folder, str(error).split("\n")[0])
+    except Exception as error:  # of several libraries; without files some tokenizers raise a TypeError
+        logger.warning("%s has no tokenizer that can be read, so none is saved (%s)", folder, first_line(error))
         return None
 
 

@@ -56,7 +56,7 @@ class Sample:
         write: seconds for one token of `WRITTEN` documents.
         columns: of the weight whose rows were rounded.
         row: seconds for each further row.
-        hessian: seconds for the rest, of a group with so many columns.
+        hessian: seconds for the rest, of a group with this number of columns.
     """
 
     observe: float

@@ -32,7 +32,7 @@ VECTORS = "norms, biases and other vectors"
 READ = "its weight is read by the model itself"
 ROUTER = "a router, or a gate of one output"
 EMPTY = "it has no numbers"
-# Parts of the names of modules that choose experts: anywhere, and beside experts.
+# Parts of the names of modules that choose experts: anywhere, and next to experts.
 _ROUTER = re.compile(r"(?:.*_)?router")
 _GATE = re.compile(r"(?:.*_)?(?:gate|gating|wg|classifier)")
 

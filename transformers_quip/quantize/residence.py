@@ -26,7 +26,7 @@ class Residence:
     quiet = False
 
     def batches(self, count: int) -> Sequence[int]:
-        """The numbers of the batches of this process, of so many."""
+        """The numbers of the batches of this process, of `count`."""
         return range(count)
 
     def seconds(self) -> dict[str, float]:

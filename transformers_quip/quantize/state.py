@@ -112,7 +112,7 @@ class RunState:
             self.is_exact = found["is_exact"]
             self.hidden_dtype = None if dtype is None else getattr(torch, dtype)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): --fresh starts the run anew") from None
+            raise ValueError(f"{path} is damaged ({error}): --fresh starts the run again") from None
         different = differences(fingerprint, self._fingerprint)
         if different and all(difference.startswith("threads ") for difference in different):
             logger.warning("Resuming: %s, so sums may be rounded differently from here on", different[0])
@@ -120,7 +120,7 @@ class RunState:
         if different:
             raise ValueError(
                 f"{self.folder.parent} has an unfinished run with other settings: {'; '.join(different[:6])}. Give the "
-                "same settings to resume it, or start anew with --fresh (fresh=True)"
+                "same settings to resume it, or start again with --fresh (fresh=True)"
             )
 
     def text(self) -> tuple[torch.Tensor, str] | None:
@@ -152,7 +152,7 @@ class RunState:
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}): --fresh starts the run anew") from None
+            raise ValueError(f"{path} is damaged ({error}): --fresh starts the run again") from None
 
     def finish(
         self,
