@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import transformers_quip
+from tests.architectures.tiny import randomize, tiny_config
 from tests.models import ARCHITECTURES, save_tiny_model, tiny_ids, tiny_tokenizer
 from transformers_quip import QuipConfig
 from transformers_quip.calibration import capture
@@ -157,6 +158,19 @@ def test_the_report_and_the_tokenizer(tmp_path):
     ]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert "transformers_quip" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["zaya", "hy_v4"])
+def test_blocks_that_pass_on_more_than_hidden_states(kind, tmp_path):
+    """Blocks without weights cannot compute it, so the run is refused instead of being another one than in memory."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this Transformers has no {kind}")
+    model = AutoModelForCausalLM.from_config(tiny_config(kind))
+    randomize(model)
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="read more outputs of the block before .* `from_pretrained`"):
+        transformers_quip.quantize(tmp_path / "dense", tmp_path / "out", QuipConfig(**QUICK))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_a_tokenizer(tmp_path, caplog):

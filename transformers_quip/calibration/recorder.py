@@ -94,6 +94,10 @@ class _SharedTensors:
         return kept
 
 
+# Stands for the further outputs of a block without weights, to see whether a later block reads them.
+_UNKNOWN = object()
+
+
 class Recorder:
     """Replaces the forward of every block, records the arguments and passes the hidden states on.
 
@@ -110,6 +114,7 @@ class Recorder:
         self.as_tuple = False
         self.passes_more = False
         self._computes = False
+        self._further: Any = None
         self._own_forwards = [block.forward for block in blocks]
         self._entering: torch.Tensor | None = None
         self._outputs: tuple = ()
@@ -123,7 +128,7 @@ class Recorder:
     def run(self, model: PreTrainedModel, **inputs: Any) -> None:
         """One forward of the model up to its last block."""
         for way in self._ways():
-            self.as_tuple, self._computes = way
+            self.as_tuple, self._computes, self._further = way
             failure = self._attempt(model, inputs)
             self.tensors.end_of_forward()
             self._outputs = ()
@@ -135,14 +140,15 @@ class Recorder:
             raise NotBlockByBlock(f"{type(model).__name__} changes the hidden states between blocks") from failure
         self.hidden.append(move(self._entering, self.tensors.device))
 
-    def _ways(self) -> list[tuple[bool, bool]]:
-        """What to try: whether blocks return a tuple, and whether its further items are computed."""
+    def _ways(self) -> list[tuple[bool, bool, Any]]:
+        """What to try: whether blocks return a tuple, whether its further items are computed, and what they are if not."""
         if self.hidden:
-            return [(self.as_tuple, self.passes_more)]
+            return [(self.as_tuple, self.passes_more, self._further)]
         in_memory = (
             not any(p.is_meta for block in self.blocks for p in block.parameters()) and not self.tensors.keeps_caches
         )
-        return [(False, False), *([(True, True)] if in_memory else []), (True, False)]
+        further = (True, True, None) if in_memory else (True, False, _UNKNOWN)
+        return [(False, False, None), further, (True, False, None)]
 
     def _attempt(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Exception | None:
         """Run the model; return the error if the form of the blocks' output may be its cause."""
@@ -190,12 +196,17 @@ class Recorder:
                 output = self._own_forwards[index](*args, **kwargs)
                 self._outputs = tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
                 self._others = max(self._others, len(self._outputs))
-            return (self._entering, *(self._outputs or (None,) * self._others))
+            return (self._entering, *(self._outputs or (self._further,) * self._others))
 
         return forward
 
     def _recorded(self, value: Any) -> Any:
-        """An argument as it is kept."""
+        """An argument as it is kept. Raises `NotBlockByBlock` for an output of a block that cannot be computed here."""
+        if value is _UNKNOWN:
+            raise NotBlockByBlock(
+                "Blocks of this model read more outputs of the block before than its hidden states, which only "
+                "`from_pretrained` passes on"
+            )
         if isinstance(value, torch.Tensor):
             for number, output in enumerate(self._outputs):
                 if value is output:
