@@ -137,7 +137,7 @@ def test_su_that_is_written_to_between_siblings(count):
         check(module, "q_proj", x)
 
 
-@pytest.mark.parametrize("change", ["in place", "replaced", "data", "loaded"])
+@pytest.mark.parametrize("change", ["in place", "replaced", "data", "loaded", "numpy", "dlpack", "data in place"])
 @torch.no_grad()
 def test_a_fused_weight_that_changes_between_siblings(change):
     module = Fused()
@@ -150,6 +150,12 @@ def test_a_fused_weight_that_changes_between_siblings(change):
         linear.sv = nn.Parameter(-linear.sv, requires_grad=False)
     elif change == "data":
         linear.sv.data = -linear.sv
+    elif change == "numpy":
+        linear.sv.numpy()[:] *= -1
+    elif change == "dlpack":
+        torch.from_dlpack(linear.sv.detach()).neg_()
+    elif change == "data in place":
+        linear.sv.data.neg_()
     else:
         linear.load_state_dict({**linear.state_dict(), "sv": -linear.sv})
     module.dense["k_proj"].neg_()

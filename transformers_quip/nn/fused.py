@@ -69,12 +69,12 @@ class FusedRows(nn.Linear):
 class Fusion:
     """The common part of modules that share a fused linear: the linear, and its last outputs until all took theirs.
 
-    The outputs are reused under the rule of `ops.same_input`, with one exception: weights count as unchanged if they are
-    the same tensors, at the same addresses, of the same versions. So if NumPy, DLPack or `.data` write to them after the
-    first sibling was called with x, the others are not affected before the next x. Comparing all bytes of the weights would
-    make q, k and v of one token 1.6 to 1.9 times as slow (960x576: 17 more than 27 microseconds; 6144x4096: 513 more than
-    578; AMD EPYC, AVX-512, 1 thread). Under torch.compile each of the modules calls all of the linear, and its graph
-    computes equal calls once (`ops.graph`).
+    The outputs are reused under the rule of `ops.same_input`, which compares the bytes of x and of the vectors (su, sv,
+    bias), with one exception: codes count as unchanged if they are the same tensors, at the same addresses, of the same
+    versions. So if NumPy, DLPack or `.data` write to codes after the first sibling was called with x, the others are not
+    affected before the next x. Comparing all bytes of the codes would make q, k and v of one token 1.6 to 1.9 times as slow
+    (960x576: 17 more than 27 microseconds; 6144x4096: 513 more than 578; AMD EPYC, AVX-512, 1 thread). Under torch.compile
+    each of the modules calls all of the linear, and its graph computes equal calls once (`ops.graph`).
 
     Args:
         parent: the module that holds them all. The linear is looked up in it at every call, so that an adapter that was
@@ -101,10 +101,11 @@ class Fusion:
         key = _state(module, x)
         if key is None:
             return module(x)
-        y = self._outputs.take(taker, (x,), key)
+        compared = (x, *(vector for vector in module.parameters() if vector.ndim < 2))
+        y = self._outputs.take(taker, compared, key)
         if y is None:
             y = module(x)
-            self._outputs.keep(taker, (x,), key, y)
+            self._outputs.keep(taker, compared, key, y)
         elif self._outputs.takers == self.shares:
             self._outputs.forget()
         return y
