@@ -16,7 +16,7 @@ def test_this_processor(capsys):
     code, found, err = run(capsys, "doctor", "--json")
     assert code == 0, err
     assert found["versions"]["transformers-quip"] == __version__
-    assert found["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"])  # its own may name a build, too
     assert found["settings"] == {"backend": "auto", "activations": "auto"}
     cpu = found["devices"][0]
     assert cpu["name"] == "CPU"

@@ -110,14 +110,14 @@ def calibration_ids(source: str, dataset, tokenizer: str | None = None, **option
     def load(*arguments, **keywords):
         raise Known(original(*arguments, **keywords)[0].tolist())
 
-    original, modes.load_token_ids = modes.load_token_ids, load
+    original, modes.load_data = modes.load_data, load
     config = QuipConfig(dataset=dataset, tokenizer=tokenizer, num_samples=1, sequence_length=4)
     try:
         AutoModelForCausalLM.from_pretrained(source, quantization_config=config, **options)
     except Known as known:
         return known.args[0]
     finally:
-        modes.load_token_ids = original
+        modes.load_data = original
     raise AssertionError("nothing was calibrated")
 
 

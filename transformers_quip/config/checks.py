@@ -84,7 +84,7 @@ def codebook(value: Any) -> str | None:
             codebooks.get(value)
         except ValueError as error:
             if ":" in value:  # one of the names that are made of parts
-                raise ValueError(f"must name a codebook: {error}") from None
+                raise ValueError(f"must be the name of a codebook: {error}") from None
     return name(lambda: (*codebooks.names(), *codebooks.families()), optional=True)(value)
 
 
