@@ -145,9 +145,7 @@ def test_config_reads_trellis_codebooks():
     assert config.bits == 5
     assert config.for_module("model.layers.0.mlp.down_proj").bits == 6
     assert QuipConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(
-        ValueError, match="'trellis:mul1:k9:exl3' is not a codebook: a trellis codebook is called trellis:CODE:kK:ORDER"
-    ):
+    with pytest.raises(ValueError, match="'trellis:mul1:k9:exl3' is not a codebook: a trellis codebook is called"):
         QuipConfig(codebook="trellis:mul1:k9:exl3")
     with pytest.raises(ValueError, match="contradict"):
         QuipConfig(bits=2, codebook="trellis:mul1:k5:exl3")
