@@ -66,6 +66,7 @@ class LoopbackHub:
         self.cut: dict[str, int] = {}
         self.lost: set[str] = set()
         self.refuse_uploads_after: int | None = None
+        self.counting = threading.Lock()
         self.hold_uploads = False
         self.held, self.release = threading.Event(), threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -249,14 +250,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.hold_uploads:
             self.hub.held.set()
             self.hub.release.wait(60)
-        limit = self.hub.refuse_uploads_after
-        if limit is not None and limit <= 0:
-            return self.drop()
         if hashlib.sha256(body).hexdigest() != oid:
             raise _Error(400, message="the content does not have this SHA-256")
-        if limit is not None:
-            self.hub.refuse_uploads_after = limit - 1
-        self.hub.blobs[oid] = body
+        with self.hub.counting:  # several files come at once
+            limit = self.hub.refuse_uploads_after
+            if limit is not None:
+                if limit <= 0:
+                    return self.drop()
+                self.hub.refuse_uploads_after = limit - 1
+            self.hub.blobs[oid] = body
         self.answer({})
 
     def create_branch(self, body: bytes, name: str, branch: str) -> None:

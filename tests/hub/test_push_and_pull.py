@@ -99,9 +99,11 @@ def test_an_interrupted_upload_continues(hub, client, quantized, expected):
     repo = "owner/interrupted"
     hub.blobs.clear()
     hub.refuse_uploads_after = 2
-    with pytest.raises(ClientError):
-        client(run.push, quantized, repo, patient=False, max_shard_size="40KB")
-    hub.refuse_uploads_after = None
+    try:
+        with pytest.raises(ClientError):
+            client(run.push, quantized, repo, patient=False, max_shard_size="40KB")
+    finally:
+        hub.refuse_uploads_after = None
     assert set(hub.files(repo)) == {".gitattributes"}  # nothing half-done can be seen
     sent = set(hub.blobs)
     assert len(sent) == 2
