@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/integration/two_processes.py FOLDER RESULTS
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import os
@@ -131,6 +132,10 @@ def main(folder: str, results: Path) -> None:
         dist.broadcast(tensor, 0)
         found[str(dtype)] = tensor.tolist()
     (results / f"{rank}.json").write_text(json.dumps(found))
+    # Neither process may end while the other one, or a wrapper of a model, still uses the group.
+    del model, accelerator
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
