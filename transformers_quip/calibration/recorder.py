@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -222,7 +222,7 @@ def _equal(a: Any, b: torch.Tensor) -> bool:
 
 
 @contextmanager
-def replaced_forwards(blocks: nn.ModuleList, make: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(blocks: Iterable[nn.Module], make: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
     """Replace the blocks' forward on the instances (accelerate keeps its hook there too) and put it back.
 
     Args:

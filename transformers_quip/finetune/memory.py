@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..calibration.device import free_memory
+from ..calibration.recorder import replaced_forwards
 from ..nn import QuipLinear
 from .product import product_dtype
 from .student import Student
@@ -131,16 +132,8 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 @contextmanager
 def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """A context in which each block computes its activations again in the backward pass, instead of keeping them."""
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = _again(block.forward)
+    with replaced_forwards(blocks, lambda _, block: _again(block.forward)):
         yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,13 +29,10 @@ from ..config.tune import TuneOptions
 from ..finetune.recipe import held_out_windows, quantize_and_tune
 from ..nn import replace
 from ..quantize.bars import LoadingBar
-from ..quantize.embedding import quantize_embedding
+from ..quantize.block import ModuleResult
 from ..quantize.estimate import estimate
-from ..quantize.experts import place_experts
-from ..quantize.layer import quantize_weight
 from ..quantize.plan import QuantizationPlan, make_plan
-from ..quantize.recipe import QuantizationReport
-from ..quantize.stack import quantize_stack
+from ..quantize.recipe import QuantizationReport, quantize_embeddings, quantize_without_data
 from ..quantize.state import FOLDER, RunState, is_moving
 from . import patches
 from .dense import dense_model, fingerprint, local_folder, own_tokenizer, weight_files
@@ -243,38 +240,31 @@ def _without_calibration(
             bar.advance(record["name"], record["relative_error"])
         if finished is not None:
             continue
-        names = [name for name in plan.names if f"{name}.".startswith(part)]
-        records = []
-        with weights.part(part) if part in weights.parts else nullcontext():
-            records += _quantize_stacks(model.get_submodule(part.removesuffix(".")), part, names, config, bar)
-            for name in (name for name in names if name not in plan.stacks):
-                module, own = model.get_submodule(name), config.for_module(name)
-                if replace.is_dense_embedding(module):
-                    quantized = quantize_embedding(replace.dense_weight(module), own, name)
-                    replace.replace_embedding(model, name, quantized, own)
-                else:
-                    quantized = quantize_weight(replace.dense_weight(module), own, name)
-                    replace.replace_linear(model, name, quantized, own)
-                error = quantized.statistics["relative_error"]
-                records.append({"name": name, "relative_error": error})
-                bar.advance(name, error)
-            weights.finish(part, records, {})
+        prefix = part if part in weights.parts else ""
+        with weights.part(part) if prefix else nullcontext():
+            names = [name for name in plan.names if f"{name}.".startswith(part)]
+            weights.finish(part, _quantize_part(model, config, plan, prefix, names, bar), {})
 
 
-def _quantize_stacks(
-    block: nn.Module, prefix: str, names: Sequence[str], config: QuipConfig, bar: LoadingBar
+def _quantize_part(
+    model: PreTrainedModel,
+    config: QuipConfig,
+    plan: QuantizationPlan,
+    prefix: str,
+    names: Sequence[str],
+    bar: LoadingBar,
 ) -> list[dict[str, Any]]:
-    """Quantize those of these weights that are stacks of experts; returns their records."""
-    records, stacks = [], replace.dense_stacks(block)
-    configs = {name: config.for_module(prefix + name) for name in stacks}
-    rounded = {}
-    for name in (name for name in stacks if prefix + name in names):
-        weights = stacks[name].split(block.get_parameter(name))
-        rounded[name] = quantize_stack(weights, configs[name], prefix + name)
-        error = rounded[name].statistics["relative_error"]
-        records.append({"name": prefix + name, "relative_error": error})
-        bar.advance(prefix + name, error)
-    place_experts(block, rounded, configs)
+    """Quantize these modules, whose names begin with the prefix, without calibration; returns their records."""
+    records: list[dict[str, Any]] = []
+
+    def done(module: ModuleResult) -> None:
+        records.append(module.record)
+        bar.advance(module.name, module.quantized.statistics["relative_error"])
+
+    tables = [name for name in names if name in plan.embeddings]
+    quantize_embeddings(model, tables, config, done)
+    others = [name.removeprefix(prefix) for name in names if name not in tables]
+    quantize_without_data(model, others, prefix, config, done)
     return records
 
 

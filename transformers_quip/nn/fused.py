@@ -98,10 +98,11 @@ class Fusion:
         module = getattr(self.parent, self.name)
         if torch.compiler.is_compiling() or torch_private.is_recorded():
             return module(x)
-        key = _state(module, x)
-        if key is None:
+        state = _state(module, x)
+        if state is None:
             return module(x)
-        compared = (x, *(vector for vector in module.parameters() if vector.ndim < 2))
+        key, vectors = state
+        compared = (x, *vectors)
         y = self._outputs.take(taker, compared, key)
         if y is None:
             y = module(x)
@@ -116,16 +117,23 @@ class Fusion:
         return Fusion(self.parent if parent is None else parent, self.name, self.shares)
 
 
-def _state(module: nn.Module, x: torch.Tensor) -> tuple | None:
-    """Everything except the values of x that the result of a module depends on; None if that cannot be known."""
-    weights = []
+def _state(module: nn.Module, x: torch.Tensor) -> tuple[tuple, list[torch.Tensor]] | None:
+    """All that the result of a module depends on, except the values of x and of the vectors that are returned with it.
+
+    None if that cannot be known.
+    """
+    weights: list[tuple[int, int, int]] = []
+    vectors: list[torch.Tensor] = []
     for weight in module.parameters():
         if weight.is_inference():
             return None  # its changes are not counted
         weights.append((id(weight), weight.data_ptr(), weight._version))
+        if weight.ndim < 2:
+            vectors.append(weight)
     version = None if x.is_inference() else x._version
     settings = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(x.device.type))
-    return id(module), module.training, x.requires_grad, version, settings, get_backend(), get_activations(), *weights
+    flags = (module.training, x.requires_grad, version, *settings, get_backend(), get_activations())
+    return (id(module), *flags, *weights), vectors
 
 
 class JoinedLinear(nn.Module):

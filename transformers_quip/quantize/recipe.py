@@ -185,7 +185,7 @@ def _quantize_model(
             bar.set_description("Embeddings")
             if not restored(EMBEDDINGS):
                 with timed(report.seconds, "round"):
-                    _quantize_embeddings(model, embeddings, config, done)
+                    quantize_embeddings(model, embeddings, config, done)
                 finish(EMBEDDINGS, 0)
             again = captured(first[1])  # batches that follow the quantized model start here
             for batch in following:
@@ -196,7 +196,7 @@ def _quantize_model(
                 inputs = captured(blocks)
             except NotBlockByBlock as error:
                 logger.warning("%s: %s Its layers are quantized without calibration.", name, error)
-                _quantize_without_data(model, plan.inside(f"{name}."), f"{name}.", config, done)
+                quantize_without_data(model, plan.inside(f"{name}."), f"{name}.", config, done)
                 continue
             through(name, blocks, inputs)
         prefixes, heads = tuple(f"{name}." for name in lists), _outside_base(model)
@@ -208,7 +208,7 @@ def _quantize_model(
                     continue
                 if name not in heads:  # a tower, which the calibration data do not reach
                     with timed(report.seconds, "round"):
-                        _quantize_without_data(model, [name], "", config, done)
+                        quantize_without_data(model, [name], "", config, done)
                     finish(name + ".", begin)
                     continue
                 with timed(report.seconds, "observe"), residence.whole():
@@ -273,9 +273,10 @@ def _quantize_block(
     return result
 
 
-def _quantize_embeddings(
+def quantize_embeddings(
     model: nn.Module, names: Sequence[str], config: QuipConfig, done: Callable[[ModuleResult], None]
 ) -> None:
+    """Quantize the tables of these embeddings; `done` gets each result."""
     for name in names:
         started = perf_counter()
         table, own = replace.dense_weight(model.get_submodule(name)), config.for_module(name)
@@ -292,13 +293,14 @@ def _outside_base(model: Any) -> set[str]:
     return {name for name, module in model.named_modules() if module is output or id(module) not in base}
 
 
-def _quantize_without_data(
+def quantize_without_data(
     model: nn.Module, names: Sequence[str], prefix: str, config: QuipConfig, done: Callable[[ModuleResult], None]
 ) -> None:
-    """Quantize the weights of some blocks to the nearest points.
+    """Quantize the weights of linears and experts to the nearest points.
 
     Args:
         names: as [`QuantizationPlan.inside`] gives them for this prefix.
+        done: gets each result.
     """
     parent = model.get_submodule(prefix.removesuffix(".")) if prefix else model
     configs = {name: config.for_module(prefix + name) for name in names}

@@ -6,7 +6,7 @@ way through a kernel: rows and columns that are no multiples of a tile, one vect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,44 +89,57 @@ def _packed(stored: Sequence[torch.Tensor], device: torch.device) -> tuple[torch
     return first, others[0] if others else None
 
 
-def _each_e8p() -> Any:
+def _each_e8p(device: torch.device) -> Iterator[tuple[str, torch.Tensor, tuple[Any, ...]]]:
+    """A codebook of each number of stages in each shape: its name, the weight, and its arguments of the kernels."""
     for codebook in ("e8p", "e8p-rvq3", "e8p-rvq4"):
         for rows, columns in _E8P:
             stored, weight = _stages(codebook, rows, columns)
-            yield codebook, stored, weight, codebooks.get(codebook).residual_scale or 0.0
+            first, second = _packed(stored, device)
+            yield codebook, weight, (first, columns, second, codebooks.get(codebook).residual_scale or 0.0)
+
+
+def _products(
+    device: torch.device, multiply: Callable[..., torch.Tensor], form: str, cases: Sequence[tuple[int, int, float]]
+) -> None:
+    """Compare the products of a kernel with vectors.
+
+    Args:
+        multiply: from x [M, n], its precision, and the arguments of the kernels to parts [P, M, m] of the product.
+        form: of x, for messages.
+        cases: the number of vectors, their precision, and the largest error.
+    """
+    for codebook, weight, stages in _each_e8p(device):
+        for vectors, precision, most in cases:
+            x = _random(vectors, weight.shape[1])
+            y = multiply(x.to(device), precision, *stages)
+            said = f"{codebook} times {vectors} vectors in {precision} {form}, {list(weight.shape)}"
+            _compare(y.float().sum(0), x.double() @ weight.T, most, said)
 
 
 def _matvec(device: torch.device) -> None:
     from quip_kernels.gpu import matvec, quantize
 
-    for codebook, stored, weight, scale in _each_e8p():
-        first, second = _packed(stored, device)
-        for vectors, digits, most in ((1, 2, 2e-4), (4, 3, 3e-6), (1, 1, 2e-2)):
-            x = _random(vectors, weight.shape[1])
-            y = matvec.matvec(quantize.quantize(x.to(device), digits), first, weight.shape[1], second, scale)
-            said = f"{codebook} times {vectors} vectors in {digits} digits, {list(weight.shape)}"
-            _compare(y.float().sum(0), x.double() @ weight.T, most, said)
+    def multiply(x: torch.Tensor, digits: int, *stages: Any) -> torch.Tensor:
+        return matvec.matvec(quantize.quantize(x, digits), *stages)
+
+    _products(device, multiply, "digits", ((1, 2, 2e-4), (4, 3, 3e-6), (1, 1, 2e-2)))
 
 
 def _small_batch(device: torch.device) -> None:
     from quip_kernels.gpu import small_batch
 
-    for codebook, stored, weight, scale in _each_e8p():
-        first, second = _packed(stored, device)
-        for vectors, terms, most in ((5, 2, 3e-6), (33, 1, 1e-3)):
-            x = _random(vectors, weight.shape[1])
-            y = small_batch.small_batch(small_batch.halves(x.to(device), terms), first, weight.shape[1], second, scale)
-            said = f"{codebook} times {vectors} vectors of {terms} halves, {list(weight.shape)}"
-            _compare(y.float().sum(0), x.double() @ weight.T, most, said)
+    def multiply(x: torch.Tensor, terms: int, *stages: Any) -> torch.Tensor:
+        return small_batch.small_batch(small_batch.halves(x, terms), *stages)
+
+    _products(device, multiply, "halves", ((5, 2, 3e-6), (33, 1, 1e-3)))
 
 
 def _dequantize(device: torch.device) -> None:
     from quip_kernels.gpu import dequantize
 
-    for codebook, stored, weight, scale in _each_e8p():
-        first, second = _packed(stored, device)
+    for codebook, weight, (first, columns, second, scale) in _each_e8p(device):
         for dtype, most in ERROR.items():
-            found = dequantize.dequantize(first, weight.shape[1], dtype, second, scale)
+            found = dequantize.dequantize(first, columns, dtype, second, scale)
             _compare(found, weight, most, f"{codebook} decoded to {dtype}, {list(weight.shape)}")
 
 
