@@ -104,10 +104,14 @@ format: $(VENV)/.installed ## format with ruff and clang-format
 	$(BIN)/clang-format -i kernels/cpu/*.[ch] tests/fuzz/sanitize/*.[ch]
 
 # In both: only one thing at a time may run on the machine, or its seconds say nothing.
-bench: $(VENV)/.smollm2 $(MODEL)/config.json ## README's tables: quality at 2 to 4 bits, speed of generation (hours)
+bench: $(VENV)/.smollm2 $(MODEL)/config.json ## README's tables: quality at 2 to 4 bits, tuned and not, speed of generation (hours)
 	$(BIN)/python benchmarks/quality.py $(MODEL) --settings dense text --bits 2 --seeds 0 1 2
 	$(BIN)/python benchmarks/quality.py $(MODEL) --settings text --bits 2.5 3 4 --seeds 0
 	$(BIN)/python benchmarks/quality.py $(MODEL) --settings self none --bits 2 --seeds 0
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings trellis --bits 2 --seeds 0 --save build/quantized
+	$(BIN)/python benchmarks/finetune.py $(MODEL) --settings text --codebooks trellis --epochs 1 --tuning-samples 512 \
+		--quantized build/quantized/trellis-2-0 --again
+	$(BIN)/python benchmarks/finetune.py $(MODEL) --settings text --modes full --epochs 2 --again
 	$(BIN)/python benchmarks/generate.py $(MODEL)
 	$(BIN)/python benchmarks/tables.py
 
@@ -123,10 +127,13 @@ bench-all: bench ## every table of docs/results.md that needs no GPU and no othe
 	$(BIN)/transformers-quip quantize $(MODEL) $(MODEL)-quip-2bit --overwrite
 	$(BIN)/python benchmarks/activations.py $(MODEL)-quip-2bit
 	$(BIN)/python benchmarks/methods.py $(MODEL)
+	$(BIN)/python benchmarks/trellis.py
+	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/fuzz.py
 	$(BIN)/python benchmarks/tables.py
 
-# the same programs, briefly; build/benchmarks has the figures, and the published ones stay
+# most of these programs, briefly; build/benchmarks has the figures, and the published ones stay
 bench-quick: export BENCHMARK_RESULTS := build/benchmarks
 bench-quick: $(VENV)/.smollm2 $(MODEL)/config.json ## a short run of the benchmarks, into build/benchmarks
 	$(BIN)/python benchmarks/quality.py $(MODEL) --settings dense text none --seeds 0 --num-samples 16 --windows 4
