@@ -2,10 +2,10 @@
 
     python benchmarks/streaming.py WORK [--blocks 32] [--hidden 2560] [--limit 4e9] [--cgroup FOLDER] [--samples 8]
         [--sweeps 0]
-    python benchmarks/streaming.py WORK --model FOLDER --ways stream memory processes --limit 0 --samples 256 --tokens 512
+    python benchmarks/streaming.py WORK --model FOLDER --ways stream memory processes2 --limit 0 --samples 256 --tokens 512
 
 Without --model a Llama with random weights is written to WORK/dense, one file for each block. Each way runs in a fresh
-process (or two, with one thread each) and writes to WORK/<way>. With a limit it may not have more private memory
+process (or in two or four, with one thread each) and writes to WORK/<way>. With a limit it may not have more private memory
 (RLIMIT_DATA: the system refuses more), or with --cgroup, an empty folder of a memory controller (version 1 or 2), not more
 memory of any kind: the system ends a process that needs more. Peaks are those of anonymous memory (RssAnon) and of all of
 it (VmHWM), which includes pages of mapped files. The results of all ways must have the same bytes. WORK is removed
@@ -34,7 +34,7 @@ from transformers import LlamaConfig
 
 VOCABULARY = 32000
 NORMS = ("input", "post_attention")
-WAYS = ("stream", "memory", "processes", "resumed")
+WAYS = ("stream", "memory", "resumed", "processes2", "processes4")
 ARGUMENTS = ("hidden", "intermediate", "blocks", "samples", "tokens", "batch_size", "sweeps", "limit")
 
 
@@ -137,9 +137,9 @@ def _ids(options: argparse.Namespace) -> torch.Tensor | str:
 def run(way: str, options: argparse.Namespace) -> dict:
     """One way in a fresh process, with one thread."""
     command = [sys.executable]
-    if way == "processes":
+    if way.startswith("processes"):
         where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", *where]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", way.removeprefix("processes"), *where]
     variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command += [__file__, *sys.argv[1:], "--way", way]
     stopped = kill_in_the_middle(command, variables, options.work / way) if way == "resumed" else {}

@@ -150,9 +150,13 @@ OPTIONS: dict[str, Option] = {
     "damping": Option(
         0.01, check.positive, "Added to the Hessian's diagonal, as a share of its mean; grows until Cholesky works."
     ),
-    "sketch_samples": Option(
-        64, check.integer(1), "Token sequences for the gradients that rounding='yaqa' needs; at most `num_samples`."
+    "sketch": Option(
+        "A",
+        check.choice("A", "B"),
+        "Second moments of the gradients that rounding='yaqa' needs: 'A' of tokens, 'B' of whole sequences, which needs "
+        "thousands of them.",
     ),
+    "sketch_samples": Option(64, check.integer(1), "Token sequences for these gradients; at most `num_samples`."),
     "refinement_sweeps": Option(
         None,
         check.optional(check.integer(0)),
