@@ -127,10 +127,14 @@ def limit_group(folder: Path, limit: int) -> None:
     (version_1 if version_1.exists() else folder / "memory.max").write_text(str(limit))
 
 
-def _ids(options: argparse.Namespace) -> torch.Tensor | str:
-    """Random token ids for a random model; for a real one the text that it writes."""
+def _ids(options: argparse.Namespace) -> torch.Tensor:
+    """Random token ids for a random model; for a real one Wikipedia text."""
     if options.model:
-        return "self"
+        from protocol import load_windows
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        return load_windows(tokenizer, calibration=options.samples, evaluation=1, length=options.tokens).calibration
     return torch.randint(VOCABULARY, (options.samples, options.tokens), generator=torch.Generator().manual_seed(1))
 
 

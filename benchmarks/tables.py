@@ -301,6 +301,18 @@ def loading() -> str:
     return table(["checkpoint", "file", "peak memory / file", "seconds"], lines) + machine_line(content)
 
 
+def streaming() -> str:
+    """Quantizing from folder to folder: time, memory, and the plan's memory."""
+    lines, content = [], None
+    for name in ("streaming", "streaming-smollm2"):
+        content = load(name) or content
+        for way, row in (load(name) or {"ways": {}})["ways"].items():
+            peak, planned = f"{row['anonymous'] / 1e9:.2f} GB", row.get("predicted", {}).get("memory", "")
+            lines.append([content["model"], way, f"{row['seconds'] / 60:.1f} min", peak, planned])
+    titles = ["model", "way", "time", "peak of private memory", "planned"]
+    return table(titles, lines) + machine_line(content) if content else ""
+
+
 def mutations() -> str:
     """Verdicts on damaged and hostile checkpoints, by family."""
     content = load("fuzz")
@@ -356,6 +368,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search": search,
     "startup": startup,
     "loading": loading,
+    "streaming": streaming,
     "mutations": mutations,
     "kills": kills,
 }

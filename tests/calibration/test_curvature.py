@@ -58,8 +58,9 @@ def test_it_is_the_second_moment_of_the_gradients_of_sequences():
 def test_tokens_apart_weigh_the_moments_of_each_side_by_the_other():
     model, ids = tiny_model("llama"), tiny_ids(5, 12)
     found = collect_curvature(model, NAMES, ids, seed=3, sketch="A", progress=False)
+    outputs = collect_curvature(model, NAMES, ids, seed=3, sketch="outputs", progress=False)
     exact, generator = copy.deepcopy(model).double(), torch.Generator().manual_seed(3)
-    sums = {name: [0.0, 0.0] for name in NAMES}
+    sums = {name: [0.0, 0.0, 0.0] for name in NAMES}
     for sequence in ids:
         labels = labels_of(model, sequence, generator)
         added, inputs = {}, {}
@@ -78,12 +79,16 @@ def test_tokens_apart_weigh_the_moments_of_each_side_by_the_other():
             for x, g in zip(inputs[name], gradient[0], strict=True):
                 sums[name][0] += (g @ g) * torch.outer(x, x)
                 sums[name][1] += (x @ x) * torch.outer(g, g)
+                sums[name][2] += torch.outer(g, g)
         for handle in hooks:
             handle.remove()
-    for name, (inner, outer) in sums.items():
+    for name, (inner, outer, alone) in sums.items():
         scale = inner.diagonal().mean().item(), outer.diagonal().mean().item()
         torch.testing.assert_close(found[name].hessian_in.double(), inner, rtol=1e-3, atol=1e-3 * scale[0])
         torch.testing.assert_close(found[name].hessian_out.double(), outer, rtol=1e-3, atol=1e-3 * scale[1])
+        scale = alone.diagonal().mean().item()
+        torch.testing.assert_close(outputs[name].hessian_out.double(), alone, rtol=1e-3, atol=1e-3 * scale)
+        assert outputs[name].hessian_in is None
 
 
 def test_labels_are_drawn_from_the_predictions():
@@ -105,8 +110,8 @@ def test_labels_are_drawn_from_the_predictions():
 
 def test_parts_that_fit_the_memory_give_the_same():
     model, ids = tiny_model("llama"), tiny_ids(3, 8)
-    whole = collect_curvature(model, NAMES, ids, progress=False)
-    parts = collect_curvature(model, NAMES, ids, budget=1, progress=False)
+    whole = collect_curvature(model, NAMES, ids, sketch="A", progress=False)
+    parts = collect_curvature(model, NAMES, ids, sketch="A", budget=1, progress=False)
     assert list(parts) == list(NAMES)
     for name in NAMES:
         assert torch.equal(parts[name].hessian_in, whole[name].hessian_in)

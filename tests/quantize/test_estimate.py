@@ -59,7 +59,9 @@ def test_gradients_cost_time_disk_and_the_whole_dense_model(monkeypatch):
     sample = Sample(observe=3.0, replay=1.0, write=0.5, columns=64, row=0.01, hessian=2.0)
     groups = [Group(("self_attn.q_proj",), 64, 64), Group(("mlp.down_proj",), 96, 64)]
     monkeypatch.setattr(module, "time_samples", lambda *_: (sample, groups))
-    config = QuipConfig(**OPTIONS, rounding="yaqa", sketch_samples=6, modules_to_not_convert=[".*(q|k|v|o|gate|up)_proj"])
+    config = QuipConfig(
+        **OPTIONS, rounding="yaqa", sketch="A", sketch_samples=6, modules_to_not_convert=[".*(q|k|v|o|gate|up)_proj"]
+    )
     without = QuipConfig(**OPTIONS, modules_to_not_convert=[".*(q|k|v|o|gate|up)_proj"])
     found, ldlq = (estimate(model, make_plan(model, each), each, (8, 16), 0, 10**9) for each in (config, without))
     size = 3 * 4 * (64**2 + 96**2)

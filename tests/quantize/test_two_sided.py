@@ -54,7 +54,7 @@ def test_without_an_output_hessian_it_is_ldlq():
     assert torch.equal(first.sv, second.sv)
 
 
-@pytest.mark.parametrize("sketch", ["A", "B"])
+@pytest.mark.parametrize("sketch", ["outputs", "A", "B"])
 def test_a_model_loses_less(sketch):
     dense, ids = tiny_model("llama"), torch.randint(3, 128, (300, 20), generator=torch.Generator().manual_seed(5))
     other = torch.randint(3, 128, (32, 20), generator=torch.Generator().manual_seed(6))

@@ -8,7 +8,9 @@ G = Σ g xᵀ over the tokens of one:
     A:  H_in = E[‖g‖² x xᵀ],  H_out = E[‖x‖² g gᵀ]        B:  H_in = E[Gᵀ G],  H_out = E[G Gᵀ]
 
 with sizes [n, n] and [m, m]. Each is one step of a power iteration, from the identity, to the nearest Kronecker product
-H_out ⊗ H_in. A averages over all tokens, so it needs fewer sequences; B sees what tokens do together.
+H_out ⊗ H_in. The weights of A and the products of B have long tails: a few tokens, or sequences, make up most of the sums,
+so both need many. The sketch "outputs" takes x and g as independent (K-FAC, arXiv 1503.05671): H_out = E[g gᵀ], and H_in is
+the Hessian that one-sided rounding has, of the inputs that the model quantized so far computes.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 # Bytes of all sums of one pass over the sequences; with more linears there are several passes.
 BUDGET = 8 << 30
+OUTPUTS = "outputs"
 
 
 @dataclass
@@ -38,19 +41,20 @@ class Curvature:
     """The two Hessians of one linear, each up to a factor.
 
     Attributes:
-        hessian_in: float32 [n, n].
         hessian_out: float32 [m, m].
+        hessian_in: float32 [n, n]; None for the sketch "outputs", which leaves it to the calibration.
         sequences: the number of sequences in the sums; 0 for a linear that none reached.
     """
 
-    hessian_in: torch.Tensor
     hessian_out: torch.Tensor
+    hessian_in: torch.Tensor | None = None
     sequences: int = 0
 
     @classmethod
-    def empty(cls, rows: int, columns: int, device: torch.device) -> Curvature:
+    def empty(cls, rows: int, columns: int, sketch: str, device: torch.device | None = None) -> Curvature:
         """Sums of nothing."""
-        return cls(torch.zeros(columns, columns, device=device), torch.zeros(rows, rows, device=device))
+        inner = None if sketch == OUTPUTS else torch.zeros(columns, columns, device=device)
+        return cls(torch.zeros(rows, rows, device=device), inner)
 
     def add(self, gradient: torch.Tensor, x: torch.Tensor, sketch: str) -> None:
         """Add one sequence.
@@ -58,10 +62,12 @@ class Curvature:
         Args:
             gradient: [T, m], of the output.
             x: [T, n], the input.
-            sketch: "A" or "B".
+            sketch: "outputs", "A" or "B".
         """
         gradient, x = gradient.float(), x.float()
-        if sketch == "B":
+        if self.hessian_in is None:
+            self.hessian_out.addmm_(gradient.T, gradient)
+        elif sketch == "B":
             product = gradient.T @ x
             self.hessian_in.addmm_(product.T, product)
             self.hessian_out.addmm_(product, product.T)
@@ -77,7 +83,7 @@ def collect_curvature(
     names: Sequence[str],
     token_ids: torch.Tensor,
     seed: int = 0,
-    sketch: str = "A",
+    sketch: str = OUTPUTS,
     budget: int = BUDGET,
     progress: bool = True,
     kept: KeptSums | None = None,
@@ -89,7 +95,7 @@ def collect_curvature(
         names: of its linears.
         token_ids: int64 [N, T].
         seed: of the labels.
-        sketch: "A" or "B", see above.
+        sketch: "outputs", "A" or "B", see above.
         budget: bytes of all sums of one pass; each further pass over the sequences costs as much time.
         progress: show a tqdm bar.
         kept: where sums are kept, so that a stopped run resumes.
@@ -100,7 +106,7 @@ def collect_curvature(
     Raises:
         ValueError: a gradient is NaN or Inf.
     """
-    parts = _parts(model, names, budget)
+    parts = _parts(model, names, budget, sketch)
     device = execution_device(model.get_input_embeddings())
     result: dict[str, Curvature] = {}
     with (
@@ -110,7 +116,7 @@ def collect_curvature(
     ):
         for number, part in enumerate(parts):
             generator = torch.Generator().manual_seed(seed)  # the same labels in each pass
-            sums = {name: _sum(model.get_submodule(name)) for name in part}
+            sums = {name: _sum(model.get_submodule(name), sketch) for name in part}
             done = kept.read(number, sums) if kept is not None else 0
             bar.update(done)
             _draw(generator, done * token_ids.shape[1])
@@ -122,7 +128,7 @@ def collect_curvature(
                         kept.keep(number, sums, index, last=index == len(token_ids))
             result |= {name: found for name, found in sums.items() if found.sequences}
     for name, found in result.items():
-        if not (found.hessian_in.isfinite().all() and found.hessian_out.isfinite().all()):
+        if not all(side.isfinite().all() for side in (found.hessian_in, found.hessian_out) if side is not None):
             raise ValueError(
                 f"the gradients of {name} have NaN or Inf: load the model with dtype=torch.float32 or bfloat16"
             )
@@ -147,17 +153,21 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
-def _sum(module: nn.Module) -> Curvature:
-    return Curvature.empty(*_shape(module), module.get_parameter("weight").device)
+def _sum(module: nn.Module, sketch: str) -> Curvature:
+    return Curvature.empty(*_shape(module), sketch, module.get_parameter("weight").device)
 
 
-def _parts(model: nn.Module, names: Sequence[str], budget: int) -> list[list[str]]:
+def sums_bytes(rows: int, columns: int, sketch: str) -> int:
+    """Bytes of the sums of a linear."""
+    return 4 * (rows * rows + (0 if sketch == OUTPUTS else columns * columns))
+
+
+def _parts(model: nn.Module, names: Sequence[str], budget: int, sketch: str) -> list[list[str]]:
     """The names in order, in parts whose sums fit in the budget; at least one linear in each."""
     parts: list[list[str]] = []
     used = 0
     for name in names:
-        rows, columns = _shape(model.get_submodule(name))
-        size = 4 * (rows * rows + columns * columns)
+        size = sums_bytes(*_shape(model.get_submodule(name)), sketch)
         if not parts or used + size > budget:
             parts.append([])
             used = 0

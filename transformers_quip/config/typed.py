@@ -55,7 +55,7 @@ class TypedOptions:
         sequence_length: int = 512,
         batch_size: int = 8,
         damping: float = 0.01,
-        sketch: str = "A",
+        sketch: str = "outputs",
         sketch_samples: int = 64,
         refinement_sweeps: int | None = None,
         refit: int = 0,

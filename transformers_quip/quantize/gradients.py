@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import rounding
-from ..calibration.curvature import BUDGET, Curvature, collect_curvature
+from ..calibration.curvature import BUDGET, Curvature, collect_curvature, sums_bytes
 from ..calibration.inputs import GivenInputs
 from ..checkpoints.durable import durable
 from .plan import QuantizationPlan
@@ -44,11 +44,11 @@ def seconds_and_bytes(
     Returns:
         Seconds, and the bytes of all sums.
     """
-    size = sum(4 * (rows**2 + columns**2) for rows, columns in shapes)
-    if config.sketch == "A":
-        products = sum(tokens * (rows**2 + columns**2) for rows, columns in shapes)
-    else:
+    size = sum(sums_bytes(rows, columns, config.sketch) for rows, columns in shapes)
+    if config.sketch == "B":
         products = sum(rows * columns * (tokens + rows + columns) for rows, columns in shapes)
+    else:
+        products = tokens * size // 4
     passes = -(-size // BUDGET)
     # a backward pass to the activations takes as long as the forward pass
     return config.sketch_samples * (2 * forward * passes + products * multiply), size
@@ -109,8 +109,8 @@ class KeptSums:
             with safe_open(path, "pt") as file:
                 done = int((file.metadata() or {})["done"])
                 for name, found in sums.items():
-                    found.hessian_in.copy_(file.get_tensor(f"{name}.in"))
-                    found.hessian_out.copy_(file.get_tensor(f"{name}.out"))
+                    for side, tensor in _sides(found).items():
+                        tensor.copy_(file.get_tensor(f"{name}.{side}"))
                     found.sequences = int(file.get_tensor(f"{name}.sequences"))
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged ({error}): --fresh starts the run again") from None
@@ -127,7 +127,7 @@ class KeptSums:
             return
         tensors = {}
         for name, found in sums.items():
-            tensors |= {f"{name}.in": found.hessian_in.cpu(), f"{name}.out": found.hessian_out.cpu()}
+            tensors |= {f"{name}.{side}": tensor.cpu() for side, tensor in _sides(found).items()}
             tensors[f"{name}.sequences"] = torch.tensor(found.sequences)
         path = self._path(number)
         try:
@@ -137,3 +137,9 @@ class KeptSums:
             raise OSError(f"{path} cannot be written: {error}") from error
         end = time.monotonic()
         self._next = end + max(self._every, 19 * (end - begin))
+
+
+def _sides(found: Curvature) -> dict[str, torch.Tensor]:
+    """The sums by the names that they have in a file."""
+    sides = {"out": found.hessian_out}
+    return sides if found.hessian_in is None else {**sides, "in": found.hessian_in}
