@@ -3,8 +3,8 @@
     python benchmarks/two_sided.py [FOLDER] [--blocks 10] [--windows 64] [--sketches outputs A B] [--codebook e8p]
         [--sweeps 0]
 
-The first blocks of the model are quantized, the others stay dense; each way in turn, with the same Wikipedia windows for the
-Hessians and for the gradients. The divergence is the mean over 8 windows of each text that none of them has seen. CPU
+The first blocks of the model are quantized, the others stay dense; each way in turn, with the same Wikipedia windows for
+the Hessians and for the gradients. The divergence is the mean over 8 windows of each text that none of them has seen. CPU
 seconds count all threads; those of the gradients are part of them.
 """
 
