@@ -1,4 +1,4 @@
-"""Write every table of README.md and docs/results.md from results/*.json, each between two markers of its name.
+"""Write every table of README.md and docs from results/*.json, each between two markers of its name.
 
     python benchmarks/tables.py [--check]
 
@@ -19,7 +19,7 @@ from markdown import figure, load, machine_line, number, table
 from quality import groups
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/how_it_works.md")
 NOTHING = "Not measured yet: `make bench` makes these figures.\n"
 
 _MARKED = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
