@@ -3,8 +3,10 @@
     pip install 'transformers-quip[vllm]'
     python examples/08_serve_with_vllm.py FOLDER [--requests 8] [--tensor-parallel-size 2]
 
-FOLDER is a model that transformers-quip has quantized. vLLM finds the package by its entry point, so `vllm serve FOLDER` alone
-does what this program starts. Here the server ends after its answers:
+FOLDER is a model that transformers-quip has quantized. vLLM finds the package by its entry point: `vllm serve FOLDER` alone
+starts the same server. Here it ends after its answers.
+
+Output:
 
     the server is ready after 41.2 s
     chat: Paris is the capital of France.
