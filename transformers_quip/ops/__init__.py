@@ -14,6 +14,7 @@ from . import autograd, backend, batching, graph, grouped, reference, schemas
 from .cpu import prepared
 from .cpu import run as cpu_run
 from .layer import Layer
+from .triton import grouped as triton_grouped
 from .triton import run as triton_run
 
 __all__ = ["Layer", "autograd", "backend", "prepared", "reference", "schemas"]
@@ -29,4 +30,5 @@ if not hasattr(torch.ops.quip, "linear"):
     autograd.register()
     batching.register()
     triton_run.register()
+    triton_grouped.register()
     graph.register()
