@@ -177,15 +177,15 @@ def _grouped(device: torch.device) -> None:
         for rows, columns in _E8P:
             # the codes of all experts are those of one tall weight
             stored, weight = _stages(codebook, experts * rows, columns)
-            codes = [tensor.view(experts, rows, -1).to(device) for tensor in stored]
+            first, *others = (tensor.view(experts, rows, -1).to(device) for tensor in stored)
+            second, scale = others[0] if others else None, codebooks.get(codebook).residual_scale or 0.0
             weights = torch.cat([weight.view(experts, rows, columns), torch.zeros(1, rows, columns, dtype=torch.float64)])
             width = -(-columns // kernels.ALIGNMENT) * kernels.ALIGNMENT
             x = _random(vectors, columns)
             wanted = torch.einsum("trn,tn->tr", weights[which], x.double())
             for terms, most in ((1, 1e-3), (2, 3e-6)):
                 halves = small_batch.halves(x.to(device), terms, width=width)
-                scale = codebooks.get(codebook).residual_scale or 0.0
-                y = kernels.grouped(halves, torch.tensor(_ENDS, device=device), *codes, residual_scale=scale)
+                y = kernels.grouped(halves, torch.tensor(_ENDS, device=device), first, second, scale)
                 said = f"experts of codebook {codebook}, {terms} terms, {[experts, rows, columns]}"
                 _compare(y.float().sum(0), wanted, most, said)
     q, size = incoherence.get("hadamard", _SIZES[0], 0), _SIZES[0]
