@@ -15,6 +15,7 @@ from .cpu import bundle as cpu_bundle
 from .cpu import prepared
 from .cpu import run as cpu_run
 from .layer import Layer
+from .triton import grouped as triton_grouped
 from .triton import run as triton_run
 
 __all__ = ["Layer", "autograd", "backend", "prepared", "reference", "schemas"]
@@ -32,4 +33,5 @@ if not hasattr(torch.ops.quip, "linear"):
     autograd.register()
     batching.register()
     triton_run.register()
+    triton_grouped.register()
     graph.register()

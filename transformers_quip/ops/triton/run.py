@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
     """See [`reference.transform`]; computed in float32."""
     has_kernel = x.dtype in DTYPES and x.numel() > 0
-    plan = _plan_on(x.device, incoherence, x.shape[-1], seed) if has_kernel else None
+    plan = plan_on(x.device, incoherence, x.shape[-1], seed) if has_kernel else None
     if plan is None:
         return reference.transform(x, incoherence, seed, transpose)
     from quip_kernels.gpu.transform import transform as launch
@@ -115,7 +115,7 @@ def rotate(x: torch.Tensor, layer: Layer, way: Route) -> list[torch.Tensor]:
     from quip_kernels.gpu import transform as kernels
 
     columns = layer.n
-    plan = _plan_on(x.device, layer.incoherence_in, columns, layer.seed)
+    plan = plan_on(x.device, layer.incoherence_in, columns, layer.seed)
     rows = x.reshape(-1, columns).contiguous()
     count = digits(x.dtype, get_activations())
     if plan is not None and way is Route.DIGITS:
@@ -175,7 +175,7 @@ def _transform_out(y: torch.Tensor, row_scale: torch.Tensor | None, layer: Layer
     from quip_kernels.gpu.transform import transform as launch
 
     sv, bias = layer.sv, layer.bias
-    plan = _plan_on(x.device, layer.incoherence_out, layer.m, layer.seed)
+    plan = plan_on(x.device, layer.incoherence_out, layer.m, layer.seed)
     if plan is not None:
         y = launch(y, plan, False, x.dtype, row_scale=row_scale, post=sv, bias=bias)
     else:
@@ -205,7 +205,7 @@ def encoder(device: torch.device) -> str:
     return "reference" if chosen == "triton" and Family.ENCODE not in trusted(device) else chosen
 
 
-def _plan_on(device: torch.device, name: str, size: int, seed: int) -> Plan | None:
+def plan_on(device: torch.device, name: str, size: int, seed: int) -> Plan | None:
     """The transform for the kernels; None if they cannot compute it here."""
     return _plan(name, size, seed, device) if Family.TRANSFORM in trusted(device) else None
 
