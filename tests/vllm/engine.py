@@ -1,7 +1,7 @@
 """A process that runs vLLM's engine for the tests: python -m tests.vllm.engine FOLDER PROMPTS OUT [key=value …]
 
-PROMPTS is a JSON list of lists of token ids. OUT gets the greedy tokens that follow each. The keys are those of `vllm.LLM`, and
-`adapter`, the folder of a LoRA adapter.
+PROMPTS is a JSON list of lists of token ids. OUT gets the greedy tokens that follow each. The keys are those of
+`vllm.LLM`, and `adapter`, the folder of a LoRA adapter.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm runs these tests)")
-pytestmark = pytest.mark.slow
 
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -21,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from tests.models import save_tiny_model, tiny_tokenizer
 from tests.vllm.engine import TOKENS
 from transformers_quip import QuipConfig
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[5, 9, 20, 33], [7, 8], [100, 99, 98, 97, 96, 95, 94]]
