@@ -1,4 +1,4 @@
-"""Speed on a GPU: products with packed codes against the memory's speed, generate() against the dense model, quantizing.
+"""Speed on a GPU: products with codes against the memory's speed, experts and generate() against dense ones, quantizing.
 
     PYTHONPATH=.:kernels/torch-ext python benchmarks/gpu.py [--only PART] [--model NAME] [--minutes M] [--name NAME]
 
@@ -31,9 +31,12 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192
 # The weights take turns, so that none is read from a cache: together they are larger than any GPU's last-level cache.
 ROTATED_BYTES = 512 << 20
 # Share of the time for each part, if all are measured.
-SHARES = {"layers": 0.4, "quantize": 0.1, "generate": 0.5}
+SHARES = {"layers": 0.35, "experts": 0.05, "quantize": 0.1, "generate": 0.5}
 COLUMNS = ("bits", "m", "n", "matvec_int8_us", "matvec_exact_us", "matvec_int8_share", "matvec_exact_share")
 COLUMNS += ("layer_us", "dense_us", "layer_speedup")
+# Experts, of which each token takes some; the shape of one expert's matrix.
+EXPERTS, CHOSEN, EXPERT_SHAPES = 64, 4, ((2048, 768), (768, 2048))
+EXPERT_COLUMNS = ("m", "n", "tokens", "grouped_us", "dense_us", "speedup")
 MODELS = {
     "llama-3-8b": {
         "hidden_size": 4096,
@@ -226,6 +229,47 @@ def measure_layers(result: list[dict], bandwidth: float, deadline: float) -> Non
             torch.cuda.empty_cache()
 
 
+def measure_experts(result: list[dict], deadline: float) -> None:
+    """A projection of all tokens' experts in one call, at 2 bits, against as many dense linears that are known in advance.
+
+    The stacks and the chosen experts take turns, as in [`measure_layer`]. Products only: neither side has a gate.
+    """
+    dtype, generator = torch.bfloat16, torch.Generator().manual_seed(0)
+    for m, n in EXPERT_SHAPES:
+        count = max(2, -(-ROTATED_BYTES // (EXPERTS * m * n // 4 * 8)))
+        codes = [
+            torch.empty(EXPERTS, m, n // 8, dtype=torch.int16, device=DEVICE).random_(-32768, 32768) for _ in range(count)
+        ]
+        su, sv = (
+            torch.full((EXPERTS, size), value, device=DEVICE, dtype=dtype) for size, value in ((n, 1.0), (m, n**-0.5))
+        )
+        dense = torch.randn(EXPERTS, m, n, device=DEVICE, dtype=dtype)
+        for tokens in (1, 16):
+            if time.perf_counter() > deadline:
+                print(f"no time is left for {tokens} tokens' experts of [{m}, {n}]: use --only experts, or more --minutes")
+                continue
+            x = torch.randn(tokens * CHOSEN, n, device=DEVICE, dtype=dtype)
+            grouped, apart = [], []
+            for turn in range(16):
+                choices = [torch.randperm(EXPERTS, generator=generator)[:CHOSEN] for _ in range(tokens)]
+                ends = torch.cat(choices).bincount(minlength=EXPERTS).cumsum(0)
+                arguments = (x, ends.to(DEVICE), [codes[turn % count]], su, sv, "e8p", "hadamard", "hadamard", 0)
+                grouped.append(functools.partial(torch.ops.quip.grouped_linear, *arguments))
+                parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+                pairs = [(part, dense[expert]) for expert, part in enumerate(parts) if len(part)]
+                apart.append(lambda pairs=pairs: [nn.functional.linear(*pair) for pair in pairs])
+            with torch.no_grad():
+                row = {
+                    "m": m,
+                    "n": n,
+                    "tokens": tokens,
+                    "grouped_us": seconds(grouped) * 1e6,
+                    "dense_us": seconds(apart) * 1e6,
+                }
+            result.append({**row, "speedup": row["dense_us"] / row["grouped_us"]})
+        del codes, dense
+
+
 def measure_generate(result: dict, model: str, layers: int, tokens: int, deadline: float) -> None:
     """A model in bfloat16 with random weights, and then with random codes, eager and compiled; written into `result`."""
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -321,6 +365,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
                 trial("layers", measure_layers, results["layers"], bandwidth, deadline)
             print(table(COLUMNS, [[layer[column] for column in COLUMNS] for layer in results["layers"]]), flush=True)
+        elif part == "experts":
+            results["experts"] = []
+            trial("experts", measure_experts, results["experts"], deadline)
+            print(
+                table(EXPERT_COLUMNS, [[row[column] for column in EXPERT_COLUMNS] for row in results["experts"]]),
+                flush=True,
+            )
         elif part == "quantize":
             results["quantize"] = []
             trial("quantize", measure_quantize, results["quantize"], options.model, deadline)

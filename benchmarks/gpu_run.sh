@@ -6,7 +6,7 @@
 # Steps: check, tests, layers, generate, quantize, summary. Each is a process with a time limit; what it has found is in
 # $OUT (benchmarks/results by default) before the next one begins, and a step that fails does not stop the others. The exit
 # code is the number of steps that failed. Needs Python with torch, triton, transformers and pytest; no installation of this
-# package, no network. PYTHON names another interpreter.
+# package, no network. PYTHON names another interpreter; LIMIT is the time for everything, in seconds (530).
 set -u
 cd "$(dirname "$0")/.." || exit 1
 steps=(check tests layers generate quantize summary)
@@ -21,12 +21,18 @@ export PYTHONPATH="$PWD:$PWD/kernels/torch-ext${PYTHONPATH:+:$PYTHONPATH}"
 export BENCHMARK_RESULTS=${OUT:-$PWD/benchmarks/results}
 mkdir -p "$BENCHMARK_RESULTS" || exit 1
 failed=0
+summary_seconds=15
+end_of_run=$((SECONDS + ${LIMIT:-530} - summary_seconds))
 
-# limited SECONDS LOG COMMAND…: run it, keep its output, and count a failure
+# limited SECONDS LOG COMMAND…: run it, keep its output, and count a failure; never beyond the end of the run
 limited() {
-    local seconds=$1 log=$BENCHMARK_RESULTS/$2
+    local seconds=$1 log=$BENCHMARK_RESULTS/$2 left=$((end_of_run - SECONDS))
     shift 2
-    timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee "$log"
+    if [ "$left" -lt 5 ]; then
+        echo "no time is left for $*" | tee "$log"
+        return
+    fi
+    timeout --kill-after=5 "$((seconds < left ? seconds : left))" "$@" 2>&1 | tee "$log"
     local code=${PIPESTATUS[0]}
     if [ "$code" -ne 0 ]; then
         echo "FAILED with code $code: $*" | tee -a "$log"
@@ -47,7 +53,7 @@ step() {
             echo "FAILED: no tests were found"
             failed=$((failed + 1))
         fi
-        local end=$((SECONDS + 150)) number=0
+        local end=$((SECONDS + 120)) number=0
         while read -r test; do
             number=$((number + 1))
             if [ $SECONDS -ge $end ]; then
@@ -59,11 +65,12 @@ step() {
         ;;
     layers)
         limited 80 gpu-layers.log "$python" benchmarks/gpu.py --only layers --minutes 1.2 --name gpu-layers
+        limited 25 gpu-experts.log "$python" benchmarks/gpu.py --only experts --minutes 0.3 --name gpu-experts
         ;;
     generate)
-        limited 60 gpu-generate-small.log "$python" benchmarks/gpu.py --only generate --model smollm2-135m --minutes 1 \
+        limited 60 gpu-generate-small.log "$python" benchmarks/gpu.py --only generate --model smollm2-135m --minutes 0.9 \
             --name gpu-generate-small
-        limited 120 gpu-generate-8b.log "$python" benchmarks/gpu.py --only generate --model llama-3-8b --minutes 1.9 \
+        limited 110 gpu-generate-8b.log "$python" benchmarks/gpu.py --only generate --model llama-3-8b --minutes 1.7 \
             --name gpu-generate-8b
         ;;
     quantize)
@@ -73,6 +80,7 @@ step() {
             --name gpu-quantize-8b
         ;;
     summary)
+        end_of_run=$((end_of_run + summary_seconds))
         limited 60 gpu-summary.log "$python" benchmarks/gpu_summary.py
         ;;
     esac

@@ -9,7 +9,7 @@ import json
 import sys
 
 import machine
-from gpu import COLUMNS, table
+from gpu import COLUMNS, EXPERT_COLUMNS, table
 
 # The least that is wanted (kernels at batch 1, large shapes): share of the card's copy bandwidth, times dense bfloat16.
 TARGETS = {"matvec_int8_share": 0.8, "matvec_exact_share": 0.6, "layer_speedup": 3.0}
@@ -31,6 +31,8 @@ def main() -> int:
                 reached = [row[column] for row in layers if row["bits"] == 2 and row["m"] * row["n"] >= LARGE]
                 if reached:
                     print(f"  {column}: {min(reached):.2f} at the least, {least} is wanted")
+        if experts := content.get("experts"):
+            print(table(EXPERT_COLUMNS, [[row[column] for column in EXPERT_COLUMNS] for row in experts]))
         for kind, speedup in content.get("generate", {}).get("speedup", {}).items():
             print(f"  generate, {kind}: {speedup:.2f} times dense bfloat16")
         if groups := content.get("quantize"):

@@ -78,7 +78,7 @@ def _compile(specimen: Specimen, gpu: GPUTarget):
         {
             (names.index(key),): [["tt.divisibility", 16]]
             for key, kind in specimen.arguments.items()
-            if kind.startswith("*")
+            if kind.startswith("*") or key in specimen.multiples
         },
     )
     return triton.compile(source, target=gpu, options=specimen.options_on(gpu))

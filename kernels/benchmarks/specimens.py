@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import triton.language as tl
-from specimen import Specimen
+from specimen import FAMILIES, Specimen, arch_of, family_of
+from specimens_grouped import GROUPED
+from specimens_trellis import TRELLIS
 
 from quip_kernels.gpu.dequantize import dequantize_kernel
 from quip_kernels.gpu.matvec import Tile, matvec_kernel, tiles
@@ -16,23 +18,6 @@ from quip_kernels.gpu.small_batch import tiles as small_batch_tiles
 from quip_kernels.gpu.transform import factor_kernel, is_fused, sylvester_kernel, sylvester_quantize_kernel
 from quip_kernels.gpu.transform import tile as transform_tile
 from quip_kernels.gpu.transform import warps as transform_warps
-from quip_kernels.gpu.trellis import block as trellis_block
-from quip_kernels.gpu.trellis import trellis_dequantize_kernel, trellis_matvec_kernel
-from quip_kernels.gpu.viterbi import MOST_TOGETHER as VITERBI_EDGES
-from quip_kernels.gpu.viterbi import viterbi_kernel
-
-FAMILIES = ("cuda", "blackwell", "cdna", "rdna")
-
-
-def _arch(gpu: Any) -> str:
-    return gpu.backend
-
-
-def _family(gpu: Any) -> str:
-    """As `launch.family` calls it."""
-    if gpu.backend == "hip":
-        return "cdna" if gpu.warp_size == 64 else "rdna"
-    return "blackwell" if gpu.arch >= 100 else "cuda"
 
 
 def _matvec(vectors: int, digits: int, signed: bool, tile: Tile, even: bool = True) -> Specimen:
@@ -60,7 +45,7 @@ def _matvec(vectors: int, digits: int, signed: bool, tile: Tile, even: bool = Tr
             "EVEN": even,
             "GATHER": tile.gather,
             "MERGE": lambda gpu: tiles(vectors, digits, gpu.backend)[0].merge,
-            "ARCH": _arch,
+            "ARCH": arch_of,
         },
         warps=tile.warps,
         weights_in_loop=tile.rows * tile.words * 32,
@@ -80,7 +65,7 @@ def _matvecs(vectors: int, digits: int, signed: bool) -> dict[str, Specimen]:
 
 def _small_batch(batch: int, terms: int, signed: bool, gather: bool, warps: int) -> Specimen:
     def tiles(gpu: Any) -> list[SmallBatchTile]:
-        return [tile for tile in small_batch_tiles(batch, _family(gpu)) if (tile.gather, tile.warps) == (gather, warps)]
+        return [tile for tile in small_batch_tiles(batch, family_of(gpu)) if (tile.gather, tile.warps) == (gather, warps)]
 
     return Specimen(
         small_batch_kernel,
@@ -148,8 +133,8 @@ def _sylvester(power: int, dtype: str, terms: int) -> Specimen:
             "part_stride": "i32",
             "scale": "fp32",
         },
-        {"row_scale": None, "A": a, "B": b, "P": power, "TERMS": terms, "TERM": tl.bfloat16},
-        warps=lambda gpu: transform_warps(a * b, _family(gpu)),
+        {"which": None, "row_scale": None, "A": a, "B": b, "P": power, "TERMS": terms, "TERM": tl.bfloat16},
+        warps=lambda gpu: transform_warps(a * b, family_of(gpu)),
     )
 
 
@@ -167,8 +152,8 @@ def _sylvester_quantize(power: int, digits: int, dtype: str, terms: int) -> Spec
             "scale": "fp32",
         },
         {"A": a, "B": b, "DIGITS": digits, "TERMS": terms, "TERM": tl.bfloat16},
-        warps=lambda gpu: transform_warps(power, _family(gpu)),
-        launched=lambda gpu: is_fused(power, _family(gpu)),
+        warps=lambda gpu: transform_warps(power, family_of(gpu)),
+        launched=lambda gpu: is_fused(power, family_of(gpu)),
     )
 
 
@@ -190,6 +175,7 @@ def _factor(order: int, terms: int) -> Specimen:
             "scale": "fp32",
         },
         {
+            "which": None,
             "post": None,
             "bias": None,
             "ORDER": order,
@@ -203,115 +189,9 @@ def _factor(order: int, terms: int) -> Specimen:
     )
 
 
-def _trellis_constants(code: str, k: float, order: str, table_bits: int, step: int, halves: bool) -> dict[str, Any]:
-    return {
-        "PAIR_BITS": int(2 * k),
-        "CODE": code,
-        "ORDER": order,
-        "STEP": step,
-        "TABLE_BITS": table_bits,
-        "HALVES": halves,
-        "ARCH": _arch,
-    }
-
-
-def _trellis_matvec(vectors: int, *layout: Any) -> Specimen:
-    block = trellis_block(vectors)
-    return Specimen(
-        trellis_matvec_kernel,
-        {
-            "x": "*fp32",
-            "codes": "*i16",
-            "table": _trellis_table(*layout),
-            "parts": "*fp32",
-            "tile_rows": "i32",
-            "tiles": "i32",
-            "vectors": "i32",
-            "tiles_per_part": "i32",
-            "factor": "fp32",
-        },
-        {**_trellis_constants(*layout), "VECTORS": vectors, "BLOCK": block},
-        weights_in_loop=256 * block,
-    )
-
-
-def _trellis_dequantize(*layout: Any) -> Specimen:
-    return Specimen(
-        trellis_dequantize_kernel,
-        {"codes": "*i16", "table": _trellis_table(*layout), "weight": "*fp16", "tiles": "i32", "divisor": "fp32"},
-        {**_trellis_constants(*layout), "BLOCK": 8},
-    )
-
-
-def _viterbi(bits: int, weights: int, doublings: int, closed: bool) -> Specimen:
-    return Specimen(
-        viterbi_kernel,
-        {
-            "x": "*i16",
-            "levels": "*i16",
-            "costs": "*i32",
-            "choices": "*i16",
-            "seams": "*i32",
-            "states": "*i32",
-            "begin": "i32",
-            "count": "i32",
-            "opened": "i32",
-            "steps": "i32",
-            "even": "i32",
-            "odd": "i32",
-        },
-        {
-            "CLOSED": closed,
-            "BITS": 16,
-            "WEIGHTS": weights,
-            "DOUBLINGS": doublings,
-            "WIDTH": min(VITERBI_EDGES, 1 << (16 - bits)),
-        },
-        warps=8,
-    )
-
-
-def _trellis_table(code: str, k: float, order: str, table_bits: int, step: int, halves: bool) -> str:
-    return "*i32" if halves else "*fp32" if table_bits else "*i16"
-
-
-# code, bits, order, bits and columns of the table, whether it is float16
-_TRELLIS = {
-    **{
-        f"{code} k{k} {order}": (code, k, order, 0, 1, False)
-        for code, k, order in (
-            ("1mad", 2, "rows"),
-            ("2mad", 2, "rows"),
-            ("3inst", 2, "rows"),
-            ("3inst", 3, "exl3"),
-            ("mcg", 4, "exl3"),
-            ("mul1", 1, "exl3"),
-            ("mul1", 2, "exl3"),
-            ("mul1", 1.5, "exl3"),
-            ("mul1", 2.5, "exl3"),
-            ("mul1", 3.5, "exl3"),
-            ("mul1", 5, "exl3"),
-            ("mul1", 8, "exl3"),
-        )
-    },
-    "hyb k2 qtip": ("hyb", 2, "qtip", 9, 2, True),
-    "hyb k4 qtip": ("hyb", 4, "qtip", 9, 2, True),
-    "hyb k2 qtip fp32": ("hyb", 2, "qtip", 9, 2, False),
-    "quantlut k3 rows": ("quantlut", 3, "rows", 9, 1, False),
-    "lut k2 rows": ("lut", 2, "rows", 16, 2, True),
-}
-
-# new bits of a state (at most), its weights, doublings
-_VITERBI = [(2, 1, 0), (4, 1, 2), (4, 2, 0), (8, 1, 6), (16, 2, 5)]
-
 SPECIMENS = {
-    **{
-        f"viterbi {' '.join(map(str, layout))} {'closed' if closed else 'free'}": _viterbi(*layout, closed)
-        for layout in _VITERBI
-        for closed in (True, False)
-    },
-    **{f"trellis {name} {v}": _trellis_matvec(v, *layout) for name, layout in _TRELLIS.items() for v in (1, 2, 4)},
-    **{f"trellis {name} dequantize": _trellis_dequantize(*layout) for name, layout in _TRELLIS.items()},
+    **TRELLIS,
+    **GROUPED,
     **{
         name: specimen
         for signed in (True, False)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from quip_kernels.gpu import dequantize, launch, matvec, small_batch, transform, trellis, viterbi
+from quip_kernels.gpu import dequantize, grouped, launch, matvec, small_batch, transform, trellis, viterbi
 from transformers_quip.ops.triton import families, self_check
 from transformers_quip.ops.triton.route import Family
 
@@ -22,6 +22,7 @@ FUNCTIONS = {
     Family.SMALL_BATCH: (small_batch, "small_batch"),
     Family.DEQUANTIZE: (dequantize, "dequantize"),
     Family.TRELLIS: (trellis, "matvec"),
+    Family.GROUPED: (grouped, "grouped"),
     Family.ENCODE: (viterbi, "search"),
 }
 
@@ -34,7 +35,7 @@ def answers(capsys, *names):
 
 
 def test_all_are_right(capsys):
-    assert answers(capsys, *self_check.names()) == [None] * 7
+    assert answers(capsys, *self_check.names()) == [None] * 8
 
 
 @pytest.mark.parametrize("family", Family)

@@ -10,6 +10,7 @@ from quip_kernels.gpu import dequantize, launch, matvec, quantize, small_batch, 
 from tests import truth
 from transformers_quip import incoherence, set_activations
 from transformers_quip.ops import backend
+from transformers_quip.ops.bundle import Form, described
 from transformers_quip.ops.triton import run as ops
 
 if not launch.interpreted():
@@ -271,6 +272,18 @@ def test_linear_takes_either_layout_other_strides_and_any_leading_dimensions(cod
     torch.testing.assert_close(ops.linear(wide, *args[1:]), wanted, rtol=1e-5, atol=1e-5)
     assert ops.linear(x[:, :0], *args[1:]).shape == (2, 0, 24)
     assert ops.linear(x[0, 0], *args[1:]).shape == (24,)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_bundle_rotates_once_for_equal_su(batch, monkeypatch):
+    parts = [arguments(m, 64, batch, torch.float32, False) for m in (24, 8)]
+    parts[1][2] = parts[0][2]
+    x, rotated, original = parts[0][0], [], ops.rotate
+    monkeypatch.setattr(ops, "rotate", lambda *a: rotated.append(1) or original(*a))
+    linears = described([Form("e8p", "hadamard", "hadamard", 0)] * 2)
+    y = ops.bundle(x, [part[1][0] for part in parts], [parts[0][2]] * 2, [part[3] for part in parts], linears)
+    assert relative(y, torch.cat([expected(x, *part[1:]) for part in parts], -1)) < 2e-6
+    assert len(rotated) == 1
 
 
 def test_linear_with_int8_activations():

@@ -25,7 +25,7 @@ def load_benchmark(name):
     return module
 
 
-for needed in ("specimen", "specimens"):
+for needed in ("specimen", "specimens_grouped", "specimens_trellis", "specimens"):
     load_benchmark(needed)
 instructions = load_benchmark("instructions")
 
@@ -36,6 +36,8 @@ USUAL = (
     "quantize 2",
     "small batch e8p 16x1 gather 4",
     "halves 1",
+    "grouped e8p 16x1 gather 4",
+    "grouped e8p 16x1 uneven",
     "dequantize",
     "sylvester 4096 fp16",
     "sylvester quantize 4096 2",

@@ -99,6 +99,8 @@ def fake_gpu(monkeypatch, tmp_path):
     for name, value in {
         "DEVICE": torch.device("cpu"),
         "SHAPES": ((48, 64),),
+        "EXPERT_SHAPES": ((16, 24),),
+        "EXPERTS": 6,
         "ROTATED_BYTES": 1 << 12,
         "MODELS": {"llama-3-8b": SMALL, "smollm2-135m": SMALL},
         "set_backend": lambda name: None,
@@ -124,6 +126,8 @@ def test_the_whole_run(fake_gpu, capsys):
     # codes of 48·64 weights in one microsecond, at 1 GB/s
     assert layer["matvec_exact_share"] == pytest.approx(48 * 64 / 4 / 1000)
     assert layer["layer_speedup"] == 1
+    experts = [(row["m"], row["n"], row["tokens"], row["speedup"]) for row in results["experts"]]
+    assert experts == [(16, 24, 1, 1.0), (16, 24, 16, 1.0)]
     assert results["generate"]["speedup"] == {"eager": 2.5, "compiled": 0.5}
     assert results["generate"]["replaced"] == 7
     assert [row["rows"] for row in results["quantize"]] == [[32, 16, 16], [32], [48, 48], [32]]
@@ -131,6 +135,21 @@ def test_the_whole_run(fake_gpu, capsys):
     printed = capsys.readouterr().out
     assert "matvec_exact_share" in printed
     assert "2.50 times" in printed
+
+
+def test_both_sides_of_the_experts_compute_all_tokens(fake_gpu, monkeypatch):
+    rows = []
+
+    def seconds(calls):
+        found = [call() for call in calls]
+        rows.append({len(y) if isinstance(y, torch.Tensor) else sum(map(len, y)) for y in found})
+        return float(len(rows))
+
+    monkeypatch.setattr(gpu, "seconds", seconds)
+    result = []
+    gpu.measure_experts(result, float("inf"))
+    assert rows == [{4}, {4}, {64}, {64}]  # of one token and of 16, four experts each
+    assert [row["speedup"] for row in result] == [2.0, 4 / 3]
 
 
 def test_what_does_not_fit_into_the_time_is_left_out_and_named(fake_gpu, monkeypatch, capsys):
@@ -211,13 +230,22 @@ def test_the_script_does_every_step_whatever_fails(run_script, tmp_path):
     calls, done = run_script()
     assert done.returncode == 2, done.stdout + done.stderr
     starts = ["-m transformers_quip doctor", "-m pytest --collect-only", "-m pytest -q", "-m pytest -q"]
-    starts += ["benchmarks/gpu.py --only " + part for part in ("layers", "generate", "generate", "quantize", "quantize")]
+    starts += [
+        "benchmarks/gpu.py --only " + part for part in ("layers", "experts", "generate", "generate", "quantize", "quantize")
+    ]
     starts += ["benchmarks/gpu_summary.py"]
     assert [call[: len(start)] for call, start in zip(calls, starts, strict=True)] == starts
     assert [call.split()[-1] for call in calls[2:4]] == [f"kernels/tests/test_gpu.py::test_{name}" for name in "ab"]
     assert "FAILED with code 1" in (tmp_path / "out" / "gpu-test-2.log").read_text()
     assert "FAILED copy: no memory" in (tmp_path / "out" / "gpu-summary.log").read_text()
     assert "2 failed" in done.stdout
+
+
+def test_the_script_ends_in_time(run_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMIT", "17")  # two seconds, and those for the summary
+    calls, _ = run_script("--from", "layers")
+    assert [call.split()[0] for call in calls] == ["benchmarks/gpu_summary.py"]
+    assert "no time is left for" in (tmp_path / "out" / "gpu-layers.log").read_text()
 
 
 def test_the_script_begins_at_a_later_step(run_script):

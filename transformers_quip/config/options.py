@@ -98,7 +98,8 @@ OPTIONS: dict[str, Option] = {
     "incoherence": Option(
         "hadamard",
         check.incoherence,
-        "The orthogonal transform on both sides of a weight, or a pair of them: (input side, output side).",
+        "The orthogonal transform on both sides of a weight, or a pair of them: (input side, output side). 'hadamard-N' "
+        "mixes only the numbers of each block of N, so that devices can share a layer without more traffic.",
     ),
     "rescale": Option(
         True,

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import torch
 
-from . import autograd, backend, batching, graph, grouped, reference, schemas
+from . import autograd, backend, batching, bundle, graph, grouped, reference, schemas
+from .cpu import bundle as cpu_bundle
 from .cpu import prepared
 from .cpu import run as cpu_run
 from .layer import Layer
+from .triton import grouped as triton_grouped
 from .triton import run as triton_run
 
 __all__ = ["Layer", "autograd", "backend", "prepared", "reference", "schemas"]
@@ -24,9 +26,12 @@ backend.read_environment()
 if not hasattr(torch.ops.quip, "linear"):
     schemas.define()
     reference.register()
+    bundle.register()
     grouped.register()
     cpu_run.register()
+    cpu_bundle.register()
     autograd.register()
     batching.register()
     triton_run.register()
+    triton_grouped.register()
     graph.register()

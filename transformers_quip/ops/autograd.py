@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from .bundle import layers_of
 from .cpu import torch_private
 from .grouped import with_tokens
 from .layer import Layer
@@ -185,6 +186,19 @@ def _grouped_linear(
     return _grouped_linear_below(x, ends, weight, su, sv, *names)
 
 
+def _bundle(
+    x: torch.Tensor, weight: list[torch.Tensor], su: list[torch.Tensor], sv: list[torch.Tensor], linears: str
+) -> torch.Tensor:
+    """quip::bundle above its kernels; derivatives are those of single linears."""
+    if torch.is_grad_enabled() or torch_private.may_be_dual():
+        floats = (x, *su, *sv)
+        if _wants_formula(floats) or (torch.is_grad_enabled() and any(v.requires_grad for v in floats)):
+            layers = layers_of(weight, su, sv, linears)
+            return torch.cat([torch.ops.quip.linear(x, *layer) for layer in layers], dim=-1)
+    with torch_private.below_autograd():
+        return torch.ops.quip.bundle.default(x, weight, su, sv, linears)
+
+
 def _wants_formula(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether derivatives of these are needed that an `autograd.Function` does not give."""
     if torch_private.may_be_dual() and any(forward_ad.unpack_dual(v).tangent is not None for v in tensors):
@@ -196,9 +210,10 @@ _library: list[torch.library.Library] = []  # kept alive: registrations vanish w
 
 
 def register() -> None:
-    """Register the derivatives of quip::transform, quip::linear and quip::grouped_linear; quip::decode has none.
+    """Register the derivatives of quip::transform, linear, bundle and grouped_linear; quip::decode has none.
 
-    If PyTorch lacks a function that forward mode needs (see `cpu.torch_private`), only backward mode is registered.
+    If PyTorch lacks a function that forward mode needs (see `cpu.torch_private`), only backward mode is registered, and
+    quip::bundle has no derivatives.
     """
     if not torch_private.is_usable():
         torch.library.register_autograd("quip::transform", _transform_backward, setup_context=_transform_setup)
@@ -209,6 +224,7 @@ def register() -> None:
         return
     library = torch.library.Library("quip", "FRAGMENT")
     library.impl("linear", _linear, "Autograd")
+    library.impl("bundle", _bundle, "Autograd")
     library.impl("transform", _transform, "Autograd")
     library.impl("grouped_linear", _grouped_linear, "Autograd")
     _library.append(library)

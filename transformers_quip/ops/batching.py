@@ -10,10 +10,19 @@ from torch.utils import _pytree as pytree
 
 def linear(info: Any, in_dims: tuple, x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, int]:
     """quip::linear for every entry of a batch dimension; a loop if tensors of the layer have one too."""
+    return _of_one_layer(torch.ops.quip.linear, info, in_dims, x, *arguments)
+
+
+def bundle(info: Any, in_dims: tuple, x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, int]:
+    """quip::bundle for every entry of a batch dimension; see [`linear`]."""
+    return _of_one_layer(torch.ops.quip.bundle, info, in_dims, x, *arguments)
+
+
+def _of_one_layer(op: Any, info: Any, in_dims: tuple, x: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, int]:
     x_dim, *others = in_dims
     if x_dim is None or any(dim is not None for dim in pytree.tree_leaves(others)):
-        return _loop(torch.ops.quip.linear, info, in_dims, (x, *arguments))
-    return torch.ops.quip.linear(x.movedim(x_dim, 0), *arguments), 0
+        return _loop(op, info, in_dims, (x, *arguments))
+    return op(x.movedim(x_dim, 0), *arguments), 0
 
 
 def decode(info: Any, in_dims: tuple, *arguments: Any) -> tuple[torch.Tensor, int]:
@@ -45,5 +54,5 @@ def _loop(op: Any, info: Any, in_dims: tuple, arguments: tuple) -> tuple[torch.T
 
 def register() -> None:
     """Register the batching rules."""
-    for function in (transform, decode, linear, grouped_linear):
+    for function in (transform, decode, linear, bundle, grouped_linear):
         torch.library.register_vmap(f"quip::{function.__name__}", function)

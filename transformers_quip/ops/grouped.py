@@ -60,9 +60,9 @@ def grouped_linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     Args:
         x, arguments: see [`linear_by_expert`].
     """
-    _, _, su, sv, codebook, *_ = arguments
+    _, _, su, sv, *_ = arguments
     small = x.shape[0] * su.shape[-1] * sv.shape[-1] <= _MOST_GATHERED
-    if x.device.type != "cpu" and small and codebooks.get(codebook).rows_together == 1:
+    if x.device.type != "cpu" and small:
         return linear_by_token(x, *arguments)
     return linear_by_expert(reference.linear, x, *arguments)
 
@@ -81,16 +81,27 @@ def linear_by_token(
     """The same by decoding a weight for each token: on a GPU, nothing is read by the host, so that a graph can hold it.
 
     Args:
-        x, …: see [`linear_by_expert`]; the codebook codes rows one by one.
+        x, …: see [`linear_by_expert`].
     """
     (tokens, columns), (experts, rows), dtype = x.shape, sv.shape, reference.compute_dtype(x.dtype)
-    chosen = torch.searchsorted(ends, torch.arange(tokens, device=x.device, dtype=ends.dtype), right=True)
+    if not tokens:
+        return x.new_empty((0, rows))
+    chosen = expert_of(ends, tokens)
     own = chosen.clamp(max=experts - 1)
     t = reference.transform(x.to(dtype) * su[own].to(dtype), incoherence_in, seed, True)
-    stored = [tensor[own].flatten(0, 1) for tensor in weight]
-    decoded = reference.decode(stored, codebook, tokens * rows, columns, dtype).view(tokens, rows, columns)
+    if codebooks.get(codebook).rows_together == 1:
+        stored = [tensor[own].flatten(0, 1) for tensor in weight]
+        decoded = reference.decode(stored, codebook, tokens * rows, columns, dtype).view(tokens, rows, columns)
+    else:  # the tensors of several weights are not those of a taller one
+        parts = [[tensor.index_select(0, own[i : i + 1])[0] for tensor in weight] for i in range(tokens)]
+        decoded = torch.stack([torch.ops.quip.decode(part, codebook, rows, columns, dtype) for part in parts])
     y = reference.transform(torch.bmm(decoded, t[..., None])[..., 0], incoherence_out, seed, False) * sv[own].to(dtype)
     return torch.where((chosen < experts)[:, None], y, 0).to(x.dtype)
+
+
+def expert_of(ends: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The expert of each sorted token: int64 [tokens]; from ends[−1] on, the number of experts. The host reads nothing."""
+    return torch.searchsorted(ends, torch.arange(tokens, device=ends.device, dtype=ends.dtype), right=True)
 
 
 def grouped_linear_backward(

@@ -21,6 +21,9 @@ GROUPED_SCHEMA = (
     "Tensor ends, Tensor[] weight, Tensor su, Tensor sv, str codebook, str incoherence_in, str incoherence_out, int seed"
 )
 
+# Those of linears that read one input: lists of tensors, and the names of all in one text (see `bundle.layers_of`).
+BUNDLE_SCHEMA = "Tensor[] weight, Tensor[] su, Tensor[] sv, str linears"
+
 
 class Layer(NamedTuple):
     """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias for n inputs and m outputs.

@@ -82,12 +82,20 @@ def linear_formula(
     x: torch.Tensor, layer: Layer, weight: torch.Tensor, transform: Callable[..., torch.Tensor] = transform_formula
 ) -> torch.Tensor:
     """[`linear`] with the decoded weight Ŵ [m, n]; with the default `transform`, PyTorch can differentiate all of it."""
+    return output(rotated(x, layer, transform), layer, weight, transform).to(x.dtype)
+
+
+def rotated(x: torch.Tensor, layer: Layer, transform: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Q_inᵀ( su ⊙ x ) in [`compute_dtype`]."""
     dtype = compute_dtype(x.dtype)
-    t = transform(x.to(dtype) * layer.su.to(dtype), layer.incoherence_in, layer.seed, True)
-    y = transform(torch.nn.functional.linear(t, weight), layer.incoherence_out, layer.seed, False) * layer.sv.to(dtype)
-    if layer.bias is not None:
-        y = y + layer.bias.to(dtype)
-    return y.to(x.dtype)
+    return transform(x.to(dtype) * layer.su.to(dtype), layer.incoherence_in, layer.seed, True)
+
+
+def output(t: torch.Tensor, layer: Layer, weight: torch.Tensor, transform: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """sv ⊙ Q_out( Ŵ t ) + bias in the dtype of t."""
+    z = torch.nn.functional.linear(t, weight)
+    y = transform(z, layer.incoherence_out, layer.seed, False) * layer.sv.to(t.dtype)
+    return y if layer.bias is None else y + layer.bias.to(t.dtype)
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .layer import BUNDLE_SCHEMA as BUNDLE
 from .layer import GROUPED_SCHEMA as GROUPED
 from .layer import SCHEMA as LAYER
 from .layer import Layer
@@ -18,6 +19,8 @@ SCHEMAS = {
     "decode": "(Tensor[] weight, str codebook, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
     # sv ⊙ Q_out(Ŵ Q_inᵀ(su ⊙ x)) + bias for x [..., n]: [..., m] in the dtype of x.
     "linear": f"(Tensor x, {LAYER}) -> Tensor",
+    # The outputs of several linears for one x, one after the other: [..., Σ m] in the dtype of x.
+    "bundle": f"(Tensor x, {BUNDLE}) -> Tensor",
     # For x [tokens, n] sorted by expert, row i times the weight of its expert: [tokens, m] in the dtype of x. Tokens from
     # ends[e−1] to ends[e] belong to expert e; the rows of those from ends[−1] on are zeros.
     "grouped_linear": f"(Tensor x, {GROUPED}) -> Tensor",
@@ -41,6 +44,13 @@ def linear(x: torch.Tensor, *layer: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], Layer(*layer).m))
 
 
+def bundle(
+    x: torch.Tensor, weight: Sequence[torch.Tensor], su: Sequence[torch.Tensor], sv: Sequence[torch.Tensor], linears: str
+) -> torch.Tensor:
+    """Fake of quip::bundle."""
+    return x.new_empty((*x.shape[:-1], sum(v.shape[0] for v in sv)))
+
+
 def grouped_linear(
     x: torch.Tensor, ends: torch.Tensor, weight: Sequence[torch.Tensor], su: torch.Tensor, sv: torch.Tensor, *names: Any
 ) -> torch.Tensor:
@@ -59,5 +69,5 @@ def define() -> None:
     """Define every op and its fake."""
     for name, schema in SCHEMAS.items():
         torch.library.define(f"quip::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for fake in (transform, decode, linear, grouped_linear, grouped_linear_backward):
+    for fake in (transform, decode, linear, bundle, grouped_linear, grouped_linear_backward):
         torch.library.register_fake(f"quip::{fake.__name__}", fake)

@@ -68,6 +68,22 @@ def table(device: torch.device) -> torch.Tensor:
     return _table().to(device)
 
 
+@functools.lru_cache(maxsize=16)
+def table_of_stored(device: torch.device) -> torch.Tensor:
+    """Two tables for codes as they are stored: nibbles = table[high byte] XOR table[256 + low byte]. int32 [512]; cached.
+
+    The second part has 14 in every nibble whose sign the low byte changes, and 1 in every nibble where its parity is odd.
+    """
+    low = torch.arange(256)
+    bits = [(low >> bit) & 1 for bit in _SIGN_BITS]
+    parity = functools.reduce(torch.bitwise_xor, bits)
+    bits[0] = bits[0] ^ parity  # an even number of signs changes
+    flips = parity * 0x11111111
+    for nibble, weight in enumerate(WEIGHT_OF_NIBBLE):
+        flips ^= (bits[weight] * 14) << (4 * nibble)
+    return torch.cat([_table()[:256], flips.to(torch.int32)]).to(device)
+
+
 def words(columns: int) -> int:
     """Words of a plane's row for this many weights."""
     return -(-columns // (WEIGHTS_PER_WORD * WORDS_ALIGNMENT)) * WORDS_ALIGNMENT

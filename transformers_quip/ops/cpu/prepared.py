@@ -86,8 +86,10 @@ class Prepared:
         if count > self.routes.most:
             if self.routes.many is not Route.BUNDLED:
                 return None
-            su = tensors["su"]
-            return None if su is None else run.bundled(x, x, su, self.call.address, self.m, *self.bundles)
+            su, sv = tensors["su"], tensors["sv"]
+            if su is None or sv is None:
+                return None
+            return run.bundled(x, x, su, sv, self.call.address, self.m, *self.bundles)
         y = x.new_empty((*shape[:-1], self.m))
         function, start, arguments, _ = self.call
         if function(start, x.data_ptr(), y.data_ptr(), count, *arguments, torch.get_num_threads()):

@@ -58,11 +58,21 @@ def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: in
 
 def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """See [`reference.linear`]."""
-    layer = Layer(*arguments)
+    layer = with_stored_codes(Layer(*arguments))
+    decisions = plan(x.dtype, layer)
+    return computed(x, layer, decisions, decisions.routes.of(x.numel() // decisions.case.n))
+
+
+def with_stored_codes(layer: Layer) -> Layer:
+    """The layer with its codes in the stored form."""
     if layer.weight[0].dtype is torch.int32:  # may be packed: stored codes of kernels are never int32
-        layer = layer._replace(weight=stored(layer.weight, layer.codebook, layer.n))
-    case, ways, q_in, q_out = plan(x.dtype, layer)
-    way = ways.of(x.numel() // case.n)
+        return layer._replace(weight=stored(layer.weight, layer.codebook, layer.n))
+    return layer
+
+
+def computed(x: torch.Tensor, layer: Layer, plan: Plan, way: Route) -> torch.Tensor:
+    """The layer's output by one of the routes of its plan."""
+    case, _, q_in, q_out = plan
     if way is Route.REFERENCE:
         return reference.linear(x, *layer)
     codes = codes_of(layer, case.planes)
@@ -76,7 +86,7 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if not isinstance(codes, E8PCodes):
             raise TypeError(f"only E8P codes are computed in bundles, got codebook {layer.codebook}")
         keep, address = codes.describe(layer.n, (layer.su, layer.sv, layer.bias), (q_in[0], q_out[0]))
-        y = bundled(x, kernels.rows_of(x, layer.n), layer.su, address, layer.m, q_in[0], is_int8(case))
+        y = bundled(x, kernels.rows_of(x, layer.n), layer.su, layer.sv, address, layer.m, q_in[0], is_int8(case))
         del keep  # kept alive until here
         return y
     return _decoded(x, layer, codes, q_in, q_out)
@@ -170,32 +180,49 @@ def rotated_inputs() -> SameInput[torch.Tensor]:
 
 
 def _decoded(x: torch.Tensor, layer: Layer, codes: E8PCodes | TrellisCodes, q_in: Side, q_out: Side) -> torch.Tensor:
-    """The layer through matrix products with decoded rows; in bfloat16 for bfloat16 x, as a dense layer, else float32."""
-    n, m, su = layer.n, layer.m, layer.su
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    vectors = x.reshape(-1, n)
-    shared, key = rotated_inputs(), (q_in, vectors.shape, dtype)
+    """The layer through matrix products with decoded rows; linears that read the same x share its rotation."""
+    su, shape = layer.su, (x.numel() // layer.n, layer.n)
+    shared, key = rotated_inputs(), (q_in, shape, _decoded_dtype(x))
     t = shared.take(su, (x, su), key)
     if t is None:
-        t = _transform_in(vectors, su, q_in, scratch.scratch("rotated inputs", vectors.shape, dtype))
+        t = rotated(x, layer, q_in)
         shared.keep(su, (x, su), key, t)
-    z = scratch.scratch("rotated outputs", (len(t), m), dtype)
+    return decoded(t, layer, codes, q_out, x.dtype).reshape(*x.shape[:-1], layer.m)
+
+
+def _decoded_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of products with decoded rows: bfloat16 for bfloat16 x, as of a dense layer, else float32."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
+def rotated(x: torch.Tensor, layer: Layer, q_in: Side) -> torch.Tensor:
+    """Q_inᵀ( su ⊙ x ) as [`decoded`] takes it, [vectors, n] in scratch memory."""
+    rotated_inputs().forget()  # those of another input are in the same memory
+    vectors = x.reshape(-1, layer.n)
+    return _transform_in(vectors, layer.su, q_in, scratch.scratch("rotated inputs", vectors.shape, _decoded_dtype(x)))
+
+
+def decoded(t: torch.Tensor, layer: Layer, codes: E8PCodes | TrellisCodes, q_out: Side, dtype: torch.dtype) -> torch.Tensor:
+    """sv ⊙ Q_out( Ŵ t ) + bias for rotated inputs t [vectors, n]: [vectors, m] in this dtype."""
+    n, m = layer.n, layer.m
+    z = scratch.scratch("rotated outputs", (len(t), m), t.dtype)
     rows = min(m, max(1, DECODED_WEIGHTS // n // TILE) * TILE)
     for begin in range(0, m, rows):
         count = min(rows, m - begin)
-        weight = codes.decode(slice(begin, begin + count), scratch.scratch("decoded rows", (count, n), dtype))
+        weight = codes.decode(slice(begin, begin + count), scratch.scratch("decoded rows", (count, n), t.dtype))
         if rows >= m:
             torch.mm(t, weight.T, out=z)
         else:
-            block = scratch.scratch("block of outputs", (len(t), count), dtype)
+            block = scratch.scratch("block of outputs", (len(t), count), t.dtype)
             z[:, begin : begin + count] = torch.mm(t, weight.T, out=block)
-    return _transform_out(z, layer, q_out, x.dtype).reshape(*x.shape[:-1], m)
+    return _transform_out(z, layer, q_out, dtype)
 
 
 def bundled(
     x: torch.Tensor,
     rows: torch.Tensor,
     su: torch.Tensor,
+    sv: torch.Tensor,
     address: int,
     m: int,
     q_in: kernels.Transform | None,
@@ -205,6 +232,7 @@ def bundled(
 
     Args:
         x: [..., n]. rows: the same, [vectors, n] or contiguous, with neighbours in memory along the last dimension.
+        sv: says which linear this is: linears of one input may have one su.
         address: of the layer's description. q_in: the transform of its inputs.
         int8: whether they are multiplied in 8 bits.
     """
@@ -213,7 +241,7 @@ def bundled(
     plan = cpu_many.plan(vectors, m, n, int8, threads)
     memory = scratch.scratch("workspace", (plan.workspace,), torch.float32)
     shared, key = rotated_inputs(), (q_in, plan.rotated_shape, torch.int32)
-    t = shared.take(su, (x, su), key)
+    t = shared.take(sv, (x, su), key)
     is_rotated = t is not None
     if t is None:
         t = scratch.scratch("rotated inputs", plan.rotated_shape, torch.int32)
@@ -221,7 +249,7 @@ def bundled(
     stride = n if rows is x else rows.stride(0)
     cpu_many.run(address, rows, y, vectors, stride, t, is_rotated, int8, memory, plan, threads)
     if not is_rotated:
-        shared.keep(su, (x, su), key, t)
+        shared.keep(sv, (x, su), key, t)
     return y
 
 

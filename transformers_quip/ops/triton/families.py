@@ -26,6 +26,8 @@ ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: 4e-3}
 _SIZES = (96, 576, 1024)
 _E8P = ((40, 136), (16, 1056))
 _TRELLIS = ((32, 96), (16, 288))
+# Experts without vectors, with one, with a few, and with more than a tile; two vectors have no expert.
+_ENDS = (0, 1, 1, 7, 47)
 _CODES = ("trellis:mul1:k2:exl3", "trellis:3inst:k3:rows", "trellis:mul1:k2.5:exl3", "trellis:hyb-q9v2:k2:qtip")
 
 
@@ -164,6 +166,37 @@ def _trellis(device: torch.device) -> None:
                 _compare(y, x.double() @ weight.T, most, f"{codebook} times {vectors} vectors, {[rows, columns]}")
 
 
+def _grouped(device: torch.device) -> None:
+    from quip_kernels.gpu import grouped as kernels
+    from quip_kernels.gpu import small_batch
+    from quip_kernels.gpu import transform as transforms
+
+    experts, vectors = len(_ENDS), _ENDS[-1] + 2
+    which = torch.searchsorted(torch.tensor(_ENDS), torch.arange(vectors), right=True)
+    for codebook in ("e8p", "e8p-rvq3", "e8p-rvq4"):
+        for rows, columns in _E8P:
+            # the codes of all experts are those of one tall weight
+            stored, weight = _stages(codebook, experts * rows, columns)
+            first, *others = (tensor.view(experts, rows, -1).to(device) for tensor in stored)
+            second, scale = others[0] if others else None, codebooks.get(codebook).residual_scale or 0.0
+            weights = torch.cat([weight.view(experts, rows, columns), torch.zeros(1, rows, columns, dtype=torch.float64)])
+            width = -(-columns // kernels.ALIGNMENT) * kernels.ALIGNMENT
+            x = _random(vectors, columns)
+            wanted = torch.einsum("trn,tn->tr", weights[which], x.double())
+            for terms, most in ((1, 1e-3), (2, 3e-6)):
+                halves = small_batch.halves(x.to(device), terms, width=width)
+                y = kernels.grouped(halves, torch.tensor(_ENDS, device=device), first, second, scale)
+                said = f"experts of codebook {codebook}, {terms} terms, {[experts, rows, columns]}"
+                _compare(y.float().sum(0), wanted, most, said)
+    q, size = incoherence.get("hadamard", _SIZES[0], 0), _SIZES[0]
+    plan = transforms.make_plan(size, q.dense_factors or (), device)
+    x, vectors_of = _random(vectors, size), _random(experts + 1, size, seed=2)
+    options = {"pre": vectors_of.to(device), "post": vectors_of.to(device), "which": which.to(device)}
+    found = transforms.transform(x.to(device), plan, True, torch.float32, **options)
+    wanted = q.apply_transpose(x.double() * vectors_of[which]) * vectors_of[which]
+    _compare(found, wanted, 3e-6, f"transforms of {size} numbers with a vector for each expert")
+
+
 def _encode(device: torch.device) -> None:
     from quip_kernels.gpu import launch
     from quip_kernels.gpu import viterbi as kernels
@@ -187,6 +220,7 @@ _CHECKS: dict[Family, Callable[[torch.device], None]] = {
     Family.SMALL_BATCH: _small_batch,
     Family.DEQUANTIZE: _dequantize,
     Family.TRELLIS: _trellis,
+    Family.GROUPED: _grouped,
     Family.ENCODE: _encode,
 }
 

@@ -16,6 +16,7 @@ class Family(Enum):
     SMALL_BATCH = "small batch"
     DEQUANTIZE = "dequantize"
     TRELLIS = "trellis"
+    GROUPED = "grouped"
     ENCODE = "encode"
 
 

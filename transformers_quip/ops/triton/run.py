@@ -20,6 +20,7 @@ from ... import incoherence as transforms
 from ...codebooks import viterbi
 from .. import reference
 from ..backend import TRITON_DEVICES, for_device, get_activations, is_forced, prove_with
+from ..bundle import joined, layers_of, rotation
 from ..layer import Layer, named, stages
 from ..packing import is_packed, pack
 from . import self_check
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def transform(x: torch.Tensor, incoherence: str, seed: int, transpose: bool) -> torch.Tensor:
     """See [`reference.transform`]; computed in float32."""
     has_kernel = x.dtype in DTYPES and x.numel() > 0
-    plan = _plan_on(x.device, incoherence, x.shape[-1], seed) if has_kernel else None
+    plan = plan_on(x.device, incoherence, x.shape[-1], seed) if has_kernel else None
     if plan is None:
         return reference.transform(x, incoherence, seed, transpose)
     from quip_kernels.gpu.transform import transform as launch
@@ -67,10 +68,34 @@ def linear(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     vectors than HALVES takes is computed in float32 as PyTorch's settings allow.
     """
     layer = Layer(*arguments)
-    way = route(layer.book.kernels, x.dtype, x.numel() // layer.n, trusted(x.device))
+    way = _way(x, layer)
     if way is Route.REFERENCE:
         return reference.linear(x, *layer)
-    rotated = rotate(x, layer, way)
+    return _output(rotate(x, layer, way), layer, way, x)
+
+
+def bundle(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """See [`bundle.bundle`]; each linear as [`linear`] computes it, in either form of the codes."""
+
+    def key(layer: Layer) -> tuple:
+        return _way(x, layer), layer.book.kernels, rotation(layer)
+
+    def rotated(layer: Layer) -> list[torch.Tensor] | None:
+        way = _way(x, layer)
+        return None if way is Route.REFERENCE else rotate(x, layer, way)
+
+    def product(t: list[torch.Tensor] | None, layer: Layer) -> torch.Tensor:
+        return reference.linear(x, *layer) if t is None else _output(t, layer, _way(x, layer), x)
+
+    return joined(x, layers_of(*arguments), key, rotated, product)
+
+
+def _way(x: torch.Tensor, layer: Layer) -> Route:
+    return route(layer.book.kernels, x.dtype, x.numel() // layer.n, trusted(x.device))
+
+
+def _output(rotated: list[torch.Tensor], layer: Layer, way: Route, x: torch.Tensor) -> torch.Tensor:
+    """The output for x, of which [`rotate`] has made these."""
     packed = is_packed(layer.weight, layer.codebook)
     tensors = {} if packed else named(layer.weight, layer.book, layer.m, layer.n)
     if layer.book.kernels == "trellis":
@@ -90,7 +115,7 @@ def rotate(x: torch.Tensor, layer: Layer, way: Route) -> list[torch.Tensor]:
     from quip_kernels.gpu import transform as kernels
 
     columns = layer.n
-    plan = _plan_on(x.device, layer.incoherence_in, columns, layer.seed)
+    plan = plan_on(x.device, layer.incoherence_in, columns, layer.seed)
     rows = x.reshape(-1, columns).contiguous()
     count = digits(x.dtype, get_activations())
     if plan is not None and way is Route.DIGITS:
@@ -150,7 +175,7 @@ def _transform_out(y: torch.Tensor, row_scale: torch.Tensor | None, layer: Layer
     from quip_kernels.gpu.transform import transform as launch
 
     sv, bias = layer.sv, layer.bias
-    plan = _plan_on(x.device, layer.incoherence_out, layer.m, layer.seed)
+    plan = plan_on(x.device, layer.incoherence_out, layer.m, layer.seed)
     if plan is not None:
         y = launch(y, plan, False, x.dtype, row_scale=row_scale, post=sv, bias=bias)
     else:
@@ -180,7 +205,7 @@ def encoder(device: torch.device) -> str:
     return "reference" if chosen == "triton" and Family.ENCODE not in trusted(device) else chosen
 
 
-def _plan_on(device: torch.device, name: str, size: int, seed: int) -> Plan | None:
+def plan_on(device: torch.device, name: str, size: int, seed: int) -> Plan | None:
     """The transform for the kernels; None if they cannot compute it here."""
     return _plan(name, size, seed, device) if Family.TRANSFORM in trusted(device) else None
 
@@ -200,6 +225,6 @@ def register() -> None:
         return
     prove_with(self_check.trusted)
     viterbi.encode_with(encoder)
-    for function in (transform, decode, linear):
+    for function in (transform, decode, linear, bundle):
         for device in TRITON_DEVICES:
             torch.library.impl(f"quip::{function.__name__}", device, function)

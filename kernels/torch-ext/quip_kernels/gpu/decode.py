@@ -1,4 +1,4 @@
-"""Words of codes to nibbles and weights, for all kernels. The layouts are described in `..e8p` and `..e8`."""
+"""Codes to nibbles and weights, for all kernels. The layouts of words are described in `..e8p` and `..e8`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,24 @@ def nibbles_of_words(table_pointer, table, indices, signs, SIGNED: tl.constexpr,
 
 
 @triton.jit
+def nibbles_of_codes(table_pointer, table, codes, SIGNED: tl.constexpr, GATHER: tl.constexpr):
+    """The words of eight nibbles of stored codes: int16 if SIGNED (`e8p.table_of_stored`), else uint8 (`e8.table`)."""
+    if SIGNED:
+        index = codes.to(tl.int32)
+        if GATHER:
+            # one gather for both, because each begins with a barrier
+            pattern, flips = tl.split(
+                look_up(table_pointer, table, tl.join((index >> 8) & 0xFF, (index & 0xFF) + 256), GATHER)
+            )
+        else:
+            pattern = look_up(table_pointer, table, (index >> 8) & 0xFF, GATHER)
+            flips = look_up(table_pointer, table, (index & 0xFF) + 256, GATHER)
+        return pattern ^ flips
+    else:
+        return look_up(table_pointer, table, codes.to(tl.int32), GATHER)
+
+
+@triton.jit
 def _twice_weight(nibbles, k: tl.constexpr, SIGNED: tl.constexpr):
     """2w of nibble k as float16: the nibble is put into the bits of a number 64 … 79, without a conversion."""
     bits = nibbles << 4 if k == 0 else nibbles >> (4 * k - 4)
@@ -77,6 +95,12 @@ def _twice_weights_of_code(nibbles, SIGNED: tl.constexpr):
         tl.join(_twice_weight(nibbles, 6, SIGNED), _twice_weight(nibbles, 7, SIGNED)),
     )
     return tl.reshape(tl.join(even, odd), [nibbles.shape[0], nibbles.shape[1], 8])
+
+
+@triton.jit
+def twice_weights_of_codes(nibbles, SIGNED: tl.constexpr):
+    """2w of all weights of codes [R, C]: float16 [R, 8 C], exact, from the words of `nibbles_of_codes`."""
+    return tl.reshape(_twice_weights_of_code(nibbles, SIGNED), [nibbles.shape[0], nibbles.shape[1] * 8])
 
 
 @triton.jit

@@ -60,13 +60,18 @@ def _sylvester(ORDER: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load(x, pre, row_scale, row, column, inside, columns, parts, part_stride):
-    """x [row, column], parts added up, times pre [column] and row_scale [row]; pre and row_scale may be None."""
+def _load(x, pre, which, row_scale, row, column, inside, columns, parts, part_stride):
+    """x [row, column], parts added up, times pre [column] and row_scale [row]; pre and row_scale may be None.
+
+    which: not None: pre [which[row], column] instead.
+    """
     place = row * columns + column
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     for part in range(1, parts):
         value += tl.load(x + part * part_stride + place, mask=inside, other=0.0).to(tl.float32)
     if pre is not None:
+        if which is not None:
+            pre += tl.load(which + row) * columns
         value *= tl.load(pre + column, mask=inside, other=0.0).to(tl.float32)
     if row_scale is not None:
         value *= tl.load(row_scale + row)
@@ -74,9 +79,11 @@ def _load(x, pre, row_scale, row, column, inside, columns, parts, part_stride):
 
 
 @triton.jit
-def _store(y, post, bias, value, row, column, inside, columns):
-    """y [row, column] = value · post [column] + bias [column]; either may be None."""
+def _store(y, post, which, bias, value, row, column, inside, columns):
+    """y [row, column] = value · post [column] + bias [column]; either may be None. which: as in `_load`, for post."""
     if post is not None:
+        if which is not None:
+            post += tl.load(which + row) * columns
         value *= tl.load(post + column, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -107,6 +114,7 @@ def _transform_tile(value, A: tl.constexpr, B: tl.constexpr, P: tl.constexpr, TE
 def sylvester_kernel(
     x,
     pre,
+    which,
     row_scale,
     post,
     bias,
@@ -124,10 +132,10 @@ def sylvester_kernel(
     """scale · S_P on every P neighbours of the rows of x [M, columns]; A·B numbers of a row a program."""
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * (A * B) + _columns_of_tile(A, B, P, True)
-    value = _load(x, pre, row_scale, row, column, column < columns, columns, parts, part_stride)
+    value = _load(x, pre, which, row_scale, row, column, column < columns, columns, parts, part_stride)
     value = _transform_tile(value, A, B, P, TERMS, TERM) * scale
     column = tl.program_id(0) * (A * B) + _columns_of_tile(A, B, P, False)
-    _store(y, post, bias, value, row, column, column < columns, columns)
+    _store(y, post, which, bias, value, row, column, column < columns, columns)
 
 
 @triton.jit
@@ -170,6 +178,7 @@ def sylvester_quantize_kernel(
 def factor_kernel(
     x,
     pre,
+    which,
     row_scale,
     factor,
     post,
@@ -207,6 +216,7 @@ def factor_kernel(
         source = _load(
             x,
             pre,
+            which,
             row_scale,
             row,
             start + j[None, :] * after,
@@ -221,7 +231,7 @@ def factor_kernel(
         if TERMS > 0:
             matrix = matrix.to(TERM)
         value += dot_signs(source, matrix, TERMS)
-    _store(y, post, bias, value * scale, row, start + i * after, known & (i < ORDER), columns)
+    _store(y, post, which, bias, value * scale, row, start + i * after, known & (i < ORDER), columns)
 
 
 def make_plan(size: int, factors: Sequence[torch.Tensor], device: torch.device) -> Plan:
@@ -274,6 +284,7 @@ def transform(
     row_scale: torch.Tensor | None = None,
     post: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    which: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """post ⊙ Q (row_scale · pre ⊙ x) + bias, Qᵀ if transpose, for every row of x.
 
@@ -282,6 +293,7 @@ def transform(
         plan: of Q [n, n], on the device of x.
         dtype: of the result; inside, everything is float32.
         pre, post, bias: floating point [n] or None. row_scale: float32 [M] or None.
+        which: int64 [M]: pre and post are contiguous [K, n], and row i of x takes row which[i] of them; None: they are [n].
 
     Returns:
         [M, n], contiguous.
@@ -310,6 +322,7 @@ def transform(
                 factor_kernel[(triton.cdiv(groups, 64), triton.cdiv(order, block))](
                     x,
                     pre,
+                    which,
                     row_scale,
                     factor,
                     *ends,
@@ -335,6 +348,7 @@ def transform(
                 sylvester_kernel[(triton.cdiv(plan.size, a * b), rows)](
                     x,
                     pre,
+                    which,
                     row_scale,
                     *ends,
                     y,
