@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from markdown import figure, load, machine_line, number, table
+from markdown_tables import figure, load, machine_line, number, table
 from quality import groups
 
 ROOT = Path(__file__).resolve().parent.parent
