@@ -233,7 +233,8 @@ def estimate(
     if written:
         rounds = -(-(shape[0] * shape[1]) // (written * WRITTEN))
         stages["text"] = rounds * written * len(blocks) * sample.write
-    needed = [entry.shape for entry in plan.entries if entry.name in set(two_sided(plan, config))]
+    asked = set(two_sided(plan, config))
+    needed = [(entry.shape[0], entry.shape[1]) for entry in plan.entries if entry.name in asked]
     if needed:
         forward = sample.replay * len(blocks) / config.batch_size
         products = config.batch_size * shape[1] * sum(group.columns**2 for group in groups)

@@ -125,7 +125,7 @@ class KeptSums:
         begin = time.monotonic()
         if begin < self._next and not last:
             return
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, found in sums.items():
             tensors |= {f"{name}.{side}": tensor.cpu() for side, tensor in _sides(found).items()}
             tensors[f"{name}.sequences"] = torch.tensor(found.sequences)
