@@ -1,13 +1,14 @@
 """Perplexity of a quantized model, by the protocol in protocol.py, for several calibrations, bits and seeds.
 
-    python benchmarks/quality.py [FOLDER] [--settings text trellis eighths self none] [--bits 2 2.5 3 4] [--seeds 0 1 2]
-        [--num-samples N] [--save FOLDER]
+    python benchmarks/quality.py [FOLDER] [--settings text trellis trellis-refit trellis-yaqa eighths self none]
+        [--bits 2 2.5 3 4] [--seeds 0 1 2] [--num-samples N] [--save FOLDER]
 
-Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `eighths` with
+Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `trellis-refit` fits
+su to the codes as well, `trellis-yaqa` rounds for the model's output with gradients of 64 sequences, `eighths` has
 transforms in 8 blocks on the side that tensor parallelism divides, `self` is the bare default (text that the model writes
-itself), `none` is dataset=None. --save keeps the quantized models. Each run is a fresh
-process. results/quality.json is written after every run, and runs that it has already are replaced, so that a long series
-can be made in parts, also side by side: no seconds are kept.
+itself), `none` is dataset=None. The divergence to the dense model is that of the first 8 windows of each text. --save keeps
+the quantized models. Each run is a fresh process. results/quality.json is written after every run, and runs that it has
+already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
 For the first seed of each setting at 2 bits, a picture of the errors of every layer is written to the same folder. If
 text was measured at 2, 2.5 and 3 bits, the last line compares 2.5 bits with the line between 2 and 3.
 """
@@ -32,6 +33,8 @@ SETTINGS = {
     "dense": "the dense model in float32",
     "text": "QuIP#, calibrated on Wikipedia text",
     "trellis": "QuIP# with trellis codes, calibrated on Wikipedia text",
+    "trellis-refit": "QuIP# with trellis codes and su refitted, calibrated on Wikipedia text",
+    "trellis-yaqa": "QuIP# with trellis codes, rounded for the model's output, calibrated on Wikipedia text",
     "eighths": "QuIP#, calibrated on Wikipedia text, transforms in 8 blocks for tensor parallelism",
     "self": "QuIP#, calibrated on text the model wrote (default)",
     "none": "QuIP#, no calibration",
@@ -40,6 +43,16 @@ SETTINGS = {
 _OUTPUTS, _INPUTS = ["hadamard", "hadamard-eighths"], ["hadamard-eighths", "hadamard"]
 EIGHTHS = {f"{name}_proj": {"incoherence": _OUTPUTS} for name in ("q", "k", "v", "gate", "up")}
 EIGHTHS |= {f"{name}_proj": {"incoherence": _INPUTS} for name in ("o", "down")}
+# Options of QuipConfig; the data are Wikipedia text unless they say something else.
+OPTIONS = {
+    "trellis": {"codebook": "trellis"},
+    "trellis-refit": {"codebook": "trellis", "refit": 2},
+    "trellis-yaqa": {"codebook": "trellis", "rounding": "yaqa"},
+    "eighths": {"modules": EIGHTHS},
+    "self": {"dataset": "self"},
+    "none": {"dataset": None},
+}
+COMPARED = 8  # windows for the divergence
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -49,7 +62,7 @@ def run(options: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from transformers_quip import QuipConfig
-    from transformers_quip.evaluation import mean_by_kind, perplexity, plot_relative_error, true_bits_per_weight
+    from transformers_quip.evaluation import divergence, mean_by_kind, perplexity, plot_relative_error, true_bits_per_weight
     from transformers_quip.evaluation.report import ERRORS
 
     setting, bits, seed = options.run
@@ -59,16 +72,8 @@ def run(options: argparse.Namespace) -> dict:
     )
     arguments = {"dtype": torch.float32}
     if setting != "dense":
-        dataset = {"self": "self", "none": None}.get(setting, windows.calibration)
-        codebook = "trellis" if setting == "trellis" else None
-        arguments["quantization_config"] = QuipConfig(
-            bits=bits,
-            codebook=codebook,
-            dataset=dataset,
-            num_samples=options.num_samples,
-            modules=EIGHTHS if setting == "eighths" else None,
-            seed=int(seed),
-        )
+        chosen = {"dataset": windows.calibration, **OPTIONS.get(setting, {})}
+        arguments["quantization_config"] = QuipConfig(bits=bits, num_samples=options.num_samples, seed=int(seed), **chosen)
     model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
     row = {
         "setting": setting,
@@ -83,9 +88,12 @@ def run(options: argparse.Namespace) -> dict:
         folder = options.save / f"{setting}-{bits:g}-{seed}"
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(options.folder).save_pretrained(folder)
+    dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    compared = {name: ids[:COMPARED] for name, ids in windows.evaluation.items()}
+    row["divergence"] = {name: divergence(model, dense, ids).mean for name, ids in compared.items()}
     row["num_samples"] = options.num_samples
     row["true_bits"] = true_bits_per_weight(model)
-    records = layer_records(model, options.folder)
+    records = layer_records(model, dense)
     for key in ERRORS:
         if losses := mean_by_kind(records, key):
             row[key] = losses
@@ -96,19 +104,17 @@ def run(options: argparse.Namespace) -> dict:
     return row
 
 
-def layer_records(model, folder: Path) -> list[dict]:
+def layer_records(model, dense) -> list[dict]:
     """Return the errors of each quantized linear, as transformers_quip.evaluation.LayerRecord.
 
     The quantizer measured proxy loss and relative error with its Hessians; without calibration they are missing. The
     errors of the weights are computed here, in the same way for all settings.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from transformers_quip import QuipLinear
     from transformers_quip.nn.replace import dense_weight
 
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     report = model.hf_quantizer.report
     measured = {record["name"]: record for record in report.modules} if report else {}
     records = []
