@@ -130,14 +130,21 @@ class QuipVllmConfig(QuantizationConfig):
             raise ValueError(f"vLLM does not say which of {', '.join(found)} its embedding without a name is")
         return QuipEmbeddingMethod(self.quip, found[0]) if found else None
 
-    def _experts(self, layer: torch.nn.Module, prefix: str) -> Any:
-        inside = sorted(original for name, original in self.names.items() if name.startswith(f"{prefix}."))
+    def _experts(self, layer: Any, prefix: str) -> Any:
+        from .experts import DOWN, GATE_UP, QuipExpertsMethod
+        from .parts import Origin
+
+        name = prefix.removesuffix(".routed_experts")
+        inside = {known.removeprefix(f"{name}."): own for known, own in self.names.items() if known.startswith(f"{name}.")}
         if not inside:
             return None
-        raise ValueError(
-            f"{prefix}: quantized experts ({inside[0]}) cannot be served by vLLM yet: use transformers-quip serve, or "
-            "leave the experts dense (modules_to_not_convert=['experts'])"
-        )
+        if set(inside) != {GATE_UP, DOWN}:
+            raise ValueError(
+                f"{name} has experts whose quantized weights are {', '.join(sorted(inside)[:3])} …, which vLLM cannot load "
+                f"(only stacks {GATE_UP} and {DOWN}): use transformers-quip serve"
+            )
+        origins = {projection: Origin.of(self.quip, own) for projection, own in inside.items()}
+        return QuipExpertsMethod(layer.moe_config, origins, name)
 
 
 class Exl3VllmConfig(QuipVllmConfig):
