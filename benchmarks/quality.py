@@ -1,10 +1,11 @@
 """Perplexity of a quantized model, by the protocol in protocol.py, for several calibrations, bits and seeds.
 
-    python benchmarks/quality.py [FOLDER] [--settings text trellis self none] [--bits 2 2.5 3 4] [--seeds 0 1 2]
+    python benchmarks/quality.py [FOLDER] [--settings text trellis eighths self none] [--bits 2 2.5 3 4] [--seeds 0 1 2]
         [--num-samples N] [--save FOLDER]
 
-Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `self` is the bare
-default (text that the model writes itself), `none` is dataset=None. --save keeps the quantized models. Each run is a fresh
+Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `eighths` with
+transforms in 8 blocks on the side that tensor parallelism divides, `self` is the bare default (text that the model writes
+itself), `none` is dataset=None. --save keeps the quantized models. Each run is a fresh
 process. results/quality.json is written after every run, and runs that it has already are replaced, so that a long series
 can be made in parts, also side by side: no seconds are kept.
 For the first seed of each setting at 2 bits, a picture of the errors of every layer is written to the same folder. If
@@ -31,9 +32,14 @@ SETTINGS = {
     "dense": "the dense model in float32",
     "text": "QuIP#, calibrated on Wikipedia text",
     "trellis": "QuIP# with trellis codes, calibrated on Wikipedia text",
+    "eighths": "QuIP#, calibrated on Wikipedia text, transforms in 8 blocks for tensor parallelism",
     "self": "QuIP#, calibrated on text the model wrote (default)",
     "none": "QuIP#, no calibration",
 }
+
+_OUTPUTS, _INPUTS = ["hadamard", "hadamard-eighths"], ["hadamard-eighths", "hadamard"]
+EIGHTHS = {f"{name}_proj": {"incoherence": _OUTPUTS} for name in ("q", "k", "v", "gate", "up")}
+EIGHTHS |= {f"{name}_proj": {"incoherence": _INPUTS} for name in ("o", "down")}
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -56,7 +62,12 @@ def run(options: argparse.Namespace) -> dict:
         dataset = {"self": "self", "none": None}.get(setting, windows.calibration)
         codebook = "trellis" if setting == "trellis" else None
         arguments["quantization_config"] = QuipConfig(
-            bits=bits, codebook=codebook, dataset=dataset, num_samples=options.num_samples, seed=int(seed)
+            bits=bits,
+            codebook=codebook,
+            dataset=dataset,
+            num_samples=options.num_samples,
+            modules=EIGHTHS if setting == "eighths" else None,
+            seed=int(seed),
         )
     model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
     row = {
@@ -151,7 +162,9 @@ def print_line(rows: list[dict], low: float = 2, middle: float = 2.5, high: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="a dense model; SmolLM2 by default")
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument(
+        "--settings", nargs="+", choices=list(SETTINGS), default=["dense", "text", "trellis", "self", "none"]
+    )
     parser.add_argument("--bits", nargs="+", type=float, default=[2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num-samples", type=int, default=256, help="calibration sequences of 512 tokens")

@@ -1,7 +1,7 @@
 """CPU seconds and losses of rounding one decoder block of a model: transforms, scale, LDLQ, refinement sweeps, refits.
 
     python benchmarks/rounding.py [FOLDER] [--blocks 0 14 29] [--windows N] [--codebooks NAME ...] [--sweeps N ...]
-        [--refit N ...]
+        [--refit N ...] [--name NAME]
 
 The Hessians come from the dense model on a few calibration windows; the time of rounding hardly depends on them. "proxy
 loss" is tr(E H Eᵀ) / tr(W H Wᵀ) with these, "fresh loss" the same with the Hessian of as many windows that rounding has not
@@ -69,7 +69,7 @@ def measure(weights: dict[str, torch.Tensor], seen: torch.Tensor, fresh: torch.T
     records = []
     for name, result in quantized.items():
         rows, columns = weights[name].shape
-        linear = torch.nn.Linear(columns, rows, bias=False, device="meta")
+        linear = torch.nn.utils.skip_init(torch.nn.Linear, columns, rows, bias=False)
         error = weights[name] - quantized_linear(linear, result, config).dequantize(torch.float32)
         lost, total = (((x @ fresh) * x).sum().item() for x in (error, weights[name]))
         records.append({"name": name, "fresh_loss": lost / total, **result.statistics})
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--codebooks", nargs="+", default=["e8p"], help="the option codebook of QuipConfig")
     parser.add_argument("--sweeps", type=int, nargs="+", default=[None], help="the option refinement_sweeps")
     parser.add_argument("--refit", type=int, nargs="+", default=[0], help="the option refit")
+    parser.add_argument("--name", default="rounding", help="of the file of results")
     options = parser.parse_args()
 
     folder = options.folder or dense_folder()
@@ -126,7 +127,7 @@ def main() -> None:
         print(f"  median {found['cpu_seconds']:.2f} CPU s, means {found['proxy_loss']:.5f} / {found['fresh_loss']:.5f}")
         combinations.append(found | {"rows": rows})
     first = {key: combinations[0][key] for key in ("refinement_sweeps", "cpu_seconds")}
-    machine.save("rounding", {**first, "combinations": combinations})
+    machine.save(options.name, {**first, "combinations": combinations})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Quantize a model from folder to folder under a memory limit, in memory, and in several processes: time, memory, the plan.
 
-    python benchmarks/streaming.py WORK [--blocks 32] [--hidden 2560] [--limit 4e9] [--samples 8] [--sweeps 0]
-    python benchmarks/streaming.py WORK --model FOLDER --ways stream memory processes --limit 0 --samples 256 --tokens 512
+    python benchmarks/streaming.py WORK [--blocks 32] [--hidden 2560] [--limit 4e9] [--cgroup FOLDER] [--samples 8]
+        [--sweeps 0]
+    python benchmarks/streaming.py WORK --model FOLDER --ways stream memory processes2 --limit 0 --samples 256 --tokens 512
 
 Without --model a Llama with random weights is written to WORK/dense, one file for each block. Each way runs in a fresh
-process (or two, with one thread each) and writes to WORK/<way>; with a limit it may not have more private memory
-(RLIMIT_DATA: the system refuses more). Peaks are those of anonymous memory (RssAnon) and of all of it (VmHWM), which
-includes pages of mapped files. The results of all ways must have the same bytes. WORK is removed afterwards.
+process (or in two or four, with one thread each) and writes to WORK/<way>. With a limit it may not have more private memory
+(RLIMIT_DATA: the system refuses more), or with --cgroup, an empty folder of a memory controller (version 1 or 2), not more
+memory of any kind: the system ends a process that needs more. Peaks are those of anonymous memory (RssAnon) and of all of
+it (VmHWM), which includes pages of mapped files. The results of all ways must have the same bytes. WORK is removed
+afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from transformers import LlamaConfig
 
 VOCABULARY = 32000
 NORMS = ("input", "post_attention")
-WAYS = ("stream", "memory", "processes", "resumed")
+WAYS = ("stream", "memory", "resumed", "processes2", "processes4")
 ARGUMENTS = ("hidden", "intermediate", "blocks", "samples", "tokens", "batch_size", "sweeps", "limit")
 
 
@@ -91,7 +94,9 @@ def child(options: argparse.Namespace) -> None:
     from transformers_quip import QuipConfig
     from transformers_quip.calibration import processes
 
-    if options.limit:
+    if options.cgroup:
+        (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
+    elif options.limit:
         resource.setrlimit(resource.RLIMIT_DATA, (int(options.limit), int(options.limit)))
     sizes = {"num_samples": options.samples, "sequence_length": options.tokens, "batch_size": options.batch_size}
     config = QuipConfig(bits=2, dataset=_ids(options), refinement_sweeps=options.sweeps, **sizes)
@@ -116,19 +121,29 @@ def child(options: argparse.Namespace) -> None:
         print(json.dumps({"anonymous": watch.peak, "resident": highest, "seconds": seconds, "stages": dict(stages)}))
 
 
-def _ids(options: argparse.Namespace) -> torch.Tensor | str:
-    """Random token ids for a random model; for a real one the text that it writes."""
+def limit_group(folder: Path, limit: int) -> None:
+    """Give a memory controller's folder its limit in bytes, without swap."""
+    version_1 = folder / "memory.limit_in_bytes"
+    (version_1 if version_1.exists() else folder / "memory.max").write_text(str(limit))
+
+
+def _ids(options: argparse.Namespace) -> torch.Tensor:
+    """Random token ids for a random model; for a real one Wikipedia text."""
     if options.model:
-        return "self"
+        from protocol import load_windows
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        return load_windows(tokenizer, calibration=options.samples, evaluation=1, length=options.tokens).calibration
     return torch.randint(VOCABULARY, (options.samples, options.tokens), generator=torch.Generator().manual_seed(1))
 
 
 def run(way: str, options: argparse.Namespace) -> dict:
     """One way in a fresh process, with one thread."""
     command = [sys.executable]
-    if way == "processes":
+    if way.startswith("processes"):
         where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", *where]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", way.removeprefix("processes"), *where]
     variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command += [__file__, *sys.argv[1:], "--way", way]
     stopped = kill_in_the_middle(command, variables, options.work / way) if way == "resumed" else {}
@@ -173,12 +188,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--sweeps", type=int, help="refinement sweeps, if not the default")
     parser.add_argument("--limit", type=float, default=4e9, help="bytes of private memory; 0: no limit")
+    parser.add_argument("--cgroup", type=Path, help="the limit is of this group, for memory of every kind")
     parser.add_argument("--name", default="streaming", help="of the file of results")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # the child's
     options = parser.parse_args()
     if options.way:
         child(options)
         return
+    if options.cgroup:
+        limit_group(options.cgroup, int(options.limit))
     options.work.mkdir(parents=True)
     parameters = None
     if not options.model:

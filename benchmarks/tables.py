@@ -1,4 +1,4 @@
-"""Write every table of README.md and docs/results.md from results/*.json, each between two markers of its name.
+"""Write every table of README.md and docs from results/*.json, each between two markers of its name.
 
     python benchmarks/tables.py [--check]
 
@@ -9,56 +9,20 @@ the content of the files.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from markdown_tables import figure, load, machine_line, number, table
 from quality import groups
 
-RESULTS = Path(__file__).resolve().parent / "results"
-ROOT = RESULTS.parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/how_it_works.md")
 NOTHING = "Not measured yet: `make bench` makes these figures.\n"
-# Perplexities beyond this say only that the model is destroyed.
-DESTROYED = 1e5
 
 _MARKED = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-
-
-def load(name: str) -> dict | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def number(value: float) -> str:
-    """A perplexity with a sensible number of digits."""
-    if value > DESTROYED:
-        return ">10^5"
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def figure(values: list[float]) -> str:
-    """One perplexity, or the mean with the range of several."""
-    mean = number(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ({number(min(values))} to {number(max(values))})"
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    """Markdown; empty without rows."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) if rows else ""
-
-
-def machine_line(content: dict) -> str:
-    """Where the figures come from; a file of several machines names the processor of each row, in the order of the rows."""
-    found = content["machine"]
-    processors = list(dict.fromkeys(row.get("processor", found["processor"]) for row in content.get("rows", ())))
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    where = " and ".join(processors or [found["processor"]])
-    return f"\nMeasured on: {where}, {found['cores']} cores; Python {found['python']}, {versions}.\n"
 
 
 def _perplexities(rows: list[dict]) -> list[str]:
@@ -280,6 +244,39 @@ def search() -> str:
     return table(["on the CPU", ""], lines) + (machine_line(nearest) if nearest else "")
 
 
+def again() -> str:
+    """What sweeps and refits do to trellis codes."""
+    content = load("rounding-trellis")
+    if content is None:
+        return ""
+    lines = [
+        [
+            str(found["refinement_sweeps"]),
+            str(found["refit"]),
+            f"{found['proxy_loss']:.5f}",
+            f"{found['fresh_loss']:.5f}",
+            f"{found['cpu_seconds']:.0f}",
+        ]
+        for found in content["combinations"]
+    ]
+    titles = ["sweeps", "refits", "loss", "loss on other text", "CPU seconds a block"]
+    return table(titles, lines) + machine_line(content)
+
+
+def two_sided() -> str:
+    """One-sided against two-sided rounding."""
+    content = load("two_sided")
+    if content is None:
+        return ""
+    lines = []
+    for row in content["rows"]:
+        name = row["rounding"] + (f", sketch {row['sketch']}" if row["sketch"] else "")
+        kl = [f"{row['divergence'][text]:.3f}" for text in ("wiki", "news")]
+        lines.append([name, *kl, f"{row['cpu_seconds'] / 60:.1f}", f"{row['seconds_of_gradients'] / 60:.1f}"])
+    titles = ["rounding", "KL wiki", "KL news", "CPU minutes", "of which gradients"]
+    return table(titles, lines) + machine_line(content)
+
+
 def startup() -> str:
     """Seconds and memory of imports and of quick commands."""
     content = load("startup")
@@ -299,6 +296,18 @@ def loading() -> str:
         for row in content["rows"]
     ]
     return table(["checkpoint", "file", "peak memory / file", "seconds"], lines) + machine_line(content)
+
+
+def streaming() -> str:
+    """Quantizing from folder to folder: time, memory, and the plan's memory."""
+    lines, content = [], None
+    for name in ("streaming", "streaming-smollm2"):
+        content = load(name) or content
+        for way, row in (load(name) or {"ways": {}})["ways"].items():
+            peak, planned = f"{row['anonymous'] / 1e9:.2f} GB", row.get("predicted", {}).get("memory", "")
+            lines.append([content["model"], way, f"{row['seconds'] / 60:.1f} min", peak, planned])
+    titles = ["model", "way", "time", "peak of private memory", "planned"]
+    return table(titles, lines) + machine_line(content) if content else ""
 
 
 def mutations() -> str:
@@ -354,8 +363,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "activations": activations,
     "search": search,
+    "again": again,
+    "two-sided": two_sided,
     "startup": startup,
     "loading": loading,
+    "streaming": streaming,
     "mutations": mutations,
     "kills": kills,
 }

@@ -280,6 +280,15 @@ def dense_weight(
     return sv.double()[:, None] * weight * su.double()
 
 
+def weight_between(
+    parts: Mapping[str, torch.Tensor], codebook: str, q_in: torch.Tensor, q_out: torch.Tensor
+) -> torch.Tensor:
+    """diag(sv) Q_out Ŵ Q_inᵀ diag(su), float64 [m, n], of a linear's tensors and the matrices of its transforms."""
+    tensors = dict(stored(parts))
+    decoded = decode(tensors.pop("codes"), len(parts["su"]), codebook, **tensors)
+    return parts["sv"].double()[:, None] * (q_out @ decoded @ q_in.T) * parts["su"].double()
+
+
 def random_linear(
     m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32, codebook: str = "e8p"
 ) -> dict[str, torch.Tensor]:

@@ -36,7 +36,7 @@ def labels_of(model, ids, generator):
 def test_it_is_the_second_moment_of_the_gradients_of_sequences():
     model, ids = tiny_model("llama"), tiny_ids(5, 12)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = collect_curvature(model, NAMES, ids, seed=3, progress=False)
+    found = collect_curvature(model, NAMES, ids, seed=3, sketch="B", progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     exact, generator = copy.deepcopy(model).double(), torch.Generator().manual_seed(3)
@@ -53,6 +53,42 @@ def test_it_is_the_second_moment_of_the_gradients_of_sequences():
         torch.testing.assert_close(found[name].hessian_in.double(), inner, rtol=1e-3, atol=1e-3 * scale[0])
         torch.testing.assert_close(found[name].hessian_out.double(), outer, rtol=1e-3, atol=1e-3 * scale[1])
         assert found[name].sequences == 5
+
+
+def test_tokens_apart_weigh_the_moments_of_each_side_by_the_other():
+    model, ids = tiny_model("llama"), tiny_ids(5, 12)
+    found = collect_curvature(model, NAMES, ids, seed=3, sketch="A", progress=False)
+    outputs = collect_curvature(model, NAMES, ids, seed=3, sketch="outputs", progress=False)
+    exact, generator = copy.deepcopy(model).double(), torch.Generator().manual_seed(3)
+    sums = {name: [0.0, 0.0, 0.0] for name in NAMES}
+    for sequence in ids:
+        labels = labels_of(model, sequence, generator)
+        added, inputs = {}, {}
+
+        def plus_zeros(name, added=added, inputs=inputs):
+            def hook(_, arguments, output):
+                inputs[name] = arguments[0][0].detach()
+                added[name] = torch.zeros_like(output, requires_grad=True)
+                return output + added[name]
+
+            return hook
+
+        hooks = [exact.get_submodule(name).register_forward_hook(plus_zeros(name)) for name in NAMES]
+        loss = nn.functional.cross_entropy(exact(input_ids=sequence[None]).logits[0], labels, reduction="sum")
+        for name, gradient in zip(NAMES, torch.autograd.grad(loss, [added[name] for name in NAMES]), strict=True):
+            for x, g in zip(inputs[name], gradient[0], strict=True):
+                sums[name][0] += (g @ g) * torch.outer(x, x)
+                sums[name][1] += (x @ x) * torch.outer(g, g)
+                sums[name][2] += torch.outer(g, g)
+        for handle in hooks:
+            handle.remove()
+    for name, (inner, outer, alone) in sums.items():
+        scale = inner.diagonal().mean().item(), outer.diagonal().mean().item()
+        torch.testing.assert_close(found[name].hessian_in.double(), inner, rtol=1e-3, atol=1e-3 * scale[0])
+        torch.testing.assert_close(found[name].hessian_out.double(), outer, rtol=1e-3, atol=1e-3 * scale[1])
+        scale = alone.diagonal().mean().item()
+        torch.testing.assert_close(outputs[name].hessian_out.double(), alone, rtol=1e-3, atol=1e-3 * scale)
+        assert outputs[name].hessian_in is None
 
 
 def test_labels_are_drawn_from_the_predictions():
@@ -74,8 +110,8 @@ def test_labels_are_drawn_from_the_predictions():
 
 def test_parts_that_fit_the_memory_give_the_same():
     model, ids = tiny_model("llama"), tiny_ids(3, 8)
-    whole = collect_curvature(model, NAMES, ids, progress=False)
-    parts = collect_curvature(model, NAMES, ids, budget=1, progress=False)
+    whole = collect_curvature(model, NAMES, ids, sketch="A", progress=False)
+    parts = collect_curvature(model, NAMES, ids, sketch="A", budget=1, progress=False)
     assert list(parts) == list(NAMES)
     for name in NAMES:
         assert torch.equal(parts[name].hessian_in, whole[name].hessian_in)
@@ -83,17 +119,18 @@ def test_parts_that_fit_the_memory_give_the_same():
 
 
 @pytest.mark.parametrize(("arch", "name"), [("gpt2", "transformer.h.0.mlp.c_fc"), ("qwen2_moe", None)])
-def test_other_modules(arch, name):
+@pytest.mark.parametrize("sketch", ["A", "B"])
+def test_other_modules(arch, name, sketch):
     model = tiny_model(arch)
     names = [name] if name else [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n]
-    found = collect_curvature(model, names, tiny_ids(2, 6), progress=False)
+    found = collect_curvature(model, names, tiny_ids(2, 6), sketch=sketch, progress=False)
     assert found
     for each, sums in found.items():
         weight = model.get_submodule(each).weight
         shape = weight.shape if isinstance(model.get_submodule(each), nn.Linear) else weight.T.shape
         assert sums.hessian_out.shape == (shape[0], shape[0])
         assert sums.hessian_in.shape == (shape[1], shape[1])
-        # ‖G‖² is the trace of both
+        # the trace of both is Σ ‖G‖², or Σ ‖x‖² ‖g‖²
         torch.testing.assert_close(sums.hessian_in.trace(), sums.hessian_out.trace(), rtol=1e-3, atol=1e-6)
 
 

@@ -112,10 +112,11 @@ def test_a_model_that_is_not_there(dense, tmp_path, capsys):
 
 def test_the_defaults_are_those_of_the_config():
     shown = {option.name: option.default for option in quantize_command.params}
-    for name in ("dataset", "num_samples", "sequence_length", "batch_size", "seed"):
+    for name in ("dataset", "num_samples", "sequence_length", "batch_size", "seed", "tune"):
         assert shown[name] == OPTIONS[name].default
     made = QuipConfig(**config_options(None, None, "self", (), ("scale=0.9", "codebook=e8p")))
     assert made == QuipConfig(scale=0.9)
+    assert QuipConfig(**config_options(None, None, "self", (), (), tune="full")) == QuipConfig(tune="full")
 
 
 def test_inspect(quantized, capsys):

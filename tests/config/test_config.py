@@ -103,6 +103,7 @@ def test_codebook_chooses_the_bits_and_bits_the_codebook():
         ({"codebook": 8}, ["codebook=8", "'e8p'"]),
         ({"incoherence": "hadamar"}, ["incoherence='hadamar'", "'none'", "did you mean 'hadamard'"]),
         ({"incoherence": None}, ["incoherence=None", "'hadamard'"]),
+        ({"incoherence": "hadamard-1"}, ["incoherence='hadamard-1'", "'hadamard-N' for blocks of N numbers"]),
         ({"rounding": "gptq"}, ["rounding='gptq'", "'ldlq'", "'nearest'"]),
         ({"dataset": ""}, ["dataset=''", "'self'"]),
         ({"dataset": []}, ["dataset=[]", "empty"]),

@@ -18,6 +18,49 @@ def test_blocks_of_128():
     torch.testing.assert_close(incoherence.get("hadamard-128", 384).matrix(), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("block", "count"), [(2, 3), (12, 2), (24, 8), (36, 1), (100, 3), (256, 2), (10, 5)])
+def test_blocks_of_any_size(block, count):
+    name, size = f"hadamard-{block}", block * count
+    whole = incoherence.get("hadamard", block, 5).matrix()
+    found = incoherence.get(name, size, 5)
+    torch.testing.assert_close(found.matrix(), torch.block_diag(*[whole] * count), rtol=0, atol=1e-12)
+    assert incoherence.get(name, size, 5) is found
+    assert incoherence.blocks_of(name, size) == incoherence.multiple_of(name) == block
+    # a part of whole blocks has the same transform
+    part = incoherence.get(name, block, 5).matrix()
+    torch.testing.assert_close(found.matrix()[:block, :block], part, rtol=0, atol=1e-12)
+
+
+def test_names_of_blocks():
+    assert [incoherence.block_size(name) for name in ("hadamard-2", "hadamard-4096", "hadamard-262144")] == [
+        2,
+        4096,
+        262144,
+    ]
+    for name in (
+        "hadamard-1",
+        "hadamard-0",
+        "hadamard-012",
+        "hadamard--8",
+        "hadamard-8 ",
+        "hadamard-999999",
+        "hadamard-514",
+        "hadamard-eighths",
+        8,
+        None,
+    ):
+        assert incoherence.block_size(name) is None
+    assert incoherence.get("hadamard", 514).dense_factors is None  # 2 · 257: it cannot be used in blocks
+    assert incoherence.get("hadamard-502", 502).dense_factors is not None  # 2 · 251
+    assert incoherence.blocks_of("hadamard-eighths", 192) == 24
+    assert incoherence.blocks_of("hadamard", 192) is None
+    assert incoherence.multiple_of("kronecker") == 1
+    with pytest.raises(ValueError, match="'hadamard-64' is the name of the Hadamard transform in blocks"):
+        incoherence.register("hadamard-64", lambda size, seed: None)
+    with pytest.raises(ValueError, match="'hadamard-1' is not known"):
+        incoherence.get("hadamard-1", 64)
+
+
 def test_eighths_have_the_matrix_of_the_whole_size():
     block = incoherence.get("hadamard", 24).matrix()
     whole = incoherence.get("hadamard", 192).matrix()
@@ -37,7 +80,9 @@ def test_any_number_of_blocks(count):
     torch.testing.assert_close(transform.apply_transpose(transform.apply(x)), x)
 
 
-@pytest.mark.parametrize(("name", "size"), [("hadamard-128", 192), ("hadamard-256", 384), ("hadamard-eighths", 12)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("hadamard-128", 192), ("hadamard-256", 384), ("hadamard-eighths", 12), ("hadamard-7", 12)]
+)
 def test_sizes_without_blocks(name, size):
     with pytest.raises(ValueError, match=f"size={size} is not a multiple"):
         incoherence.get(name, size)

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 
+import markdown_tables
 import pytest
 import tables
 
@@ -60,7 +61,7 @@ def test_the_tables_are_those_of_the_benchmarks(page):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder of small results; returns the function that writes one."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(markdown_tables, "RESULTS", tmp_path)
     machine = {"processor": "P", "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0"}}
 
     def write(name, **content):

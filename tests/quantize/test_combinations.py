@@ -15,8 +15,8 @@ from transformers_quip.quantize.plan import make_plan
 # 20 columns are not whole blocks of 8, and 12 rows are not a power of two.
 ROWS, COLUMNS = 12, 20
 TRANSFORMS = ["hadamard", "kronecker", "none", "hadamard-quip-for-all", ("hadamard", "none"), ("none", "kronecker")]
-# Transforms of other packages' files, for sizes that are multiples of these numbers.
-BLOCKED = {"hadamard-128": 128, "hadamard-256": 256, "hadamard-eighths": 8}
+# Transforms in blocks, for sizes that are multiples of these numbers.
+BLOCKED = {"hadamard-128": 128, "hadamard-256": 256, "hadamard-32": 32, "hadamard-eighths": 8}
 SCALAR = {"half-integer", "scalar2", "scalar3", "scalar4", "scalar8"}
 # What is defined for grids of single weights alone (QuIP, arXiv 2307.13304: algorithm 5, and stochastic rounding).
 SCALAR_ONLY = {"stochastic", "convex"}
@@ -26,7 +26,7 @@ def test_nothing_is_left_out():
     known = {"ldlq", "ldlq-rg", "greedy", "quantease", "convex", "nearest", "stochastic", "yaqa"}
     assert set(rounding.names()) == known
     assert set(codebooks.names()) == {"e8p", "e8p-rvq3", "e8p-rvq4", "d4", *SCALAR}
-    assert set(incoherence.names()) == {name for name in TRANSFORMS if isinstance(name, str)} | BLOCKED.keys()
+    assert set(incoherence.names()) == {name for name in TRANSFORMS if isinstance(name, str)} | {"hadamard-eighths"}
 
 
 @pytest.mark.parametrize("codebook", codebooks.names())

@@ -54,6 +54,26 @@ def test_the_time_is_made_of_the_samples(monkeypatch):
     assert "two timed samples" in found.sentences()
 
 
+def test_gradients_cost_time_disk_and_the_whole_dense_model(monkeypatch):
+    model = tiny_model("llama", num_hidden_layers=3)
+    sample = Sample(observe=3.0, replay=1.0, write=0.5, columns=64, row=0.01, hessian=2.0)
+    groups = [Group(("self_attn.q_proj",), 64, 64), Group(("mlp.down_proj",), 96, 64)]
+    monkeypatch.setattr(module, "time_samples", lambda *_: (sample, groups))
+    config = QuipConfig(
+        **OPTIONS, rounding="yaqa", sketch="A", sketch_samples=6, modules_to_not_convert=[".*(q|k|v|o|gate|up)_proj"]
+    )
+    without = QuipConfig(**OPTIONS, modules_to_not_convert=[".*(q|k|v|o|gate|up)_proj"])
+    found, ldlq = (estimate(model, make_plan(model, each), each, (8, 16), 0, 10**9) for each in (config, without))
+    size = 3 * 4 * (64**2 + 96**2)
+    assert found.disk == ldlq.disk + size
+    blocks = sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    assert found.memory == max(ldlq.memory, 10**9 + blocks + 8 * 16 * 64 * 4) + size
+    # a forward and a backward pass through 3 blocks, 2 sequences in a batch of 1 s; products as fast as the Hessians'
+    multiply = 2.0 / (2 * 16 * (64**2 + 96**2))
+    assert found.stages["gradients"] == pytest.approx(6 * (2 * 3 * 1.0 / 2 + 3 * 16 * (64**2 + 96**2) * multiply))
+    assert ldlq.stages["gradients"] == 0
+
+
 def test_samples_are_measured_and_leave_the_model_alone():
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,21 +1,24 @@
-"""Both sides' Hessians of linears from the gradients of the model's own loss: YAQA's sketch B (arXiv 2505.22988).
+"""Both sides' Hessians of linears from the gradients of the model's own loss: YAQA's sketches (arXiv 2505.22988).
 
 The Hessian of the KL divergence to the model itself is the Fisher information: the second moment of the gradients of the
-log-likelihood of labels that are drawn from the model's own predictions. For a linear with the weight W [m, n], let G be
-the gradient over one sequence, Σ over its tokens of g xᵀ. Then
+log-likelihood of labels that are drawn from the model's own predictions. For a linear with the weight W [m, n], an input x
+of a token and the gradient g of its output, sketch A takes tokens as independent, and sketch B takes sequences so, with
+G = Σ g xᵀ over the tokens of one:
 
-    H_in = E[Gᵀ G] [n, n],    H_out = E[G Gᵀ] [m, m]
+    A:  H_in = E[‖g‖² x xᵀ],  H_out = E[‖x‖² g gᵀ]        B:  H_in = E[Gᵀ G],  H_out = E[G Gᵀ]
 
-are one step of a power iteration, from the identity, to the nearest Kronecker product H_out ⊗ H_in.
+with sizes [n, n] and [m, m]. Each is one step of a power iteration, from the identity, to the nearest Kronecker product
+H_out ⊗ H_in. The weights of A and the products of B have long tails: a few tokens, or sequences, make up most of the sums,
+so both need many. The sketch "outputs" takes x and g as independent (K-FAC, arXiv 1503.05671): H_out = E[g gᵀ], and H_in is
+the Hessian that one-sided rounding has, of the inputs that the model quantized so far computes.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -28,10 +31,9 @@ from .precision import calibration_autocast, cpu_matmul_precision
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
 # Bytes of all sums of one pass over the sequences; with more linears there are several passes.
 BUDGET = 8 << 30
+OUTPUTS = "outputs"
 
 
 @dataclass
@@ -39,24 +41,39 @@ class Curvature:
     """The two Hessians of one linear, each up to a factor.
 
     Attributes:
-        hessian_in: float32 [n, n].
         hessian_out: float32 [m, m].
-        sequences: the number of gradients in the sums; 0 for a linear that no sequence reached.
+        hessian_in: float32 [n, n]; None for the sketch "outputs", which leaves it to the calibration.
+        sequences: the number of sequences in the sums; 0 for a linear that none reached.
     """
 
-    hessian_in: torch.Tensor
     hessian_out: torch.Tensor
+    hessian_in: torch.Tensor | None = None
     sequences: int = 0
 
     @classmethod
-    def empty(cls, rows: int, columns: int, device: torch.device) -> Curvature:
+    def empty(cls, rows: int, columns: int, sketch: str, device: torch.device | None = None) -> Curvature:
         """Sums of nothing."""
-        return cls(torch.zeros(columns, columns, device=device), torch.zeros(rows, rows, device=device))
+        inner = None if sketch == OUTPUTS else torch.zeros(columns, columns, device=device)
+        return cls(torch.zeros(rows, rows, device=device), inner)
 
-    def add(self, gradient: torch.Tensor) -> None:
-        """Add the gradient [m, n] of one sequence."""
-        self.hessian_in.addmm_(gradient.T, gradient)
-        self.hessian_out.addmm_(gradient, gradient.T)
+    def add(self, gradient: torch.Tensor, x: torch.Tensor, sketch: str) -> None:
+        """Add one sequence.
+
+        Args:
+            gradient: [T, m], of the output.
+            x: [T, n], the input.
+            sketch: "outputs", "A" or "B".
+        """
+        gradient, x = gradient.float(), x.float()
+        if self.hessian_in is None:
+            self.hessian_out.addmm_(gradient.T, gradient)
+        elif sketch == "B":
+            product = gradient.T @ x
+            self.hessian_in.addmm_(product.T, product)
+            self.hessian_out.addmm_(product, product.T)
+        else:
+            self.hessian_in.addmm_((x * gradient.square().sum(1, keepdim=True)).T, x)
+            self.hessian_out.addmm_((gradient * x.square().sum(1, keepdim=True)).T, gradient)
         self.sequences += 1
 
 
@@ -66,8 +83,10 @@ def collect_curvature(
     names: Sequence[str],
     token_ids: torch.Tensor,
     seed: int = 0,
+    sketch: str = OUTPUTS,
     budget: int = BUDGET,
     progress: bool = True,
+    kept: KeptSums | None = None,
 ) -> dict[str, Curvature]:
     """The two Hessians of linears of a dense model, from one forward and one backward pass of each sequence.
 
@@ -76,8 +95,10 @@ def collect_curvature(
         names: of its linears.
         token_ids: int64 [N, T].
         seed: of the labels.
+        sketch: "outputs", "A" or "B", see above.
         budget: bytes of all sums of one pass; each further pass over the sequences costs as much time.
         progress: show a tqdm bar.
+        kept: where sums are kept, so that a stopped run resumes.
 
     Returns:
         The name of a linear → its Hessians, on its device; without those that no sequence reached.
@@ -85,7 +106,7 @@ def collect_curvature(
     Raises:
         ValueError: a gradient is NaN or Inf.
     """
-    parts = _parts(model, names, budget)
+    parts = _parts(model, names, budget, sketch)
     device = execution_device(model.get_input_embeddings())
     result: dict[str, Curvature] = {}
     with (
@@ -93,20 +114,37 @@ def collect_curvature(
         _only_activations_need_gradients(model),
         tqdm(total=len(parts) * len(token_ids), desc="Gradients", unit="sequence", disable=not progress) as bar,
     ):
-        for part in parts:
+        for number, part in enumerate(parts):
             generator = torch.Generator().manual_seed(seed)  # the same labels in each pass
-            sums = {name: _sum(model.get_submodule(name)) for name in part}
-            with _observed(model, sums):
-                for ids in token_ids:
+            sums = {name: _sum(model.get_submodule(name), sketch) for name in part}
+            done = kept.read(number, sums) if kept is not None else 0
+            bar.update(done)
+            _draw(generator, done * token_ids.shape[1])
+            with _observed(model, sums, sketch):
+                for index, ids in enumerate(token_ids[done:], start=done + 1):
                     _backward(model, ids[None].to(device), generator)
                     bar.update()
+                    if kept is not None:
+                        kept.keep(number, sums, index, last=index == len(token_ids))
             result |= {name: found for name, found in sums.items() if found.sequences}
     for name, found in result.items():
-        if not (found.hessian_in.isfinite().all() and found.hessian_out.isfinite().all()):
+        if not all(side.isfinite().all() for side in (found.hessian_in, found.hessian_out) if side is not None):
             raise ValueError(
                 f"the gradients of {name} have NaN or Inf: load the model with dtype=torch.float32 or bfloat16"
             )
     return result
+
+
+class KeptSums(Protocol):
+    """Where the sums of each pass over the sequences are kept."""
+
+    def read(self, number: int, sums: Mapping[str, Curvature]) -> int:
+        """Fill in the sums of a pass, and return the number of sequences in them; 0 where nothing is kept."""
+        ...
+
+    def keep(self, number: int, sums: Mapping[str, Curvature], done: int, last: bool) -> None:
+        """The sums of a pass have `done` sequences, which are all in the `last` call."""
+        ...
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -115,17 +153,21 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
-def _sum(module: nn.Module) -> Curvature:
-    return Curvature.empty(*_shape(module), module.get_parameter("weight").device)
+def _sum(module: nn.Module, sketch: str) -> Curvature:
+    return Curvature.empty(*_shape(module), sketch, module.get_parameter("weight").device)
 
 
-def _parts(model: nn.Module, names: Sequence[str], budget: int) -> list[list[str]]:
+def sums_bytes(rows: int, columns: int, sketch: str) -> int:
+    """Bytes of the sums of a linear."""
+    return 4 * (rows * rows + (0 if sketch == OUTPUTS else columns * columns))
+
+
+def _parts(model: nn.Module, names: Sequence[str], budget: int, sketch: str) -> list[list[str]]:
     """The names in order, in parts whose sums fit in the budget; at least one linear in each."""
     parts: list[list[str]] = []
     used = 0
     for name in names:
-        rows, columns = _shape(model.get_submodule(name))
-        size = 4 * (rows * rows + columns * columns)
+        size = sums_bytes(*_shape(model.get_submodule(name)), sketch)
         if not parts or used + size > budget:
             parts.append([])
             used = 0
@@ -134,12 +176,17 @@ def _parts(model: nn.Module, names: Sequence[str], budget: int) -> list[list[str
     return parts
 
 
+def _draw(generator: torch.Generator, tokens: int) -> torch.Tensor:
+    """Numbers from [0, 1) for the labels of tokens, float32 [tokens, 1]."""
+    return torch.rand(tokens, 1, generator=generator)
+
+
 def _backward(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generator) -> None:
     """Propagate the gradient of the log-likelihood of labels from the model's own predictions, for one sequence."""
     with torch.enable_grad(), calibration_autocast(model):
         logits = model(input_ids=ids, **without_cache(model)).logits
     chances = logits.detach()[0].float().softmax(-1)
-    drawn = torch.rand(len(chances), 1, generator=generator).to(chances)
+    drawn = _draw(generator, len(chances)).to(chances)
     # the label is the first whose cumulated chance is above a number drawn from [0, total)
     cumulated = chances.cumsum(-1)
     labels = torch.searchsorted(cumulated, drawn * cumulated[:, -1:]).clamp_max(chances.shape[1] - 1)
@@ -149,14 +196,14 @@ def _backward(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Genera
 
 
 @contextmanager
-def _observed(model: nn.Module, sums: dict[str, Curvature]) -> Iterator[None]:
+def _observed(model: nn.Module, sums: dict[str, Curvature], sketch: str) -> Iterator[None]:
     """A context in which every backward pass through these linears adds to their sums."""
 
     def watch(found: Curvature) -> Any:
         def after(_: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
-            x = arguments[0].detach()
+            x = arguments[0].detach().flatten(0, -2)
             if output.requires_grad:
-                output.register_hook(lambda gradient: found.add(_product(gradient, x)))
+                output.register_hook(lambda gradient: found.add(gradient.flatten(0, -2), x, sketch))
 
         return after
 
@@ -166,11 +213,6 @@ def _observed(model: nn.Module, sums: dict[str, Curvature]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _product(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Σ over tokens of g xᵀ, float32 [m, n]."""
-    return gradient.reshape(-1, gradient.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
 
 
 @contextmanager

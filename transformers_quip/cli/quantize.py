@@ -36,6 +36,13 @@ from .loading import check_dense, device_option, dtype_option, find_tokenizer, r
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens in each of them.")
 @click.option("--batch-size", default=8, show_default=True, help="Sequences in one forward pass.")
 @click.option("--seed", default=0, show_default=True, help="Random seed.")
+@click.option(
+    "--tune",
+    type=click.Choice(["none", "vectors", "full"]),
+    default="none",
+    show_default=True,
+    help="Train after rounding, on the same text: vectors (su, sv and the norms), full (each block as well).",
+)
 @click.option("--skip", multiple=True, metavar="MODULE", help="Name or pattern of modules to leave dense; repeatable.")
 @click.option(
     "--option",

@@ -166,6 +166,27 @@ class Codebook(abc.ABC):
         groups = rows if self.rows_together == 1 else rows // self.rows_together
         return {name: tensor.index_select(0, groups) for name, tensor in tensors.items()}
 
+    @property
+    def columns_together(self) -> int:
+        """The number of columns of which a part of a weight must be a multiple, so that its codes can be stored apart."""
+        return self.block_size
+
+    def cut(
+        self, name: str, tensor: torch.Tensor, out_features: int, in_features: int, rows: slice, columns: slice
+    ) -> torch.Tensor:
+        """The part of a stored tensor that belongs to some rows and columns, for several devices; a view if possible.
+
+        The default is for tensors with one row for each `rows_together` rows, in which the codes of the columns follow one
+        another; codebooks with others override it.
+
+        Args:
+            name: of the tensor.
+            tensor: of a [out_features, in_features] weight, as [`tensors`] describes it.
+            rows, columns: begin and end, multiples of `rows_together` and `columns_together`.
+        """
+        begin, end = (at * tensor.shape[1] // in_features for at in (columns.start, columns.stop))
+        return tensor[rows.start // self.rows_together : rows.stop // self.rows_together, begin:end]
+
     def check(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> None:
         """Raise `ValueError` for tensors that do not fit a [out_features, in_features] layer of this codebook."""
         grids = self.tensors(out_features, in_features)

@@ -51,6 +51,11 @@ class Scalar(Codebook):
         """See [`Codebook.tensors`]."""
         return {"codes": Grid((out_features, self._row_bytes(in_features)), torch.uint8)}
 
+    @property
+    def columns_together(self) -> int:
+        """See [`Codebook.columns_together`]: weights that fill whole bytes."""
+        return self._group()[0]
+
     def store(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         """See [`Codebook.store`]."""
         weights, count = self._group()

@@ -143,9 +143,14 @@ class Trellis(Codebook):
         code, q, v, k, order = match.groups()
         return cls(code, float(k) if "." in k else int(k), order, None if q is None else (1 << min(int(q), 17), int(v)))
 
+    @property
+    def columns_together(self) -> int:
+        """See [`Codebook.columns_together`]: a row of codes has whole words."""
+        return TILE if self.k in WHOLE_BITS else 2 * TILE
+
     def codes_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
         """See [`Codebook.codes_shape`]: rows of tiles, tiles, words. Raises `ValueError` for incomplete tiles."""
-        wide = TILE if self.k in WHOLE_BITS else 2 * TILE  # a row of codes has whole words
+        wide = self.columns_together
         if out_features % TILE or in_features % wide:
             raise ValueError(
                 f"codebook {self.name!r} has tiles of {TILE}x{TILE} weights: sizes must be multiples of {TILE} and {wide}, "
@@ -164,6 +169,16 @@ class Trellis(Codebook):
         codes = tensors["codes"]
         groups = codes.reshape(len(codes) // TILE, -1).index_select(0, rows // TILE)
         return {**tensors, "codes": groups.reshape(len(rows) * TILE, codes.shape[1])}
+
+    def cut(
+        self, name: str, tensor: torch.Tensor, out_features: int, in_features: int, rows: slice, columns: slice
+    ) -> torch.Tensor:
+        """See [`Codebook.cut`]: some of the tiles, and the whole table."""
+        if name != "codes":
+            return tensor
+        tiles = tensor.reshape(*self.codes_shape(out_features, in_features))
+        part = tiles[rows.start // TILE : rows.stop // TILE, columns.start // TILE : columns.stop // TILE]
+        return part.reshape(rows.stop - rows.start, -1)
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`Codebook.encode`]: the points of a path that `viterbi.py` finds, which are near, if not always nearest.

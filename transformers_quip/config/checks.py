@@ -123,12 +123,17 @@ def patterns(value: Any) -> list[str] | None:
 
 
 def incoherence(value: Any) -> str | list[str]:
-    check: Callable[[Any], Any] = name(transforms.names_in_files)
     if not isinstance(value, (list, tuple)):
-        return check(value)
+        return _transform(value)
     if len(value) != 2:
         raise ValueError("must be the name of a transform, or a pair of them: (input side, output side)")
-    return [check(name) for name in value]
+    return [_transform(name) for name in value]
+
+
+def _transform(value: Any) -> str:
+    if not transforms.is_known(value):
+        raise ValueError(f"must be one of {transforms.unknown(value)}")
+    return value
 
 
 def dataset(value: Any) -> Any:

@@ -98,7 +98,8 @@ OPTIONS: dict[str, Option] = {
     "incoherence": Option(
         "hadamard",
         check.incoherence,
-        "The orthogonal transform on both sides of a weight, or a pair of them: (input side, output side).",
+        "The orthogonal transform on both sides of a weight, or a pair of them: (input side, output side). 'hadamard-N' "
+        "mixes only the numbers of each block of N, so that devices can share a layer without more traffic.",
     ),
     "rescale": Option(
         True,
@@ -150,9 +151,13 @@ OPTIONS: dict[str, Option] = {
     "damping": Option(
         0.01, check.positive, "Added to the Hessian's diagonal, as a share of its mean; grows until Cholesky works."
     ),
-    "sketch_samples": Option(
-        64, check.integer(1), "Token sequences for the gradients that rounding='yaqa' needs; at most `num_samples`."
+    "sketch": Option(
+        "outputs",
+        check.choice("outputs", "A", "B"),
+        "Second moments of the gradients that rounding='yaqa' needs: 'outputs', of the gradients of outputs alone; 'A' and "
+        "'B', the sketches of the paper, for thousands of sequences.",
     ),
+    "sketch_samples": Option(64, check.integer(1), "Token sequences for these gradients; at most `num_samples`."),
     "refinement_sweeps": Option(
         None,
         check.optional(check.integer(0)),

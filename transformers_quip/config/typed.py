@@ -27,6 +27,7 @@ class TypedOptions:
     sequence_length: int
     batch_size: int
     damping: float
+    sketch: str
     sketch_samples: int
     refinement_sweeps: int | None
     refit: int
@@ -54,6 +55,7 @@ class TypedOptions:
         sequence_length: int = 512,
         batch_size: int = 8,
         damping: float = 0.01,
+        sketch: str = "outputs",
         sketch_samples: int = 64,
         refinement_sweeps: int | None = None,
         refit: int = 0,

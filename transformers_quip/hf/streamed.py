@@ -11,6 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,7 @@ from ..checkpoints.memory import return_memory
 from ..config import QuipConfig
 from ..nn import replace
 from ..quantize.residence import Residence
-from ..quantize.state import RunState
+from ..quantize.state import GRADIENTS, RunState
 from .loader import names_in_model
 
 if TYPE_CHECKING:
@@ -267,6 +268,10 @@ class StreamedWeights(Residence):
         config.modules = self.state.modules
         self.config = config
         return config
+
+    def sums(self) -> Path:
+        """See [`Residence.sums`]: each process has its own, because each adds up the gradients of all sequences."""
+        return self.state.folder / f"{GRADIENTS}-{processes.rank()}"
 
     def inputs(self, captured: CapturedInputs) -> CapturedInputs:
         """See [`Residence.inputs`]: the hidden states are in files, those of all processes in the same ones."""

@@ -2,6 +2,7 @@
 
 A transform is found by name and is a pure function of (name, size, seed), so that a checkpoint stores only the name and
 the seed. A new transform is a function (size, seed) → [`Transform`] registered here, or from outside by [`register`].
+"hadamard-N" is the Hadamard transform on each block of N numbers, for any N (see `blocks.py`).
 """
 
 from __future__ import annotations
@@ -11,17 +12,33 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..registry import Registry
+from ..registry import Registry, suggest
+from .blocks import block_size, block_transform, blocks_of, hadamard_eighths, multiple_of
 from .kronecker import kronecker
 from .orthogonal import mix_seed
 from .plain import made_plainly
 from .quip_for_all import quip_for_all
-from .transform import Transform, hadamard, hadamard_128, hadamard_256, hadamard_eighths, identity
+from .transform import Transform, hadamard, identity
+
+__all__ = [
+    "STORED",
+    "Transform",
+    "block_size",
+    "blocks_of",
+    "get",
+    "is_known",
+    "mix_seed",
+    "multiple_of",
+    "names",
+    "names_in_files",
+    "register",
+    "sides",
+    "signs",
+    "unknown",
+]
 
 # Says that a side's transform is kept in the checkpoint (see `nn.general`): such checkpoints are read, none is made.
 STORED = "stored"
-# Those that exist for multiples of a number only.
-IN_BLOCKS = {"hadamard-128": 128, "hadamard-256": 256, "hadamard-eighths": 8}
 
 _TRANSFORMS: Registry[Callable[[int, int], Transform]] = Registry("incoherence")
 
@@ -38,7 +55,7 @@ def register(name: str, build: Callable[[int, int], Transform]) -> None:
             is then an error before any work. It is called once for each size and seed.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or it is a name like "hadamard-128".
 
     Example: one random orthogonal matrix, which mixes as well as any transform and is slow for large layers.
 
@@ -53,6 +70,8 @@ def register(name: str, build: Callable[[int, int], Transform]) -> None:
     """
     if name == STORED:
         raise ValueError(f"incoherence {name!r} is the name of matrices that a checkpoint stores")
+    if block_size(name) is not None:
+        raise ValueError(f"incoherence {name!r} is the name of the Hadamard transform in blocks")
 
     @functools.lru_cache(maxsize=256)
     def checked(size: int, seed: int) -> Transform:
@@ -68,20 +87,29 @@ def register(name: str, build: Callable[[int, int], Transform]) -> None:
 _TRANSFORMS.register("hadamard", hadamard)
 _TRANSFORMS.register("kronecker", kronecker)
 _TRANSFORMS.register("none", identity)
-_TRANSFORMS.register("hadamard-128", hadamard_128)
-_TRANSFORMS.register("hadamard-256", hadamard_256)
 _TRANSFORMS.register("hadamard-eighths", hadamard_eighths)
 _TRANSFORMS.register("hadamard-quip-for-all", quip_for_all)
 
 
 def names() -> tuple[str, ...]:
-    """The transforms that a config can name."""
+    """The transforms that a config can name, besides "hadamard-N"."""
     return _TRANSFORMS.names()
 
 
 def names_in_files() -> tuple[str, ...]:
-    """The transforms that a saved model can name: [`names`], and matrices that it stores."""
+    """The transforms that a saved model can name, besides "hadamard-N": [`names`], and matrices that it stores."""
     return (*_TRANSFORMS.names(), STORED)
+
+
+def is_known(name: object) -> bool:
+    """Whether a saved model can name this transform."""
+    return isinstance(name, str) and (name in names_in_files() or block_size(name) is not None)
+
+
+def unknown(name: object) -> str:
+    """The names that there are, for an error about another one."""
+    known = ", ".join(map(repr, names_in_files()))
+    return f"{known}, or 'hadamard-N' for blocks of N numbers, such as 'hadamard-128'{suggest(name, names_in_files())}"
 
 
 def sides(incoherence: str | Sequence[str]) -> tuple[str, str]:
@@ -92,7 +120,8 @@ def sides(incoherence: str | Sequence[str]) -> tuple[str, str]:
 
 def get(name: str, size: int, seed: int = 0) -> Transform:
     """The transform of this name and size; cached. Raises `ValueError` for an unknown name."""
-    return _kept(_TRANSFORMS[name], size, seed)
+    count = block_size(name)
+    return _kept(block_transform(count) if count is not None else _TRANSFORMS[name], size, seed)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -163,32 +163,6 @@ def _small_divisors(count: int) -> list[int]:
     return [count] if count > 1 else []
 
 
-@functools.lru_cache(maxsize=64)
-def hadamard_128(size: int, seed: int) -> Transform:
-    """Sylvester's transform on each block of 128 numbers (EXL3). Raises `ValueError` for other sizes."""
-    _check_multiple("hadamard-128", size, 128, "blocks of 128 numbers")
-    return in_blocks(hadamard(128, seed), size // 128)
-
-
-@functools.lru_cache(maxsize=64)
-def hadamard_256(size: int, seed: int) -> Transform:
-    """Sylvester's transform on each block of 256 numbers (EXL3's tables). Raises `ValueError` for other sizes."""
-    _check_multiple("hadamard-256", size, 256, "blocks of 256 numbers")
-    return in_blocks(hadamard(256, seed), size // 256)
-
-
-@functools.lru_cache(maxsize=64)
-def hadamard_eighths(size: int, seed: int) -> Transform:
-    """The Hadamard transform on each of 8 blocks (QTIP, for 8 devices). Raises `ValueError` for other sizes."""
-    _check_multiple("hadamard-eighths", size, 8, "8 blocks")
-    return in_blocks(hadamard(size // 8, seed), 8)
-
-
-def _check_multiple(name: str, size: int, factor: int, parts: str) -> None:
-    if size < 1 or size % factor:
-        raise ValueError(f"{name} works on {parts}, size={size} is not a multiple of {factor}: choose 'hadamard'")
-
-
 @functools.lru_cache(maxsize=16)
 def identity(size: int, seed: int) -> Transform:
     """No transform: Q = I. The baseline that shows the gain of incoherence."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..incoherence import IN_BLOCKS, STORED, sides
+from ..incoherence import STORED, multiple_of, sides
 from .general import GeneralLinear
 from .linear import QuipLinear
 
@@ -54,6 +54,6 @@ def check_transforms(name: str, incoherence: str | Sequence[str], rows: int, col
         ValueError: it names the module.
     """
     for side, size in zip(sides(incoherence), (columns, rows), strict=True):
-        block = IN_BLOCKS.get(side, 1)
+        block = multiple_of(side)
         if size % block:
             raise ValueError(f"{name}: the transform {side} needs a multiple of {block} numbers, and there are {size}")

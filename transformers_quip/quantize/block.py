@@ -239,7 +239,8 @@ def quantize_group(
         started = time.perf_counter()
         weights = {prefix + name: replace.dense_weight(module.get_submodule(name)) for name in alike}
         known = {name: curvature[name] for name in alike if name in curvature} if curvature else {}
-        inner = torch.stack([found.hessian_in for found in known.values()]).sum(0) if known else hessian
+        sums = [found.hessian_in for found in known.values() if found.hessian_in is not None]
+        inner = torch.stack(sums).sum(0) if sums else hessian
         outputs = {prefix + name: found.hessian_out for name, found in known.items()}
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         device = _rounding_device(weights, inner)

@@ -18,6 +18,7 @@ from ..config.bits import mixed_bits
 from ..nn import replace
 from ..text import duration, size
 from .block import observe_block, rounding_bytes
+from .gradients import seconds_and_bytes, two_sided
 from .layer import quantize_weights
 from .plan import QuantizationPlan
 from .residence import IN_MEMORY, Residence
@@ -174,7 +175,7 @@ class Estimate:
     Attributes:
         memory: bytes at the peak, those that the process has already included.
         disk: bytes while the run goes on.
-        stages: seconds of each stage: "text", "observe and replay", "round".
+        stages: seconds of each stage: "text", "gradients", "observe and replay", "round".
     """
 
     memory: int
@@ -212,8 +213,8 @@ def estimate(
     alike = {name: group for group in groups for name in group.names}
     batches = -(-shape[0] // config.batch_size)
     following = {"dense": 0, "quantized": batches, "mixed": -(-batches // 2)}[config.calibrate_on]
-    stages = {"text": 0.0, "observe and replay": 0.0, "round": 0.0}
-    peak = largest = 0
+    stages = {"text": 0.0, "gradients": 0.0, "observe and replay": 0.0, "round": 0.0}
+    peak = largest = in_blocks = 0
     for index, block in enumerate(blocks):
         prefix = f"{blocks_name}.{index}."
         shapes = {name: replace.linear_shape(block.get_submodule(name)) for name in _linears(plan, prefix)}
@@ -221,6 +222,7 @@ def estimate(
         leaders = {leader: [name for name in shapes if known[name] == leader] for leader in dict.fromkeys(known.values())}
         own = groups_of({members[0]: members for members in leaders.values()}, shapes)
         dense = sum(tensor.nbytes for tensor in block.state_dict().values())
+        in_blocks += dense
         stages["observe and replay"] += sample.observe * batches + sample.replay * following
         stacks = [entry.shape for entry in plan.entries if entry.name in plan.stacks and entry.name.startswith(prefix)]
         stages["round"] += sum(map(sample.rounding, own))
@@ -231,9 +233,19 @@ def estimate(
     if written:
         rounds = -(-(shape[0] * shape[1]) // (written * WRITTEN))
         stages["text"] = rounds * written * len(blocks) * sample.write
+    asked = set(two_sided(plan, config))
+    needed = [(entry.shape[0], entry.shape[1]) for entry in plan.entries if entry.name in asked]
+    if needed:
+        forward = sample.replay * len(blocks) / config.batch_size
+        products = config.batch_size * shape[1] * sum(group.columns**2 for group in groups)
+        multiply = max(sample.observe - sample.replay, 0.0) / products
+        stages["gradients"], sums = seconds_and_bytes(needed, config, shape[1], forward, multiply)
+    else:
+        sums = 0
     width = model.get_input_embeddings().embedding_dim
     hidden = shape[0] * shape[1] * width * next(model.parameters()).element_size()
     packed = sum(entry.packed_bytes for entry in plan.entries)
     left = sum(tensor.nbytes for tensor in model.state_dict().values()) - largest * len(blocks)
-    stages = {stage: seconds / processes.count() for stage, seconds in stages.items()}
-    return Estimate(memory_now + peak + hidden, 2 * packed + max(left, 0) + 2 * hidden, stages)
+    stages = {stage: seconds / (1 if stage == "gradients" else processes.count()) for stage, seconds in stages.items()}
+    peak = max(peak, in_blocks) + sums if needed else peak
+    return Estimate(memory_now + peak + hidden, 2 * packed + max(left, 0) + 2 * hidden + sums, stages)

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import rounding
 from ..calibration import BlockInputs, CapturedInputs, NotBlockByBlock, capture_inputs, find_block_lists
-from ..calibration.curvature import Curvature, collect_curvature
+from ..calibration.curvature import Curvature
 from ..calibration.dataset import load_data
 from ..calibration.inputs import GivenInputs, counts, split
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
@@ -26,9 +25,10 @@ from .bars import advance
 from .block import BlockResult, ModuleResult, Tuner, quantize_block, quantize_group, replayed_densely, timed
 from .embedding import quantize_embedding
 from .experts import few_tokens, place_experts
+from .gradients import curvature_of, two_sided
 from .layer import quantize_weight
 from .mixed_bits import hessian_after_blocks, settle_bits
-from .plan import QuantizationPlan, make_plan
+from .plan import make_plan
 from .residence import IN_MEMORY, Residence
 from .stack import quantize_stack
 
@@ -51,7 +51,7 @@ class QuantizationReport:
         config: the final config: the caller's, with the bits of each module if an average was asked for, and with
             `calibration`, a record of the data and of the mean relative error. It does not hold the data itself.
         modules: a record for each quantized module, see [`ModuleResult.record`].
-        seconds: wall time of each stage: "data", "allocate", "capture", "observe", "round", "replay", "tune".
+        seconds: wall time of each stage: "data", "allocate", "capture", "gradients", "observe", "round", "replay", "tune".
         tuning: the result of tuning afterwards (`finetune.TuneReport`) as a dictionary with its "history"; None without.
     """
 
@@ -141,7 +141,10 @@ def _quantize_model(
 
     first, *others = lists.items()
     inputs = captured(first[1])
-    curvature = _curvature(model, plan, config, ids, residence)
+    curvature = {}
+    if two_sided(plan, config):
+        with timed(report.seconds, "gradients"):
+            curvature = curvature_of(model, plan, config, ids, residence)
     dense, following = _split_batches(numbers, config.calibrate_on)
     embeddings, borrowing = plan.embeddings, {}
     with tqdm(total=len(plan.names), desc="Quantizing", unit="layer", disable=residence.quiet) as bar:
@@ -226,22 +229,6 @@ def _quantize_model(
         "mean_relative_error": round(report.mean_relative_error, 6),
     }
     return report
-
-
-def _curvature(
-    model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor | GivenInputs, residence: Residence
-) -> dict[str, Curvature]:
-    """The two Hessians of every linear whose rounding method is two-sided."""
-    linears = [name for name in plan.names if name not in (*plan.embeddings, *plan.stacks)]
-    names = [name for name in linears if rounding.get(config.for_module(name).rounding).two_sided]
-    if not names:
-        return {}
-    if not isinstance(ids, torch.Tensor):
-        raise ValueError(
-            f"rounding={config.rounding!r} needs gradients of predictions of token ids: give token ids or texts"
-        )
-    with residence.held():
-        return collect_curvature(model, names, ids[: config.sketch_samples], config.seed)
 
 
 def _quantize_block(

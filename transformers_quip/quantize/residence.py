@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..calibration import CapturedInputs
@@ -52,6 +53,10 @@ class Residence:
     def settled(self, settle: Callable[[], QuipConfig]) -> QuipConfig:
         """The config with the bits of each module: of an earlier run, or made now."""
         return settle()
+
+    def sums(self) -> Path | None:
+        """How the files begin that keep sums of gradients, for a run that resumes; None where nothing is kept."""
+        return None
 
     def inputs(self, captured: CapturedInputs) -> CapturedInputs:
         """The inputs of the blocks, from the first block that is not finished on."""

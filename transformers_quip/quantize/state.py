@@ -26,6 +26,7 @@ from ..checkpoints.unfinished import lock_path
 logger = logging.getLogger(__name__)
 
 FOLDER = ".quantizing"
+GRADIENTS = "gradients"  # how the names of files with sums of gradients begin
 _STATE, _TEXT, _MOVING = "state.json", "text.safetensors", "moving"
 
 
@@ -195,7 +196,8 @@ class RunState:
         """
         if not processes.is_first():
             return False
-        useful = self.finished or self.modules is not None or (self.folder / _TEXT).is_file()
+        gradients = any(self.folder.glob(f"{GRADIENTS}-*"))
+        useful = self.finished or self.modules is not None or (self.folder / _TEXT).is_file() or gradients
         kept = bool(keep and useful)
         if not kept:
             shutil.rmtree(self.folder)
