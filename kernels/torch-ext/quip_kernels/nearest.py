@@ -71,7 +71,10 @@ def _candidates() -> Candidates:
         about += [number for _, number in group] + [0] * rest
         ends.append(len(about))
     return Candidates(
-        _apart(torch.stack(vectors)), torch.tensor(biases), torch.tensor(about, dtype=torch.int32), tuple(ends)
+        _apart(torch.stack(vectors)),
+        torch.tensor(biases),
+        torch.tensor(about, dtype=torch.int32),
+        (ends[0], ends[1], ends[2]),
     )
 
 

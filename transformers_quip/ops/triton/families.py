@@ -224,7 +224,7 @@ def _nearest(device: torch.device) -> None:
     codes, points = (found.cpu() for found in kernels.encode(x.to(device)))
     _compare_points(book, codes[:, None], points, x, "e8p")
     target, base, feedback = _random(50, 16), _random(50, 16, seed=2), _random(16, 16, seed=3) / 8
-    panel = [part.to(device) for part in (target, base, feedback)]
+    panel = (target.to(device), base.to(device), feedback.to(device))
     for name in ("e8p-rvq3", "e8p-rvq4", "scalar3"):
         book = codebooks.get(name)
         if name == "scalar3":
