@@ -25,7 +25,7 @@ def load_benchmark(name):
     return module
 
 
-for needed in ("specimen", "specimens_grouped", "specimens_trellis", "specimens"):
+for needed in ("specimen", "specimens_grouped", "specimens_nearest", "specimens_trellis", "specimens"):
     load_benchmark(needed)
 instructions = load_benchmark("instructions")
 
@@ -42,6 +42,9 @@ USUAL = (
     "sylvester 4096 fp16",
     "sylvester quantize 4096 2",
     "factor 28 terms 2",
+    "panel one stage",
+    "panel e8",
+    "panel scalar",
     "trellis hyb k2 qtip 1",
     "trellis mul1 k2 exl3 dequantize",
     "trellis mul1 k2.5 exl3 1",
