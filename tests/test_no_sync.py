@@ -22,6 +22,9 @@ X = torch.tensor([3.0, 1.0, 2.0])
         lambda: torch.zeros(3).index_put_((X > 1,), torch.ones(2)),
         lambda: torch.equal(X, X),
         lambda: X.unique(),
+        lambda: torch.tensor([1.0, 2.0]),
+        lambda: X.to("meta"),
+        lambda: torch.linalg.inv(torch.eye(2)),
     ],
 )
 def test_values_that_the_host_reads(wait):
@@ -36,3 +39,10 @@ def test_values_that_stay_on_the_device():
         found[torch.tensor([0, 1])] += 1
         torch.addmm(torch.zeros(3, 3), X[:, None], X[None]).sum(1)
     assert found.tolist() == [1.0, 3.0, 3.0]
+
+
+def test_what_waits_can_be_counted():
+    noted = []
+    with forbidden_synchronisation(noted):
+        assert X.sum().item() + X.max().item() == 9
+    assert noted == ["aten::_local_scalar_dense"] * 2

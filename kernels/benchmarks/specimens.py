@@ -7,6 +7,7 @@ from typing import Any
 import triton.language as tl
 from specimen import FAMILIES, Specimen, arch_of, family_of
 from specimens_grouped import GROUPED
+from specimens_nearest import NEAREST
 from specimens_trellis import TRELLIS
 
 from quip_kernels.gpu.dequantize import dequantize_kernel
@@ -192,6 +193,7 @@ def _factor(order: int, terms: int) -> Specimen:
 SPECIMENS = {
     **TRELLIS,
     **GROUPED,
+    **NEAREST,
     **{
         name: specimen
         for signed in (True, False)

@@ -25,7 +25,7 @@ def load_benchmark(name):
     return module
 
 
-for needed in ("specimen", "specimens_grouped", "specimens_trellis", "specimens"):
+for needed in ("specimen", "specimens_grouped", "specimens_nearest", "specimens_trellis", "specimens"):
     load_benchmark(needed)
 instructions = load_benchmark("instructions")
 
@@ -42,6 +42,9 @@ USUAL = (
     "sylvester 4096 fp16",
     "sylvester quantize 4096 2",
     "factor 28 terms 2",
+    "panel one stage",
+    "panel e8",
+    "panel scalar",
     "trellis hyb k2 qtip 1",
     "trellis mul1 k2 exl3 dequantize",
     "trellis mul1 k2.5 exl3 1",
@@ -106,6 +109,21 @@ def test_matvec_takes_two_instructions_a_weight_and_loads_128_bits(digits, colum
     assert report.per_weight <= 2.0
     assert set(report.loads) == {"LDG.128"}
     assert report.loop["IDP"] > 0  # dp4a
+
+
+def test_budgets_of_quantizing_on_paper():
+    """A 4096x4096 layer in 2 s, an 8B model in 30 minutes and 24 GB; and the arithmetic of two of the terms by hand."""
+    budgets = load_benchmark("budgets")
+    card = budgets.CARDS[0]
+    instructions_of_a_block = instructions.inspect("panel one stage", "sm_90").rounds_of_inner_loops(7)
+    # 448 candidates on both sides of the shift: eight products each, for two rows by each warp's 32 lanes
+    assert 2 * 448 * 8 * 2 / 32 < instructions_of_a_block < 12000
+    layer = budgets.group_seconds(card, 4096, 4096, instructions_of_a_block)
+    assert 0 < sum(layer.values()) < 2
+    assert layer["launches"] == pytest.approx(32 * 14 * 24 * 6e-6)
+    assert sum(budgets.model_seconds(card, instructions_of_a_block).values()) < 30 * 60
+    assert budgets.model_bytes()["sums of the Hessians"] == 8 * (3 * 4096**2 + 14336**2)
+    assert sum(budgets.model_bytes().values()) < 24e9
 
 
 @triton.jit

@@ -22,7 +22,14 @@ def run(selection: str) -> None:
     }
     # -p interpreter: before anything imports a kernel
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "interpreter", "-p", "no:cacheprovider", "-m", selection]
-    names = ("interpreted.py", "interpreted_grouped.py", "interpreted_trellis.py", "interpreted_viterbi.py", "checked.py")
+    names = (
+        "interpreted.py",
+        "interpreted_grouped.py",
+        "interpreted_nearest.py",
+        "interpreted_trellis.py",
+        "interpreted_viterbi.py",
+        "checked.py",
+    )
     done = subprocess.run(
         [*command, *(str(Path(__file__).with_name(name)) for name in names)],
         cwd=ROOT,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,24 @@ def test_when_the_time_is_used_up_the_first_is_taken(runs, monkeypatch, tmp_path
     assert choose(runs) == "slow"
     assert not runs
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_question_ends_in_time(runs, monkeypatch):
+    """Candidates of two seconds each: the third would end after six."""
+    now = [0.0]
+    monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    measure = tune.milliseconds
+
+    def slowly(run, device):
+        now[0] += 2
+        return measure(run, device)
+
+    monkeypatch.setattr(tune, "milliseconds", slowly)
+    assert choose(runs, candidates=("slow", "fast", "slow", "fast")) == "fast"
+    assert runs == ["slow", "fast"]
+    assert (now[0], tune._spent) == (4.0, 4.0)
+    assert choose(runs, candidates=("slow", "fast", "slow", "fast")) == "fast"
+    assert len(runs) == 2  # remembered
 
 
 def test_nothing_is_measured_while_a_graph_is_recorded(runs, monkeypatch):

@@ -50,5 +50,5 @@ def test_the_plans(quantized):
     tensor = {f"{kind}.gate_up_proj": "packed_colwise", f"{kind}.down_proj": "rowwise", kind: "moe_tp_experts"}
     tensor |= {"model.layers.*.self_attn.q_proj": "colwise", "lm_head": "colwise_gather_output"}
     update_plan(model, tensor)
-    assert tensor == {"lm_head": "colwise_gather_output"}
+    assert tensor == {"model.layers.*.self_attn.q_proj": "quip_colwise", "lm_head": "colwise_gather_output"}
     update_plan(model, None)

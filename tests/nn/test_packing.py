@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quip_kernels import e8p
 from tests import truth
@@ -138,6 +140,42 @@ def test_a_model_is_packed_where_kernels_will_run(on_a_gpu):
         module, _ = packed()
         module.pack_if_wanted()
         assert not module.is_packed
+
+
+class Living(TorchDispatchMode):
+    """The bytes of the tensors that operations made and that are still there, and the most there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self.storages = 0, {}
+
+    @property
+    def bytes(self):
+        self.storages = {key: both for key, both in self.storages.items() if not both[0].expired()}
+        return sum(count for _, count in self.storages.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and func.name() != "aten::detach":
+                storage = tensor.untyped_storage()
+                given = [arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)]
+                if storage._cdata not in given:
+                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, self.bytes)
+        return result
+
+
+def test_a_model_is_packed_tensor_by_tensor(on_a_gpu):
+    """What is made besides the packed model: parts of one tensor, in 32 bits a number, for 1024 rows at a time."""
+    model = nn.Sequential(*(QuipLinear(1024, 2048) for _ in range(6)))
+    codes = model[0].codes.numel() * 2
+    with Living() as living:
+        replace.pack(model)
+    assert all(linear.is_packed for linear in model)
+    assert living.bytes == 6 * codes  # the packed form, which replaces the stored one
+    # besides: 1024 of 2048 rows of one tensor as 32-bit numbers, of which a few are there at once
+    assert living.most <= (6 + 8) * codes
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])

@@ -49,9 +49,9 @@ def product(share, parts, x, sv):
 
 def rows_then_transform(found, parts, x):
     """ROWS: the products of all ranks, gathered, and the transform of the outputs."""
-    level = shares.level_of(parts["sv"])
-    z = torch.cat([product(s, parts, x, level.expand(s.rows[1] - s.rows[0])) for s in found], -1)
-    return shares.outputs_of(z, found[0], parts["sv"] / level)
+    scales = [shares.scales_of(share, parts["sv"]) for share in found]
+    z = torch.cat([product(share, parts, x, own) for share, (own, _) in zip(found, scales, strict=True)], -1)
+    return shares.outputs_of(z, found[0], scales[0][1])
 
 
 def close(y, wanted):
@@ -126,8 +126,8 @@ def test_products_before_the_transform_are_as_large_as_outputs():
     form, parts = linear()
     parts["sv"] *= 1e-4
     x = 1000 * torch.randn(64, N)
-    level = shares.level_of(parts["sv"])
     share = shares.of_outputs(form, M, N, 0, 2, [(0, 96)])
+    own, _ = shares.scales_of(share, parts["sv"])
     y = x.double() @ dense(form, parts).T
-    z = product(share, parts, x, level.expand(96))
+    z = product(share, parts, x, own)
     assert 0.3 < z.square().mean().sqrt() / y.square().mean().sqrt() < 3

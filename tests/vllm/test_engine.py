@@ -69,6 +69,17 @@ def adapter(folder):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Experts and a shared one, after a dense layer."""
+    path = tmp_path_factory.mktemp("mixture")
+    sizes = {"hidden_size": 128, "intermediate_size": 192}
+    dense = save_tiny_model("qwen2_moe", path / "dense", num_key_value_heads=4, **sizes)
+    config = QuipConfig(bits=4, dataset=None, modules={"experts.down_proj": {"codebook": "scalar3"}})
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(path / "quantized")
+    return str(path / "quantized")
+
+
 def expected(folder, adapter=None):
     """The tokens of Transformers; an adapter is added to the outputs of its modules by its formula."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -114,6 +125,10 @@ def test_tokens_are_those_of_transformers(eager, folder, tmp_path):
 
 def test_two_processes(folder, tmp_path):
     assert generated(folder, tmp_path / "out", "tensor_parallel_size=2") == expected(folder)
+
+
+def test_experts(mixture, tmp_path):
+    assert generated(mixture, tmp_path / "out", **ONE_PROCESS) == expected(mixture)
 
 
 def test_an_adapter(folder, adapter, tmp_path):

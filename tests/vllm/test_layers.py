@@ -231,6 +231,15 @@ def test_equal_su_are_one_tensor_and_one_op_computes_the_layer(monkeypatch):
     assert [event.count for event in profile.key_averages() if event.key == "quip::bundle"] == [1]
 
 
+def test_a_bias_is_added(monkeypatch):
+    config = config_of(NAMES)
+    layer = make("down_proj", quant_config(config), 1, 0, monkeypatch)
+    load(layer, random_parts("down_proj", config)[0])
+    x, bias = torch.randn(2, FFN), torch.randn(HIDDEN)
+    without, given = layer.quant_method.apply(layer, x), layer.quant_method.apply(layer, x, bias)
+    torch.testing.assert_close(given - without, bias.expand(2, -1), rtol=1e-4, atol=1e-3)
+
+
 def test_faults_are_named(monkeypatch):
     config = config_of(NAMES)
     tensors, _ = random_parts("gate_up_proj", config)

@@ -26,6 +26,8 @@ def table(function: Callable) -> Callable:
     return build
 
 
+# Columns that are rounded between two large matrix products, and at most in one call of a compiled `round_panel`.
+PANEL = 128
 # Names that a stored tensor cannot have: they belong to the layers.
 RESERVED = ("weight", "bias", "su", "sv", "row_scales", "factor_in", "factor_out")
 

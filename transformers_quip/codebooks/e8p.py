@@ -14,7 +14,8 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 
-from .base import Codebook, table
+from .base import PANEL, Codebook, table
+from .implementation import encoder
 
 # Coordinates that are 1/2 (the other five are 3/2) in the last 29 patterns: the part of norm 12 that QuIP# kept.
 _NORM_TWELVE = (
@@ -69,7 +70,11 @@ class E8P(Codebook):
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`Codebook.encode`]; exact. Of two points at the same distance, the one shifted by +1/4."""
         rows = self.check_vectors(x)
-        if rows.device.type == "cpu" and cpu_kernels.is_available():
+        if encoder(rows.device) == "triton":
+            from quip_kernels.gpu import nearest  # Triton is not installed everywhere
+
+            codes, values = nearest.encode(rows.contiguous())
+        elif rows.device.type == "cpu" and cpu_kernels.is_available():
             codes, values = cpu_kernels.e8p_encode(rows.contiguous())
         else:
             parts = [_encode(part) for part in rows.split(_rows_per_chunk(rows.device))]
@@ -80,7 +85,11 @@ class E8P(Codebook):
     def round_panel(
         self, target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See [`Codebook.round_panel`]; compiled if the library is available."""
+        """See [`Codebook.round_panel`]; compiled where it can be."""
+        if encoder(target.device) == "triton" and target.shape[1] <= PANEL:
+            from quip_kernels.gpu import nearest
+
+            return nearest.round_panel(target.contiguous(), base.contiguous(), feedback.contiguous())
         if target.device.type == "cpu" and cpu_kernels.is_available() and target.shape[1] <= cpu_kernels.MOST_COLUMNS:
             return cpu_kernels.e8p_round_panel(target.contiguous(), base.contiguous(), feedback.contiguous())
         return super().round_panel(target, base, feedback)
@@ -122,13 +131,13 @@ def _encode_side(x: torch.Tensor, shift: float) -> tuple[torch.Tensor, torch.Ten
     winner = (features @ scores).argmax(1)
     pattern, flip = pattern[winner], flip[winner]
     base = _base_on(x.device)[pattern]
-    sums_odd = magnitudes().to(x.device)[pattern].sum(1).long() % 2
+    sums_odd = base.abs().sum(1).long() % 2
     # −1 in `flip` means: the smallest coordinate, if the parity asks for a change.
     needs = (odd != sums_odd) & (flip < 0)
     coordinate = torch.where(flip >= 0, flip, smallest[:, 0])
-    negative = (z < 0) ^ (torch.nn.functional.one_hot(coordinate, 8).bool() & ((flip >= 0) | needs)[:, None])
+    negative = (z < 0) ^ ((coordinate[:, None] == torch.arange(8, device=x.device)) & ((flip >= 0) | needs)[:, None])
     value = torch.where(negative, -base.abs(), base.abs())
-    weights = torch.tensor([1 << bit for bit in _SIGN_BITS], device=x.device)
+    weights = _sign_weights_on(x.device)
     low = ((negative != (base < 0)).long() * weights).sum(1) ^ int(shift < 0)
     codes = (pattern << 8) | low
     return codes, value + shift, ((z - value) ** 2).sum(1)
@@ -169,6 +178,11 @@ def _candidates(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch
 def _rows_per_chunk(device: torch.device) -> int:
     """The number of vectors whose scores (343 floats each) fit into a CPU's cache, or into 360 MB of a GPU's memory."""
     return 2048 if device.type == "cpu" else 1 << 18
+
+
+@functools.lru_cache(maxsize=8)
+def _sign_weights_on(device: torch.device) -> torch.Tensor:
+    return torch.tensor([1 << bit for bit in _SIGN_BITS], device=device)
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,9 +14,10 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 
-from .base import Codebook, Grid
+from .base import PANEL, Codebook, Grid
 from .e8 import E8
 from .e8p import E8P
+from .implementation import encoder
 
 
 class Stage(NamedTuple):
@@ -90,6 +91,11 @@ class ResidualE8P(Codebook):
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`Codebook.encode`]; exact in each stage."""
         rows = self.check_vectors(x)
+        if encoder(rows.device) == "triton":
+            from quip_kernels.gpu import nearest  # Triton is not installed everywhere
+
+            codes, points = nearest.encode(rows.contiguous(), self.second.name, self.residual_scale)
+            return codes.reshape(x.shape[:-1]), points.reshape(x.shape)
         if rows.device.type == "cpu" and cpu_kernels.is_available():
             codes, points = cpu_kernels.e8p_encode(rows.contiguous(), self.second.name, self.residual_scale)
             return codes.reshape(x.shape[:-1]), points.reshape(x.shape)
@@ -102,6 +108,11 @@ class ResidualE8P(Codebook):
         self, target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See [`Codebook.round_panel`]; compiled where it can be."""
+        if encoder(target.device) == "triton" and target.shape[1] <= PANEL:
+            from quip_kernels.gpu import nearest
+
+            panel = (target.contiguous(), base.contiguous(), feedback.contiguous())
+            return nearest.round_panel(*panel, self.second.name, self.residual_scale)
         if target.device.type == "cpu" and cpu_kernels.is_available() and target.shape[1] <= cpu_kernels.MOST_COLUMNS:
             panel = (target.contiguous(), base.contiguous(), feedback.contiguous())
             return cpu_kernels.e8p_round_panel(*panel, self.second.name, self.residual_scale)

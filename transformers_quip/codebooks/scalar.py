@@ -9,7 +9,8 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 
-from .base import Codebook, Grid
+from .base import PANEL, Codebook, Grid
+from .implementation import encoder
 
 # QuIP's grid ends at this multiple of the rms of the weights, for any number of bits (its section 4 and supplement).
 QUIP_RANGE = 2.4
@@ -75,6 +76,11 @@ class Scalar(Codebook):
         self, target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See [`Codebook.round_panel`]; compiled if possible, else in PyTorch with columns as rows of memory."""
+        if encoder(target.device) == "triton" and target.shape[1] <= PANEL:
+            from quip_kernels.gpu import nearest  # Triton is not installed everywhere
+
+            panel = (target.contiguous(), base.contiguous(), feedback.contiguous())
+            return nearest.round_scalar_panel(*panel, self._largest)
         if target.device.type == "cpu" and cpu_kernels.is_available() and target.shape[1] <= cpu_kernels.MOST_COLUMNS:
             panel = (target.contiguous(), base.contiguous(), feedback.contiguous())
             return cpu_kernels.scalar_round_panel(*panel, self._largest)

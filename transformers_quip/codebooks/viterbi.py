@@ -35,13 +35,14 @@ Error of a unit Gaussian with code mul1 at 2, 3 and 4 bits, relative to a whole 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from quip_kernels import cpu as cpu_kernels
 from quip_kernels import cpu_viterbi
+
+from .implementation import encoder
 
 STATE_BITS = 16
 STATES = 1 << STATE_BITS
@@ -109,7 +110,7 @@ def quantize(x: torch.Tensor, code: Metric) -> torch.Tensor:
 
 
 def encode(x: torch.Tensor, code: Metric, bits: float) -> torch.Tensor:
-    """The states of the closed paths nearest to tiles, by the encoder that [`encode_with`] chose for their device.
+    """The states of the closed paths nearest to tiles, by the encoder for their device (`implementation`).
 
     Args:
         x: float32 [N, 256], the weights of each tile in the order of its sequence.
@@ -122,7 +123,7 @@ def encode(x: torch.Tensor, code: Metric, bits: float) -> torch.Tensor:
     fresh = fresh_bits(bits, len(code.levels))
     tiles = quantize(x, code)
     arguments = (tiles, code.levels, fresh, code.doublings, min(WINDOW, tiles.shape[1]), PASSES)
-    implementation = _implementation(x.device)
+    implementation = encoder(x.device)
     if implementation == "cpu" and cpu_kernels.is_available():
         return cpu_viterbi.search(*arguments)
     if implementation == "triton":
@@ -130,22 +131,6 @@ def encode(x: torch.Tensor, code: Metric, bits: float) -> torch.Tensor:
 
         return gpu_viterbi.search(*arguments)
     return search(*arguments)
-
-
-def encode_with(implementation: Callable[[torch.device], str]) -> None:
-    """Choose the encoder by device: "cpu", the compiled library, "triton", or another name for PyTorch.
-
-    Until this is called, the compiled library encodes what is on the CPU.
-    """
-    global _implementation
-    _implementation = implementation
-
-
-def _by_device(device: torch.device) -> str:
-    return device.type
-
-
-_implementation: Callable[[torch.device], str] = _by_device
 
 
 def search(

@@ -82,7 +82,7 @@ class QuipQuantizer(HfQuantizer):
         from . import mismatched, modes, parallel, patches
 
         patches.install()
-        parallel.check(model)
+        parallel.check(model, self.quantization_config, self.pre_quantized)
         if self.quantization_config.is_calibrated and not self.pre_quantized:
             modes.check_fits(model, kwargs.get("device_map"))
         self._mode = modes.begin(model, self.quantization_config, self.pre_quantized, checkpoint_files or [])

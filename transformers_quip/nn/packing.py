@@ -44,8 +44,10 @@ class PackedCodes(StoredTensors):
             self._set(self.stored())
 
     def pack_if_wanted(self) -> None:
-        """[`pack`] if Triton kernels will compute this module; not if hooks move its codes in and out."""
-        if packing.is_wanted(self.weight_tensors(), self.codebook) and not self._is_offloaded():
+        """[`pack`] if Triton kernels will compute this module; not if hooks move its codes, or processes share them."""
+        weight = self.weight_tensors()
+        is_plain = all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in weight)
+        if is_plain and packing.is_wanted(weight, self.codebook) and not self._is_offloaded():
             self.pack()
 
     def _is_offloaded(self) -> bool:

@@ -90,7 +90,7 @@ def of_outputs(form: Form, m: int, n: int, rank: int, count: int, own: Sequence[
         if not (begin % block or end % block or begin % book.rows_together or end % book.rows_together):
             local = form._replace(incoherence_out=_name(form.incoherence_out, block))
             return Share(Scheme.BLOCKS, m, n, own[0], (0, n), (0, n), own[0], form, local)
-    return _of_rows(form, m, n, rank, count)
+    return of_rows(form, m, n, rank, count)
 
 
 def of_inputs(form: Form, m: int, n: int, rank: int, count: int) -> Share:
@@ -104,10 +104,14 @@ def of_inputs(form: Form, m: int, n: int, rank: int, count: int) -> Share:
         own = (rank * width, (rank + 1) * width)
         local = form._replace(incoherence_in=_name(form.incoherence_in, block))
         return Share(Scheme.BLOCKS, m, n, (0, m), own, own, (0, m), form, local)
-    return _of_rows(form, m, n, rank, count)
+    return of_rows(form, m, n, rank, count)
 
 
-def _of_rows(form: Form, m: int, n: int, rank: int, count: int) -> Share:
+def of_rows(form: Form, m: int, n: int, rank: int, count: int) -> Share:
+    """The share of a linear of which every process multiplies some rows; all of it where they cannot be divided.
+
+    Args: see [`of_outputs`].
+    """
     book, height = codebooks.get(form.codebook), m // count
     if count == 1 or m % count or height % book.rows_together or not _can_be_cut(book, m, n):
         return Share(Scheme.WHOLE, m, n, (0, m), (0, n), (0, n), (0, m), form, form)
@@ -130,21 +134,27 @@ def _can_be_cut(book: codebooks.Codebook, m: int, n: int) -> bool:
     return not any(None in grid.shape for grid in book.tensors(m, n).values())
 
 
-def level_of(sv: torch.Tensor) -> torch.Tensor:
-    """The root mean square of sv in float32, by which a process multiplies its rows before it sends them.
+def scales_of(share: Share, sv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sv of a linear that is divided by ROWS, as a number for all rows and the rest.
 
-    So numbers between the product and the transform are about as large as outputs, and fit into their type.
+    The number is the root mean square of sv. The process multiplies its rows by it before it sends them, so that numbers
+    between the product and the transform are about as large as outputs, and fit into their type.
+
+    Returns:
+        The number once for each row of the share, and sv [m] divided by it, both in float32.
     """
-    return sv.float().square().mean().sqrt()
+    level = sv.float().square().mean().sqrt()
+    level = torch.where(level > 0, level, 1.0)
+    return level.expand(share.rows[1] - share.rows[0]).contiguous(), sv.float() / level
 
 
 def outputs_of(z: torch.Tensor, share: Share, sv: torch.Tensor) -> torch.Tensor:
     """All outputs of a linear that is divided by ROWS, from the products with all of its rows.
 
     Args:
-        z: [..., m], already multiplied by [`level_of`] sv.
+        z: [..., m], multiplied by the number of [`scales_of`].
         share: of any process.
-        sv: float32 [m], divided by that number.
+        sv: the rest, float32 [m].
 
     Returns:
         [..., m] in the dtype of z.

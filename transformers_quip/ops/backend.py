@@ -13,7 +13,7 @@ import torch
 
 from quip_kernels import cpu as cpu_kernels
 
-from ..codebooks import viterbi
+from ..codebooks import implementation
 
 BACKEND_VARIABLE = "TRANSFORMERS_QUIP_BACKEND"
 ACTIVATIONS_VARIABLE = "TRANSFORMERS_QUIP_ACTIVATIONS"
@@ -128,7 +128,7 @@ def prove_with(proved: Callable[[torch.device], Collection]) -> None:
     _proved = proved
 
 
-viterbi.encode_with(for_device)
+implementation.encode_with(for_device)
 
 
 def set_backend(name: str) -> None:

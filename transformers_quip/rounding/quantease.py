@@ -39,12 +39,16 @@ class QuantEase(Rounding):
             found = _losses(weight - rounded.points, hessian, together)
             better = found < losses
             losses = torch.where(better, found, losses)
-            best.codes[better] = rounded.codes[better]
-            rows = better.repeat_interleave(together)
-            best.points[rows] = rounded.points[rows]
+            _take(best.codes, rounded.codes, better)
+            _take(best.points, rounded.points, better[:, None].expand(-1, together).reshape(-1))
             if not changed:
                 break
         return best
+
+
+def _take(best: torch.Tensor, found: torch.Tensor, rows: torch.Tensor) -> None:
+    """The rows of `found` that a mask names, into `best`; on the device, without a list of their numbers."""
+    best.copy_(torch.where(rows.view(-1, *[1] * (best.ndim - 1)), found, best))
 
 
 def relaxed(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

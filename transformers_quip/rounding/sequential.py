@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..codebooks import Codebook
+from ..codebooks.base import PANEL
 from .base import Problem, Rounded
-
-# Columns rounded between two large matrix products.
-PANEL = 128
 
 
 def round_with_feedback(
@@ -46,7 +44,7 @@ def start(weight: torch.Tensor, codebook: Codebook) -> Rounded:
 
 def sweep(
     problem: Problem, conditional: torch.Tensor, rounded: Rounded, feedback: list[torch.Tensor] | None = None
-) -> bool:
+) -> torch.Tensor:
     """One pass of coordinate descent, in place: every block k to the point nearest to its conditional optimum.
 
     That is Ŵ_k + (W − Ŵ) H_{:,k} H_{kk}⁻¹, for the other blocks as they are at that moment.
@@ -58,10 +56,10 @@ def sweep(
         feedback: the result of [`sweep_feedback`], if several weights with one Hessian are swept.
 
     Returns:
-        Whether any code changed.
+        Whether any code changed, a scalar on the device of the weight, which the host need not wait for.
     """
     weight, hessian, codebook = problem.weight, problem.required_hessian, problem.codebook
-    size, changed = codebook.block_size, False
+    size, changed = codebook.block_size, torch.zeros((), dtype=torch.bool, device=weight.device)
     feedback = sweep_feedback(hessian, conditional, size) if feedback is None else feedback
     for (begin, end), own in zip(_panels(weight.shape[1], size), feedback, strict=True):
         part = slice(begin // size, end // size)
@@ -69,7 +67,7 @@ def sweep(
         gradient = (weight - rounded.points) @ hessian[:, begin:end]
         target = current + _times_blocks(gradient, conditional[part])
         codes, points, _ = codebook.round_panel(target, current, own)
-        changed = changed or not torch.equal(codes, rounded.codes[:, part])
+        changed |= (codes != rounded.codes[:, part]).any()
         rounded.codes[:, part], rounded.points[:, begin:end] = codes, points
     return changed
 

@@ -1,18 +1,18 @@
-"""The quantization method "quip" of vLLM: which layer of the model has which quantized weights of the checkpoint."""
+"""The quantization method "quip" of vLLM: which layer of the model has which quantized weights of the checkpoint.
+
+Every process of vLLM imports this file, whichever model it serves. So everything that only quantized models need is
+imported when one is loaded.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from ..checkpoints.foreign.plan import METHODS
-from ..checkpoints.names import expand_names
-from ..config import QUANT_METHOD, QuipConfig
+if TYPE_CHECKING:
+    from ..config import QuipConfig
 
 # The last parts of names of token embeddings; vLLM gives its module of embeddings no name in some models.
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
@@ -32,6 +32,8 @@ class QuipVllmConfig(QuantizationConfig):
     """
 
     def __init__(self, config: QuipConfig):
+        from ..checkpoints.names import expand_names
+
         super().__init__()
         if config.quantized_modules is None:
             raise ValueError(
@@ -43,7 +45,7 @@ class QuipVllmConfig(QuantizationConfig):
 
     def get_name(self) -> Any:
         """See the base class."""
-        return QUANT_METHOD
+        return "quip"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """See the base class."""
@@ -66,6 +68,9 @@ class QuipVllmConfig(QuantizationConfig):
         Raises:
             ValueError: the config cannot be read, or it is of another package; the message says what to do.
         """
+        from ..checkpoints.foreign.plan import METHODS
+        from ..config import QuipConfig
+
         method = config.get("quant_method")
         if method in METHODS:
             raise ValueError(
@@ -84,6 +89,10 @@ class QuipVllmConfig(QuantizationConfig):
         Raises:
             ValueError: the layer is stored in a way that vLLM cannot run; the message names it and the remedy.
         """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
         if isinstance(layer, LinearBase):
             return self._linear(prefix) or UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):
@@ -130,14 +139,21 @@ class QuipVllmConfig(QuantizationConfig):
             raise ValueError(f"vLLM does not say which of {', '.join(found)} its embedding without a name is")
         return QuipEmbeddingMethod(self.quip, found[0]) if found else None
 
-    def _experts(self, layer: torch.nn.Module, prefix: str) -> Any:
-        inside = sorted(original for name, original in self.names.items() if name.startswith(f"{prefix}."))
+    def _experts(self, layer: Any, prefix: str) -> Any:
+        from .experts import DOWN, GATE_UP, QuipExpertsMethod
+        from .parts import Origin
+
+        name = prefix.removesuffix(".routed_experts")
+        inside = {known.removeprefix(f"{name}."): own for known, own in self.names.items() if known.startswith(f"{name}.")}
         if not inside:
             return None
-        raise ValueError(
-            f"{prefix}: quantized experts ({inside[0]}) cannot be served by vLLM yet: use transformers-quip serve, or "
-            "leave the experts dense (modules_to_not_convert=['experts'])"
-        )
+        if set(inside) != {GATE_UP, DOWN}:
+            raise ValueError(
+                f"{name} has experts whose quantized weights are {', '.join(sorted(inside)[:3])} …, which vLLM cannot load "
+                f"(only stacks {GATE_UP} and {DOWN}): use transformers-quip serve"
+            )
+        origins = {projection: Origin.of(self.quip, own) for projection, own in inside.items()}
+        return QuipExpertsMethod(layer.moe_config, origins, name)
 
 
 class Exl3VllmConfig(QuipVllmConfig):

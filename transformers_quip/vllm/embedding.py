@@ -37,6 +37,7 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
         with torch.device("meta"):
             table = nn.Embedding(layer.org_vocab_size, layer.embedding_dim, dtype=params_dtype)
         self.module = QuipEmbedding.like(table, self.config.for_module(self.name), padded[1] if padded else None)
+        layer.weight = torch.empty(0, dtype=params_dtype)  # vLLM's LoRA layers ask for its device
         self.loaded: set[str] = set()
         self.expects_all = get_current_vllm_config().load_config.load_format not in WITHOUT_FILES
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters()}
@@ -64,6 +65,7 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
         if missing and self.expects_all:
             raise ValueError(f"{self.name}: {', '.join(sorted(missing))} of the embedding are not in the checkpoint")
         self.module._parameters.update({name: layer.get_parameter(name) for name in self.shapes})
+        layer.weight = layer.weight.to(layer.su.device)
 
     def apply(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raises `TypeError`: a quantized table is not an output head."""

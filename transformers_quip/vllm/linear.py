@@ -85,7 +85,9 @@ class QuipLinearMethod(LinearMethodBase):
             parameter = nn.Parameter(torch.empty(room.size // room.dtype.itemsize, dtype=room.dtype), requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": self._loader(name), "weight_loader_numel": room.numbers})
             layer.register_parameter(name, parameter)
-        layer.qweight = torch.empty(0)  # vLLM's LoRA layers ask a layer without `weight` for this tensor's device
+        # vLLM's LoRA layers ask for the device of this tensor, those of an output head for `weight`
+        self.stand_in = "weight" if isinstance(layer, ParallelLMHead) else "qweight"
+        setattr(layer, self.stand_in, torch.empty(0, dtype=params_dtype))
 
     def _loader(self, name: str) -> Callable[..., None]:
         def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
@@ -134,7 +136,7 @@ class QuipLinearMethod(LinearMethodBase):
                 layer.register_parameter(f"quip_{i}_{name}", parameter)
             if isinstance(part, GeneralPart):
                 part.take(parameters)
-        layer.qweight = torch.empty(0, device=next(iter(rooms.values())).device)
+        setattr(layer, self.stand_in, getattr(layer, self.stand_in).to(next(iter(rooms.values())).device))
         self._tune(layer)
 
     def _tune(self, layer: Any) -> None:

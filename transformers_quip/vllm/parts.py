@@ -14,7 +14,7 @@ from ..config.storage import Storage
 from ..incoherence import STORED, sides
 from ..nn.empty import check_transforms
 from ..nn.general import GeneralLinear
-from ..nn.shares import Scheme, Share, level_of, of_inputs, of_outputs
+from ..nn.shares import Scheme, Share, of_inputs, of_outputs, scales_of
 from ..ops.bundle import Form
 
 # Formats of loading in which no tensor of the checkpoint passes the loaders.
@@ -163,13 +163,10 @@ class QuantizedPart(Part):
         return self.share.cut(name, tensor)
 
     def prepared(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors as the layer needs them: for ROWS, a number for each row that is sent, and what remains of sv."""
+        """The tensors as the layer needs them: for ROWS, with both factors of sv (`shares.scales_of`)."""
         found = dict(tensors)
         if self.share.scheme is Scheme.ROWS:
-            level = level_of(found["sv"])
-            level = torch.where(level > 0, level, 1.0)
-            found["rest"] = found["sv"].float() / level
-            found["sv"] = level.expand(_length(self.share.rows)).contiguous()
+            found["sv"], found["rest"] = scales_of(self.share, found["sv"])
         return found
 
 

@@ -212,6 +212,45 @@ def _encode(device: torch.device) -> None:
         if not torch.equal(found, wanted):
             differing = (found != wanted).double().mean().item()
             raise ArithmeticError(f"paths with {fresh} new bits: {differing:.1%} of their states are others")
+    _nearest(device)
+
+
+def _nearest(device: torch.device) -> None:
+    """The nearest points of lattices and grids: with the least distances, and those that the codes name."""
+    from quip_kernels.gpu import nearest as kernels
+
+    x = _random(50, 8)
+    book: Any = codebooks.get("e8p")
+    codes, points = (found.cpu() for found in kernels.encode(x.to(device)))
+    _compare_points(book, codes[:, None], points, x, "e8p")
+    target, base, feedback = _random(50, 16), _random(50, 16, seed=2), _random(16, 16, seed=3) / 8
+    panel = (target.to(device), base.to(device), feedback.to(device))
+    for name in ("e8p-rvq3", "e8p-rvq4", "scalar3"):
+        book = codebooks.get(name)
+        if name == "scalar3":
+            results = kernels.round_scalar_panel(*panel, 7)
+        else:
+            results = kernels.round_panel(*panel, book.second.name, book.residual_scale)
+        codes, points, delta = (found.cpu() for found in results)
+        if not torch.equal(delta, base - points):
+            raise ArithmeticError(f"a panel of codebook {name}: its errors are not those of its points")
+        size = book.block_size
+        earlier = feedback.double() * (torch.arange(16)[:, None] // size > torch.arange(16) // size)
+        wanted = target + (delta.double() @ earlier).float()
+        _compare_points(book, codes, points, wanted, f"a panel of codebook {name}")
+
+
+def _compare_points(book: Any, codes: torch.Tensor, points: torch.Tensor, x: torch.Tensor, said: str) -> None:
+    """Raise `ArithmeticError` unless codes name the points, and those are as near to x as the CPU finds."""
+    _compare(points, book.decode(book.store(codes), x.shape[1], torch.float64), 1e-6, f"points of the codes of {said}")
+    nearest = book.from_blocks(book.encode(book.to_blocks(x))[1])
+    found, least = ((near.double() - x).square() for near in (points, nearest))
+    # of two points at nearly the same distance, either may be found
+    farther = (found.view(len(x), -1, book.block_size).sum(2) - least.view(len(x), -1, book.block_size).sum(2)).max().item()
+    # a second stage refines whatever the first has found
+    most = 0.02 if book.residual_scale else 1e-5
+    if not farther <= most:
+        raise ArithmeticError(f"{said}: a point is farther away than the nearest one, by {farther:.2g}")
 
 
 _CHECKS: dict[Family, Callable[[torch.device], None]] = {

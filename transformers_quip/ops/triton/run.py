@@ -17,7 +17,7 @@ import torch
 
 from ... import codebooks
 from ... import incoherence as transforms
-from ...codebooks import viterbi
+from ...codebooks import implementation
 from .. import reference
 from ..backend import TRITON_DEVICES, for_device, get_activations, is_forced, prove_with
 from ..bundle import joined, layers_of, rotation
@@ -200,7 +200,7 @@ def trusted(device: torch.device) -> Collection[Family]:
 
 
 def encoder(device: torch.device) -> str:
-    """As [`for_device`], for encoding with a trellis."""
+    """As [`for_device`], for encoding weights."""
     chosen = for_device(device)
     return "reference" if chosen == "triton" and Family.ENCODE not in trusted(device) else chosen
 
@@ -224,7 +224,7 @@ def register() -> None:
     if importlib.util.find_spec("triton") is None:
         return
     prove_with(self_check.trusted)
-    viterbi.encode_with(encoder)
+    implementation.encode_with(encoder)
     for function in (transform, decode, linear, bundle):
         for device in TRITON_DEVICES:
             torch.library.impl(f"quip::{function.__name__}", device, function)

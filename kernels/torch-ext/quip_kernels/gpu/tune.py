@@ -1,8 +1,8 @@
 """The fastest of a few ways to launch a kernel, measured once on the device and cached in a file.
 
 Shapes whose sizes round up to the same powers of two share an answer, so a model has a handful of questions. Most of the
-time goes into compiling. When a process has spent `SECONDS`, the first candidate answers the rest of its questions, and a
-later process measures them.
+time goes into compiling. A question ends with the best of the candidates that were measured within `QUESTION_SECONDS`. When
+a process has spent `SECONDS`, the first candidate answers the rest of its questions, and a later process measures them.
 
 The file (`cache.py`) holds the results of one device and one version of the kernels. If it cannot be read or written,
 kernels are measured again.
@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 Candidate = TypeVar("Candidate")
 
-# For all questions of a process together; a measurement that has begun is finished.
+# For all questions of a process together, and for one of them; a measurement that has begun is finished.
 SECONDS = 10.0
+QUESTION_SECONDS = 5.0
 _answers: dict[torch.device, dict[str, int]] = {}
 _spent = 0.0
 
@@ -80,9 +81,12 @@ def _measure(
     if _spent >= SECONDS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
     times: dict[int, float] = {}
+    asked, longest = time.perf_counter(), 0.0
     too_large: OutOfResources | None = None
     for index, candidate in enumerate(candidates):
         begin = time.perf_counter()
+        if times and begin - asked + longest > QUESTION_SECONDS:
+            break  # the next one takes about as long as the others
         try:
             times[index] = milliseconds(functools.partial(run, candidate), device)
         except OutOfResources as error:
@@ -90,7 +94,9 @@ def _measure(
         except torch.OutOfMemoryError:
             return None
         finally:
-            _spent += time.perf_counter() - begin
+            took = time.perf_counter() - begin
+            _spent += took
+            longest = max(longest, took)
     if not times:
         assert too_large is not None  # every candidate either has a time or was too large
         raise too_large

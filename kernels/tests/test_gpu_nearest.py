@@ -1,0 +1,58 @@
+"""The encoders of E8P and grids on a device, against all points and against the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import truth
+from transformers_quip import codebooks, set_backend
+from transformers_quip.rounding import Problem, get, proxy_loss
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def device():
+    for kind in ("cuda", "xpu"):
+        if getattr(torch, kind).is_available():
+            set_backend("triton")
+            yield torch.device(kind)
+            set_backend("auto")
+            return
+    pytest.skip("PyTorch cannot use a GPU here")
+
+
+def vectors(rows, columns, seed=1):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_nearest_of_all_points(device):
+    x, table = vectors(5000, 8), truth.e8p_table().to(device)
+    codes, points = codebooks.get("e8p").encode(x.to(device))
+    assert torch.equal(table[codes.long() & 0xFFFF].float(), points)
+    x = x.to(device).double()
+    least = torch.cat([(part[:, None] - table).square().sum(2).amin(1) for part in x.split(100)])
+    assert ((x - points).square().sum(1) - least).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["e8p-rvq3", "e8p-rvq4"])
+def test_second_stages(name, device):
+    book, x = codebooks.get(name), vectors(1000, 8)
+    codes, points = book.encode(x.to(device))
+    torch.testing.assert_close(book.decode(book.store(codes[:, None]), 8), points)
+    wanted = book.encode(x)[1]
+    assert ((x - points.cpu()).square().mean() / (x - wanted).square().mean() - 1).abs() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["e8p", "e8p-rvq3", "e8p-rvq4", "scalar2"])
+def test_rounding_is_as_good_as_on_the_cpu(name, device):
+    """1000 rows and 520 columns: several programs, and panels of two widths."""
+    x = vectors(2000, 520, 4).cumsum(1) / 8
+    hessian, book = x.T @ x / len(x) + torch.eye(520) / 10, codebooks.get(name)
+    weight = vectors(1000, 520) * book.gaussian_scale
+    losses = []
+    for target in (torch.device("cpu"), device):
+        problem = Problem(weight.to(target), hessian.to(target), book, sweeps=2)
+        losses.append(proxy_loss(weight - get("ldlq").round(problem).points.cpu(), hessian).item())
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
