@@ -38,7 +38,7 @@ def test_a_warning_names_the_option(dense, caplog):
     lines = [record.getMessage() for record in caplog.records if "stay dense" in record.getMessage()]
     assert len(lines) == 1
     assert "vision_tower" in lines[0]
-    assert "outside_blocks='uncalibrated', for 4 bits or more" in lines[0]
+    assert "outside_blocks='uncalibrated', with 8 bits for them" in lines[0]
 
 
 @torch.no_grad()

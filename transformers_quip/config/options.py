@@ -143,7 +143,7 @@ OPTIONS: dict[str, Option] = {
         check.choice("dense", "uncalibrated"),
         "Linears and experts that a calibrated run does not reach, because they are outside the blocks of the text model: "
         "towers for images and sounds, projectors. 'dense' leaves them as they are; 'uncalibrated' rounds them to the "
-        "nearest points, which needs 4 bits or more (set `bits` for them in `modules`).",
+        "nearest points, which needs 8 bits to lose nothing (set `bits` for them in `modules`).",
     ),
     "num_samples": Option(256, check.integer(1), "Number of token sequences to calibrate on."),
     "sequence_length": Option(512, check.integer(1), "Tokens in each of them."),

@@ -137,7 +137,7 @@ class QuantizationPlan:
         most = sorted(left.items(), key=lambda item: -item[1])[:3]
         shown = "; ".join(f"{name}, {size / total:.0%} ({reason})" for (name, reason), size in most)
         outside = any(reason == OUTSIDE_BLOCKS for (_, reason), _ in most)
-        remedy = "outside_blocks='uncalibrated', for 4 bits or more" if outside else ""
+        remedy = "outside_blocks='uncalibrated', with 8 bits for them" if outside else ""
         return (
             f"{dense / total:.0%} of the weights outside the embeddings and the head stay dense: {shown}. "
             + (f"An option that changes this: {remedy}. " if remedy else "No option changes this. ")
