@@ -46,6 +46,7 @@ class Report:
         loop: opcode → count in the main loop, of one warp; empty if there is none, and on AMD.
         per_weight: instructions of a thread in the main loop per weight that it decodes; None if that has no meaning.
         loads: opcodes of the loads from global memory in the main loop with their widths.
+        inner: instructions of each loop inside the main loop that has no loop inside.
     """
 
     registers: int
@@ -55,6 +56,11 @@ class Report:
     loop: dict[str, int]
     per_weight: float | None
     loads: dict[str, int]
+    inner: tuple[int, ...] = ()
+
+    def rounds_of_inner_loops(self, rounds: int) -> int:
+        """Instructions of a round of the main loop in which each inner loop has this many rounds."""
+        return sum(self.loop.values()) + (rounds - 1) * sum(self.inner)
 
 
 @functools.cache
@@ -94,7 +100,7 @@ def _read_nvidia(kernel, specimen: Specimen, warps: int) -> Report:
     if found is None:
         raise RuntimeError(f"cuobjdump names no resources:\n{usage}")
     registers, stack, local = map(int, found.groups())
-    loop, spilling = _main_loop(code)
+    loop, inner, spilling = _main_loop(code)
     loads = collections.Counter(".".join(part for part in op.split(".") if part in ("LDG", "64", "128")) for op in loop)
     per_weight = None
     if specimen.weights_in_loop and loop:
@@ -107,11 +113,12 @@ def _read_nvidia(kernel, specimen: Specimen, warps: int) -> Report:
         dict(collections.Counter(op.split(".")[0] for op in loop).most_common()),
         per_weight,
         {op: count for op, count in loads.items() if op.startswith("LDG")},
+        inner,
     )
 
 
-def _main_loop(code: str) -> tuple[list[str], bool]:
-    """The opcodes inside the largest backward branch, and whether any instruction uses local memory."""
+def _main_loop(code: str) -> tuple[list[str], tuple[int, ...], bool]:
+    """The opcodes inside the largest backward branch, lengths of the loops in it, and whether any uses local memory."""
     labels, lines = {}, []
     for line in code.splitlines():
         label = re.match(r"\s*(\.L_\w+):", line)
@@ -120,14 +127,20 @@ def _main_loop(code: str) -> tuple[list[str], bool]:
         instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
         if instruction:
             lines.append(instruction[1].strip())
-    first, last = 0, -1
+    loops = []
     for place, line in enumerate(lines):
         branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
         # every kernel ends in a branch to itself
-        if branch and labels.get(branch[1], place) < place and place - labels[branch[1]] > last - first:
-            first, last = labels[branch[1]], place
+        if branch and labels.get(branch[1], place) < place:
+            loops.append((labels[branch[1]], place))
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    innermost = [
+        end - begin + 1
+        for begin, end in loops
+        if first < begin and end < last and not any(begin <= a and b <= end for a, b in loops if (a, b) != (begin, end))
+    ]
     opcodes = [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines]
-    return opcodes[first : last + 1], any(op.split(".")[0] in ("STL", "LDL") for op in opcodes)
+    return opcodes[first : last + 1], tuple(innermost), any(op.split(".")[0] in ("STL", "LDL") for op in opcodes)
 
 
 def _read_amd(kernel) -> Report:

@@ -8,8 +8,8 @@ from specimen import Specimen
 from quip_kernels import nearest as tables
 from quip_kernels.gpu import nearest as kernels
 
-# Rows of a program on a device; the constant of the same name is the interpreter's, if that runs.
-ROWS = 8
+# Rows and warps of a program on a device.
+ROWS, WARPS = 8, 4
 _EVEN, _ODD, _COUNT = tables.candidates(torch.device("cpu")).ends
 _TABLES = {"vectors": "*fp32", "biases": "*fp32", "about": "*i32", "signed": "*fp32", "e8": "*fp32", "scale": "fp32"}
 _PANEL = {"target": "*fp32", "base": "*fp32", "feedback": "*fp32"}

@@ -8,6 +8,7 @@ import torch
 from quip_kernels import e8p, layout
 from quip_kernels.gpu import dequantize, launch, matvec, quantize, small_batch, transform
 from tests import truth
+from tests.no_sync import forbidden_synchronisation
 from transformers_quip import incoherence, set_activations
 from transformers_quip.ops import backend
 from transformers_quip.ops.bundle import Form, described
@@ -284,6 +285,19 @@ def test_bundle_rotates_once_for_equal_su(batch, monkeypatch):
     y = ops.bundle(x, [part[1][0] for part in parts], [parts[0][2]] * 2, [part[3] for part in parts], linears)
     assert relative(y, torch.cat([expected(x, *part[1:]) for part in parts], -1)) < 2e-6
     assert len(rotated) == 1
+
+
+@pytest.mark.parametrize("codebook", ["e8p", "e8p-rvq3", "trellis:mul1:k2:exl3"])
+def test_linear_makes_the_host_wait_for_nothing(codebook):
+    """So a CUDA graph can hold it: every way, with packed codes."""
+    args = arguments(32, 96, 65, torch.float16, True, codebook)
+    if codebook.startswith("e8p"):
+        args[1] = [layout.pack(codes) for codes in args[1]]
+    for batch in (1, 5, 65):
+        wanted = ops.linear(args[0][:batch], *args[1:])  # makes the tables
+        with forbidden_synchronisation():
+            found = ops.linear(args[0][:batch], *args[1:])
+        assert torch.equal(found, wanted)
 
 
 def test_linear_with_int8_activations():

@@ -111,6 +111,21 @@ def test_matvec_takes_two_instructions_a_weight_and_loads_128_bits(digits, colum
     assert report.loop["IDP"] > 0  # dp4a
 
 
+def test_budgets_of_quantizing_on_paper():
+    """A 4096x4096 layer in 2 s, an 8B model in 30 minutes and 24 GB; and the arithmetic of two of the terms by hand."""
+    budgets = load_benchmark("budgets")
+    card = budgets.CARDS[0]
+    instructions_of_a_block = instructions.inspect("panel one stage", "sm_90").rounds_of_inner_loops(7)
+    # 448 candidates on both sides of the shift: eight products each, for two rows by each warp's 32 lanes
+    assert 2 * 448 * 8 * 2 / 32 < instructions_of_a_block < 12000
+    layer = budgets.group_seconds(card, 4096, 4096, instructions_of_a_block)
+    assert 0 < sum(layer.values()) < 2
+    assert layer["launches"] == pytest.approx(32 * 14 * 24 * 6e-6)
+    assert sum(budgets.model_seconds(card, instructions_of_a_block).values()) < 30 * 60
+    assert budgets.model_bytes()["sums of the Hessians"] == 8 * (3 * 4096**2 + 14336**2)
+    assert sum(budgets.model_bytes().values()) < 24e9
+
+
 @triton.jit
 def _too_much(x, y, SIZE: tl.constexpr, ROUNDS: tl.constexpr):
     """Keeps ROUNDS·SIZE numbers at once: each is needed once more when all have been read."""

@@ -136,6 +136,12 @@ def test_serve_with_pipeline(quantized):
     process.communicate()
 
 
+def test_generate_on_a_gpu_also_runs_on_a_cpu(quantized):
+    output = run(ROOT / "examples/08_generate_on_a_gpu.py", quantized, "--tokens", 6, "--any-device")
+    assert re.search(r"compiled, static cache: [\d.]+ tokens/s, after [\d.]+ s for the first call", output)
+    assert "the same tokens: yes" in output
+
+
 def test_choose_bits(folder):
     script = ROOT / "examples/07_choose_bits.py"
     output = run(script, folder, "--memory", "1MB", "--context", 16, "--dtype", "float32")

@@ -119,7 +119,7 @@ def test_speed(results):
 def test_only_the_marked_tables_are_written(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: quality -->\nold\n<!-- end of table -->\nafter\n")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "none")
+    monkeypatch.setattr(markdown_tables, "RESULTS", tmp_path / "none")
     monkeypatch.setattr(tables, "PAGES", (page,))
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     with pytest.raises(SystemExit, match="does not show"):

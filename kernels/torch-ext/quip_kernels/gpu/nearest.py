@@ -23,6 +23,19 @@ _INTEGERS = tl.constexpr(12582912.0)
 SECOND = {None: 0, "e8p": 1, "e8": 2}
 
 
+# Conditions as numbers: AMD's registers for conditions are few.
+@triton.jit
+def _sign(x):
+    """1 if x is negative, else 0."""
+    return x.to(tl.uint32, bitcast=True) >> 31
+
+
+@triton.jit
+def _is_equal(a, B: tl.constexpr):
+    """1 if a = B, else 0, for small numbers that are not negative."""
+    return ((a ^ B) - 1).to(tl.uint32, bitcast=True) >> 31
+
+
 @triton.jit
 def _nearest_on_side(
     x,
@@ -43,7 +56,7 @@ def _nearest_on_side(
     least = tl.abs(x[0] - SHIFT)
     for j in tl.static_range(8):
         z = x[j] - SHIFT
-        odd ^= (z < 0).to(tl.int32)
+        odd ^= _sign(z).to(tl.int32, bitcast=True)
         smallest = tl.where(tl.abs(z) < least, j, smallest)
         least = tl.minimum(tl.abs(z), least)
         y = y + (tl.abs(z),)
@@ -56,7 +69,7 @@ def _nearest_on_side(
         candidate = begin + tl.arange(0, TOGETHER)
         score = tl.load(biases + candidate)[None, :] + tl.where((odd == 1) & (begin >= ODD), -1e30, 0.0)[:, None]
         for j in tl.static_range(8):
-            f = tl.where(negated == j, -y[j], y[j])
+            f = (y[j].to(tl.uint32, bitcast=True) ^ (_is_equal(negated, j) << 31)).to(tl.float32, bitcast=True)
             score += f[:, None] * tl.load(vectors + begin * 8 + j * TOGETHER + tl.arange(0, TOGETHER))[None, :]
         most, place = tl.max(score, 1, return_indices=True)
         better = most > best
@@ -67,19 +80,20 @@ def _nearest_on_side(
     pattern = number & 0xFF
     changed = number >> 8  # 1 + the coordinate that the candidate negates
     coordinate = tl.where(changed > 0, changed - 1, smallest)
-    changes = (changed > 0) | (odd != (winner >= EVEN).to(tl.int32))
-    code = (pattern << 8) | (1 if SHIFT < 0 else 0)
+    changes = tl.where(changed > 0, 1, odd ^ (winner >= EVEN).to(tl.int32)).to(tl.uint32, bitcast=True)
+    code = ((pattern << 8) | (1 if SHIFT < 0 else 0)).to(tl.uint32, bitcast=True)
     distance = tl.zeros(x[0].shape, tl.float32)
     points = ()
     for j in tl.static_range(8):
         z = x[j] - SHIFT
         v = tl.load(signed + pattern * 8 + j)
-        negative = (z < 0) != (changes & (coordinate == j))
-        code ^= tl.where(negative != (v < 0), 1 << _SIGN_BITS[j], 0)
-        value = tl.where(negative, -tl.abs(v), tl.abs(v))
+        bits = v.to(tl.uint32, bitcast=True)
+        negative = _sign(z) ^ (changes & _is_equal(coordinate, j))
+        code ^= (negative ^ (bits >> 31)) << _SIGN_BITS[j]
+        value = ((bits & 0x7FFFFFFF) | (negative << 31)).to(tl.float32, bitcast=True)
         distance += (z - value) * (z - value)
         points = points + (value + SHIFT,)
-    return code, points, distance
+    return code.to(tl.int32, bitcast=True), points, distance
 
 
 @triton.jit
@@ -136,9 +150,10 @@ def _nearest(
     if SECOND == 0:
         return code, points
     else:
+        inverse = 1.0 / scale
         rest = ()
         for j in tl.static_range(8):
-            rest = rest + ((x[j] - points[j]) / scale,)
+            rest = rest + ((x[j] - points[j]) * inverse,)
         if SECOND == 1:
             low, second = _nearest_e8p(rest, vectors, biases, about, signed, COUNT, EVEN, ODD, TOGETHER)
             code = (code << 16) | low
