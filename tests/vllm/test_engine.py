@@ -123,6 +123,11 @@ def test_tokens_are_those_of_transformers(eager, folder, tmp_path):
     assert generated(folder, tmp_path / "out", f"enforce_eager={eager}", **ONE_PROCESS) == expected(folder)
 
 
+def test_models_of_transformers_in_vllm(folder, tmp_path):
+    """Architectures that vLLM does not have itself run Transformers' modules."""
+    assert generated(folder, tmp_path / "out", "model_impl='transformers'", **ONE_PROCESS) == expected(folder)
+
+
 def test_two_processes(folder, tmp_path):
     assert generated(folder, tmp_path / "out", "tensor_parallel_size=2") == expected(folder)
 
