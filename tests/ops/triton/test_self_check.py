@@ -89,6 +89,24 @@ def test_a_child_that_dies_at_once_each_time(program, tmp_path, body, reason):
     assert len(calls(tmp_path)) == len(self_check.names())
 
 
+def test_several_children_share_the_names(program, tmp_path):
+    body = 'reason = "RuntimeError: x" if name == "trellis" else None'
+    end = 'if reason: print("verdict: " + json.dumps(reason)); break'
+    found = self_check.examine("cuda:0", program(f"{body}\n    {end}"), 120.0, 3)
+    assert list(found.items()) == list((dict.fromkeys(self_check.names()) | {"trellis": "RuntimeError: x"}).items())
+    asked = [call[1:] for call in calls(tmp_path)]
+    shares = [self_check.names()[index::3] for index in range(3)]
+    assert all(share in asked for share in shares)
+    assert len(asked) <= 4  # and one that does the rest of the share with the error
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(0.2, 1), (2.5, 2), (80, 4)])
+def test_children_fit_into_the_memory_of_the_device(gigabytes, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gigabytes * 2**30), 2**40))
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert self_check._children(DEVICE) == expected
+
+
 def test_parts_that_are_right_and_a_whole_that_is_wrong(program):
     found = self_check.examine("cuda:0", program('reason = "A: 1" if name == "whole layers" else None'))
     assert found.pop("whole layers") == "A: 1"
@@ -114,6 +132,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "device_name", lambda device: "Test GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     forget(monkeypatch)
     return found

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 # Seconds without an answer, after which a kernel is taken for one that never ends. The first answer includes the start of
 # Python and of the driver, and each the compilation of its kernels.
 PATIENCE = 120.0
+# Child processes at once, as most of their time goes into compiling, and the memory that each may need on the device.
+CHILDREN, CHILD_BYTES = 4, 1 << 30
 # The name of the check of all families together.
 LAYER = "whole layers"
 _PREFIX = "verdict: "
@@ -79,7 +82,7 @@ def verdicts(device: torch.device) -> Verdicts:
             found = _read(path, about)
             if found is None:
                 logger.info("The Triton kernels are checked on %s, once.", name)
-                found = examine(str(device))
+                found = examine(str(device), None, PATIENCE, _children(device))
                 _write(path, about, found)
             _warn(found, about)
             _known[name] = found
@@ -108,7 +111,13 @@ def names() -> list[str]:
     return [*(family.value for family in Family), LAYER]
 
 
-def examine(device: str, program: Sequence[str] | None = None, patience: float = PATIENCE) -> Verdicts:
+def _children(device: torch.device) -> int:
+    """The number of processes that check a device at once: no more than fit into its free memory, at least one."""
+    free = getattr(torch, device.type).mem_get_info(device)[0]
+    return max(1, min(CHILDREN, os.cpu_count() or 1, free // CHILD_BYTES))
+
+
+def examine(device: str, program: Sequence[str] | None = None, patience: float = PATIENCE, children: int = 1) -> Verdicts:
     """Check everything in child processes.
 
     A child that dies or is silent for too long is stopped; what it was at gets the blame, and another child does the rest.
@@ -117,18 +126,28 @@ def examine(device: str, program: Sequence[str] | None = None, patience: float =
         device: as PyTorch calls it, such as "cuda:0".
         program: to start with the device and the names to check as its arguments (see [`main`]); None: this module.
         patience: seconds to wait for each answer.
+        children: processes at once, each with a share of the names.
     """
     program = program or (sys.executable, "-m", __name__)
-    result: Verdicts = {}
-    while left := [name for name in names() if name not in result]:
-        try:
-            with _child([*program, device, *left]) as (answers, died):
-                result |= _listen(left, answers, died, patience)
-        except OSError as error:
-            return dict.fromkeys(names(), f"no process can be started to check it ({error})")
+    shares = [names()[index::children] for index in range(children)]
+    with ThreadPoolExecutor(children) as pool:
+        parts = list(pool.map(lambda share: _examine(share, [*program, device], patience), shares))
+    result = {name: part[name] for name in names() for part in parts if name in part}
     if result[LAYER] is not None and all(result[family.value] is None for family in Family):
         # each part is right and the whole is not: no part can be trusted
         result |= {family.value: f"{LAYER}: {result[LAYER]}" for family in Family}
+    return result
+
+
+def _examine(share: Sequence[str], command: Sequence[str], patience: float) -> Verdicts:
+    """Check these names in one child after the other."""
+    result: Verdicts = {}
+    while left := [name for name in share if name not in result]:
+        try:
+            with _child([*command, *left]) as (answers, died):
+                result |= _listen(left, answers, died, patience)
+        except OSError as error:
+            return dict.fromkeys(share, f"no process can be started to check it ({error})")
     return result
 
 
