@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -103,7 +105,8 @@ def main() -> None:
     runs = [("plugin", options.folder, 1), ("vllm", options.folder, options.requests), ("vllm", options.folder, 1)]
     runs += [("transformers", options.folder, options.requests)]
     runs += [("vllm", options.dense, options.requests), ("vllm", options.dense, 1)] if options.dense else []
-    rows, out = [], machine.RESULTS / "serving-run.json"
+    rows = []
+    out = Path(tempfile.mkdtemp()) / "run.json"
     for way, folder, requests in runs:
         command = [sys.executable, __file__, folder, "--way", way, "--out", str(out), "--requests", str(requests)]
         command += ["--tokens", str(options.tokens), "--dtype", options.dtype]
@@ -114,7 +117,7 @@ def main() -> None:
             row["tokens_per_second"] = requests * options.tokens / row["seconds"]
         rows.append(row)
         print(json.dumps(row), flush=True)
-    out.unlink()
+    shutil.rmtree(out.parent)
     machine.save("serving", {"tokens": options.tokens, "dtype": options.dtype, "rows": rows})
 
 
