@@ -147,7 +147,7 @@ def test_the_server(folder):
     """The example: a chat, and completions at once."""
     command = [
         sys.executable,
-        "examples/08_serve_with_vllm.py",
+        "examples/09_serve_with_vllm.py",
         folder,
         "--requests",
         "4",

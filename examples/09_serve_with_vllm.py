@@ -1,7 +1,7 @@
 """Serve a quantized model with vLLM, and ask it several questions at once.
 
     pip install 'transformers-quip[vllm]'
-    python examples/08_serve_with_vllm.py FOLDER [--requests 8] [--tensor-parallel-size 2]
+    python examples/09_serve_with_vllm.py FOLDER [--requests 8] [--tensor-parallel-size 2]
 
 FOLDER is a model that transformers-quip has quantized. vLLM finds the package by its entry point: `vllm serve FOLDER` alone
 starts the same server. Here it ends after its answers.
