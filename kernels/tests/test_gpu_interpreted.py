@@ -13,7 +13,17 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 
 
-def run(selection: str) -> None:
+FILES = (
+    "interpreted.py",
+    "interpreted_grouped.py",
+    "interpreted_nearest.py",
+    "interpreted_trellis.py",
+    "interpreted_viterbi.py",
+    "checked.py",
+)
+
+
+def run(selection: str, *names: str) -> None:
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
@@ -22,14 +32,6 @@ def run(selection: str) -> None:
     }
     # -p interpreter: before anything imports a kernel
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "interpreter", "-p", "no:cacheprovider", "-m", selection]
-    names = (
-        "interpreted.py",
-        "interpreted_grouped.py",
-        "interpreted_nearest.py",
-        "interpreted_trellis.py",
-        "interpreted_viterbi.py",
-        "checked.py",
-    )
     done = subprocess.run(
         [*command, *(str(Path(__file__).with_name(name)) for name in names)],
         cwd=ROOT,
@@ -41,10 +43,11 @@ def run(selection: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def test_kernels_in_the_interpreter():
-    run("not slow")
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_in_the_interpreter(name):
+    run("not slow", name)
 
 
 @pytest.mark.slow
 def test_large_shapes_in_the_interpreter():
-    run("slow")
+    run("slow", *FILES)
