@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers_quip.calibration.experts import BUDGET
+from transformers_quip.quantize import estimate
+
 BITS = 2
 TOKENS = 256 * 512
 # One core: products of forward passes and Hessians per second; seconds for a weight in a row of n numbers; for a Hessian.
 FLOPS = 110e9
 WEIGHT = (0.25e-6, 0.4e-9)
 HESSIAN = 1.1e-10
-EXPERTS_BUDGET = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,12 @@ MODELS = (
 
 
 def rounding_bytes(model: Model) -> int:
-    """The largest of: all Hessians of a block; the rounding of a group, with the Hessians of those that wait."""
+    """What a block takes besides its weights, see `estimate.peak_of_block`; with the budget for the Hessians of experts."""
     largest = 0
     for _, groups in model.blocks:
-        stacked = min(EXPERTS_BUDGET, sum(8 * group.copies * group.columns**2 for group in groups if group.copies > 1))
-        single = [group for group in groups if group.copies == 1]
-        sums = [8 * group.columns**2 for group in single]
-        needed = [sum(sums)]
-        for number, group in enumerate(single):
-            needed.append(sum(sums[number + 1 :]) + 40 * group.columns**2 + 32 * group.columns * group.rows)
-        largest = max(largest, stacked + max(needed))
+        stacked = min(BUDGET, sum(8 * group.copies * group.columns**2 for group in groups if group.copies > 1))
+        single = [estimate.Group((), group.columns, group.rows) for group in groups if group.copies == 1]
+        largest = max(largest, stacked + estimate.peak_of_block(single, dense=0))
     return largest
 
 

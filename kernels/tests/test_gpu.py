@@ -9,7 +9,7 @@ import torch
 
 from quip_kernels import e8p, layout
 from tests import truth
-from transformers_quip import QuipLinear, codebooks, incoherence, set_activations, set_backend
+from transformers_quip import QuipLinear, codebooks, incoherence, set_activations
 from transformers_quip.ops import backend
 from transformers_quip.ops.same_input import SameInput
 from transformers_quip.ops.triton import run as ops
@@ -19,17 +19,6 @@ pytestmark = pytest.mark.gpu
 SHAPES = [(8, 8), (96, 100), (576, 1536), (4096, 4096), (1024, 14336), (14336, 4096), (516, 4048), (64, 16384)]
 BATCHES = [1, 2, 3, 4, 5, 8, 16, 33, 64, 65, 300]
 ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: 4e-3}
-
-
-@pytest.fixture(scope="module")
-def device():
-    for kind in ("cuda", "xpu"):
-        if getattr(torch, kind).is_available():
-            set_backend("triton")
-            yield torch.device(kind)
-            set_backend("auto")
-            return
-    pytest.skip("PyTorch cannot use a GPU here")
 
 
 def relative(value, expected):

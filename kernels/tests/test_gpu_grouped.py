@@ -6,23 +6,11 @@ import pytest
 import torch
 
 from tests import truth
-from transformers_quip import set_backend
 
 pytestmark = pytest.mark.gpu
 
 ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: 4e-3}
 EXPERTS, ROWS, COLUMNS = 6, 96, 576
-
-
-@pytest.fixture(scope="module")
-def device():
-    for kind in ("cuda", "xpu"):
-        if getattr(torch, kind).is_available():
-            set_backend("triton")
-            yield torch.device(kind)
-            set_backend("auto")
-            return
-    pytest.skip("PyTorch cannot use a GPU here")
 
 
 def stacked(codebook, dtype, device):

@@ -6,21 +6,10 @@ import pytest
 import torch
 
 from tests import truth
-from transformers_quip import codebooks, set_backend
+from transformers_quip import codebooks
 from transformers_quip.rounding import Problem, get, proxy_loss
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def device():
-    for kind in ("cuda", "xpu"):
-        if getattr(torch, kind).is_available():
-            set_backend("triton")
-            yield torch.device(kind)
-            set_backend("auto")
-            return
-    pytest.skip("PyTorch cannot use a GPU here")
 
 
 def vectors(rows, columns, seed=1):

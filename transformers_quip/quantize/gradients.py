@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .. import rounding
 from ..calibration.curvature import BUDGET, Curvature, collect_curvature, sums_bytes
 from ..calibration.inputs import GivenInputs
-from ..checkpoints.durable import durable
 from .plan import QuantizationPlan
 from .residence import Residence
+from .state import write_tensors
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 def two_sided(plan: QuantizationPlan, config: QuipConfig) -> list[str]:
     """The linears of a plan whose rounding method reads the Hessians of both sides."""
-    linears = [name for name in plan.names if name not in (*plan.embeddings, *plan.stacks)]
+    others = {*plan.embeddings, *plan.stacks}
+    linears = [name for name in plan.names if name not in others]
     return [name for name in linears if rounding.get(config.for_module(name).rounding).two_sided]
 
 
@@ -55,14 +55,13 @@ def seconds_and_bytes(
 
 
 def curvature_of(
-    model: nn.Module, plan: QuantizationPlan, config: QuipConfig, ids: torch.Tensor | GivenInputs, residence: Residence
+    model: nn.Module, names: Sequence[str], config: QuipConfig, ids: torch.Tensor | GivenInputs, residence: Residence
 ) -> dict[str, Curvature]:
-    """The Hessians of both sides of every linear that needs them, see [`collect_curvature`].
+    """The Hessians of both sides of the linears of [`two_sided`], see [`collect_curvature`].
 
     Raises:
         ValueError: the data are not token ids.
     """
-    names = two_sided(plan, config)
     if not isinstance(ids, torch.Tensor):
         raise ValueError(
             f"rounding={config.rounding!r} needs gradients of predictions of token ids: give token ids or texts"
@@ -127,14 +126,9 @@ class KeptSums:
             return
         tensors: dict[str, torch.Tensor] = {}
         for name, found in sums.items():
-            tensors |= {f"{name}.{side}": tensor.cpu() for side, tensor in _sides(found).items()}
+            tensors |= {f"{name}.{side}": tensor for side, tensor in _sides(found).items()}
             tensors[f"{name}.sequences"] = torch.tensor(found.sequences)
-        path = self._path(number)
-        try:
-            with durable(path) as temporary:
-                save_file(tensors, temporary, {"done": str(done)})
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+        write_tensors(self._path(number), tensors, {"done": str(done)})
         end = time.monotonic()
         self._next = end + max(self._every, 19 * (end - begin))
 

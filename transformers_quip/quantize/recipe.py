@@ -142,9 +142,9 @@ def _quantize_model(
     first, *others = lists.items()
     inputs = captured(first[1])
     curvature = {}
-    if two_sided(plan, config):
+    if names := two_sided(plan, config):
         with timed(report.seconds, "gradients"):
-            curvature = curvature_of(model, plan, config, ids, residence)
+            curvature = curvature_of(model, names, config, ids, residence)
     dense, following = _split_batches(numbers, config.calibrate_on)
     embeddings, borrowing = plan.embeddings, {}
     with tqdm(total=len(plan.names), desc="Quantizing", unit="layer", disable=residence.quiet) as bar:

@@ -212,12 +212,7 @@ class RunState:
         return self.folder / f"part-{part.rstrip('.')}.safetensors"
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
-            with durable(self.folder / name) as temporary:
-                save_file(on_cpu, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{self.folder / name} cannot be written: {error}") from error
+        write_tensors(self.folder / name, tensors, metadata)
 
     def _record(self) -> None:
         if not processes.is_first():
@@ -233,6 +228,20 @@ class RunState:
         }
         with durable(self.folder / _STATE) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file that is on the disk completely or not at all.
+
+    Raises:
+        OSError: the disk is full, for example.
+    """
+    on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    try:
+        with durable(path) as temporary:
+            save_file(on_cpu, temporary, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _empty(folder: Path) -> None:

@@ -127,7 +127,7 @@ class QuantizedPart(Part):
     """A quantized linear, or this process's share of it.
 
     Raises:
-        ValueError: there are no such transforms or tiles for its sizes; the message names the linear.
+        ValueError: its sizes do not allow these transforms or tiles; the message names the linear.
     """
 
     share: Share

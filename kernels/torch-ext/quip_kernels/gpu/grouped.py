@@ -19,7 +19,7 @@ from .. import e8, e8p
 from . import tune
 from .decode import load_table, nibbles_of_codes, twice_weights_of_codes
 from .launch import device_of, family, interpreted, processors
-from .small_batch import Halves
+from .small_batch import Halves, Tile
 
 # Columns of activations are completed to a multiple of this.
 ALIGNMENT = 128
@@ -135,15 +135,7 @@ def grouped(
         candidates = [tile for tile in tiles(block, family(codes.device)) if gather in (None, tile.gather)]
         name = f"grouped {'e8p' if stage.signed else 'e8'} {block}x{len(x.values)}"
         run = functools.partial(_launch, x, ends, stage, parts=out)
-        sizes = (tiles_of_vectors, rows, columns)
-        tile = tune.choose(name, sizes, candidates, codes.device, run)
-        try:
-            run(tile)
-        except tune.OutOfResources:  # the remembered answer is of another device
-            again = tune.choose(name, sizes, candidates, codes.device, run, unfit=tile)
-            if again == tile:
-                raise
-            run(again)
+        tune.run_fastest(name, (tiles_of_vectors, rows, columns), candidates, codes.device, run)
     return result
 
 
@@ -203,19 +195,6 @@ def _launch(x: Halves, ends: torch.Tensor, stage: Stage, tile: Tile, parts: torc
             num_warps=tile.warps,
             **({} if tile.stages is None else {"num_stages": tile.stages}),
         )
-
-
-class Tile(NamedTuple):
-    """The work of one program of the kernel.
-
-    Attributes:
-        gather: see `decode.look_up`. warps: of a program.
-        stages: blocks that are loaded in advance; None: Triton's own choice.
-    """
-
-    gather: bool
-    warps: int
-    stages: int | None = None
 
 
 def tiles(block: int, family: str) -> list[Tile]:

@@ -159,14 +159,7 @@ def small_batch(
         candidates = [tile for tile in tiles(batch, family(planes.device)) if gather in (None, tile.gather)]
         name = f"small batch {'e8p' if stage.signed else 'e8'} {block_batch(batch)}x{len(x.values)}"
         run = functools.partial(_launch, x, stage, parts=out)
-        tile = tune.choose(name, (rows, words), candidates, planes.device, run)
-        try:
-            run(tile)
-        except tune.OutOfResources:  # the remembered answer is of another device
-            again = tune.choose(name, (rows, words), candidates, planes.device, run, unfit=tile)
-            if again == tile:
-                raise
-            run(again)
+        tune.run_fastest(name, (rows, words), candidates, planes.device, run)
     return result
 
 

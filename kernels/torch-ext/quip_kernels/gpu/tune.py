@@ -73,6 +73,24 @@ def choose(
     return candidates[answer]
 
 
+def run_fastest(
+    kernel: str,
+    shape: tuple[int, ...],
+    candidates: Sequence[Candidate],
+    device: torch.device,
+    run: Callable[[Candidate], object],
+) -> None:
+    """Launch a kernel as the fastest candidate says, see [`choose`]; an answer that does not fit is asked for again."""
+    candidate = choose(kernel, shape, candidates, device, run)
+    try:
+        run(candidate)
+    except OutOfResources:  # the remembered answer is of another device
+        again = choose(kernel, shape, candidates, device, run, unfit=candidate)
+        if again == candidate:
+            raise
+        run(again)
+
+
 def _measure(
     question: str, candidates: Sequence[Candidate], device: torch.device, run: Callable[[Candidate], object]
 ) -> int | None:

@@ -1,0 +1,21 @@
+"""What the tests of kernels on a device share."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def device():
+    """A GPU whose layers run by the Triton kernels."""
+    import torch
+
+    from transformers_quip import set_backend
+
+    for kind in ("cuda", "xpu"):
+        if getattr(torch, kind).is_available():
+            set_backend("triton")
+            yield torch.device(kind)
+            set_backend("auto")
+            return
+    pytest.skip("PyTorch cannot use a GPU here")
