@@ -1,8 +1,8 @@
 """The C library on 64-bit ARM, in an emulator, in the place of this machine's (a plugin of pytest: -p arm_library).
 
 PyTorch stays on this machine. The arguments of every call, with all memory that they point to, go to a process of QEMU
-(driver.c), and the results come back. QUIP_ARM_PROCESSOR names the processor; if unset, the best of `arm_program.PROCESSORS`.
-
+(driver.c), and the results come back. QUIP_ARM_PROCESSOR names the processor, by default the best of
+`arm_program.PROCESSORS`.
 `--arm-share quick` takes a part of the tests, always the same.
 """
 
