@@ -262,6 +262,14 @@ class Library:
             arm_program.command(program, processor), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
     def __getattr__(self, name: str) -> Callable[..., int]:
         if name not in NAMES:
             raise AttributeError(name)
@@ -317,3 +325,4 @@ def pytest_configure(config) -> None:
     """Put the emulated library in the place of this machine's, before a test imports the modules that use it."""
     found = Library(arm_program.build(), os.environ.get(PROCESSOR_VARIABLE) or [*arm_program.PROCESSORS.values()][-1])
     cpu_library.library = lambda: found
+    cpu_library.LEVELS = cpu_library.LEVELS_OF["arm"]

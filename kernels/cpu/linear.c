@@ -186,12 +186,15 @@ static quip_products products_of(int level) {
 #if defined(__x86_64__)
     if (level == QUIP_AVX512) return quip_products_avx512;
     if (level == QUIP_AVX2) return quip_products_avx2;
+#elif defined(QUIP_ARM)
+    if (level >= QUIP_NEON) return quip_arm_products(level);
 #endif
     (void)level;
     return quip_products_plain;
 }
 
-/* The best instructions that this processor has for the products: 0 plain C, 1 AVX2, 2 AVX-512 (VBMI, VNNI, GFNI). */
+/* The best instructions that this processor has for the products: 0 plain C; 1 AVX2, 2 AVX-512 (VBMI, VNNI, GFNI); on ARM
+ * 1 NEON, 2 dot products. */
 EXPORT int quip_cpu_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -200,6 +203,8 @@ EXPORT int quip_cpu_level(void) {
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni"))
         return QUIP_AVX512;
     if (__builtin_cpu_supports("avx2")) return QUIP_AVX2;
+#elif defined(QUIP_ARM)
+    return quip_arm_level();
 #endif
     return QUIP_PLAIN;
 }

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 logger = logging.getLogger(__name__)
 
 PATH = Path(__file__).with_name("_cpu.dll" if sys.platform == "win32" else "_cpu.so")
-LEVELS = ("plain", "avx2", "avx512")  # instruction sets of the products, in the order of the C source's numbers
+# Instruction sets of the products, in the order of the C source's numbers, by the kind of processor.
+LEVELS_OF = {"x86": ("plain", "avx2", "avx512"), "arm": ("plain", "neon", "dotprod")}
+LEVELS = LEVELS_OF["arm" if platform.machine().lower() in ("aarch64", "arm64") else "x86"]
 LEVEL_VARIABLE = "QUIP_KERNELS_CPU_LEVEL"
 MOST_FACTORS = 8  # of a transform, fixed in the C source
 
