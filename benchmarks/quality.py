@@ -5,10 +5,10 @@
 
 Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `trellis-refit` fits
 su to the codes as well, `trellis-yaqa` rounds for the model's output with gradients of 64 sequences, `eighths` has
-transforms in 8 blocks on the side that tensor parallelism divides, `self` is the bare default (text that the model writes
-itself), `none` is dataset=None. The divergence to the dense model is that of the first 8 windows of each text. --save keeps
-the quantized models. Each run is a fresh process. results/quality.json is written after every run, and runs that it has
-already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
+tensor_parallel=8 (transforms in 8 blocks on the side that is divided), `self` is the bare default (text that the model
+writes itself), `none` is dataset=None. The divergence to the dense model is that of the first 8 windows of each text.
+--save keeps the quantized models. Each run is a fresh process. results/quality.json is written after every run, and runs
+that it has already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
 For the first seed of each setting at 2 bits, a picture of the errors of every layer is written to the same folder. If
 text was measured at 2, 2.5 and 3 bits, the last line compares 2.5 bits with the line between 2 and 3.
 """
@@ -40,15 +40,12 @@ SETTINGS = {
     "none": "QuIP#, no calibration",
 }
 
-_OUTPUTS, _INPUTS = ["hadamard", "hadamard-eighths"], ["hadamard-eighths", "hadamard"]
-EIGHTHS = {f"{name}_proj": {"incoherence": _OUTPUTS} for name in ("q", "k", "v", "gate", "up")}
-EIGHTHS |= {f"{name}_proj": {"incoherence": _INPUTS} for name in ("o", "down")}
 # Options of QuipConfig; the data are Wikipedia text unless they say something else.
 OPTIONS = {
     "trellis": {"codebook": "trellis"},
     "trellis-refit": {"codebook": "trellis", "refit": 2},
     "trellis-yaqa": {"codebook": "trellis", "rounding": "yaqa"},
-    "eighths": {"modules": EIGHTHS},
+    "eighths": {"tensor_parallel": 8},
     "self": {"dataset": "self"},
     "none": {"dataset": None},
 }

@@ -119,6 +119,13 @@ def test_the_defaults_are_those_of_the_config():
     assert QuipConfig(**config_options(None, None, "self", (), (), tune="full")) == QuipConfig(tune="full")
 
 
+def test_tensor_parallel():
+    with quantize_command.make_context("quantize", ["MODEL", "OUT", "--tensor-parallel", "4"]) as context:
+        names = ("bits", "codebook", "dataset", "skip", "options", "tensor_parallel")
+        options = config_options(**{name: context.params[name] for name in names})
+    assert QuipConfig(**options) == QuipConfig(tensor_parallel=4)
+
+
 def test_inspect(quantized, capsys):
     code, content, _ = run(capsys, "inspect", quantized, "--json")
     assert code == 0

@@ -46,10 +46,14 @@ def test_names_of_blocks():
         "hadamard-999999",
         "hadamard-514",
         "hadamard-eighths",
+        "hadamard/8",
         8,
         None,
     ):
         assert incoherence.block_size(name) is None
+    assert [incoherence.block_count(name) for name in ("hadamard/2", "hadamard/1024", "hadamard-eighths")] == [2, 1024, 8]
+    for name in ("hadamard/1", "hadamard/0", "hadamard/08", "hadamard/1025", "hadamard/8 ", "hadamard-8", 8, None):
+        assert incoherence.block_count(name) is None
     assert incoherence.get("hadamard", 514).dense_factors is None  # 2 · 257: it cannot be used in blocks
     assert incoherence.get("hadamard-502", 502).dense_factors is not None  # 2 · 251
     assert incoherence.blocks_of("hadamard-eighths", 192) == 24
@@ -57,6 +61,8 @@ def test_names_of_blocks():
     assert incoherence.multiple_of("kronecker") == 1
     with pytest.raises(ValueError, match="'hadamard-64' is the name of the Hadamard transform in blocks"):
         incoherence.register("hadamard-64", lambda size, seed: None)
+    with pytest.raises(ValueError, match="'hadamard/3' is the name of the Hadamard transform in blocks"):
+        incoherence.register("hadamard/3", lambda size, seed: None)
     with pytest.raises(ValueError, match="'hadamard-1' is not known"):
         incoherence.get("hadamard-1", 64)
 
@@ -67,7 +73,17 @@ def test_eighths_have_the_matrix_of_the_whole_size():
     # the same 12x12 matrix in both: that of the whole size is 12 ⊗ Sylvester 16, of an eighth 12 ⊗ Sylvester 2
     assert torch.equal(torch.sign(block[::2, ::2]), torch.sign(whole[::16, ::16]))
     expected = torch.block_diag(*[block] * 8)
-    torch.testing.assert_close(incoherence.get("hadamard-eighths", 192).matrix(), expected, rtol=0, atol=1e-12)
+    for name in ("hadamard-eighths", "hadamard/8"):
+        torch.testing.assert_close(incoherence.get(name, 192).matrix(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 36), (3, 12), (6, 6), (7, 112)])
+def test_a_number_of_blocks(count, size):
+    block = incoherence.get("hadamard", size // count, 5).matrix()
+    found = incoherence.get(f"hadamard/{count}", size, 5).matrix()
+    torch.testing.assert_close(found, torch.block_diag(*[block] * count), rtol=0, atol=1e-12)
+    assert incoherence.blocks_of(f"hadamard/{count}", size) == size // count
+    assert incoherence.multiple_of(f"hadamard/{count}") == count
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 112, 257, 1024])
@@ -81,7 +97,7 @@ def test_any_number_of_blocks(count):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("hadamard-128", 192), ("hadamard-256", 384), ("hadamard-eighths", 12), ("hadamard-7", 12)]
+    ("name", "size"), [("hadamard-128", 192), ("hadamard-256", 384), ("hadamard/8", 12), ("hadamard-7", 12)]
 )
 def test_sizes_without_blocks(name, size):
     with pytest.raises(ValueError, match=f"size={size} is not a multiple"):

@@ -21,7 +21,7 @@ MODULES = {
     "q_proj": {"incoherence": ["hadamard", "hadamard-16"]},  # blocks of outputs, with a bias
     "v_proj": {"bits": 4},
     "o_proj": {"codebook": "trellis:3inst:k2:qtip", "incoherence": ["hadamard-16", "hadamard"]},
-    "down_proj": {"incoherence": ["hadamard-eighths", "hadamard"]},  # blocks of inputs
+    "down_proj": {"incoherence": ["hadamard/2", "hadamard"]},  # blocks of inputs
     "lm_head": {"bits": 4},
 }
 

@@ -22,7 +22,7 @@ CODEBOOKS = [
 BLOCKS = [
     ("hadamard-16", "hadamard"),
     ("hadamard", "hadamard-16"),
-    ("hadamard-eighths", "hadamard-eighths"),
+    ("hadamard-eighths", "hadamard/8"),
     ("none", "none"),
 ]
 

@@ -35,6 +35,12 @@ from .loading import check_dense, device_option, dtype_option, find_tokenizer, r
 @click.option("--num-samples", default=256, show_default=True, help="Token sequences to calibrate on.")
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens in each of them.")
 @click.option("--batch-size", default=8, show_default=True, help="Sequences in one forward pass.")
+@click.option(
+    "--tensor-parallel",
+    type=int,
+    metavar="N",
+    help="Choose transforms with which N devices, or a divisor of N, can share each layer without more traffic.",
+)
 @click.option("--seed", default=0, show_default=True, help="Random seed.")
 @click.option(
     "--tune",

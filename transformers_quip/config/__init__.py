@@ -83,6 +83,12 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
             raise ValueError(
                 f"QuipConfig: tune={short(self.tune)} needs text, and dataset=None gives none: choose a data set or 'self'"
             )
+        if self.tensor_parallel is not None and self.incoherence != "hadamard":
+            raise ValueError(
+                f"QuipConfig: tensor_parallel={self.tensor_parallel} chooses the transforms of each linear, so "
+                f"incoherence={self.incoherence!r} cannot hold for all of them: leave one of the two out, or set "
+                "incoherence for single modules in `modules`"
+            )
         if self.is_mixed:
             self._validate_mixed()
         else:
@@ -151,7 +157,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
     def _with(self, options: dict[str, Any]) -> QuipConfig:
         """A copy with other options for one module."""
         result = copy.copy(self)
-        result.modules = None
+        result.modules = result.tensor_parallel = None
         if "codebook" in options:
             if codebooks.is_known(options["codebook"]) and "bits" not in options:
                 result.bits = codebooks.get(options["codebook"]).bits
@@ -181,15 +187,25 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
 
     def for_module(self, name: str) -> QuipConfig:
         """The config that holds for the module of this name: this one, or a copy with its options of `modules`."""
-        options = self._options_of(name)
+        options = self.options_of(name)
         return self._with(options) if options else self
 
-    def _options_of(self, name: str) -> dict[str, Any]:
+    def options_of(self, name: str) -> dict[str, Any]:
+        """The options of `modules` for the module of this name."""
         options: dict[str, Any] = {}
         for pattern, values in (self.modules or {}).items():
             if matches(name, pattern):
                 options = _overridden(options, values)
         return options
+
+    def with_modules(self, modules: dict[str, dict[str, Any]]) -> QuipConfig:
+        """A copy with options for more modules, before the patterns of the caller, which still hold: later ones win."""
+        modules = dict(modules)
+        for pattern, options in (self.modules or {}).items():
+            modules[pattern] = modules.pop(pattern, {}) | options  # a pattern may be the name of one module
+        result = copy.copy(self)
+        result.modules = modules
+        return result
 
     def settle_modules(self, names: Iterable[str]) -> None:
         """Make the meaning of `modules` independent of its order: Transformers sorts the keys of config.json.
@@ -201,7 +217,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
             found = [values for pattern, values in (self.modules or {}).items() if matches(name, pattern)]
             keys = [key for values in found for key in ({"bits"} if "codebook" in values else set()) | values.keys()]
             if len(keys) != len(set(keys)):
-                self.modules = {name: options for name in names if (options := self._options_of(name))}
+                self.modules = {name: options for name in names if (options := self.options_of(name))}
                 return
 
     def storage_of(self, name: str) -> Storage:

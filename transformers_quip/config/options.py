@@ -99,7 +99,14 @@ OPTIONS: dict[str, Option] = {
         "hadamard",
         check.incoherence,
         "The orthogonal transform on both sides of a weight, or a pair of them: (input side, output side). 'hadamard-N' "
-        "mixes only the numbers of each block of N, so that devices can share a layer without more traffic.",
+        "mixes only the numbers of each block of N, 'hadamard/N' those of each of N blocks.",
+    ),
+    "tensor_parallel": Option(
+        None,
+        check.optional(check.integer(2, 1024)),
+        "The number of devices that will share each layer. Each linear gets that many blocks of the Hadamard transform on "
+        "the side that is divided, so that sharing costs no more traffic than with dense weights. Divisors of this number "
+        "can share it, too, and so can one device.",
     ),
     "rescale": Option(
         True,

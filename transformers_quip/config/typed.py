@@ -16,6 +16,7 @@ class TypedOptions:
     codebook: str | None
     residual_scale: float | None
     incoherence: str | list[str]
+    tensor_parallel: int | None
     rescale: bool
     rounding: str
     dataset: Any
@@ -44,6 +45,7 @@ class TypedOptions:
         codebook: str | None = None,
         residual_scale: float | None = None,
         incoherence: str | Sequence[str] = "hadamard",
+        tensor_parallel: int | None = None,
         rescale: bool = True,
         rounding: str = "ldlq",
         dataset: Any = "self",

@@ -30,6 +30,7 @@ from ..memory import free_memory
 from ..nn import replace
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns
+from ..quantize.tensor_parallel import settle_transforms
 from ..text import size as in_words
 from .foreign import RepackingConverter, check_plan, plan_for
 from .loader import names_in_model
@@ -156,6 +157,7 @@ class _Planned(Mode):
     def __init__(self, model: PreTrainedModel, config: QuipConfig, files: Sequence[str]):
         super().__init__(model, config, files)
         self.plan: QuantizationPlan = make_plan(model, config)
+        self.config = settle_transforms(model, config, self.plan)
         self._weights = {entry.name: entry.weight for entry in self.plan.entries if entry.quantized}
 
     def conversions(self, rules: list) -> list:
@@ -259,7 +261,7 @@ class WhileLoading(_Planned):
         self._split: list[list[str]] = []
         stacks = {name: stack for name, stack in replace.dense_stacks(model).items() if name in self._weights}
         weights = {weight: name for name, weight in self._weights.items()}
-        self._operation = QuantizeWeight(config, weights, stacks, PageReleaser(files), LoadingBar(self.plan.names))
+        self._operation = QuantizeWeight(self.config, weights, stacks, PageReleaser(files), LoadingBar(self.plan.names))
 
     def _leave_dense(self, new: list[str]) -> None:
         if new:

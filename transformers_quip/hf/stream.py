@@ -34,6 +34,7 @@ from ..quantize.estimate import estimate
 from ..quantize.plan import QuantizationPlan, make_plan
 from ..quantize.recipe import QuantizationReport, quantize_embeddings, quantize_without_data
 from ..quantize.state import FOLDER, RunState, is_moving
+from ..quantize.tensor_parallel import settle_transforms
 from . import patches
 from .dense import dense_model, fingerprint, local_folder, own_tokenizer, weight_files
 from .modes import check_is_causal, recorded, tell_plan
@@ -109,6 +110,7 @@ def quantize(
     if config.is_calibrated:
         check_is_causal(model)
     plan = make_plan(model, config)
+    config = settle_transforms(model, config, plan)
     tell_plan(model, config, plan)
     if tokenizer is None:
         tokenizer = own_tokenizer(folder, trust_remote_code)

@@ -2,7 +2,7 @@
 
 A transform is found by name and is a pure function of (name, size, seed), so that a checkpoint stores only the name and
 the seed. A new transform is a function (size, seed) → [`Transform`] registered here, or from outside by [`register`].
-"hadamard-N" is the Hadamard transform on each block of N numbers, for any N (see `blocks.py`).
+"hadamard-N" is the Hadamard transform on each block of N numbers, "hadamard/N" that on N blocks (see `blocks.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..registry import Registry, suggest
-from .blocks import block_size, block_transform, blocks_of, hadamard_eighths, multiple_of
+from .blocks import EIGHTHS, block_count, block_size, block_transform, blocks_of, has_blocks, multiple_of
 from .kronecker import kronecker
 from .orthogonal import mix_seed
 from .plain import made_plainly
@@ -23,6 +23,7 @@ from .transform import Transform, hadamard, identity
 __all__ = [
     "STORED",
     "Transform",
+    "block_count",
     "block_size",
     "blocks_of",
     "get",
@@ -70,7 +71,7 @@ def register(name: str, build: Callable[[int, int], Transform]) -> None:
     """
     if name == STORED:
         raise ValueError(f"incoherence {name!r} is the name of matrices that a checkpoint stores")
-    if block_size(name) is not None:
+    if has_blocks(name):
         raise ValueError(f"incoherence {name!r} is the name of the Hadamard transform in blocks")
 
     @functools.lru_cache(maxsize=256)
@@ -87,29 +88,30 @@ def register(name: str, build: Callable[[int, int], Transform]) -> None:
 _TRANSFORMS.register("hadamard", hadamard)
 _TRANSFORMS.register("kronecker", kronecker)
 _TRANSFORMS.register("none", identity)
-_TRANSFORMS.register("hadamard-eighths", hadamard_eighths)
+_TRANSFORMS.register(EIGHTHS, block_transform(EIGHTHS))
 _TRANSFORMS.register("hadamard-quip-for-all", quip_for_all)
 
 
 def names() -> tuple[str, ...]:
-    """The transforms that a config can name, besides "hadamard-N"."""
+    """The transforms that a config can name, besides "hadamard-N" and "hadamard/N"."""
     return _TRANSFORMS.names()
 
 
 def names_in_files() -> tuple[str, ...]:
-    """The transforms that a saved model can name, besides "hadamard-N": [`names`], and matrices that it stores."""
+    """The transforms that a saved model can name, besides those in blocks: [`names`], and matrices that it stores."""
     return (*_TRANSFORMS.names(), STORED)
 
 
 def is_known(name: object) -> bool:
     """Whether a saved model can name this transform."""
-    return isinstance(name, str) and (name in names_in_files() or block_size(name) is not None)
+    return isinstance(name, str) and (name in names_in_files() or has_blocks(name))
 
 
 def unknown(name: object) -> str:
     """The names that there are, for an error about another one."""
     known = ", ".join(map(repr, names_in_files()))
-    return f"{known}, or 'hadamard-N' for blocks of N numbers, such as 'hadamard-128'{suggest(name, names_in_files())}"
+    blocks = "'hadamard-N' for blocks of N numbers, such as 'hadamard-128', or 'hadamard/N' for N blocks"
+    return f"{known}, {blocks}{suggest(name, names_in_files())}"
 
 
 def sides(incoherence: str | Sequence[str]) -> tuple[str, str]:
@@ -120,8 +122,7 @@ def sides(incoherence: str | Sequence[str]) -> tuple[str, str]:
 
 def get(name: str, size: int, seed: int = 0) -> Transform:
     """The transform of this name and size; cached. Raises `ValueError` for an unknown name."""
-    count = block_size(name)
-    return _kept(block_transform(count) if count is not None else _TRANSFORMS[name], size, seed)
+    return _kept(block_transform(name) if has_blocks(name) else _TRANSFORMS[name], size, seed)
 
 
 @functools.lru_cache(maxsize=4096)

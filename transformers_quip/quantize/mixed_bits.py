@@ -63,11 +63,7 @@ def settle_bits(
     counts = ", ".join(f"{list(bits.values()).count(number)} with {number}" for number in choices)
     logger.info("bits=%s on the average: of %d modules %s bits.", config.bits, len(bits), counts)
     modules: dict[str, dict] = {name: {"bits": number} for name, number in bits.items()}
-    for pattern, options in (config.modules or {}).items():
-        modules[pattern] = modules.pop(pattern, {}) | options  # a pattern may be the name of one module
-    settled = copy.copy(config)
-    settled.modules = modules
-    return settled
+    return config.with_modules(modules)
 
 
 def hessian_after_blocks(model: nn.Module, name: str, data: torch.Tensor | GivenInputs, batch_size: int) -> torch.Tensor:

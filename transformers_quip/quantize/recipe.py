@@ -31,6 +31,7 @@ from .mixed_bits import hessian_after_blocks, settle_bits
 from .plan import make_plan
 from .residence import IN_MEMORY, Residence
 from .stack import quantize_stack
+from .tensor_parallel import settle_transforms
 
 if TYPE_CHECKING:
     from ..config import QuipConfig
@@ -113,6 +114,7 @@ def _quantize_model(
     residence: Residence,
 ) -> QuantizationReport:
     plan = make_plan(model, config)
+    config = settle_transforms(model, config, plan)
     started = perf_counter()
     ids, description = data or load_data(config, model, tokenizer)
     logger.info("Calibrating on %s.", description)
