@@ -42,6 +42,18 @@ HIDDEN const trellis_kernels *quip_arm_trellis(int level) {
     return &quip_trellis_neon;
 }
 
+HIDDEN void quip_arm_nibbles(const uint8_t *tile, int64_t fours, const int8_t *planes, int64_t stride, int columns,
+                             int32_t (*sums)[LANES], int level) {
+#if defined(DOTPROD)
+    if (level == QUIP_DOTPROD) {
+        quip_nibbles_dotprod(tile, fours, planes, stride, columns, sums);
+        return;
+    }
+#endif
+    (void)level;
+    quip_nibbles_neon(tile, fours, planes, stride, columns, sums);
+}
+
 HIDDEN quip_products quip_arm_products(int level) {
 #if defined(DOTPROD)
     if (level == QUIP_DOTPROD) return quip_products_dotprod;

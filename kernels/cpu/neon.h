@@ -26,7 +26,11 @@ typedef struct {
 
 HIDDEN void quip_products_neon(int codebook, const void *codes, int64_t rows, int64_t blocks, const int8_t *planes,
                                int64_t stride, int columns, int32_t (*sums)[LANES]);
+HIDDEN void quip_nibbles_neon(const uint8_t *tile, int64_t fours, const int8_t *planes, int64_t stride, int columns,
+                              int32_t (*sums)[LANES]);
 #if defined(DOTPROD)
+HIDDEN void quip_nibbles_dotprod(const uint8_t *tile, int64_t fours, const int8_t *planes, int64_t stride, int columns,
+                                 int32_t (*sums)[LANES]);
 HIDDEN void quip_products_dotprod(int codebook, const void *codes, int64_t rows, int64_t blocks, const int8_t *planes,
                                   int64_t stride, int columns, int32_t (*sums)[LANES]);
 #endif

@@ -4,7 +4,10 @@
 #if defined(DOTPROD)
 #define TARGET DOTPROD
 #define PRODUCTS quip_products_dotprod
+#define NIBBLES quip_nibbles_dotprod
+#define USE_DOT 1
 #define dot(sum, w, x) vdotq_s32(vdotq_s32(sum, (w).low, vld1q_s8(x)), (w).high, vld1q_s8((x) + 16))
 
 #include "products_neon.h"
+#include "nibbles_neon.h"
 #endif

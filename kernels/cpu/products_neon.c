@@ -4,6 +4,8 @@
 #if defined(QUIP_ARM)
 #define TARGET
 #define PRODUCTS quip_products_neon
+#define NIBBLES quip_nibbles_neon
+#define USE_DOT 0
 /* Four products of a byte with a digit stay within 16 bits: 4 * 42 * 128 < 2^15. */
 #define dot(sum, w, x) vpadalq_s16(sum, products_of_32(w, x))
 
@@ -16,4 +18,5 @@ INLINE int16x8_t products_of_32(weights w, const int8_t *x) {
 }
 
 #include "products_neon.h"
+#include "nibbles_neon.h"
 #endif

@@ -18,6 +18,8 @@ PATH = Path(__file__).with_name("_cpu.dll" if sys.platform == "win32" else "_cpu
 # Instruction sets of the products, in the order of the C source's numbers, by the kind of processor.
 LEVELS_OF = {"x86": ("plain", "avx2", "avx512"), "arm": ("plain", "neon", "dotprod")}
 LEVELS = LEVELS_OF["arm" if platform.machine().lower() in ("aarch64", "arm64") else "x86"]
+# Those with which weights of four bits (`cpu_nibbles`) are multiplied faster than codes.
+LEVELS_FOR_NIBBLES = ("avx2", "neon", "dotprod")
 LEVEL_VARIABLE = "QUIP_KERNELS_CPU_LEVEL"
 MOST_FACTORS = 8  # of a transform, fixed in the C source
 
@@ -44,7 +46,7 @@ class LayerArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "residual", "su", "sv", "bias", "transform_in", "transform_out")),
         *((name, ctypes.c_int64) for name in ("n", "m")),
         ("residual_scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("su_type", "sv_type", "bias_type", "second")),
+        *((name, ctypes.c_int32) for name in ("su_type", "sv_type", "bias_type", "second", "nibbles")),
     )
 
 
@@ -87,7 +89,9 @@ def library() -> ctypes.CDLL | None:
         ("quip_round_panel", number, [pointer] * 3 + [size] * 2 + [number, real] + [pointer] * 3 + [number]),
         ("quip_round_panel_scalar", number, [pointer] * 3 + [size] * 2 + [number] + [pointer] * 3 + [number]),
         ("quip_linear", number, [pointer] * 3 + [size] * 2 + [number] * 5),
-        ("quip_decode", None, [pointer, pointer, number, real, size, size, pointer] + [number] * 3),
+        ("quip_decode", None, [pointer, pointer, number, real, size, size, pointer] + [number] * 4),
+        ("quip_to_nibbles", None, [number, pointer, size, size, pointer, number]),
+        ("quip_from_nibbles", number, [number, pointer, size, size, pointer, number]),
         ("quip_transform_vectors", number, [pointer]),
         ("quip_trellis_linear", number, [pointer] * 3 + [size] * 2 + [number] * 4),
         ("quip_trellis_decode", number, [pointer] * 2 + [number] * 3),
