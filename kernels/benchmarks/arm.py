@@ -2,8 +2,8 @@
 
     PYTHONPATH=kernels/torch-ext:kernels/arm:benchmarks python kernels/benchmarks/arm.py [--before REVISION] [--only REGEX]
 
-QEMU writes a line for each instruction of the program (driver.c). Counted are those between the begin and the end of a call
-that was made once before, so that tables exist. A row is the difference of two calls of different size, divided by the
+QEMU writes a line for each instruction of the program (driver.c). Counted are those between the begin and the end of a
+call, after another one has made the tables. A row is the difference of two calls of different size, divided by the
 difference of their weights (or numbers, or states of a trellis at one step): all that depends on the number of vectors or
 columns alone is left out. --before counts the C sources of an earlier revision as well, which have plain C only.
 """
@@ -31,8 +31,8 @@ from quip_kernels.cpu_library import LEVELS_OF
 
 LEVELS = LEVELS_OF["arm"]
 PROCESSOR = arm_program.PROCESSORS["dotprod"]
-COLUMNS = 1024
-TRELLIS_COLUMNS = 256
+COLUMNS = 512
+TRELLIS_COLUMNS = 128
 STATES = 65536
 
 
@@ -60,12 +60,12 @@ def words(*shape: int) -> torch.Tensor:
 
 
 def message(name: str, *arguments) -> bytes:
-    """The call, twice: the first makes tables."""
-    return arm_library.describe(name, *arguments).message(repeats=2)
+    """The call as driver.c reads it."""
+    return arm_library.describe(name, *arguments).message()
 
 
 def products(planes: int, vectors: int, second: torch.dtype | None = None) -> Case:
-    x, y = numbers(vectors, COLUMNS), torch.empty(vectors, 80)
+    x, y = numbers(vectors, COLUMNS), torch.empty(vectors, 32)
 
     def request(m: int, level: int) -> Request:
         codes = words(m, COLUMNS // 8)
@@ -74,11 +74,11 @@ def products(planes: int, vectors: int, second: torch.dtype | None = None) -> Ca
         made = message("quip_linear", address, x.data_ptr(), y.data_ptr(), vectors, COLUMNS, 0, 0, planes, level, 1)
         return Request(made, layer.m * COLUMNS)
 
-    return Case("weight", lambda level: (request(16, level), request(80, level)))
+    return Case("weight", lambda level: (request(16, level), request(32, level)))
 
 
 def nibbles(planes: int, vectors: int) -> Case:
-    x, y = numbers(vectors, COLUMNS), torch.empty(vectors, 80)
+    x, y = numbers(vectors, COLUMNS), torch.empty(vectors, 32)
 
     def request(m: int, level: int) -> Request:
         found = torch.randint(0, 256, (m // 16, COLUMNS // 4, 8, 4), generator=torch.Generator().manual_seed(2)).to(
@@ -88,24 +88,24 @@ def nibbles(planes: int, vectors: int) -> Case:
         made = message("quip_linear", address, x.data_ptr(), y.data_ptr(), vectors, COLUMNS, 0, 0, planes, level, 1)
         return Request(made, m * COLUMNS)
 
-    return Case("weight", lambda level: (request(16, level), request(80, level)))
+    return Case("weight", lambda level: (request(16, level), request(32, level)))
 
 
 def decoded(dtype: torch.dtype) -> Case:
-    out = torch.empty(80, COLUMNS, dtype=dtype)
+    out = torch.empty(32, COLUMNS, dtype=dtype)
 
     def request(m: int, level: int) -> Request:
         codes, kind = words(m, COLUMNS // 8), cpu_linear.DTYPES[dtype]
         arguments = (codes.data_ptr(), None, 0, 1.0, m, COLUMNS, out.data_ptr(), kind, 0, level, 1)
         return Request(message("quip_decode", *arguments), m * COLUMNS)
 
-    return Case("weight", lambda level: (request(16, level), request(80, level)))
+    return Case("weight", lambda level: (request(16, level), request(32, level)))
 
 
 def trellis(code: str, vectors: int, shape: tuple[int, int] | None = None) -> Case:
     layout, n = cpu_trellis.Layout(code, 2, "qtip"), TRELLIS_COLUMNS
     table = None if shape is None else numbers(*shape).half()
-    x, y = numbers(vectors, n), torch.empty(vectors, 48)
+    x, y = numbers(vectors, n), torch.empty(vectors, 32)
 
     def request(m: int, level: int) -> Request:
         codes = words(m, n // 8)
@@ -113,7 +113,7 @@ def trellis(code: str, vectors: int, shape: tuple[int, int] | None = None) -> Ca
         made = message("quip_trellis_linear", address, x.data_ptr(), y.data_ptr(), vectors, n, 0, 0, level, 1)
         return Request(made, layer.layer.m * n)
 
-    return Case("weight", lambda level: (request(16, level), request(48, level)))
+    return Case("weight", lambda level: (request(16, level), request(32, level)))
 
 
 def transform(size: int, *factors: int) -> Case:
@@ -136,14 +136,14 @@ def transform(size: int, *factors: int) -> Case:
 
 
 def encoded(second: int) -> Case:
-    codes, points = torch.empty(80, dtype=torch.int32), torch.empty(80, 8)
+    codes, points = torch.empty(32, dtype=torch.int32), torch.empty(32, 8)
 
     def request(count: int) -> Request:
         x = numbers(count, 8)
         arguments = (x.data_ptr(), count, second, 0.3, codes.data_ptr(), points.data_ptr(), 1)
         return Request(message("quip_encode", *arguments), 8 * count)
 
-    return Case("weight", lambda level: (request(16), request(80)), has_levels=False)
+    return Case("weight", lambda level: (request(16), request(32)), has_levels=False)
 
 
 def scalar_panel(columns: int) -> Case:
@@ -155,7 +155,7 @@ def scalar_panel(columns: int) -> Case:
         made = message("quip_round_panel_scalar", *pointers, rows, columns, 3, *(v.data_ptr() for v in outs), 1)
         return Request(made, rows * columns)
 
-    return Case("weight", lambda level: (request(16), request(48)), has_levels=False)
+    return Case("weight", lambda level: (request(16), request(32)), has_levels=False)
 
 
 CASES: dict[str, Case] = {
@@ -235,20 +235,20 @@ def address_of(program: Path, name: str, source: str = "driver.c") -> bytes:
 
 
 def calls(program: Path, requests: list[Request]) -> list[int]:
-    """Instructions of the second call of each request."""
+    """Instructions of each request, after the first was made once to make tables."""
     begin, end = address_of(program, "call"), address_of(program, "called")
     counts: list[int] = []
     since: int | None = None
-    with traced(program, b"".join(request.message for request in requests)) as lines:
+    with traced(program, b"".join(request.message for request in [requests[0], *requests])) as lines:
         for number, line in enumerate(lines):
             if begin in line:
                 since = number
             elif end in line and since is not None:
                 counts.append(number - since)
                 since = None
-    if len(counts) != 2 * len(requests):
-        raise RuntimeError(f"{len(counts)} calls of {2 * len(requests)} were seen")
-    return counts[1::2]
+    if len(counts) != 1 + len(requests):
+        raise RuntimeError(f"{len(counts)} calls of {1 + len(requests)} were seen")
+    return counts[1:]
 
 
 def step(program: Path, weights: int, bits: int, doublings: int, level: int) -> float:
