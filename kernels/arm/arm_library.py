@@ -46,8 +46,11 @@ NAMES = (
     "quip_viterbi",
     "quip_has_amx",
     "quip_cpu_level",
+    "quip_to_nibbles",
+    "quip_from_nibbles",
 )
 _WIDTHS = {0: 4, 1: 2, 2: 2}  # bytes of a number, by its type in the C source
+_STAGE_BYTES = {0: 0, 1: 1, 2: 2}  # of a code, by the codebook's number; nibbles of eight weights take four
 _CODE_WIDTHS = {0: 2, 1: 4, 2: 4}  # bytes of a code of the encoder, by the second stage
 
 
@@ -125,12 +128,17 @@ def _vectors(call: Call, layer: LayerArguments, x: int, y: int, count: int, stri
     call.whole(count, stride, x_type, y_type)
 
 
+def _widths(second: int, nibbles: int) -> tuple[int, int]:
+    """Bytes of eight weights of either stage."""
+    return 4 if nibbles & 1 else 2, 4 if nibbles & 2 else _STAGE_BYTES[second]
+
+
 def _linear(call: Call, address: int, *vectors: int) -> None:
     *vectors, planes, level, threads = vectors
     layer = LayerArguments.from_address(address)
     codes = layer.m * -(-layer.n // 8)
     call.pointer(address, ctypes.sizeof(LayerArguments))
-    _layer(call, 0, 0, layer, 2 * codes, {0: 0, 1: codes, 2: 2 * codes}[layer.second])
+    _layer(call, 0, 0, layer, *(codes * width for width in _widths(layer.second, layer.nibbles)))
     _vectors(call, layer, *vectors)
     call.whole(planes, level, threads)
 
@@ -158,15 +166,31 @@ def _trellis_decode(call: Call, address: int, out: int, kind: int, level: int, t
     call.whole(kind, level, threads)
 
 
-def _decode(call, codes, residual, second, scale, rows, columns, out, kind, level, threads):
-    count = rows * -(-columns // 8)
-    call.pointer(codes, 2 * count)
-    call.pointer(residual, count * (2 if second == 2 else 1))
+def _decode(call, codes, residual, second, scale, rows, columns, out, kind, nibbles, level, threads):
+    count, (first_width, second_width) = rows * -(-columns // 8), _widths(second, nibbles)
+    call.pointer(codes, count * first_width)
+    call.pointer(residual, count * second_width)
     call.whole(second)
     call.real(scale)
     call.whole(rows, columns)
     call.pointer(out, rows * columns * _WIDTHS[kind], written=True)
-    call.whole(kind, level, threads)
+    call.whole(kind, nibbles, level, threads)
+
+
+def _to_nibbles(call: Call, codebook: int, codes: int, rows: int, blocks: int, out: int, threads: int) -> None:
+    call.whole(codebook)
+    call.pointer(codes, rows * blocks * _STAGE_BYTES[codebook])
+    call.whole(rows, blocks)
+    call.pointer(out, rows * blocks * 4, written=True)
+    call.whole(threads)
+
+
+def _from_nibbles(call: Call, codebook: int, nibbles: int, rows: int, blocks: int, codes: int, threads: int) -> None:
+    call.whole(codebook)
+    call.pointer(nibbles, rows * blocks * 4)
+    call.whole(rows, blocks)
+    call.pointer(codes, rows * blocks * _STAGE_BYTES[codebook], written=True)
+    call.whole(threads)
 
 
 def _transform_vectors(call: Call, address: int) -> None:
@@ -242,6 +266,8 @@ _DESCRIBE: tuple[Callable[..., None], ...] = (
     _viterbi,
     _nothing,
     _nothing,
+    _to_nibbles,
+    _from_nibbles,
 )
 
 
@@ -261,6 +287,14 @@ class Library:
         self._process = subprocess.Popen(
             arm_program.command(program, processor), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         if name not in NAMES:
@@ -317,3 +351,4 @@ def pytest_configure(config) -> None:
     """Put the emulated library in the place of this machine's, before a test imports the modules that use it."""
     found = Library(arm_program.build(), os.environ.get(PROCESSOR_VARIABLE) or [*arm_program.PROCESSORS.values()][-1])
     cpu_library.library = lambda: found
+    cpu_library.LEVELS = cpu_library.LEVELS_OF["arm"]

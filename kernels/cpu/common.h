@@ -12,6 +12,11 @@
 #define HIDDEN __attribute__((visibility("hidden")))
 #endif
 
+/* 64-bit ARM, where NEON is always there. */
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#define QUIP_ARM
+#endif
+
 /* The compiler makes one version for each instruction set, and the loader picks one. */
 #if !defined(QUIP_ONE_VERSION) && defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -127,7 +132,8 @@ HIDDEN void quip_nibble_bytes(int codebook, const uint8_t *nibbles, int64_t bloc
                               uint8_t *bytes);
 HIDDEN void quip_products_nibbles(const uint8_t *tile, int64_t blocks, const int8_t *planes, int64_t stride, int columns,
                                   int32_t (*sums)[LANES], int level);
-enum { QUIP_PLAIN, QUIP_AVX2, QUIP_AVX512 };
+/* Instruction sets, with numbers for each kind of processor. */
+enum { QUIP_PLAIN, QUIP_AVX2, QUIP_AVX512, QUIP_NEON = 1, QUIP_DOTPROD };
 EXPORT int quip_cpu_level(void); /* linear.c */
 HIDDEN void quip_products_plain(int codebook, const void *codes, int64_t rows, int64_t blocks, const int8_t *planes,
                                 int64_t stride, int columns, int32_t (*sums)[LANES]);
@@ -138,6 +144,15 @@ HIDDEN void quip_products_avx512(int codebook, const void *codes, int64_t rows, 
                                  int64_t stride, int columns, int32_t (*sums)[LANES]);
 /* The order of a plane that quip_products_avx512 reads, in place. */
 HIDDEN void quip_order_avx512(int8_t *plane, int64_t stride);
+#endif
+#if defined(QUIP_ARM)
+HIDDEN int quip_arm_level(void); /* arm.c */
+HIDDEN quip_products quip_arm_products(int level);
+/* As quip_products_nibbles, for 4 * fours columns. */
+HIDDEN void quip_arm_nibbles(const uint8_t *tile, int64_t fours, const int8_t *planes, int64_t stride, int columns,
+                             int32_t (*sums)[LANES], int level);
+/* decode_neon.c: codes of a row from the first on; returns how many were decoded. */
+HIDDEN int64_t quip_decode_neon(const quip_grid *g, const int16_t *codes, int64_t row);
 #endif
 
 #endif

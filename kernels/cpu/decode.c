@@ -146,6 +146,8 @@ static void decode_one(const quip_grid *g, int64_t first, int64_t last) {
             done = decode_avx512(g, codes, row);
         else if (g->level >= QUIP_AVX2)
             done = decode_avx2(g, codes, row);
+#elif defined(QUIP_ARM)
+        if (g->level >= QUIP_NEON) done = quip_decode_neon(g, codes, row);
 #endif
         decode_plain(g, codes, done, row);
     }

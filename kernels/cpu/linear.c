@@ -200,12 +200,15 @@ static quip_products products_of(int level) {
 #if defined(__x86_64__)
     if (level == QUIP_AVX512) return quip_products_avx512;
     if (level == QUIP_AVX2) return quip_products_avx2;
+#elif defined(QUIP_ARM)
+    if (level >= QUIP_NEON) return quip_arm_products(level);
 #endif
     (void)level;
     return quip_products_plain;
 }
 
-/* The best instructions that this processor has for the products: 0 plain C, 1 AVX2, 2 AVX-512 (VBMI, VNNI, GFNI). */
+/* The best instructions that this processor has for the products: 0 plain C; 1 AVX2, 2 AVX-512 (VBMI, VNNI, GFNI); on ARM
+ * 1 NEON, 2 dot products. */
 EXPORT int quip_cpu_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -214,6 +217,8 @@ EXPORT int quip_cpu_level(void) {
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni"))
         return QUIP_AVX512;
     if (__builtin_cpu_supports("avx2")) return QUIP_AVX2;
+#elif defined(QUIP_ARM)
+    return quip_arm_level();
 #endif
     return QUIP_PLAIN;
 }
@@ -229,7 +234,9 @@ EXPORT int quip_linear(const quip_layer *layer, const void *x, void *y, int64_t 
     if (layer->second < QUIP_NO_STAGE || layer->second > QUIP_E8P) return -1;
     if (layer->nibbles && m % LANES) return -1;
     if (count == 0) return 0;
+#if defined(__x86_64__)
     if (layer->nibbles && level > QUIP_AVX2) level = QUIP_AVX2; /* the products with AVX-512 want planes in another order */
+#endif
     quip_e8p_make_tables();
     quip_e8_make_tables();
 

@@ -204,6 +204,11 @@ HIDDEN void quip_products_nibbles(const uint8_t *tile, int64_t blocks, const int
         multiply_avx2(tile, 2 * blocks, planes, stride, columns, sums);
         return;
     }
+#elif defined(QUIP_ARM)
+    if (level >= QUIP_NEON) {
+        quip_arm_nibbles(tile, 2 * blocks, planes, stride, columns, sums, level);
+        return;
+    }
 #endif
     (void)level;
     multiply_plain(tile, 2 * blocks, planes, stride, columns, sums);

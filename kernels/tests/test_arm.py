@@ -9,12 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import arm_library
 import arm_program
 import pytest
+import torch
+
+from quip_kernels import cpu_library, cpu_linear
+from tests import truth
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = (
-    *(f"kernels/tests/test_cpu_{name}.py" for name in ("linear", "residual", "trellis", "viterbi")),
+    *(f"kernels/tests/test_cpu_{name}.py" for name in ("linear", "nibbles", "residual", "trellis", "viterbi")),
     *(f"tests/codebooks/test_{name}.py" for name in ("e8p", "residual", "scalar")),
 )
 
@@ -24,6 +29,18 @@ pytestmark = pytest.mark.skipif(arm_program.missing() is not None, reason=f"this
 @pytest.fixture(scope="module")
 def program():
     return arm_program.build()
+
+
+@pytest.mark.parametrize("name", arm_program.PROCESSORS)
+def test_the_level_is_found_and_the_processor_has_its_instructions(program, name):
+    with arm_library.Library(program, arm_program.PROCESSORS[name]) as library:
+        level = library.quip_cpu_level()
+        assert cpu_library.LEVELS_OF["arm"][level] == name
+        m, n = 20, 100
+        codes, x, y = truth.random_linear(m, n)["codes"], torch.randn(n), torch.empty(m)
+        _, address = cpu_linear.layer_of(n, (codes, None, None, None, None), None, None, 1.0)
+        assert library.quip_linear(address, x.data_ptr(), y.data_ptr(), 1, n, 0, 0, 3, level, 1) == 0
+    assert truth.relative_error(y, truth.decode(codes, n) @ x.double()) < 1e-6
 
 
 def run(*options: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from quip_kernels import cpu, cpu_nibbles
 from quip_kernels import layout as kernels
-from quip_kernels.cpu_library import LEVELS, default_level
+from quip_kernels.cpu_library import LEVELS, LEVELS_FOR_NIBBLES, default_level
 
 from .. import codebooks
 from ..memory import free_memory
@@ -73,12 +73,14 @@ def _collapsed(weight: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
 
 
 def _is_expansion_wanted(weight: Sequence[torch.Tensor], codebook: str) -> bool:
-    """Whether codes should be expanded: AVX2 multiplies nibbles faster, AVX-512 and plain C do not."""
+    """Whether codes should be expanded: AVX2 and ARM multiply nibbles faster, AVX-512 and plain C do not."""
     codes = [tensor for tensor in weight if not cpu_nibbles.is_nibbles(tensor)]
     wanted = get_memory()
     if not codes or wanted == "compact" or for_device(codes[0].device) != "cpu" or not cpu.is_available():
         return False
-    if not has_packed_form(codebook) or LEVELS[default_level()] != "avx2" or not all(map(cpu_nibbles.can_expand, codes)):
+    if not has_packed_form(codebook) or LEVELS[default_level()] not in LEVELS_FOR_NIBBLES:
+        return False
+    if not all(map(cpu_nibbles.can_expand, codes)):
         return False
     size = sum(tensor.numel() * tensor.element_size() for tensor in codes)
     return wanted == "fast" or 4 * size + RESERVE <= free_memory(codes[0].device)  # E8 takes four times its bytes

@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -15,7 +16,11 @@ import torch
 logger = logging.getLogger(__name__)
 
 PATH = Path(__file__).with_name("_cpu.dll" if sys.platform == "win32" else "_cpu.so")
-LEVELS = ("plain", "avx2", "avx512")  # instruction sets of the products, in the order of the C source's numbers
+# Instruction sets of the products, in the order of the C source's numbers, by the kind of processor.
+LEVELS_OF = {"x86": ("plain", "avx2", "avx512"), "arm": ("plain", "neon", "dotprod")}
+LEVELS = LEVELS_OF["arm" if platform.machine().lower() in ("aarch64", "arm64") else "x86"]
+# Those with which weights of four bits (`cpu_nibbles`) are multiplied faster than codes.
+LEVELS_FOR_NIBBLES = ("avx2", "neon", "dotprod")
 LEVEL_VARIABLE = "QUIP_KERNELS_CPU_LEVEL"
 _GROUPS = Path("/sys/fs/cgroup")
 MOST_FACTORS = 8  # of a transform, fixed in the C source
