@@ -19,7 +19,7 @@ SEED ?= 1
 # files whose change asks for a new installation
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 
-.PHONY: help install demo test test-oldest test-newest test-slow test-architectures test-gpu test-vllm lint format bench bench-quick bench-all \
+.PHONY: help install demo test test-oldest test-newest test-slow test-architectures test-gpu test-arm test-vllm lint format bench bench-quick bench-all \
 	docs package clean distclean fuzz fuzz-kill sanitize
 .DELETE_ON_ERROR:
 
@@ -81,6 +81,9 @@ test-architectures: $(VENV)/.installed ## try every architecture of Transformers
 test-gpu: $(VENV)/.installed ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
+test-arm: $(VENV)/.installed ## all tests of the C library on 64-bit ARM, emulated; needs gcc-aarch64-linux-gnu and qemu-user-static
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -rs kernels/tests/test_arm.py
+
 # In a venv of its own, because vLLM pins Transformers. The three packages that go away again are CUDA builds, which cannot be
 # imported beside PyTorch for CPUs; vLLM does without them.
 $(VLLM)/.installed: $(SOURCES)
@@ -108,13 +111,13 @@ lint: $(VENV)/.installed ## ruff, mypy, the import contract, clang-format, typos
 	$(BIN)/mypy
 	@# there is no import-linter for Python 3.10
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/lint-imports; fi
-	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch] tests/fuzz/sanitize/*.[ch]
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.[ch] kernels/arm/*.c tests/fuzz/sanitize/*.[ch]
 	$(BIN)/typos
 
 format: $(VENV)/.installed ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i kernels/cpu/*.[ch] tests/fuzz/sanitize/*.[ch]
+	$(BIN)/clang-format -i kernels/cpu/*.[ch] kernels/arm/*.c tests/fuzz/sanitize/*.[ch]
 
 # In both: only one thing at a time may run on the machine, or its seconds say nothing.
 bench: $(VENV)/.smollm2 $(MODEL)/config.json ## README's tables: quality at 2 to 4 bits, tuned and not, speed of generation (hours)

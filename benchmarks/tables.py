@@ -305,12 +305,14 @@ def loading() -> str:
 def streaming() -> str:
     """Quantizing from folder to folder: time, memory, and the plan's memory."""
     lines, content = [], None
-    for name in ("streaming", "streaming-smollm2"):
+    for name in ("streaming", "streaming-smollm2-full", "streaming-smollm2"):
         content = load(name) or content
         for way, row in (load(name) or {"ways": {}})["ways"].items():
+            sizes = content["arguments"]
+            sequences = f"{sizes['samples']} x {sizes['tokens']}"
             peak, planned = f"{row['anonymous'] / 1e9:.2f} GB", row.get("predicted", {}).get("memory", "")
-            lines.append([content["model"], way, f"{row['seconds'] / 60:.1f} min", peak, planned])
-    titles = ["model", "way", "time", "peak of private memory", "planned"]
+            lines.append([content["model"], sequences, way, f"{row['seconds'] / 60:.1f} min", peak, planned])
+    titles = ["model", "sequences", "way", "time", "peak of private memory", "planned"]
     return table(titles, lines) + machine_line(content) if content else ""
 
 

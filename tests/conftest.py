@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# many tests look at the codes of a module that has computed; tests/nn/test_expanded.py has the other form
+os.environ.setdefault("TRANSFORMERS_QUIP_MEMORY", "compact")
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .hf.patches import restore as restore_transformers
     from .hf.quantizer import QuipQuantizer
     from .nn import QuipLinear
-    from .ops.backend import set_activations, set_backend
+    from .ops.backend import set_activations, set_backend, set_memory
 
 __all__ = [
     "QuipConfig",
@@ -30,6 +30,7 @@ __all__ = [
     "restore_transformers",
     "set_activations",
     "set_backend",
+    "set_memory",
 ]
 
 # Public name → the module that has it, and its name there; "" for a package that can be called.
@@ -41,6 +42,7 @@ _HOMES = {
     "restore_transformers": ("hf.patches", "restore"),
     "set_activations": ("ops.backend", "set_activations"),
     "set_backend": ("ops.backend", "set_backend"),
+    "set_memory": ("ops.backend", "set_memory"),
 }
 
 

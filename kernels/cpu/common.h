@@ -12,6 +12,11 @@
 #define HIDDEN __attribute__((visibility("hidden")))
 #endif
 
+/* 64-bit ARM, where NEON is always there. */
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#define QUIP_ARM
+#endif
+
 /* The compiler makes one version for each instruction set, and the loader picks one. */
 #if !defined(QUIP_ONE_VERSION) && defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -26,6 +31,9 @@
 
 /* Second stages after E8P, by their number: none, E8 with one byte for a block, or E8P again. */
 enum { QUIP_NO_STAGE, QUIP_E8, QUIP_E8P };
+
+/* Stages of a layer whose weights have four bits each, as nibbles.c describes them, instead of codes. */
+enum { QUIP_FIRST = 1, QUIP_SECOND = 2 };
 
 /* threads.c: body(context, first, last) for parts of [0, count), in steps of `grain`, on at most `threads` threads. */
 typedef void (*quip_body)(void *context, int64_t first, int64_t last);
@@ -48,12 +56,14 @@ typedef struct {
 } quip_transform;
 /* A linear layer of E8P codes. */
 typedef struct {
-    const void *codes, *residual;   /* [m][ceil(n / 8)], of E8P and of the second stage; null for none */
+    const void *codes,
+        *residual;   /* [m][ceil(n / 8)], of E8P and of the second stage; null for none. Or nibbles, see below */
     const void *su, *sv, *bias;     /* [n], [m], [m]; null for none */
     const quip_transform *in, *out; /* of size n and m; null for none */
     int64_t n, m;
     double residual_scale;
     int32_t su_type, sv_type, bias_type, second; /* second: QUIP_NO_STAGE, QUIP_E8 or QUIP_E8P */
+    int32_t nibbles; /* the stages that are in nibbles: QUIP_FIRST, QUIP_SECOND, their sum, or 0 */
 } quip_layer;
 
 /* Q x, or its transpose times x: x [size] is overwritten, as is scratch [size]; returns the one that holds the result. */
@@ -96,16 +106,16 @@ HIDDEN void quip_e8_make_tables(void);
 
 /* decode.c: codes to decode. */
 typedef struct {
-    const int16_t *codes;
+    const void *codes;
     const void *residual; /* codes of a second stage, null for none */
     int64_t blocks, columns, stride; /* of a row: codes, weights, and numbers from one row of `out` to the next */
     int64_t origin;                  /* the row that `out` begins with */
-    int second, type, level;
+    int second, type, level, nibbles; /* nibbles: as of quip_layer; rows are then a multiple of 16 */
     float scale; /* of the second stage */
     void *out;
     uint16_t values[2 * LANES]; /* the 16 bits of a weight, by half its byte modulo 32 */
 } quip_grid;
-HIDDEN quip_grid quip_make_grid(const int16_t *codes, const void *residual, int second, float scale, int64_t columns,
+HIDDEN quip_grid quip_make_grid(const void *codes, const void *residual, int second, float scale, int64_t columns,
                                 void *out, int type, int level);
 HIDDEN void quip_decode_rows(void *grid, int64_t first, int64_t last); /* a quip_body */
 
@@ -116,7 +126,14 @@ typedef void (*quip_products)(int codebook, const void *codes, int64_t rows, int
                               int64_t stride, int columns, int32_t (*sums)[LANES]);
 /* products.c: the bytes 4 w + 31 of codes [first, first + count). */
 HIDDEN void quip_expand(int codebook, const void *codes, int64_t first, int count, uint8_t *bytes);
-enum { QUIP_PLAIN, QUIP_AVX2, QUIP_AVX512 };
+/* nibbles.c: the byte of q = 0; as quip_expand, for a row; and sums as above of q for a tile, times 2. */
+HIDDEN int quip_nibble_least(int codebook);
+HIDDEN void quip_nibble_bytes(int codebook, const uint8_t *nibbles, int64_t blocks, int64_t row, int64_t first, int count,
+                              uint8_t *bytes);
+HIDDEN void quip_products_nibbles(const uint8_t *tile, int64_t blocks, const int8_t *planes, int64_t stride, int columns,
+                                  int32_t (*sums)[LANES], int level);
+/* Instruction sets, with numbers for each kind of processor. */
+enum { QUIP_PLAIN, QUIP_AVX2, QUIP_AVX512, QUIP_NEON = 1, QUIP_DOTPROD };
 EXPORT int quip_cpu_level(void); /* linear.c */
 HIDDEN void quip_products_plain(int codebook, const void *codes, int64_t rows, int64_t blocks, const int8_t *planes,
                                 int64_t stride, int columns, int32_t (*sums)[LANES]);
@@ -127,6 +144,15 @@ HIDDEN void quip_products_avx512(int codebook, const void *codes, int64_t rows, 
                                  int64_t stride, int columns, int32_t (*sums)[LANES]);
 /* The order of a plane that quip_products_avx512 reads, in place. */
 HIDDEN void quip_order_avx512(int8_t *plane, int64_t stride);
+#endif
+#if defined(QUIP_ARM)
+HIDDEN int quip_arm_level(void); /* arm.c */
+HIDDEN quip_products quip_arm_products(int level);
+/* As quip_products_nibbles, for 4 * fours columns. */
+HIDDEN void quip_arm_nibbles(const uint8_t *tile, int64_t fours, const int8_t *planes, int64_t stride, int columns,
+                             int32_t (*sums)[LANES], int level);
+/* decode_neon.c: codes of a row from the first on; returns how many were decoded. */
+HIDDEN int64_t quip_decode_neon(const quip_grid *g, const int16_t *codes, int64_t row);
 #endif
 
 #endif

@@ -24,7 +24,7 @@ typedef struct {
     int64_t stride; /* of planes */
     int8_t *planes; /* [count][planes][stride] */
     double *scale;  /* [count], of a digit's unit */
-    double *offset; /* [count], the sum of a vector's integers times BYTE_OFFSET */
+    double *total;  /* [count], the sum of a vector's integers */
     float *z;       /* [count][m], between the transforms */
     float *su, *sv, *bias;
     int failed;
@@ -105,8 +105,7 @@ static void read_vectors(void *context, int64_t first, int64_t last) {
         if (work->su) quip_scale_vector(t, work->su, n);
         if (layer->in) t = quip_apply(layer->in, 1, t, memory + n);
         int8_t *planes = work->planes + v * work->count_planes * work->stride;
-        make_planes(t, n, work->count_planes, planes, work->stride, work->scale + v, work->offset + v);
-        work->offset[v] *= BYTE_OFFSET;
+        make_planes(t, n, work->count_planes, planes, work->stride, work->scale + v, work->total + v);
 #if defined(__x86_64__)
         if (work->level == QUIP_AVX512) quip_order_avx512(planes, work->count_planes * work->stride);
 #endif
@@ -121,11 +120,28 @@ INLINE void sum_digits(const int32_t (*digits)[LANES], int planes, double offset
     EACH_LANE sum[l] -= offset;
 }
 
+/* Sums of a tile of rows of one stage: its products, and for each of a vector's integers so much more than four times the
+ * weight. */
+INLINE double multiply_stage(const linear *work, int codebook, const void *codes, int in_nibbles, int64_t tile, int columns,
+                             int32_t (*sums)[LANES]) {
+    const quip_layer *layer = work->layer;
+    const int64_t blocks = (layer->n + BLOCK - 1) / BLOCK, row = tile * LANES;
+    const int rows = layer->m - row < LANES ? (int)(layer->m - row) : LANES, bytes = codebook == QUIP_E8P ? 2 : 1;
+    if (in_nibbles) {
+        quip_products_nibbles((const uint8_t *)codes + row * blocks * BLOCK / 2, blocks, work->planes, work->stride,
+                              columns, sums, work->level);
+        return BYTE_OFFSET - quip_nibble_least(codebook);
+    }
+    work->products(codebook, (const char *)codes + row * blocks * bytes, rows, blocks, work->planes, work->stride, columns,
+                   sums);
+    return BYTE_OFFSET;
+}
+
 /* Tiles [first, last) of sixteen rows of codes, for all vectors. */
 FOR_EACH_CPU static void multiply_tiles(void *context, int64_t first, int64_t last) {
     linear *work = context;
     const quip_layer *layer = work->layer;
-    const int64_t blocks = (layer->n + BLOCK - 1) / BLOCK, m = layer->m;
+    const int64_t m = layer->m;
     const int columns = (int)work->count * work->count_planes;
     const int stages = layer->second == QUIP_NO_STAGE ? 1 : 2;
     int32_t on_stack[2 * 8][LANES] __attribute__((aligned(64)));
@@ -138,21 +154,19 @@ FOR_EACH_CPU static void multiply_tiles(void *context, int64_t first, int64_t la
     for (int64_t tile = first; tile < last; tile++) {
         const int64_t row = tile * LANES;
         const int rows = m - row < LANES ? (int)(m - row) : LANES;
-        work->products(QUIP_E8P, (const int16_t *)layer->codes + row * blocks, rows, blocks, work->planes, work->stride,
-                       columns, sums);
-        if (stages == 2)
-            work->products(layer->second,
-                           (const char *)layer->residual + row * blocks * (layer->second == QUIP_E8P ? 2 : 1), rows, blocks,
-                           work->planes, work->stride, columns, residual);
+        const double more = multiply_stage(work, QUIP_E8P, layer->codes, layer->nibbles & QUIP_FIRST, tile, columns, sums);
+        const double more_of_second = stages == 1 ? 0
+                                                  : multiply_stage(work, layer->second, layer->residual,
+                                                                   layer->nibbles & QUIP_SECOND, tile, columns, residual);
         for (int64_t v = 0; v < work->count; v++) {
             const int64_t at = v * work->count_planes;
-            const double unit = work->scale[v] / 4, offset = work->offset[v];
+            const double unit = work->scale[v] / 4, total = work->total[v];
             double sum[LANES];
             float z[LANES];
-            sum_digits((const int32_t (*)[LANES])sums + at, work->count_planes, offset, sum);
+            sum_digits((const int32_t (*)[LANES])sums + at, work->count_planes, more * total, sum);
             if (stages == 2) {
                 double rest[LANES];
-                sum_digits((const int32_t (*)[LANES])residual + at, work->count_planes, offset, rest);
+                sum_digits((const int32_t (*)[LANES])residual + at, work->count_planes, more_of_second * total, rest);
                 EACH_LANE sum[l] += layer->residual_scale * rest[l];
             }
             EACH_LANE z[l] = (float)(sum[l] * unit);
@@ -186,12 +200,15 @@ static quip_products products_of(int level) {
 #if defined(__x86_64__)
     if (level == QUIP_AVX512) return quip_products_avx512;
     if (level == QUIP_AVX2) return quip_products_avx2;
+#elif defined(QUIP_ARM)
+    if (level >= QUIP_NEON) return quip_arm_products(level);
 #endif
     (void)level;
     return quip_products_plain;
 }
 
-/* The best instructions that this processor has for the products: 0 plain C, 1 AVX2, 2 AVX-512 (VBMI, VNNI, GFNI). */
+/* The best instructions that this processor has for the products: 0 plain C; 1 AVX2, 2 AVX-512 (VBMI, VNNI, GFNI); on ARM
+ * 1 NEON, 2 dot products. */
 EXPORT int quip_cpu_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -200,6 +217,8 @@ EXPORT int quip_cpu_level(void) {
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni"))
         return QUIP_AVX512;
     if (__builtin_cpu_supports("avx2")) return QUIP_AVX2;
+#elif defined(QUIP_ARM)
+    return quip_arm_level();
 #endif
     return QUIP_PLAIN;
 }
@@ -213,7 +232,11 @@ EXPORT int quip_linear(const quip_layer *layer, const void *x, void *y, int64_t 
     if (count > INT32_MAX / MOST_PLANES || (layer->in && layer->in->size != n) || (layer->out && layer->out->size != m))
         return -1;
     if (layer->second < QUIP_NO_STAGE || layer->second > QUIP_E8P) return -1;
+    if (layer->nibbles && m % LANES) return -1;
     if (count == 0) return 0;
+#if defined(__x86_64__)
+    if (layer->nibbles && level > QUIP_AVX2) level = QUIP_AVX2; /* the products with AVX-512 want planes in another order */
+#endif
     quip_e8p_make_tables();
     quip_e8_make_tables();
 
@@ -244,7 +267,7 @@ EXPORT int quip_linear(const quip_layer *layer, const void *x, void *y, int64_t 
     if (!memory) return -2;
     work.planes = (int8_t *)memory;
     work.scale = (double *)(memory + begin[1]);
-    work.offset = (double *)(memory + begin[2]);
+    work.total = (double *)(memory + begin[2]);
     work.z = (float *)(memory + begin[3]);
     if (layer->su) {
         work.su = (float *)(memory + begin[4]);

@@ -5,8 +5,14 @@
 
 #include "common.h"
 
-#define ROWS 6    /* of a factor, computed together with */
+#define ROWS 6 /* of a factor, computed together with */
+#if defined(QUIP_ARM)
+#include "transform_neon.h"
+
+#define COLUMNS 1 /* piece of LANES numbers: 24 vectors of sums, which fit into registers */
+#else
 #define COLUMNS 2 /* pieces of LANES numbers: twelve sums, which fit into registers */
+#endif
 
 /* Sums of `rows` rows from `row` on and of `columns` pieces of LANES numbers, at x[c] and y[c]; `after` apart for each j. */
 INLINE void multiply_tile(const float *restrict t, int64_t order, int64_t row, int rows, int columns,
@@ -113,6 +119,12 @@ INLINE void multiply_groups(float *restrict x) {
 
 /* Sylvester's matrix of an order of at most LANES times neighbours, and the scale of the whole Sylvester part. */
 INLINE void multiply_neighbours(float *restrict x, int64_t size, int64_t order, float scale) {
+#if defined(QUIP_ARM)
+    if (order == LANES) {
+        multiply_sixteens(x, size, scale);
+        return;
+    }
+#endif
     if (order == LANES) {
         const int64_t whole = size / (GROUPS * LANES) * (GROUPS * LANES);
         for (int64_t b = 0; b < whole; b += GROUPS * LANES) multiply_groups(x + b);

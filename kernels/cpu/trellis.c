@@ -46,6 +46,8 @@ static trellis_kernels kernels_of(int level, int code) {
         return kernels;
     }
     if (level >= QUIP_AVX2 && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return quip_trellis_avx2;
+#elif defined(QUIP_ARM)
+    if (level >= QUIP_NEON) return *quip_arm_trellis(level);
 #endif
     (void)level, (void)code;
     return quip_trellis_plain;

@@ -53,6 +53,9 @@ extern HIDDEN const trellis_kernels quip_trellis_avx2, quip_trellis_avx512;
 /* Replaces kernels for AVX-512 by those that are faster with these instructions. */
 HIDDEN void quip_trellis_use_fp16(trellis_kernels *kernels, int code);
 #endif
+#elif defined(QUIP_ARM)
+extern HIDDEN const trellis_kernels quip_trellis_neon, quip_trellis_dotprod;
+HIDDEN const trellis_kernels *quip_arm_trellis(int level); /* arm.c */
 #endif
 
 #endif

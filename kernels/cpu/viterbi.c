@@ -234,6 +234,8 @@ static viterbi_kernels kernels_of(int level) {
 #if defined(__x86_64__)
     if (level == QUIP_AVX512) return quip_viterbi_avx512;
     if (level == QUIP_AVX2) return quip_viterbi_avx2;
+#elif defined(QUIP_ARM)
+    if (level >= QUIP_NEON) return quip_viterbi_neon;
 #endif
     (void)level;
     return quip_viterbi_plain;

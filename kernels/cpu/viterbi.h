@@ -36,6 +36,8 @@ typedef struct {
 extern HIDDEN const viterbi_kernels quip_viterbi_plain;
 #if defined(__x86_64__)
 extern HIDDEN const viterbi_kernels quip_viterbi_avx2, quip_viterbi_avx512;
+#elif defined(QUIP_ARM)
+extern HIDDEN const viterbi_kernels quip_viterbi_neon;
 #endif
 
 #endif

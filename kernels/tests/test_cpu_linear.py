@@ -268,7 +268,7 @@ def test_refused(change, said):
 def test_refused_by_the_others():
     with pytest.raises(ValueError, match=r"expected \[..., 1\]"):
         kernels.transform(torch.zeros(2, 2), kernels.Transform([torch.ones(1, 1)]))
-    with pytest.raises(ValueError, match="codes for 17 columns"):
+    with pytest.raises(ValueError, match="codes for 17 inputs"):
         kernels.decode(torch.zeros(2, 2, dtype=torch.int16), 17, torch.float32)
     with pytest.raises(ValueError, match="the weight must be"):
         kernels.decode(torch.zeros(2, 2, dtype=torch.int16), 16, torch.float64)

@@ -73,6 +73,7 @@ def test_empty_environment_variables_say_nothing():
         ("TRANSFORMERS_QUIP_BACKEND", "fast", "backend='fast' is not known"),
         ("TRANSFORMERS_QUIP_BACKEND", "triton", "The backend 'triton' is not available here: it needs"),
         ("TRANSFORMERS_QUIP_ACTIVATIONS", "int4", "activations='int4' is not known"),
+        ("TRANSFORMERS_QUIP_MEMORY", "tiny", "memory='tiny' is not known"),
     ],
 )
 def test_a_wrong_environment_variable_is_an_error_at_import_that_names_it(variable, value, said, monkeypatch):

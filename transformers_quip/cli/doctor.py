@@ -16,6 +16,7 @@ _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "hu
 _VARIABLES = (
     "TRANSFORMERS_QUIP_BACKEND",
     "TRANSFORMERS_QUIP_ACTIVATIONS",
+    "TRANSFORMERS_QUIP_MEMORY",
     "QUIP_KERNELS_CPU_LEVEL",
     "QUIP_KERNELS_CACHE",
     "TRITON_INTERPRET",

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..calibration.device import free_memory
 from ..calibration.recorder import replaced_forwards
+from ..memory import free_memory
 from ..nn import QuipLinear
 from .product import product_dtype
 from .student import Student

@@ -16,7 +16,6 @@ import torch
 from transformers.core_model_loading import ConversionOps
 
 from ..calibration.dataset import is_written, is_written_by_the_model, load_data
-from ..calibration.device import free_memory
 from ..calibration.inputs import GivenInputs
 from ..checkpoints import native
 from ..checkpoints.files import Files, check_inside
@@ -27,6 +26,7 @@ from ..config import QuipConfig
 from ..config.tune import TuneOptions
 from ..finetune.recipe import held_out_windows, quantize_and_tune
 from ..hub import origin
+from ..memory import free_memory
 from ..nn import replace
 from ..quantize.bars import LoadingBar
 from ..quantize.plan import QuantizationPlan, make_plan, unmatched_patterns

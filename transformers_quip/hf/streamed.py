@@ -28,13 +28,13 @@ from transformers.utils import logging as transformers_logging
 
 from ..calibration import CapturedInputs, processes
 from ..calibration.block_writer import BlockWriter
-from ..calibration.device import free_memory
 from ..calibration.hidden import MappedInputs
 from ..checkpoints.complete import check_shapes, not_given
 from ..checkpoints.files import Files
 from ..checkpoints.headers import DAMAGED
 from ..checkpoints.memory import return_memory
 from ..config import QuipConfig
+from ..memory import free_memory
 from ..nn import replace
 from ..quantize.residence import Residence
 from ..quantize.state import GRADIENTS, RunState

@@ -23,7 +23,7 @@ class QuipLinear(PackedCodes, nn.Linear):
     a read-only stand-in with the shape, dtype and device of the dense weight. All parameters are frozen; it has no
     buffers. A new module computes zero until its parameters are loaded.
 
-    If Triton kernels compute it, its codes are converted into their form ([`pack`]), which replaces the stored one.
+    Where its device computes another form of the codes faster, that form replaces the stored one ([`pack_if_wanted`]).
 
     Args:
         in_features, out_features: n and m, any positive sizes.

@@ -234,7 +234,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def pack(model: nn.Module) -> None:
-    """Convert the codes of every quantized linear that Triton kernels will compute into their form, once for all calls.
+    """Convert the codes of every quantized linear into the form that its device computes fastest, once for all calls.
 
     A module does that by itself when it is first called, but not while it is being compiled.
     """

@@ -17,9 +17,11 @@ from ..codebooks import implementation
 
 BACKEND_VARIABLE = "TRANSFORMERS_QUIP_BACKEND"
 ACTIVATIONS_VARIABLE = "TRANSFORMERS_QUIP_ACTIVATIONS"
+MEMORY_VARIABLE = "TRANSFORMERS_QUIP_MEMORY"
 # Types of devices that the Triton kernels are for.
 TRITON_DEVICES = ("cuda", "xpu")
 ACTIVATIONS = ("auto", "exact", "int8")
+MEMORY = ("auto", "compact", "fast")
 
 
 def _nothing() -> None:
@@ -57,6 +59,7 @@ class Settings(NamedTuple):
 
     backend: str = "auto"
     activations: str = "auto"
+    memory: str = "auto"
     devices: Mapping[str, str] = MappingProxyType({})
 
 
@@ -184,9 +187,36 @@ def get_activations() -> str:
     return _settings.activations
 
 
+def set_memory(name: str) -> None:
+    """Choose whether E8P codes may take more memory where that makes them faster: on a CPU with AVX2 but without AVX-512.
+
+    There the library multiplies weights of four bits several times as fast as codes of two bits. The results are the same
+    to the bit. Only memory is different: files, `state_dict`, copies and pickles hold the codes as ever. A layer changes
+    when it is loaded or next called. Layers whose rows are not a multiple of 16, experts and embeddings stay as they are.
+
+    The environment variable TRANSFORMERS_QUIP_MEMORY does the same when the package is imported.
+
+    Args:
+        name: "auto" (the default): layer by layer as "fast" as long as 2 GB of memory stay free. "fast": 4 bits in memory
+            for a weight of 2 bits, 8 bits for one of 3 or 4. "compact": the size of the stored codes.
+
+    Raises:
+        ValueError: the name is not one of these.
+    """
+    if name not in MEMORY:
+        raise ValueError(f"memory={name!r} is not known, choose one of {', '.join(map(repr, MEMORY))}")
+    _change(memory=name)
+
+
+def get_memory() -> str:
+    """The choice between memory and speed, "auto" if none was made."""
+    return _settings.memory
+
+
 def read_environment() -> None:
-    """Apply the environment variables; raises as [`set_backend`] and [`set_activations`] do."""
-    for variable, choose in ((BACKEND_VARIABLE, set_backend), (ACTIVATIONS_VARIABLE, set_activations)):
+    """Apply the environment variables; raises as [`set_backend`], [`set_activations`] and [`set_memory`] do."""
+    choices = ((BACKEND_VARIABLE, set_backend), (ACTIVATIONS_VARIABLE, set_activations), (MEMORY_VARIABLE, set_memory))
+    for variable, choose in choices:
         try:
             choose(os.environ.get(variable) or "auto")
         except (ValueError, RuntimeError) as error:

@@ -29,8 +29,8 @@ class Layer(NamedTuple):
     """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias for n inputs and m outputs.
 
     Attributes:
-        weight: the tensors that the codebook stores for Ŵ [m, n], in the order of `Codebook.tensors`; or, on a GPU, the
-            form that Triton kernels take (see `packing`).
+        weight: the tensors that the codebook stores for Ŵ [m, n], in the order of `Codebook.tensors`; or another
+            form of them (see `packing`).
         su: [n]; sv: [m]; bias: [m] or None. Any floating dtype.
         codebook: its name, as `codebooks.get` takes it.
         incoherence_in, incoherence_out, seed: name the transforms Q_in [n, n] and Q_out [m, m].

@@ -19,9 +19,9 @@ from torch import nn
 
 from ..calibration import BlockHessians, BlockInputs, processes
 from ..calibration.curvature import Curvature
-from ..calibration.device import free_memory
 from ..calibration.experts import ExpertHessians
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
+from ..memory import free_memory
 from ..nn import QuipLinear, replace
 from ..nn.experts import QuipExperts
 from .experts import experts_in, place_experts, round_experts

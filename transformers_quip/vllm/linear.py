@@ -251,11 +251,9 @@ def _view(room: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[i
 
 
 def _packed(part: QuantizedPart, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors with codes in the form of the kernels of their device."""
+    """The tensors with codes in the form that their device computes fastest."""
     weight = [tensors[name] for name in part.tensors]
-    if packing.is_wanted(weight, part.share.form.codebook):
-        tensors |= dict(zip(part.tensors, packing.pack(weight), strict=True))
-    return tensors
+    return tensors | dict(zip(part.tensors, packing.converted(weight, part.share.form.codebook), strict=True))
 
 
 def _runs(parts: Sequence[Part]) -> list[list[int]]:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from . import cpu_nibbles
 from .cpu import SECOND_STAGES
 from .cpu_layers import description
 from .cpu_library import MOST_FACTORS, LayerArguments, TransformArguments, TransformCall, default_level, loaded
@@ -83,13 +84,13 @@ def linear(
 
     Args:
         x: float32, bfloat16 or float16 [..., n], n at most 2¹⁸.
-        codes: int16 [m, ⌈n/8⌉].
+        codes: int16 [m, ⌈n/8⌉], or the nibbles that they are expanded to (`cpu_nibbles`); the result is the same.
         su: [n]; sv, bias: [m]; each float32, bfloat16 or float16.
         transform_in, transform_out: of sizes n and m.
         planes: 3 for the accuracy of float32; 2 or 1 for activations of 16 or 8 bits.
         dtype: of the result; None: the dtype of x.
         level: instruction set, an index of `cpu_library.LEVELS`; None: [`default_level`].
-        codes_residual: of the shape of codes; int16 for E8P again, uint8 for the one-byte E8.
+        codes_residual: of the shape of codes; int16 for E8P again, uint8 for the one-byte E8; or nibbles.
 
     Returns:
         [..., m]. A vector with an entry that is not finite gives NaN.
@@ -101,7 +102,7 @@ def linear(
     codes, su, sv, bias = contiguous(codes), contiguous(su), contiguous(sv), contiguous(bias)
     codes_residual = contiguous(codes_residual)
     tensors = (codes, codes_residual, su, sv, bias)
-    n, m = x.shape[-1], codes.shape[0]
+    n, m = x.shape[-1], shape_of(codes)[0]
     layer, address = layer_of(n, tensors, transform_in, transform_out, residual_scale)
     if planes not in PLANES:
         raise ValueError(f"planes={planes} must be 1, 2 or 3")
@@ -153,13 +154,10 @@ def _describe(
 ) -> LayerArguments:
     """See [`layer_of`]. Raises `ValueError` for a tensor that is not as [`linear`] describes it."""
     codes, codes_residual, su, sv, bias = tensors
-    m = codes.shape[0]
-    if codes.dtype != torch.int16 or codes.dim() != 2 or codes.shape[1] != -(-n // 8) or not m or not codes.is_cpu:
-        raise ValueError(
-            f"codes for {n} inputs must be int16 [m, {-(-n // 8)}] on the CPU, got {codes.dtype} {list(codes.shape)} on "
-            f"{codes.device}"
-        )
-    second = _second_stage(codes, codes_residual)
+    second, nibbles = _check_codes(codes, codes_residual, n)
+    m = shape_of(codes)[0]
+    if not m:
+        raise ValueError(f"codes must be int16 [m, {-(-n // 8)}] of at least one row, got {list(codes.shape)}")
     if not 0 < n <= MOST_FEATURES:
         raise ValueError(f"the inputs must be 1 to {MOST_FEATURES}, got {n}")
     for transform, size in ((transform_in, n), (transform_out, m)):
@@ -174,6 +172,7 @@ def _describe(
         residual_scale,
         *types,
         second,
+        nibbles,
     )
 
 
@@ -234,48 +233,57 @@ def decode(
     codes_residual: torch.Tensor | None = None,
     residual_scale: float = 1.0,
 ) -> torch.Tensor:
-    """The weight Ŵ [m, columns] of E8P codes int16 [m, ⌈columns/8⌉], in float32, bfloat16 or float16.
+    """The weight Ŵ [m, columns] of E8P codes int16 [m, ⌈columns/8⌉] or nibbles, in float32, bfloat16 or float16.
 
     It is exact without a second stage; with one (see [`linear`]) it is computed in float32 and rounded to the dtype.
 
     Raises:
         ValueError: codes or the dtype are not as described.
     """
-    if codes.dtype != torch.int16 or codes.dim() != 2 or codes.shape[1] != -(-columns // 8):
-        raise ValueError(
-            f"codes for {columns} columns must be int16 [m, {-(-columns // 8)}], got {codes.dtype} {list(codes.shape)}"
-        )
-    codes = codes.contiguous()
-    weight = torch.empty(codes.shape[0], columns, dtype=dtype) if out is None else out
-    if weight.shape != (codes.shape[0], columns) or not weight.is_contiguous():
-        raise ValueError(f"out must be a contiguous {[codes.shape[0], columns]}, got {list(weight.shape)}")
-    second = _second_stage(codes, codes_residual)
-    codes_residual = contiguous(codes_residual)
+    second, nibbles = _check_codes(codes, codes_residual, columns)
+    codes, codes_residual, rows = codes.contiguous(), contiguous(codes_residual), shape_of(codes)[0]
+    weight = torch.empty(rows, columns, dtype=dtype) if out is None else out
+    if weight.shape != (rows, columns) or not weight.is_contiguous():
+        raise ValueError(f"out must be a contiguous {[rows, columns]}, got {list(weight.shape)}")
     loaded().quip_decode(
         codes.data_ptr(),
         None if codes_residual is None else codes_residual.data_ptr(),
         second,
         residual_scale,
-        codes.shape[0],
+        rows,
         columns,
         weight.data_ptr(),
         type_of(weight, "the weight"),
+        nibbles,
         default_level() if level is None else level,
         torch.get_num_threads(),
     )
     return weight
 
 
-def _second_stage(codes: torch.Tensor, codes_residual: torch.Tensor | None) -> int:
-    """The library's number of the second stage. Raises `ValueError` for codes of another type or shape."""
-    if codes_residual is None:
-        return SECOND_STAGES[None]
-    if codes_residual.dtype not in _SECOND or codes_residual.shape != codes.shape or not codes_residual.is_cpu:
+def shape_of(codes: torch.Tensor) -> tuple[int, ...]:
+    """Rows and blocks of codes or nibbles."""
+    return cpu_nibbles.shape_of_codes(codes) if cpu_nibbles.is_nibbles(codes) else tuple(codes.shape)
+
+
+def _check_codes(codes: torch.Tensor, codes_residual: torch.Tensor | None, n: int) -> tuple[int, int]:
+    """The library's number of the second stage, and of the stages in nibbles. Raises `ValueError` for other tensors."""
+    shape = shape_of(codes)
+    if cpu_nibbles.codes_dtype(codes) != torch.int16 or len(shape) != 2 or shape[1] != -(-n // 8) or not codes.is_cpu:
         raise ValueError(
-            f"codes_residual must be int16 (E8P) or uint8 (E8) {list(codes.shape)} on the CPU, as codes, got "
+            f"codes for {n} inputs must be int16 [m, {-(-n // 8)}] on the CPU, got {codes.dtype} {list(codes.shape)} on "
+            f"{codes.device}"
+        )
+    nibbles = cpu_nibbles.FIRST * cpu_nibbles.is_nibbles(codes)
+    if codes_residual is None:
+        return SECOND_STAGES[None], nibbles
+    dtype = cpu_nibbles.codes_dtype(codes_residual)
+    if dtype not in _SECOND or shape_of(codes_residual) != shape or not codes_residual.is_cpu:
+        raise ValueError(
+            f"codes_residual must be int16 (E8P) or uint8 (E8) {list(shape)} on the CPU, as codes, got "
             f"{codes_residual.dtype} {list(codes_residual.shape)} on {codes_residual.device}"
         )
-    return _SECOND[codes_residual.dtype]
+    return _SECOND[dtype], nibbles + cpu_nibbles.SECOND * cpu_nibbles.is_nibbles(codes_residual)
 
 
 def rows_of(x: torch.Tensor, size: int) -> torch.Tensor:

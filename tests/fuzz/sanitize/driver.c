@@ -14,7 +14,9 @@
 #include "arena.h"
 
 EXPORT int quip_linear(const quip_layer *, const void *, void *, int64_t, int64_t, int, int, int, int, int);
-EXPORT void quip_decode(const int16_t *, const void *, int, float, int64_t, int64_t, void *, int, int, int);
+EXPORT void quip_decode(const void *, const void *, int, float, int64_t, int64_t, void *, int, int, int, int);
+EXPORT void quip_to_nibbles(int, const void *, int64_t, int64_t, uint8_t *, int);
+EXPORT int quip_from_nibbles(int, const uint8_t *, int64_t, int64_t, void *, int);
 EXPORT int quip_trellis_linear(const quip_trellis *, const void *, void *, int64_t, int64_t, int, int, int, int);
 EXPORT int quip_trellis_decode(const quip_trellis *, void *, int, int, int);
 EXPORT void quip_encode(const float *, int64_t, int, float, void *, float *, int);
@@ -46,17 +48,39 @@ static quip_layer layer_of(arena *a, int64_t m, int64_t n, int second, int wide)
     return l;
 }
 
+/* The same with some stages in nibbles, for rows in whole tiles. */
+static quip_layer expanded(arena *a, const quip_layer *codes) {
+    const int64_t m = codes->m, blocks = (codes->n + BLOCK - 1) / BLOCK;
+    quip_layer l = *codes;
+    l.nibbles = m % LANES ? 0 : QUIP_FIRST * one_in(a, 2) + QUIP_SECOND * (l.second && one_in(a, 2));
+    for (int stage = QUIP_FIRST; stage <= QUIP_SECOND; stage++) {
+        const int book = stage == QUIP_FIRST ? QUIP_E8P : l.second;
+        const void **place = stage == QUIP_FIRST ? &l.codes : &l.residual, *given = *place;
+        if (!(l.nibbles & stage)) continue;
+        uint8_t *made = exact(a, m * blocks * BLOCK / 2);
+        quip_to_nibbles(book, given, m, blocks, made, THREADS[below(a, 2)]);
+        const int64_t size = m * blocks * (book == QUIP_E8P ? 2 : 1);
+        char *back = exact(a, size);
+        expect(!quip_from_nibbles(book, made, m, blocks, back, THREADS[below(a, 2)]), "quip_from_nibbles", m, blocks, book);
+        expect(!memcmp(back, given, (size_t)size), "codes of nibbles", m, blocks, book);
+        *place = made;
+    }
+    return l;
+}
+
 static void call_linear(arena *a) {
-    const int64_t n = some(a, one_in(a, 2) ? 600 : 2100), m = some(a, 140), count = one_in(a, 4) ? some(a, 20) : some(a, 4);
+    const int64_t n = some(a, one_in(a, 2) ? 600 : 2100), count = one_in(a, 4) ? some(a, 20) : some(a, 4);
+    const int64_t m = one_in(a, 2) ? LANES * some(a, 8) : some(a, 140);
     const int x_type = (int)below(a, 3), y_type = (int)below(a, 3), planes = 1 + (int)below(a, 3);
-    const quip_layer l = layer_of(a, m, n, (int)below(a, 3), n <= 600);
+    const quip_layer l = layer_of(a, m, n, (int)below(a, 3), n <= 600), nibbles = expanded(a, &l);
     const int64_t stride = n + below(a, 5);
     const void *x = numbers(a, (count - 1) * stride + n, x_type, 1);
     void *first = 0;
     for (int level = 0; level <= quip_cpu_level(); level++)
         for (int t = 0; t < 2; t++) {
             void *y = exact(a, count * m * width(y_type));
-            expect(!quip_linear(&l, x, y, count, stride, x_type, y_type, planes, level, THREADS[t]), "quip_linear", m, n,
+            const quip_layer *form = t ? &nibbles : &l;
+            expect(!quip_linear(form, x, y, count, stride, x_type, y_type, planes, level, THREADS[t]), "quip_linear", m, n,
                    -1);
             expect(!first || agree(first, y, count * m, y_type, SAME), "quip_linear", m, n, 10 * level + THREADS[t]);
             first = first ? first : y;
@@ -65,14 +89,15 @@ static void call_linear(arena *a) {
 }
 
 static void call_decode(arena *a) {
-    const int64_t n = some(a, 2100), m = some(a, 140);
+    const int64_t n = some(a, 2100), m = one_in(a, 2) ? LANES * some(a, 8) : some(a, 140);
     const int type = (int)below(a, 3), second = (int)below(a, 3);
-    const quip_layer l = layer_of(a, m, n, second, 0);
+    const quip_layer l = layer_of(a, m, n, second, 0), nibbles = expanded(a, &l);
     void *first = 0;
     for (int level = 0; level <= quip_cpu_level(); level++)
         for (int t = 0; t < 2; t++) {
             void *w = exact(a, m * n * width(type));
-            quip_decode(l.codes, l.residual, second, 0.3f, m, n, w, type, level, THREADS[t]);
+            const quip_layer *form = t ? &nibbles : &l;
+            quip_decode(form->codes, form->residual, second, 0.3f, m, n, w, type, form->nibbles, level, THREADS[t]);
             expect(!first || agree(first, w, m * n, type, SAME), "quip_decode", m, n, 10 * level + THREADS[t]);
             first = first ? first : w;
         }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quip_kernels import cpu_linear, cpu_trellis
+from quip_kernels import cpu_linear, cpu_nibbles, cpu_trellis
 from quip_kernels.cpu_library import default_level, loaded
 
 from ... import codebooks
@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
 
 class E8PCodes:
-    """E8P codes, of one or two stages.
+    """E8P codes or nibbles, of one or two stages.
 
     Args:
         planes: bytes of an activation.
@@ -46,8 +46,8 @@ class E8PCodes:
 
     def decode(self, rows: slice, out: torch.Tensor) -> torch.Tensor:
         """Some rows of the weight, written to `out`."""
-        second = None if self.second is None else self.second[rows]
-        return cpu_linear.decode(self.codes[rows], out.shape[1], out.dtype, None, out, second, self.scale)
+        second = None if self.second is None else _rows_of(self.second, rows)
+        return cpu_linear.decode(_rows_of(self.codes, rows), out.shape[1], out.dtype, None, out, second, self.scale)
 
     def describe(self, n: int, vectors: Vectors, transforms: Transforms) -> tuple[Any, int]:
         """The layer's description for the library, which must be kept alive, and its address."""
@@ -62,6 +62,13 @@ class E8PCodes:
         kind = cpu_linear.DTYPES[dtype]
         arguments = (n, kind, kind, self.planes, default_level())
         return Call(loaded().quip_linear, address, arguments, (keep, transforms))
+
+
+def _rows_of(codes: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Rows of codes, or of nibbles: then they begin and end with a tile."""
+    if not cpu_nibbles.is_nibbles(codes):
+        return codes[rows]
+    return codes[rows.start // cpu_nibbles.TILE : rows.stop // cpu_nibbles.TILE]
 
 
 class TrellisCodes:
@@ -101,6 +108,9 @@ def trellis_layout(codebook: str) -> cpu_trellis.Layout:
     return cpu_trellis.Layout(book.code, book.k, book.order)
 
 
+_EXPANDED = {torch.int16: torch.uint8, torch.uint8: torch.int8}  # the dtype of nibbles, by that of codes
+
+
 def dtypes_are_known(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the library takes the types of all of these that are floating point."""
     return all(v.dtype in cpu_linear.DTYPES or not v.is_floating_point() for v in tensors)
@@ -115,4 +125,4 @@ def types_fit(codebook: str, weight: Sequence[torch.dtype | None], vectors: Sequ
     known, wanted = cpu_linear.DTYPES, integer_dtypes(codebook)
     if len(weight) != len(wanted) or not all(dtype is None or dtype in known for dtype in vectors):
         return False
-    return all(a in known if b is None else a is b for a, b in zip(weight, wanted, strict=True))
+    return all(a in known if b is None else a is b or a is _EXPANDED.get(b) for a, b in zip(weight, wanted, strict=True))

@@ -21,7 +21,7 @@ from .. import reference
 from ..backend import for_device, get_activations
 from ..grouped import linear_by_expert
 from ..layer import Layer, named, stages
-from ..packing import stored
+from ..packing import is_expanded, stored
 from ..same_input import SameInput
 from . import scratch
 from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, trellis_layout, types_fit
@@ -49,6 +49,9 @@ def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: in
     book = codebooks.get(codebook)
     if book.kernels is None or dtype not in kernels.DTYPES or not _is_usable() or not dtypes_are_known(weight):
         return reference.decode(weight, codebook, rows, columns, dtype)
+    if is_expanded(weight):
+        codes, second = stages(weight)
+        return kernels.decode(codes, columns, dtype, None, None, second, book.residual_scale or 1.0)
     tensors = named(stored(weight, codebook, columns), book, rows, columns)
     if book.kernels == "trellis":
         return cpu_trellis.decode(tensors["codes"], columns, dtype, trellis_layout(codebook), tensors.get("table"))
@@ -106,7 +109,7 @@ def plan(dtype: torch.dtype, layer: Layer) -> Plan:
     weight, su, sv, bias, *names = layer
     types = (su.dtype, sv.dtype, None if bias is None else bias.dtype, *[v.dtype for v in weight])
     usable = _is_usable()
-    has_amx = usable and cpu_many.is_available()
+    has_amx = usable and cpu_many.is_available() and not is_expanded(weight)
     return _plan(dtype, sv.shape[0], su.shape[0], types, get_activations(), usable, has_amx, *names)
 
 
