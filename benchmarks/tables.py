@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import serving
 from markdown_tables import figure, load, machine_line, number, table
 from quality import groups
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/how_it_works.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/how_it_works.md", "docs/serving.md"))
 SHOWN = ("dense", "text", "trellis", "self", "none")  # settings in README
 NOTHING = "Not measured yet: `make bench` makes these figures.\n"
 
@@ -375,6 +376,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "streaming": streaming,
     "mutations": mutations,
     "kills": kills,
+    "serving": serving.shown,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import os
 import platform
 import sys
@@ -21,7 +22,9 @@ LEVELS = LEVELS_OF["arm" if platform.machine().lower() in ("aarch64", "arm64") e
 # Those with which weights of four bits (`cpu_nibbles`) are multiplied faster than codes.
 LEVELS_FOR_NIBBLES = ("avx2", "neon", "dotprod")
 LEVEL_VARIABLE = "QUIP_KERNELS_CPU_LEVEL"
+_GROUPS = Path("/sys/fs/cgroup")
 MOST_FACTORS = 8  # of a transform, fixed in the C source
+MOST_THREADS = 64  # the same
 
 
 class TransformArguments(ctypes.Structure):
@@ -104,10 +107,12 @@ def library() -> ctypes.CDLL | None:
         ),
         ("quip_cpu_level", number, []),
         ("quip_share_threads", None, [pointer]),
+        ("quip_limit_threads", None, [number]),
     ):
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
     found.quip_share_threads(_openmp_entry())
+    found.quip_limit_threads(granted_processors() or MOST_THREADS)
     return found
 
 
@@ -126,6 +131,39 @@ def _openmp_entry() -> int | None:
     # PyTorch makes the libraries that it depends on visible to the whole process.
     entry = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
     return None if entry is None else ctypes.cast(entry, ctypes.c_void_p).value
+
+
+def granted_processors() -> int | None:
+    """Processors whose time the control groups of this process grant it on Linux, rounded up; None without such a limit.
+
+    PyTorch does not know this limit, so in a container it may start more threads than can run.
+    """
+    listed, shares = Path("/proc/self/cgroup"), []
+    for line in listed.read_text(encoding="ascii").splitlines() if listed.is_file() else ():
+        number, kinds, path = line.split(":", 2)
+        if number != "0" and "cpu" not in kinds.split(","):
+            continue
+        root = _GROUPS if number == "0" else _GROUPS / "cpu"
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):  # the limit of any group above counts, too
+            share = _share_of(folder, version=2 if number == "0" else 1)
+            if share is not None:
+                shares.append(share)
+            if folder == root:
+                break
+    return max(1, math.ceil(min(shares))) if shares else None
+
+
+def _share_of(folder: Path, version: int) -> float | None:
+    """Processors that one control group grants; None if it has no limit, or is not visible from here."""
+    try:
+        if version == 2:
+            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period"))
+    except OSError:  # the root has no such file, and a container may not see its own folder
+        return None
+    return None if quota.strip() in ("max", "-1") else int(quota) / int(period)
 
 
 @functools.cache
