@@ -11,6 +11,7 @@ columns alone is left out. --before counts the C sources of an earlier revision 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -299,18 +300,21 @@ def sources_of(revision: str, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", metavar="REVISION", help="count its C sources, too")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only these cases; nothing is saved")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only these cases; the others stay in the file")
     options = parser.parse_args()
-    result = {"compiler": _first_line(arm_program.COMPILER, "--version"), "processor": PROCESSOR}
+    path = machine.RESULTS / "arm.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) if options.only and path.is_file() else {}
+    saved.pop("machine", None)
+    result = saved | {"compiler": _first_line(arm_program.COMPILER, "--version"), "processor": PROCESSOR}
     if options.before:
         print(f"before ({options.before}):")
         with tempfile.TemporaryDirectory() as folder:
             program = arm_program.build(sources_of(options.before, Path(folder)), Path(folder) / "objects")
-            result |= {"before": options.before, "counts_before": count(program, options.only, range(1))}
+            counts = saved.get("counts_before", {}) | count(program, options.only, range(1))
+            result |= {"before": options.before, "counts_before": counts}
         print("now:")
-    result["counts"] = count(arm_program.build(), options.only, range(len(LEVELS)))
-    if not options.only:
-        machine.save("arm", result)
+    result["counts"] = saved.get("counts", {}) | count(arm_program.build(), options.only, range(len(LEVELS)))
+    machine.save("arm", result)
 
 
 def _first_line(*command: str) -> str:

@@ -94,6 +94,10 @@ EXPORT int quip_transform_vectors(quip_transform_call *call);
 /* e8p_tables.c. The byte is the exclusive or of one that depends on the high byte of a code and one that depends on the
  * low byte. */
 #define TRIPLES 29
+/* Coordinates that are 1/2 in the patterns of norm 12. */
+#define E8P_TRIPLES                                                                                                        \
+    "123", "023", "013", "012", "367", "357", "347", "356", "346", "345", "267", "257", "247", "256", "246", "245", "167", \
+        "157", "147", "156", "146", "045", "067", "057", "047", "056", "046", "014", "237"
 extern HIDDEN const char quip_e8p_triples[TRIPLES][4];
 extern HIDDEN uint64_t quip_e8p_pattern[256], quip_e8p_signs[256]; /* eight bytes, coordinate 0 at the lowest address */
 extern HIDDEN uint8_t quip_e8p_low[256], quip_e8p_high[256];       /* |w| of coordinates 0-3 and 4-7, two bits each */

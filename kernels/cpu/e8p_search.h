@@ -41,6 +41,9 @@ static void make_e8p_search(void) {
     }
 }
 
+#if defined(QUIP_ARM)
+#include "e8p_search_neon.h"
+#else
 /* The best pattern for one side of the shift. */
 typedef struct {
     lanes_i family; /* 0..4: that many 3/2; 5: a 5/2; 6: a 5/2 and a 3/2; from 7: a triple */
@@ -176,5 +179,6 @@ INLINE void e8p_search(const lanes_f *x, int32_t *restrict code, lanes_f *point)
     }
     EACH_LANE code[l] = pattern_of_key[key[l]] << 8 | low[l];
 }
+#endif
 
 #endif

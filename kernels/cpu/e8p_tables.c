@@ -4,10 +4,7 @@
 
 #include "common.h"
 
-/* Coordinates that are 1/2 in the patterns of norm 12. */
-HIDDEN const char quip_e8p_triples[TRIPLES][4] = {"123", "023", "013", "012", "367", "357", "347", "356", "346", "345",
-                                                  "267", "257", "247", "256", "246", "245", "167", "157", "147", "156",
-                                                  "146", "045", "067", "057", "047", "056", "046", "014", "237"};
+HIDDEN const char quip_e8p_triples[TRIPLES][4] = {E8P_TRIPLES};
 
 HIDDEN uint64_t quip_e8p_pattern[256], quip_e8p_signs[256];
 HIDDEN uint8_t quip_e8p_low[256], quip_e8p_high[256];
