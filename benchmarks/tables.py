@@ -17,6 +17,7 @@ from pathlib import Path
 
 from markdown_tables import figure, load, machine_line, number, table
 from quality import groups
+from speed_tables import narrow, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/how_it_works.md")
@@ -186,24 +187,6 @@ def trellis() -> str:
     return table(titles, lines) + machine_line(content)
 
 
-def speed() -> str:
-    """README's speed table: tokens per second of the dense model and of the quantized one."""
-    content = load("generate")
-    if content is None:
-        return ""
-    found = {(row["model"], row["kind"], row["way"]): row for row in content["rows"]}
-    lines = []
-    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in content["rows"]):
-        dense = found[model, kind, "dense bfloat16"]["tokens_per_second"]
-        cells = [f"{model}, {kind}", f"{dense:.1f}"]
-        for way in ("2-bit exact", "2-bit int8"):
-            row = found[model, kind, way]
-            cells.append(f"{row['tokens_per_second']:.1f} ({row['times_dense']:.2f}x)")
-        lines.append(cells)
-    titles = ["tokens per second", "dense bfloat16", "2 bits, exact activations", "2 bits, int8 activations (default)"]
-    return table(titles, lines) + machine_line(content)
-
-
 def peers() -> str:
     """Perplexities of other packages with this project's protocol."""
     content = load("peers")
@@ -364,6 +347,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis": trellis,
     "tuning": tuning,
     "speed": speed,
+    "speed-narrow": narrow,
     "peers": peers,
     "memory": memory,
     "activations": activations,
