@@ -17,6 +17,7 @@ import functools
 import runpy
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,8 +101,10 @@ def compute_by_kernels() -> None:
     """Let the ops run the Triton kernels on tensors of the CPU, as they do on a GPU."""
     from transformers_quip.ops.triton import grouped, run
 
-    for function in (run.transform, run.decode, run.linear, run.bundle, grouped.grouped_linear):
-        OPS.impl(function.__name__, function, "CPU", allow_override=True)
+    with warnings.catch_warnings():  # that another implementation is replaced
+        warnings.simplefilter("ignore")
+        for function in (run.transform, run.decode, run.linear, run.bundle, grouped.grouped_linear):
+            OPS.impl(function.__name__, function, "CPU", allow_override=True)
 
 
 class SmallTests:
