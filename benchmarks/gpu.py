@@ -30,6 +30,7 @@ CODEBOOKS = {2: "e8p", 3: "e8p-rvq3", 4: "e8p-rvq4"}
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
 # The weights take turns, so that none is read from a cache: together they are larger than any GPU's last-level cache.
 ROTATED_BYTES = 512 << 20
+COPIED_BYTES = 1 << 30
 # Share of the time for each part, if all are measured.
 SHARES = {"layers": 0.35, "experts": 0.05, "quantize": 0.1, "generate": 0.5}
 COLUMNS = ("bits", "m", "n", "matvec_int8_us", "matvec_exact_us", "matvec_int8_share", "matvec_exact_share")
@@ -134,8 +135,8 @@ def seconds(calls: Sequence[Callable[[], object]], repeat: int = 7) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by a copy of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
+    """Bytes read and written a second by a copy of `COPIED_BYTES`."""
+    source = torch.empty(COPIED_BYTES, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds([lambda: target.copy_(source)] * 4)
 

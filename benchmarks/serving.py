@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import machine
+from markdown_tables import load, machine_line, table
 
 PROMPT = 16
 
@@ -83,6 +84,22 @@ def plugin(options: argparse.Namespace) -> dict:
 
     register()
     return {"seconds": time.perf_counter() - begin, "vllm": vllm.__version__}
+
+
+def shown() -> str:
+    """The table of docs/serving.md."""
+    content = load("serving")
+    if content is None:
+        return "Not measured yet: `benchmarks/serving.py` makes these figures.\n"
+    (version,) = {row["vllm"] for row in content["rows"] if row["way"] == "plugin"}
+    names = {"vllm": f"vLLM {version}, all at once", "transformers": "`generate()`, one after the other"}
+    lines = [
+        [names[row["way"]], row["model"], str(row["requests"]), f"{row['tokens_per_second']:.1f}"]
+        for row in content["rows"]
+        if row["way"] in names
+    ]
+    titles = ["program", f"SmolLM2-135M-Instruct, {content['dtype']}", "requests", "tokens per second, together"]
+    return table(titles, lines) + machine_line(content)
 
 
 WAYS = {"vllm": in_vllm, "transformers": in_transformers, "plugin": plugin}

@@ -33,17 +33,17 @@ def _encode(second: str | None) -> Specimen:
     return Specimen(kernels.encode_kernel, arguments, _constants(second))
 
 
-def _panel(second: str | None) -> Specimen:
-    arguments = {**_PANEL, **_TABLES, "codes": "*i32" if second else "*i16", **_RESULTS, "blocks": "i32"}
-    return Specimen(kernels.panel_kernel, arguments, {**_constants(second), "WIDTH": kernels.MOST_COLUMNS})
+def _panel(codes: str, constants: dict[str, int]) -> Specimen:
+    arguments = {**_PANEL, **_TABLES, "codes": codes, **_RESULTS, "blocks": "i32"}
+    return Specimen(kernels.panel_kernel, arguments, {**constants, "WIDTH": kernels.MOST_COLUMNS})
 
 
+_GRID = {"COUNT": 0, "EVEN": 0, "ODD": 0, "TOGETHER": 0, "SECOND": kernels.GRID.value, "BLOCK_ROWS": ROWS}
 NEAREST = {
     **{f"nearest {second or 'one stage'}": _encode(second) for second in kernels.SECOND},
-    **{f"panel {second or 'one stage'}": _panel(second) for second in kernels.SECOND},
-    "panel scalar": Specimen(
-        kernels.scalar_panel_kernel,
-        {**_PANEL, "codes": "*u8", **_RESULTS, "columns": "i32", "largest": "fp32"},
-        {"BLOCK_ROWS": ROWS, "WIDTH": kernels.MOST_COLUMNS},
-    ),
+    **{
+        f"panel {second or 'one stage'}": _panel("*i32" if second else "*i16", _constants(second))
+        for second in kernels.SECOND
+    },
+    "panel scalar": _panel("*u8", _GRID),
 }

@@ -62,7 +62,7 @@ SHARED_MEMORY = {
     "gfx1100": 64 << 10,
 }
 # Bytes of registers that do not fit, where there are any.
-SPILLS = {("panel e8p", "sm_90"): 8}
+SPILLS = {("panel e8p", target): size for target, size in (("sm_80", 8), ("sm_89", 16), ("sm_90", 8), ("sm_100", 16))}
 CASES = [
     (name, target)
     for name, specimen in instructions.SPECIMENS.items()

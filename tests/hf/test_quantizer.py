@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import transformers_quip
 from tests.models import save_tiny_model, tiny_model
 from transformers_quip import QuipConfig, QuipQuantizer
 from transformers_quip.hf import methods
+from transformers_quip.quantize.recipe import quantize_model
 
 
 def test_registered_under_quip():
@@ -71,6 +73,27 @@ def test_calibration_wants_the_model_in_memory(device_map):
     for fitting in ({"": "cpu"}, {"": 0}, {"model": 0, "lm_head": 1}, "auto", None):
         QuipQuantizer(QuipConfig(), pre_quantized=False).validate_environment(device_map=fitting)
     QuipQuantizer(QuipConfig(dataset=None), pre_quantized=False).validate_environment(device_map=device_map)
+
+
+@pytest.mark.parametrize(
+    "device_map", ["mps", "mps:0", torch.device("mps"), {"": "mps"}, {"model": "cpu", "lm_head": "mps:0"}]
+)
+@pytest.mark.parametrize("dataset", ["self", None])
+def test_mps_loads_but_does_not_quantize(dataset, device_map):
+    config = QuipConfig(dataset=dataset)
+    with pytest.raises(ValueError, match=r"cannot be quantized on mps.*no float64.*Quantize on the CPU"):
+        QuipQuantizer(config, pre_quantized=False).validate_environment(device_map=device_map)
+    config.quantized_modules = ["lm_head"]
+    QuipQuantizer(config, pre_quantized=True).validate_environment(device_map=device_map)
+
+
+def test_a_model_on_mps_is_refused_before_it_is_read(tmp_path):
+    model = tiny_model("llama")
+    model._hf_hook = SimpleNamespace(execution_device="mps:0")  # the device that accelerate gives to a model
+    with pytest.raises(ValueError, match="cannot be quantized on mps:0"):
+        quantize_model(model, QuipConfig())
+    with pytest.raises(ValueError, match="cannot be quantized on mps"):
+        transformers_quip.quantize(tmp_path / "no model", tmp_path / "out", device="mps")
 
 
 def test_size_of_parameters_for_device_map_auto(tmp_path):

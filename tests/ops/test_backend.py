@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformers_quip
 from quip_kernels import cpu as cpu_kernels
-from transformers_quip.ops import backend
+from tests import truth
+from transformers_quip.ops import backend, reference
+from transformers_quip.ops.layer import Layer
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +52,39 @@ def test_triton_without_the_package(monkeypatch):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="it needs the package triton"):
         transformers_quip.set_backend("triton")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "reference"])
+def test_mps_has_the_reference(name):
+    with backend.overridden(backend=name):
+        assert backend.for_device("mps") == "reference"
+
+
+class NoFloat64(TorchDispatchMode):
+    """Meta tensors stand for those of MPS, which cannot be float64."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        for tensor in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta":
+                assert tensor.dtype != torch.float64, function
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("codebook", [*truth.CODEBOOKS, "trellis:2mad:k2:rows", "trellis:hyb-q9v2:k2:qtip"])
+def test_the_reference_needs_no_float64(codebook, dtype):
+    """Which MPS lacks; that the same formulas are right is tested on the CPU."""
+    m, n = 48, 96
+    parts = truth.random_linear(m, n, dtype=dtype, codebook=codebook)
+    weight = [tensor.to("meta") for tensor in truth.weight(parts)]
+    su, sv, bias = (parts[name].to("meta") for name in ("su", "sv", "bias"))
+    with NoFloat64(), pytest.raises(AssertionError):
+        torch.zeros(1, dtype=torch.float64, device="meta") + 1
+    with NoFloat64():
+        layer = Layer(weight, su, sv, bias, codebook, "hadamard", "hadamard", 0)
+        y = reference.linear(torch.zeros(3, n, dtype=dtype, device="meta"), *layer)
+    assert (y.shape, y.dtype, y.device.type) == ((3, m), dtype, "meta")
 
 
 def imported(**variables):

@@ -257,6 +257,35 @@ def test_the_script_begins_at_a_later_step(run_script):
         assert "usage: benchmarks/gpu_run.sh" in done.stderr
 
 
+def test_a_rehearsal_runs_every_step_through_the_stand_in(run_script, tmp_path):
+    calls, done = run_script("--rehearse", "--from", "layers")
+    assert done.returncode == 1
+    assert {call.split()[0] for call in calls} == {"benchmarks/rehearse.py"}
+    assert calls[0] == "benchmarks/rehearse.py benchmarks/gpu.py --only layers --minutes 1.2 --name gpu-layers"
+    assert calls[-1] == "benchmarks/rehearse.py benchmarks/gpu_summary.py"
+    assert f"results go to {tmp_path / 'out'}" in done.stdout
+
+
+def test_a_rehearsal_computes_by_the_kernels(tmp_path):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    paths = [str(SCRIPT.parents[1] / "kernels" / "tests"), *sys.path]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "BENCHMARK_RESULTS": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(SCRIPT.with_name("rehearse.py"))]
+    arguments = ["benchmarks/gpu.py", "--only", "experts", "--name", "gpu-experts"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu-experts.json").read_text())
+    assert found["gpu"] == "no GPU: Triton's interpreter"
+    assert found["relative_error"] < 1e-2
+    assert [(row["m"], row["n"], row["tokens"]) for row in found["experts"]] == [(16, 24, 1), (16, 24, 16)]
+    done = subprocess.run([*command, "other.py"], env=environment, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def test_the_summary_compares_with_the_targets(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     assert gpu_summary.main() == 1

@@ -138,6 +138,18 @@ def test_speed_with_few_instructions(results):
     assert lines[0].startswith("| tokens per CPU second of one thread |")
 
 
+def test_serving(results):
+    assert "Not measured yet" in tables.serving.shown()
+    rows = [{"way": "plugin", "model": "quantized", "requests": 1, "seconds": 0.1, "vllm": "0.32.0"}]
+    rows += [{"way": "vllm", "model": "quantized", "requests": 8, "seconds": 8.0, "tokens_per_second": 64.0}]
+    rows += [{"way": "transformers", "model": "dense", "requests": 8, "seconds": 16.0, "tokens_per_second": 32.04}]
+    results("serving", tokens=64, dtype="bfloat16", rows=rows)
+    lines = tables.serving.shown().splitlines()
+    assert "| vLLM 0.32.0, all at once | quantized | 8 | 64.0 |" in lines
+    assert "| `generate()`, one after the other | dense | 8 | 32.0 |" in lines
+    assert lines[-1] == "Measured on: P, 2 cores; Python 3.11, torch 2.13.0."
+
+
 def test_only_the_marked_tables_are_written(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: quality -->\nold\n<!-- end of table -->\nafter\n")

@@ -66,7 +66,13 @@ class QuipQuantizer(HfQuantizer):
                 "The quantization_config of this model names no quantized_modules, so it was not saved by "
                 "transformers-quip after quantizing: quantize the original model, or restore its config.json"
             )
-        if self.pre_quantized or not config.is_calibrated or not isinstance(device_map, dict):
+        if self.pre_quantized:
+            return
+        from ..quantize.plan import check_device
+
+        for device in device_map.values() if isinstance(device_map, dict) else [device_map]:
+            check_device(device)
+        if not config.is_calibrated or not isinstance(device_map, dict):
             return
         devices = {d if d in ("cpu", "disk") else "accelerator" for d in map(str, device_map.values())}
         if "disk" in devices or len(devices) > 1:

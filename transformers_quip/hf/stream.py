@@ -31,7 +31,7 @@ from ..nn import replace
 from ..quantize.bars import LoadingBar
 from ..quantize.block import ModuleResult
 from ..quantize.estimate import estimate
-from ..quantize.plan import QuantizationPlan, make_plan
+from ..quantize.plan import QuantizationPlan, check_device, make_plan
 from ..quantize.recipe import QuantizationReport, quantize_embeddings, quantize_without_data
 from ..quantize.state import FOLDER, RunState, is_moving
 from ..quantize.tensor_parallel import settle_transforms
@@ -98,6 +98,7 @@ def quantize(
     """
     config = (config or QuipConfig()).__deepcopy__({})
     target = Path(out)
+    check_device(device)
     device = _join(config, device)
     if not is_moving(target):
         check_free(target, overwrite, _content(target))

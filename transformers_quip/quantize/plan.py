@@ -162,6 +162,19 @@ class QuantizationPlan:
         return "\n".join(lines)
 
 
+def check_device(device: object) -> None:
+    """Refuse to quantize on a device that cannot: one of PyTorch, or its name, or another entry of a device map.
+
+    Raises:
+        ValueError: the device is MPS.
+    """
+    if str(device).partition(":")[0] == "mps":
+        raise ValueError(
+            f"Models cannot be quantized on {device}: Apple's MPS has no float64, which rounding needs. Quantize on the "
+            'CPU (device_map="cpu"), save the model, and load it with device_map="mps"'
+        )
+
+
 def make_plan(model: nn.Module, config: QuipConfig) -> QuantizationPlan:
     """Decide for every weight of the model, on the meta device or not, whether it is quantized.
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..calibration import BlockInputs, CapturedInputs, NotBlockByBlock, capture_inputs, find_block_lists
 from ..calibration.curvature import Curvature
 from ..calibration.dataset import load_data
+from ..calibration.device import execution_device
 from ..calibration.inputs import GivenInputs, counts, split
 from ..calibration.precision import calibration_autocast, cpu_matmul_precision
 from ..nn import replace
@@ -28,7 +29,7 @@ from .experts import few_tokens, place_experts
 from .gradients import curvature_of, two_sided
 from .layer import quantize_weight
 from .mixed_bits import hessian_after_blocks, settle_bits
-from .plan import make_plan
+from .plan import check_device, make_plan
 from .residence import IN_MEMORY, Residence
 from .stack import quantize_stack
 from .tensor_parallel import settle_transforms
@@ -113,6 +114,7 @@ def _quantize_model(
     tuner: Callable[[BlockInputs], Tuner] | None,
     residence: Residence,
 ) -> QuantizationReport:
+    check_device(execution_device(model))
     plan = make_plan(model, config)
     config = settle_transforms(model, config, plan)
     started = perf_counter()

@@ -1,10 +1,12 @@
-"""The nearest points of E8P and its second stages, and rounding with feedback: the encoders of weights on GPUs.
+"""The nearest points of E8P, its second stages and grids, and rounding with feedback: the encoders of weights on GPUs.
 
 A program has a few rows, and compares each with all candidates of `..nearest` side by side. In a panel of columns it goes
 from the last block to the first and keeps the panel in registers, so a panel is one launch, and the host reads nothing.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +23,8 @@ _SIGN_BITS = tl.constexpr((0, 4, 1, 5, 2, 6, 3, 7))
 # Adding and subtracting it rounds numbers below 2^22 to integers, halves to even ones.
 _INTEGERS = tl.constexpr(12582912.0)
 SECOND = {None: 0, "e8p": 1, "e8": 2}
+# In the place of a second stage: no E8P, but a grid of single numbers.
+GRID = tl.constexpr(3)
 
 
 # Conditions as numbers: AMD's registers for conditions are few.
@@ -145,25 +149,30 @@ def _nearest(
     TOGETHER: tl.constexpr,
     SECOND: tl.constexpr,
 ):
-    """Code and point of both stages: p + scale · q, q nearest to (x − p) / scale."""
-    code, points = _nearest_e8p(x, vectors, biases, about, signed, COUNT, EVEN, ODD, TOGETHER)
-    if SECOND == 0:
-        return code, points
+    """Code and point of both stages: p + scale · q, q nearest to (x − p) / scale. GRID: k − scale / 2, k = 0 … scale."""
+    if SECOND == GRID:
+        half = scale * 0.5
+        number = (tl.minimum(tl.maximum(x[0] + half, 0.0), scale) + _INTEGERS) - _INTEGERS
+        return number.to(tl.int32), (number - half,)
     else:
-        inverse = 1.0 / scale
-        rest = ()
-        for j in tl.static_range(8):
-            rest = rest + ((x[j] - points[j]) * inverse,)
-        if SECOND == 1:
-            low, second = _nearest_e8p(rest, vectors, biases, about, signed, COUNT, EVEN, ODD, TOGETHER)
-            code = (code << 16) | low
+        code, points = _nearest_e8p(x, vectors, biases, about, signed, COUNT, EVEN, ODD, TOGETHER)
+        if SECOND == 0:
+            return code, points
         else:
-            low, second = _nearest_e8(rest, e8, TOGETHER)
-            code = (code.to(tl.int16).to(tl.int32) << 8) | low
-        total = ()
-        for j in tl.static_range(8):
-            total = total + (points[j] + scale * second[j],)
-        return code, total
+            inverse = 1.0 / scale
+            rest = ()
+            for j in tl.static_range(8):
+                rest = rest + ((x[j] - points[j]) * inverse,)
+            if SECOND == 1:
+                low, second = _nearest_e8p(rest, vectors, biases, about, signed, COUNT, EVEN, ODD, TOGETHER)
+                code = (code << 16) | low
+            else:
+                low, second = _nearest_e8(rest, e8, TOGETHER)
+                code = (code.to(tl.int16).to(tl.int32) << 8) | low
+            total = ()
+            for j in tl.static_range(8):
+                total = total + (points[j] + scale * second[j],)
+            return code, total
 
 
 @triton.jit
@@ -198,21 +207,24 @@ def encode_kernel(
 
 
 @triton.jit
-def _block_of(panel, block):
-    """The eight columns of a block of a panel [R, 8 · blocks], each [R]."""
+def _block_of(panel, block, SIZE: tl.constexpr):
+    """The columns of a block of a panel [R, SIZE · blocks], each [R]; SIZE is 1 or 8."""
     R: tl.constexpr = panel.shape[0]
-    BLOCKS: tl.constexpr = panel.shape[1] // 8
-    apart = tl.reshape(panel, [R, BLOCKS, 8])
-    own = tl.where(tl.arange(0, BLOCKS)[None, :, None] == block, apart, 0.0)
-    # column 4a + 2b + c as [R, a, b, c]; a split takes the last dimension apart
-    even, odd = tl.split(tl.reshape(tl.sum(own, 1), [R, 2, 2, 2]))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    c0, c4 = tl.split(x0)
-    c1, c5 = tl.split(x1)
-    c2, c6 = tl.split(x2)
-    c3, c7 = tl.split(x3)
-    return (c0, c1, c2, c3, c4, c5, c6, c7)
+    BLOCKS: tl.constexpr = panel.shape[1] // SIZE
+    apart = tl.reshape(panel, [R, BLOCKS, SIZE])
+    own = tl.sum(tl.where(tl.arange(0, BLOCKS)[None, :, None] == block, apart, 0.0), 1)
+    if SIZE == 1:
+        return (tl.reshape(own, [R]),)
+    else:
+        # column 4a + 2b + c as [R, a, b, c]; a split takes the last dimension apart
+        even, odd = tl.split(tl.reshape(own, [R, 2, 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        c0, c4 = tl.split(x0)
+        c1, c5 = tl.split(x1)
+        c2, c6 = tl.split(x2)
+        c3, c7 = tl.split(x3)
+        return (c0, c1, c2, c3, c4, c5, c6, c7)
 
 
 @triton.jit
@@ -239,8 +251,9 @@ def panel_kernel(
     BLOCK_ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Every block of a panel [rows, 8 · blocks], from the last to the first, with feedback; see `round_panel`."""
-    columns = blocks * 8
+    """Every block of a panel [rows, columns], from the last to the first, with feedback; see `round_panel`."""
+    SIZE: tl.constexpr = 1 if SECOND == GRID else 8
+    columns = blocks * SIZE
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, WIDTH)
     inside = row < rows
@@ -248,50 +261,16 @@ def panel_kernel(
     wanted = tl.load(target + row[:, None] * columns + column[None, :], mask=known, other=0.0)
     for step in range(0, blocks):
         block = blocks - 1 - step
-        x = _block_of(wanted, block)
+        x = _block_of(wanted, block, SIZE)
         code, found = _nearest(x, vectors, biases, about, signed, e8, scale, COUNT, EVEN, ODD, TOGETHER, SECOND)
         tl.store(codes + row * blocks + block, code.to(codes.dtype.element_ty), mask=inside)
-        for j in tl.static_range(8):
-            place = row * columns + block * 8 + j
+        for j in tl.static_range(SIZE):
+            place = row * columns + block * SIZE + j
             error = tl.load(base + place, mask=inside, other=0.0) - found[j]
             tl.store(points + place, found[j], mask=inside)
             tl.store(delta + place, error, mask=inside)
-            factor = tl.load(feedback + (block * 8 + j) * columns + column, mask=column < block * 8, other=0.0)
+            factor = tl.load(feedback + (block * SIZE + j) * columns + column, mask=column < block * SIZE, other=0.0)
             wanted += error[:, None] * factor[None, :]
-
-
-@triton.jit
-def scalar_panel_kernel(
-    target,
-    base,
-    feedback,
-    codes,
-    points,
-    delta,
-    rows,
-    columns,
-    largest,
-    BLOCK_ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The same for a grid of the numbers k − largest / 2, k = 0 … largest, column by column."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, WIDTH)
-    inside = row < rows
-    known = inside[:, None] & (column < columns)[None, :]
-    wanted = tl.load(target + row[:, None] * columns + column[None, :], mask=known, other=0.0)
-    half = largest * 0.5
-    for step in range(0, columns):
-        k = columns - 1 - step
-        x = tl.sum(tl.where((column == k)[None, :], wanted, 0.0), 1)
-        code = (tl.minimum(tl.maximum(x + half, 0.0), largest) + _INTEGERS) - _INTEGERS
-        place = row * columns + k
-        error = tl.load(base + place, mask=inside, other=0.0) - (code - half)
-        tl.store(codes + place, code.to(tl.int32).to(tl.uint8), mask=inside)
-        tl.store(points + place, code - half, mask=inside)
-        tl.store(delta + place, error, mask=inside)
-        factor = tl.load(feedback + k * columns + column, mask=column < k, other=0.0)
-        wanted += error[:, None] * factor[None, :]
 
 
 def encode(x: torch.Tensor, second: str | None = None, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,8 +314,30 @@ def round_panel(
     Returns:
         codes [rows, columns / 8] as from [`encode`], points and base − points, float32 [rows, columns].
     """
+    code_dtype = torch.int32 if second else torch.int16
+    return _round(target, base, feedback, _tables(target.device), scale, code_dtype, _constants(second))
+
+
+def round_scalar_panel(
+    target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor, largest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[`round_panel`] for a grid of single weights, k − largest / 2 for k = 0 … largest; codes uint8 [rows, columns]."""
+    constants = {"COUNT": 0, "EVEN": 0, "ODD": 0, "TOGETHER": 0, "SECOND": GRID.value, "BLOCK_ROWS": BLOCK_ROWS}
+    return _round(target, base, feedback, (target,) * 5, float(largest), torch.uint8, constants)  # no table is read
+
+
+def _round(
+    target: torch.Tensor,
+    base: torch.Tensor,
+    feedback: torch.Tensor,
+    given: tuple[torch.Tensor, ...],
+    scale: float,
+    code_dtype: torch.dtype,
+    constants: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, columns = target.shape
-    codes = torch.empty(rows, columns // 8, dtype=torch.int32 if second else torch.int16, device=target.device)
+    blocks = columns if constants["SECOND"] == GRID.value else columns // 8
+    codes = torch.empty(rows, blocks, dtype=code_dtype, device=target.device)
     points, delta = torch.empty_like(target), torch.empty_like(target)
     if target.numel():
         with device_of(target):
@@ -344,40 +345,14 @@ def round_panel(
                 target,
                 base,
                 feedback,
-                *_tables(target.device),
+                *given,
                 scale,
                 codes,
                 points,
                 delta,
                 rows,
-                columns // 8,
-                **_constants(second),
-                WIDTH=MOST_COLUMNS,
-                num_warps=4,
-            )
-    return codes, points, delta
-
-
-def round_scalar_panel(
-    target: torch.Tensor, base: torch.Tensor, feedback: torch.Tensor, largest: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[`round_panel`] for a grid of single weights, k − largest / 2 for k = 0 … largest; codes uint8 [rows, columns]."""
-    rows, columns = target.shape
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=target.device)
-    points, delta = torch.empty_like(target), torch.empty_like(target)
-    if target.numel():
-        with device_of(target):
-            scalar_panel_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
-                target,
-                base,
-                feedback,
-                codes,
-                points,
-                delta,
-                rows,
-                columns,
-                float(largest),
-                BLOCK_ROWS=BLOCK_ROWS,
+                blocks,
+                **constants,
                 WIDTH=MOST_COLUMNS,
                 num_warps=4,
             )
@@ -389,7 +364,7 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, ...]:
     return found.vectors, found.biases, found.about, tables.signed_patterns(device), tables.e8_points(device)
 
 
-def _constants(second: str | None) -> dict[str, int]:
+def _constants(second: str | None) -> dict[str, Any]:
     even, odd, count = tables.candidates(torch.device("cpu")).ends
     return {
         "COUNT": count,
