@@ -139,6 +139,9 @@ bench-all: bench ## every table of docs/results.md that needs no GPU and no othe
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/cpu_kernels.py
+	-QUIP_KERNELS_CPU_LEVEL=avx2 $(BIN)/python benchmarks/cpu_kernels.py --shared --vectors 1
+	-QUIP_KERNELS_CPU_LEVEL=avx2 $(BIN)/python benchmarks/generate.py $(MODEL) --shared --kinds generate
+	$(BIN)/python benchmarks/generate.py $(MODEL) --busy 1
 	$(BIN)/python benchmarks/cpu_kernels.py --trellis $(TRELLIS:%=trellis:%)
 	$(BIN)/transformers-quip quantize $(MODEL) $(MODEL)-quip-2bit --overwrite
 	$(BIN)/python benchmarks/activations.py $(MODEL)-quip-2bit

@@ -22,7 +22,7 @@ import machine
 import torch
 
 import transformers_quip  # noqa: F401 - registers the ops
-from quip_kernels import cpu, cpu_library
+from quip_kernels import cpu, cpu_library, cpu_nibbles
 from quip_kernels import cpu_linear as kernels
 from quip_kernels import cpu_trellis as trellis_kernels
 from transformers_quip import codebooks, incoherence
@@ -64,8 +64,16 @@ def ways_of(codebook: str, m: int, n: int, vectors: int) -> dict[str, Callable[[
         "op": lambda: torch.ops.quip.linear(*arguments),
     }
     checked = {"reference": 6e-3, "op": 1e-2}
-    for level in range(1, cpu_library.library().quip_cpu_level() + 1):
+    for level in range(1, cpu_library.default_level() + 1):
         for planes, activations in ACTIVATIONS.items():
+            if cpu_library.LEVELS[level] == "avx2" and m % cpu_nibbles.TILE == 0:
+                forms = [cpu_nibbles.expand(grid) for grid in (codes, *rest)]
+                expanded = {**second, "codes_residual": forms[1]} if rest else {}
+                name = f"avx2 expanded {activations} layer"
+                ways[name] = lambda planes=planes, level=level, forms=forms, expanded=expanded: kernels.linear(
+                    x, forms[0], su, sv, None, q_in, q_out, planes, level=level, **expanded
+                )
+                checked[name] = ACCURACY[planes]
             kind = f"{cpu_library.LEVELS[level]} {activations}"
             ways[f"{kind} products"] = lambda planes=planes, level=level: kernels.linear(
                 x, codes, None, None, None, None, None, planes, level=level, **second

@@ -16,7 +16,7 @@ RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).resolve().p
 
 def describe() -> dict:
     """Return the facts that a reader needs to judge a timing; none of them identifies the machine itself."""
-    from quip_kernels import cpu
+    from quip_kernels import cpu, cpu_library
 
     packages = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy")
     return {
@@ -27,11 +27,17 @@ def describe() -> dict:
         "python": platform.python_version(),
         "versions": {name: found for name in packages if (found := _version(name))},
         "compiled_cpu_library": cpu.is_available(),
+        "cpu_level": cpu_library.LEVELS[cpu_library.default_level()] if cpu.is_available() else None,
     }
 
 
 def save(name: str, content: dict) -> Path:
-    """Write `content` and the machine's description to results/NAME.json atomically, and return its path."""
+    """Write `content` and the machine's description to results/NAME.json atomically, and return its path.
+
+    Where QUIP_KERNELS_CPU_LEVEL chooses instructions, the name ends with them ("generate-avx2").
+    """
+    level = os.environ.get("QUIP_KERNELS_CPU_LEVEL")
+    name = f"{name}-{level}" if level else name
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".tmp")

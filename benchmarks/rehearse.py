@@ -17,6 +17,7 @@ import functools
 import runpy
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ import torch
 
 from transformers_quip.ops import backend
 
+OPS = torch.library.Library("quip", "IMPL")
 # Tests of what only a device has: compiled code, CUDA graphs, a tuner's clock.
 NEEDS_A_DEVICE = ("compiled", "graph", "tiles_are_measured")
 MODEL = {
@@ -95,6 +97,16 @@ def stand_in() -> None:
         setattr(torch.cuda, name, part)
 
 
+def compute_by_kernels() -> None:
+    """Let the ops run the Triton kernels on tensors of the CPU, as they do on a GPU."""
+    from transformers_quip.ops.triton import grouped, run
+
+    with warnings.catch_warnings():  # that another implementation is replaced
+        warnings.simplefilter("ignore")
+        for function in (run.transform, run.decode, run.linear, run.bundle, grouped.grouped_linear):
+            OPS.impl(function.__name__, function, "CPU", allow_override=True)
+
+
 class SmallTests:
     """A plugin of pytest: of each test function, the first case, and none that needs a device."""
 
@@ -136,12 +148,14 @@ def tests(arguments: Sequence[str]) -> int:
     """pytest with the tests that can run here."""
     import pytest
 
+    compute_by_kernels()
     return int(pytest.main(list(arguments), plugins=[SmallTests()]))
 
 
 def gpu(arguments: Sequence[str]) -> int:
     """benchmarks/gpu.py with small sizes."""
     stand_in()
+    compute_by_kernels()
     import gpu as benchmark
 
     sizes: dict[str, Any] = {

@@ -15,9 +15,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fuzz_tables
 import serving
 from markdown_tables import figure, load, machine_line, number, table
 from quality import groups
+from speed_tables import narrow, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/how_it_works.md", "docs/serving.md"))
@@ -187,24 +189,6 @@ def trellis() -> str:
     return table(titles, lines) + machine_line(content)
 
 
-def speed() -> str:
-    """README's speed table: tokens per second of the dense model and of the quantized one."""
-    content = load("generate")
-    if content is None:
-        return ""
-    found = {(row["model"], row["kind"], row["way"]): row for row in content["rows"]}
-    lines = []
-    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in content["rows"]):
-        dense = found[model, kind, "dense bfloat16"]["tokens_per_second"]
-        cells = [f"{model}, {kind}", f"{dense:.1f}"]
-        for way in ("2-bit exact", "2-bit int8"):
-            row = found[model, kind, way]
-            cells.append(f"{row['tokens_per_second']:.1f} ({row['times_dense']:.2f}x)")
-        lines.append(cells)
-    titles = ["tokens per second", "dense bfloat16", "2 bits, exact activations", "2 bits, int8 activations (default)"]
-    return table(titles, lines) + machine_line(content)
-
-
 def peers() -> str:
     """Perplexities of other packages with this project's protocol."""
     content = load("peers")
@@ -316,45 +300,6 @@ def streaming() -> str:
     return table(titles, lines) + machine_line(content) if content else ""
 
 
-def mutations() -> str:
-    """Verdicts on damaged and hostile checkpoints, by family."""
-    content = load("fuzz")
-    if content is None:
-        return ""
-    found = content["mutations"]
-    good = ("same", "refused", "unknowable", "cryptic, theirs")
-    lines = []
-    for name, verdicts in (*found["families"].items(), ("all", found["verdicts"])):
-        counts = [verdicts.get(word, 0) for word in good]
-        total = sum(verdicts.values())
-        lines.append([name, *(f"{count:,}" for count in (total, *counts, total - sum(counts)))])
-    titles = ["checkpoint", "changed", "no effect", "refused by name", "not detectable", "Transformers' error", "faults"]
-    return table(titles, lines) + machine_line(content)
-
-
-def kills() -> str:
-    """What killed writers left, by what was written."""
-    content = load("fuzz")
-    if content is None:
-        return ""
-    found = content["kills"]
-    lines = [[name, str(count)] for name, count in found["jobs"].items()]
-    lines.append(["all", str(found["kills"])])
-    lines += [[f"... {_STATES[state]}", str(count)] for state, count in sorted(found["found"].items())]
-    lines += [["... with left-overs, all named and removed by the next run", str(found["left_something"])]]
-    lines += [["faults", str(found["faults"])]]
-    return table(["killed while writing with", "kills"], lines) + machine_line(content)
-
-
-# What lies in the output folder after a kill.
-_STATES = {
-    "absent": "nothing is there yet",
-    "new": "the new model is complete",
-    "old": "the old model is unchanged",
-    "refused": "files of save_pretrained or convert() that do not load",
-}
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "quality": quality,
@@ -365,6 +310,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis": trellis,
     "tuning": tuning,
     "speed": speed,
+    "speed-narrow": narrow,
     "peers": peers,
     "memory": memory,
     "activations": activations,
@@ -374,8 +320,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "startup": startup,
     "loading": loading,
     "streaming": streaming,
-    "mutations": mutations,
-    "kills": kills,
+    "mutations": fuzz_tables.mutations,
+    "kills": fuzz_tables.kills,
     "serving": serving.shown,
 }
 

@@ -10,7 +10,7 @@ from tests import truth
 pytestmark = pytest.mark.gpu
 
 ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: 4e-3}
-EXPERTS, ROWS, COLUMNS = 6, 96, 576
+EXPERTS, ROWS, COLUMNS = 6, 96, 384
 
 
 def stacked(codebook, dtype, device):

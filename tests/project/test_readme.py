@@ -116,6 +116,28 @@ def test_speed(results):
     assert "| M, generate | 10.0 | 21.0 (2.10x) | 25.0 (2.50x) |" in tables.speed().splitlines()
 
 
+def test_speed_with_few_instructions(results):
+    """Two tables, of models and of layers; either may be missing."""
+    ways = {"dense bfloat16": 1.0, "avx2 int8 layer": 2.0, "avx2 exact layer": 1.6}
+    ways |= {"avx2 expanded int8 layer": 8.0, "avx2 expanded exact layer": 4.0}
+    rows = [
+        {"shape": "16x8", "way": way, "microseconds": 80 / times, "times_dense_bfloat16": times}
+        for way, times in ways.items()
+    ]
+    results("cpu_kernels-avx2", rows=rows)
+    expected = "| 16x8 | 80 | 40 (2.0x) | 10 (8.0x) | 50 (1.6x) | 20 (4.0x) |"
+    assert expected in tables.narrow().splitlines()
+    rows = [
+        {"model": "M", "kind": "generate", "way": way, "tokens_per_second": 10.0 * times, "times_dense": times}
+        for way, times in {"dense bfloat16": 1.0, "2-bit exact": 2.1, "2-bit int8": 2.5}.items()
+    ]
+    results("generate-avx2", rows=rows, cpu_time=True)
+    lines = tables.narrow().splitlines()
+    assert expected in lines
+    assert "| M, generate | 10.0 | 21.0 (2.10x) | 25.0 (2.50x) |" in lines
+    assert lines[0].startswith("| tokens per CPU second of one thread |")
+
+
 def test_serving(results):
     assert "Not measured yet" in tables.serving.shown()
     rows = [{"way": "plugin", "model": "quantized", "requests": 1, "seconds": 0.1, "vllm": "0.32.0"}]

@@ -198,7 +198,7 @@ def _launch(x: Halves, ends: torch.Tensor, stage: Stage, tile: Tile, parts: torc
 
 
 def tiles(block: int, family: str) -> list[Tile]:
-    """The tiles to choose from, the first without measuring; none spills registers on this family (`launch.family`)."""
+    """The tiles to choose from, the first without measuring; none spills more than 8 bytes on it (`launch.family`)."""
     usual = Tile(gather=not interpreted(), warps=4)
     if family == "rdna":
         usual = usual._replace(warps=4 if block == 16 else 16)

@@ -1,0 +1,59 @@
+"""Tables of speed: whole models, and single layers with the instructions that most processors have."""
+
+from __future__ import annotations
+
+from markdown_tables import load, machine_line, table
+
+# Ways of cpu_kernels.py, and their titles.
+_LAYERS = {
+    "avx2 int8 layer": "codes, int8",
+    "avx2 expanded int8 layer": "expanded, int8 (default)",
+    "avx2 exact layer": "codes, exact",
+    "avx2 expanded exact layer": "expanded, exact",
+}
+
+
+def speed() -> str:
+    """README's speed table: tokens per second of the dense model and of the quantized one."""
+    return _models(load("generate"))
+
+
+def narrow() -> str:
+    """The same with AVX2 alone, and single layers in both forms of their codes."""
+    models, layers = load("generate-avx2"), load("cpu_kernels-avx2")
+    return "\n".join(part for part in (_models(models), _layers(layers)) if part)
+
+
+def _models(content: dict | None) -> str:
+    if content is None:
+        return ""
+    found = {(row["model"], row["kind"], row["way"]): row for row in content["rows"]}
+    lines = []
+    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in content["rows"]):
+        dense = found[model, kind, "dense bfloat16"]["tokens_per_second"]
+        cells = [f"{model}, {kind}", f"{dense:.1f}"]
+        for way in ("2-bit exact", "2-bit int8"):
+            row = found[model, kind, way]
+            cells.append(f"{row['tokens_per_second']:.1f} ({row['times_dense']:.2f}x)")
+        lines.append(cells)
+    seconds = "CPU second of one thread" if content.get("cpu_time") else "second"
+    titles = [f"tokens per {seconds}", "dense bfloat16", "2 bits, exact activations", "2 bits, int8 activations (default)"]
+    return table(titles, lines) + machine_line(content)
+
+
+def _layers(content: dict | None) -> str:
+    """Times of one layer for one vector."""
+    if content is None:
+        return ""
+    found = {(row["shape"], row["way"]): row for row in content["rows"]}
+    lines = []
+    for shape in dict.fromkeys(row["shape"] for row in content["rows"]):
+        rows = [found[shape, way] for way in _LAYERS]
+        lines.append(
+            [
+                shape,
+                f"{found[shape, 'dense bfloat16']['microseconds']:.0f}",
+                *(f"{row['microseconds']:.0f} ({row['times_dense_bfloat16']:.1f}x)" for row in rows),
+            ]
+        )
+    return table(["microseconds of a layer", "dense bfloat16", *_LAYERS.values()], lines) + machine_line(content)
