@@ -23,7 +23,7 @@ from speed_tables import narrow, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/how_it_works.md", "docs/serving.md"))
-SHOWN = ("dense", "text", "trellis", "self", "none")  # settings in README
+SHOWN = ("dense", "text", "trellis", "trellis-yaqa", "self", "none")  # settings in README
 NOTHING = "Not measured yet: `make bench` makes these figures.\n"
 
 _MARKED = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -68,8 +68,11 @@ def quality() -> str:
     for (setting, bits), rows in groups(content["rows"]).items():
         name = content["settings"][setting] + ("" if setting == "dense" else f", {bits:g} bits")
         true = f"{rows[0]['true_bits']:.3f}" if "true_bits" in rows[0] else "32"
-        lines.append([name, str(len(rows)), true, *_perplexities(rows)])
-    titles = ["SmolLM2-135M-Instruct", "seeds", "true bits", "wiki perplexity", "news perplexity"]
+        found = [row["divergence"] for row in rows if "divergence" in row]
+        means = (statistics.mean(row[text] for row in found) for text in ("wiki", "news")) if found else ()
+        divergence = " / ".join(f"{mean:.3f}" for mean in means)
+        lines.append([name, str(len(rows)), true, *_perplexities(rows), divergence])
+    titles = ["SmolLM2-135M-Instruct", "seeds", "true bits", "wiki perplexity", "news perplexity", "KL wiki / news"]
     return table(titles, lines) + machine_line(content)
 
 
