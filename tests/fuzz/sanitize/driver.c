@@ -26,6 +26,7 @@ EXPORT int quip_round_panel_scalar(const float *, const float *, const float *, 
                                    float *, int);
 EXPORT int quip_viterbi(const int16_t *, int64_t, const int16_t *, int, int, int, int, int, int, int16_t *, int, int);
 EXPORT void quip_share_threads(void *);
+EXPORT void quip_limit_threads(int);
 EXPORT int quip_has_amx(void);
 #if defined(QUIP_AMX)
 EXPORT void quip_linear_many(const quip_layer *, const uint16_t *, uint16_t *, int, int64_t, int64_t, uint32_t *, int, int,
@@ -317,6 +318,7 @@ int main(int argc, char **argv) {
     pthread_t others[64];
     calls = atol(argv[2]);
     quip_share_threads(0); /* threads of the library's own */
+    quip_limit_threads(2 + (int)(seed % 7));
     for (long i = 1; i < threads; i++) pthread_create(&others[i], 0, run, (void *)(intptr_t)(1000 * seed + i));
     run((void *)(intptr_t)(1000 * seed));
     for (long i = 1; i < threads; i++) pthread_join(others[i], 0);
