@@ -32,7 +32,7 @@ _LONG = (
     "test_transform_is_the_kronecker_product[True-2048]",
     "test_threads_and_number_of_tiles_change_nothing",
 )
-_QUICK = 5  # one test of so many
+_QUICK = 5  # one of this number of tests
 # In the order of the numbers in driver.c.
 NAMES = (
     "quip_encode",

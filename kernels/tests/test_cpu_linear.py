@@ -10,6 +10,7 @@ import torch
 from quip_kernels import cpu, cpu_library
 from quip_kernels import cpu_linear as kernels
 from tests import truth
+from tests.levels import processor_has
 from tests.truth import kron, random_orthogonal, relative_error, sylvester
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the CPU library was not compiled")
@@ -19,12 +20,6 @@ LEVELS = range(len(cpu_library.LEVELS))
 SHAPES = [(1, 1), (3, 7), (16, 8), (15, 9), (17, 31), (16, 64), (33, 72), (5, 520), (48, 576), (31, 1000), (2, 4099)]
 # Relative to the size of the output; two and one planes round activations to 15 and 7 bits and a sign.
 ACCURACY = {3: 1e-6, 2: 1e-4, 1: 2e-2}
-
-
-def processor_has(level):
-    if level > cpu_library.library().quip_cpu_level():
-        pytest.skip(f"this processor has no {cpu_library.LEVELS[level]}")
-    return level
 
 
 def some_factors(size):

@@ -6,17 +6,12 @@ import torch
 from quip_kernels import cpu, cpu_library, cpu_nibbles
 from quip_kernels import cpu_linear as kernels
 from tests import truth
+from tests.levels import processor_has
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the CPU library was not compiled")
 
 LEVELS = range(len(cpu_library.LEVELS))
 SHAPES = [(16, 1), (32, 8), (16, 31), (48, 72), (16, 576), (160, 1000), (16, 4099)]
-
-
-def processor_has(level):
-    if level > cpu_library.library().quip_cpu_level():
-        pytest.skip(f"this processor has no {cpu_library.LEVELS[level]}")
-    return level
 
 
 def weights_of(nibbles, factor, offset):

@@ -7,6 +7,7 @@ from quip_kernels import cpu, cpu_library
 from quip_kernels import cpu_trellis as kernels
 from quip_kernels.cpu_linear import Transform
 from quip_kernels.cpu_trellis import Layout
+from tests.levels import processor_has
 from transformers_quip.codebooks.trellis import Trellis
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the CPU library was not compiled")
@@ -27,12 +28,6 @@ TABULATED = [
     (Layout("lut", 7, "rows"), (65536, 2)),
 ]
 CASES = [(layout, None) for layout in COMPUTED] + TABULATED
-
-
-def processor_has(level):
-    if level > cpu_library.library().quip_cpu_level():
-        pytest.skip(f"this processor has no {cpu_library.LEVELS[level]}")
-    return level
 
 
 def some_codes(m, n, k):

@@ -134,6 +134,11 @@ def prove_with(proved: Callable[[torch.device], Collection]) -> None:
 implementation.encode_with(for_device)
 
 
+def _check(setting: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{setting}={name!r} is not known, choose one of {', '.join(map(repr, known))}")
+
+
 def set_backend(name: str) -> None:
     """Choose the implementation that computes quantized layers, and that encodes weights with a trellis.
 
@@ -151,8 +156,7 @@ def set_backend(name: str) -> None:
         ValueError: the name is not one of these.
         RuntimeError: the backend cannot run here; the message names the missing part.
     """
-    if name not in _MISSING:
-        raise ValueError(f"backend={name!r} is not known, choose one of {', '.join(map(repr, _MISSING))}")
+    _check("backend", name, _MISSING)
     missing = _MISSING[name]()
     if missing:
         raise RuntimeError(f"The backend {name!r} is not available here: it needs {missing}.")
@@ -177,8 +181,7 @@ def set_activations(name: str) -> None:
     Raises:
         ValueError: the name is not one of these.
     """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activations={name!r} is not known, choose one of {', '.join(map(repr, ACTIVATIONS))}")
+    _check("activations", name, ACTIVATIONS)
     _change(activations=name)
 
 
@@ -188,7 +191,7 @@ def get_activations() -> str:
 
 
 def set_memory(name: str) -> None:
-    """Choose whether E8P codes may take more memory where that makes them faster: on a CPU with AVX2 but without AVX-512.
+    """Choose whether E8P codes may take more memory where that makes them faster: on ARM, and with AVX2 but not AVX-512.
 
     There the library multiplies weights of four bits several times as fast as codes of two bits. The results are the same
     to the bit. Only memory is different: files, `state_dict`, copies and pickles hold the codes as ever. A layer changes
@@ -203,8 +206,7 @@ def set_memory(name: str) -> None:
     Raises:
         ValueError: the name is not one of these.
     """
-    if name not in MEMORY:
-        raise ValueError(f"memory={name!r} is not known, choose one of {', '.join(map(repr, MEMORY))}")
+    _check("memory", name, MEMORY)
     _change(memory=name)
 
 

@@ -79,7 +79,7 @@ def settle_transforms(model: nn.Module, config: QuipConfig, plan: QuantizationPl
 
 
 def _why_not(config: QuipConfig, shape: tuple[int, ...], by_outputs: bool, count: int) -> str:
-    """Why a linear cannot be divided into so many blocks; "" if it can."""
+    """The reason why a linear cannot be divided into this number of blocks; "" if it can."""
     if config.is_mixed:  # every choice codes the same rows and columns together
         book = codebooks.get(codebooks.default_for_bits(mixed_bits(config.bits, config.codebook)[0], config.codebook))
     else:

@@ -18,7 +18,7 @@ from .cpu_library import loaded
 TILE = 16  # rows
 FIRST, SECOND = 1, 2  # stages of a layer in nibbles, as common.h numbers them
 _CODES = {torch.uint8: torch.int16, torch.int8: torch.uint8}
-_NIBBLES = {codes: nibbles for nibbles, codes in _CODES.items()}
+DTYPES = {codes: nibbles for nibbles, codes in _CODES.items()}  # of nibbles, by that of codes
 _CODEBOOK = {torch.int16: SECOND_STAGES["e8p"], torch.uint8: SECOND_STAGES["e8"]}
 
 
@@ -29,7 +29,7 @@ def is_nibbles(tensor: torch.Tensor) -> bool:
 
 def can_expand(codes: torch.Tensor) -> bool:
     """Whether these are codes of E8P or E8 on the CPU, of whole tiles."""
-    return codes.dtype in _NIBBLES and codes.ndim == 2 and codes.is_cpu and codes.shape[0] % TILE == 0 and codes.numel() > 0
+    return codes.dtype in DTYPES and codes.ndim == 2 and codes.is_cpu and codes.shape[0] % TILE == 0 and codes.numel() > 0
 
 
 def expand(codes: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def expand(codes: torch.Tensor) -> torch.Tensor:
             f"{list(codes.shape)} on {codes.device}"
         )
     rows, blocks = codes.shape
-    nibbles = torch.empty(rows // TILE, 2 * blocks, TILE // 2, 4, dtype=_NIBBLES[codes.dtype])
+    nibbles = torch.empty(rows // TILE, 2 * blocks, TILE // 2, 4, dtype=DTYPES[codes.dtype])
     codes = codes.contiguous()
     loaded().quip_to_nibbles(
         _CODEBOOK[codes.dtype], codes.data_ptr(), rows, blocks, nibbles.data_ptr(), torch.get_num_threads()

@@ -108,9 +108,6 @@ def trellis_layout(codebook: str) -> cpu_trellis.Layout:
     return cpu_trellis.Layout(book.code, book.k, book.order)
 
 
-_EXPANDED = {torch.int16: torch.uint8, torch.uint8: torch.int8}  # the dtype of nibbles, by that of codes
-
-
 def dtypes_are_known(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the library takes the types of all of these that are floating point."""
     return all(v.dtype in cpu_linear.DTYPES or not v.is_floating_point() for v in tensors)
@@ -125,4 +122,5 @@ def types_fit(codebook: str, weight: Sequence[torch.dtype | None], vectors: Sequ
     known, wanted = cpu_linear.DTYPES, integer_dtypes(codebook)
     if len(weight) != len(wanted) or not all(dtype is None or dtype in known for dtype in vectors):
         return False
-    return all(a in known if b is None else a is b or a is _EXPANDED.get(b) for a, b in zip(weight, wanted, strict=True))
+    pairs = zip(weight, wanted, strict=True)
+    return all(a in known if b is None else a is b or a is cpu_nibbles.DTYPES.get(b) for a, b in pairs)
