@@ -84,6 +84,7 @@ def test_too_little_text_is_found_out_before_the_work(folder, monkeypatch):
     [
         ({"tune": "all"}, "tune='all' cannot be used: tune='all' is not known"),
         ({"tune": {"epoch": 2}}, "tune has no option 'epoch'"),
+        ({"tune": {"reverse": 1.5}}, "reverse=1.5 must be a number from 0 to 1"),
         ({"tune": "vectors", "dataset": None}, "tune='vectors' needs text, and dataset=None gives none"),
     ],
 )
