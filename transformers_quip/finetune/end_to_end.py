@@ -268,9 +268,7 @@ class _Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.highest, strict=True):
             group["lr"] = rate * self.options.factor(step, self.report.steps)
         tokens = len(chosen) * self.teacher.ids.shape[1]
-        loss = divergence_of(
-            self.model, self.teacher, self.head, processes.mine(chosen), self.options.reverse
-        )
+        loss = divergence_of(self.model, self.teacher, self.head, processes.mine(chosen), self.options.reverse)
         loss = loss / tokens
         loss.backward()
         loss = processes.add_up_gradients(self.student.trained().values(), loss)
