@@ -7,8 +7,8 @@
 Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
 the dense model writes. Modes: `vectors` tunes end to end only, `full` also tunes each block while it is rounded. `epochs 0`
 is the model before tuning end to end: with `vectors` the quantized model, with `full` the one after blockwise tuning.
---embeddings trains the embeddings as well, --reverse is the share of KL(quantized || dense) in the loss, and --rounding says
-how the model of --quantized was rounded, or how it is to be.
+--embeddings trains the embeddings as well, --reverse is the share of KL(quantized || dense) in the loss, and --rounding
+says how the model of --quantized was rounded, or how it is to be.
 
 Tuning end to end reads the windows that quantizing read, or with --tuning-samples more of the same source. --quantized is a
 model that `quality.py --save` has made with the same windows, so that it need not be quantized again.

@@ -2,7 +2,8 @@
 
 The loss is the mean of KL(dense ‖ quantized) over all tokens, as in QuIP# (arXiv 2402.04396, section 5) and in knowledge
 distillation. A share of KL(quantized ‖ dense) can be mixed in (generalized knowledge distillation, arXiv 2306.13649): it
-punishes tokens that the quantized model would write and the dense one would not. Only vectors are trained, so that Adam's state is small and the stored codes do not change.
+punishes tokens that the quantized model would write and the dense one would not. Only vectors are trained, on request the
+embeddings too, so that Adam's state is small and the stored codes do not change.
 """
 
 from __future__ import annotations
