@@ -273,7 +273,7 @@ def two_sided() -> str:
         return ""
     lines = []
     for row in content["rows"]:
-        name = row["rounding"] + (f", sketch {row['sketch']}" if row["sketch"] else "")
+        name = row["rounding"] + (f", sketch {row['sketch']}, damping {row['damping']:g}" if row["sketch"] else "")
         kl = [f"{row['divergence'][text]:.3f}" for text in ("wiki", "news")]
         lines.append([name, *kl, f"{row['cpu_seconds'] / 60:.1f}"])
     titles = ["rounding", "KL wiki", "KL news", "CPU minutes"]
