@@ -43,9 +43,7 @@ def processor_seconds() -> float:
 def stand_in(target: str, only_count: bool) -> set[tuple[str, str]]:
     """Make every launch compile for a target, and nothing else; returns the kernels with what each is compiled for."""
     gpu, found = TARGETS[target], set[tuple[str, str]]()
-    driver = SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: gpu
-    )
+    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: gpu)
     triton.runtime.driver.set_active(driver)
 
     def counted(*, fn: Any, key: str, **_: Any) -> bool:

@@ -2,10 +2,10 @@
 
 A kernel can be wrong in ways that no test elsewhere shows: it does not compile for this device, gives other numbers, never
 ends, or leaves the driver in a state in which nothing works. So each family runs on small inputs (`families.py`) in a child
-process with a time limit, before anything depends on it: those that run layers when a layer is loaded, and the encoders when
-a weight is first quantized. Families that are right compute from then on; the others are left to plain PyTorch, and one
-warning says which, why, and with which versions. The verdicts are kept in a file next to that of the tuned kernels, for this
-device, its driver and these versions.
+process with a time limit, before anything depends on it: those that run layers when a layer is loaded, and the encoders
+when a weight is first quantized. Families that are right compute from then on; the others are left to plain PyTorch, and
+one warning says which, why, and with which versions. The verdicts are kept in a file next to that of the tuned kernels, for
+this device, its driver and these versions.
 
 A check never begins while a CUDA graph is recorded: until there is a verdict, nothing is trusted.
 """
