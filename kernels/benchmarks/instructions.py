@@ -61,7 +61,7 @@ class Report:
     around: tuple[int, ...] = ()
 
     def executed(self, around: int, inner: int) -> int:
-        """Instructions of a round of the main loop, whose inner loops are all in others: the rounds of those, and theirs."""
+        """Instructions of a round of the main loop, with all inner loops in others: the rounds of those, and theirs."""
         return sum(self.loop.values()) + (around - 1) * sum(self.around) + around * (inner - 1) * sum(self.inner)
 
 

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.gpu
 SHAPES = [(96, 100), (8, 8), (576, 1536), (4096, 4096), (1024, 14336), (14336, 4096), (516, 4048), (64, 16384)]
 BATCHES = sized([1, 2, 3, 4, 5, 8, 16, 33, 64, 65, 300], [1, 5, 65])
 LARGE, LONG = sized((1024, 4096), (24, 576)), sized((333, 1056), (40, 136))
-ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: 4e-3}
+# the interpreter cuts numbers to bfloat16 instead of rounding them
+ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: sized(4e-3, 8e-3)}
 
 
 def relative(value, expected):
@@ -260,7 +261,7 @@ def test_trellis(name, table_dtype, device):
     su, sv = torch.randn(n, generator=generator), torch.randn(m, generator=generator)
     stored = {"codes": codes} if table is None else {"codes": codes, "table": table}
     weight_on_device = [tensor.to(device) for tensor in stored.values()]
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in sized((torch.float32, torch.float16, torch.bfloat16), (torch.float32, torch.float16)):
         weight = ops.decode(weight_on_device, name, m, n, dtype)
         assert torch.equal(weight.cpu(), book.decode(stored, n, dtype))
     inner = book.decode(stored, n, torch.float64)

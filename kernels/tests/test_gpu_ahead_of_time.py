@@ -146,7 +146,9 @@ def test_the_self_check_compiles_few_kernels():
 
     program = Path(__file__).resolve().parents[1] / "benchmarks" / "self_check.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run([sys.executable, program, "--count"], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, program, "--count"], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     counts = {name: int(count) for name, count in re.findall(r"^(\S.*?) +(\d+) kernels", done.stdout, re.MULTILINE)}
     assert list(counts) == self_check.names() + self_check.names(self_check.ENCODE)
