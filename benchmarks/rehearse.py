@@ -100,9 +100,11 @@ def stand_in() -> None:
 def compute_by_kernels() -> None:
     """Let the ops run the Triton kernels on tensors of the CPU, as they do on a GPU."""
     from quip_kernels.gpu import viterbi
+    from transformers_quip.codebooks import viterbi as encoder
     from transformers_quip.ops.triton import grouped, run
 
     viterbi.MOST_TOGETHER = 1 << 15  # few large steps: the interpreter takes about as long for each
+    encoder.WINDOW, encoder.PASSES = 2, 1  # of all encoders
     with warnings.catch_warnings():  # that another implementation is replaced
         warnings.simplefilter("ignore")
         for function in (run.transform, run.decode, run.linear, run.bundle, grouped.grouped_linear):
