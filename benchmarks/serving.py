@@ -4,7 +4,8 @@
     .venv-vllm/bin/python benchmarks/serving.py FOLDER [--dense FOLDER] [--requests 8] [--tokens 64]
 
 Each way is a fresh process, which warms up with short answers. Prompts are 16 random tokens, answers have one length.
-`plugin` is the time that vLLM's entry point takes in a process that has imported vLLM, three times. Written to results/serving.json.
+`plugin` is the time that vLLM's entry point takes in a process that has imported vLLM, three times.
+Everything is written to results/serving.json.
 """
 
 from __future__ import annotations
