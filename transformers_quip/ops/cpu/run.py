@@ -21,10 +21,10 @@ from .. import reference
 from ..backend import for_device, get_activations
 from ..grouped import linear_by_expert
 from ..layer import Layer, named, stages
-from ..packing import is_expanded, stored
+from ..packing import is_expanded, stored, trellis_layout
 from ..same_input import SameInput
 from . import scratch
-from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, trellis_layout, types_fit
+from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, types_fit
 from .route import Case, Route, Routes, is_int8, planes, routes
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: in
     book = codebooks.get(codebook)
     if book.kernels is None or dtype not in kernels.DTYPES or not _is_usable() or not dtypes_are_known(weight):
         return reference.decode(weight, codebook, rows, columns, dtype)
-    if is_expanded(weight):
+    if is_expanded(weight) and book.kernels == "e8p":
         codes, second = stages(weight)
         return kernels.decode(codes, columns, dtype, None, None, second, book.residual_scale or 1.0)
     tensors = named(stored(weight, codebook, columns), book, rows, columns)
