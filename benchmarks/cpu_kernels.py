@@ -6,8 +6,8 @@
 All variants compute in turns within one run, and medians are compared. "products" are the codes times a vector alone; a
 "layer" has the transforms, su and sv as well; "op" is `torch.ops.quip.linear`, Python included. Before anything is timed,
 each layer is checked against a float64 computation. --codebooks: E8P ("e8p") by itself or with a second stage ("e8p-rvq3",
-"e8p-rvq4"). With --trellis the codes are of those codebooks instead, and errors are saved, too. With --shared, for a machine
-that others use too, one thread's CPU time is measured and minima are compared.
+"e8p-rvq4"). With --trellis the codes are of those codebooks instead, and errors are saved, too. With --shared, for a
+machine that others use too, one thread's CPU time is measured and minima are compared.
 """
 
 from __future__ import annotations

@@ -109,8 +109,9 @@ def _is_trellis(codebook: str) -> bool:
 def _expanded(weight: Sequence[torch.Tensor], codebook: str) -> list[torch.Tensor]:
     """Stored tensors, or some stages of E8P in nibbles, in the expanded form."""
     if _is_trellis(codebook):
-        codes, *table = weight
-        return [cpu_trellis.expand(codes, trellis_layout(codebook), *table), *(t.unsqueeze(0) for t in table)]
+        table = weight[1] if len(weight) > 1 else None
+        records = cpu_trellis.expand(weight[0], trellis_layout(codebook), table)
+        return [records] if table is None else [records, table.unsqueeze(0)]
     return [cpu_nibbles.expand(codes) for codes in weight]
 
 
