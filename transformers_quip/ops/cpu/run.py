@@ -109,8 +109,9 @@ def plan(dtype: torch.dtype, layer: Layer) -> Plan:
     weight, su, sv, bias, *names = layer
     types = (su.dtype, sv.dtype, None if bias is None else bias.dtype, *[v.dtype for v in weight])
     usable = _is_usable()
-    has_amx = usable and cpu_many.is_available() and not is_expanded(weight)
-    return _plan(dtype, sv.shape[0], su.shape[0], types, get_activations(), usable, has_amx, *names)
+    expanded = is_expanded(weight)
+    has_amx = usable and cpu_many.is_available() and not expanded
+    return _plan(dtype, sv.shape[0], su.shape[0], types, get_activations(), usable, has_amx, expanded, *names)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -122,6 +123,7 @@ def _plan(
     activations: str,
     usable: bool,
     has_amx: bool,
+    expanded: bool,
     codebook: str,
     incoherence_in: str,
     incoherence_out: str,
@@ -141,6 +143,7 @@ def _plan(
         has_transforms=q_in[1] is None and q_out[1] is None,
         is_usable=usable,
         has_amx=has_amx,
+        is_expanded=expanded,
     )
     return Plan(case, routes(case), q_in, q_out)
 
