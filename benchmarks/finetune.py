@@ -2,10 +2,13 @@
 
     python benchmarks/finetune.py [FOLDER] [--settings text self] [--codebooks e8p trellis] [--modes vectors full]
                                   [--bits 2] [--epochs 0 1 2 4] [--tuning-samples N] [--quantized FOLDER] [--seed N]
+                                  [--embeddings] [--reverse SHARE] [--rounding yaqa] [--save FOLDER]
 
 Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
 the dense model writes. Modes: `vectors` tunes end to end only, `full` also tunes each block while it is rounded. `epochs 0`
 is the model before tuning end to end: with `vectors` the quantized model, with `full` the one after blockwise tuning.
+--embeddings trains the embeddings as well, --reverse is the share of KL(quantized || dense) in the loss, and --rounding
+says how the model of --quantized was rounded, or how it is to be.
 
 Tuning end to end reads the windows that quantizing read, or with --tuning-samples more of the same source. --quantized is a
 model that `quality.py --save` has made with the same windows, so that it need not be quantized again.
@@ -58,11 +61,12 @@ def text(options: argparse.Namespace, setting: str, tokenizer) -> torch.Tensor:
 
 def quantized(options: argparse.Namespace, setting: str, codebook: str, mode: str, bits: float, ids: torch.Tensor) -> Path:
     """The folder of the quantized model without tuning end to end; made once."""
-    folder = CACHE / f"{setting}-{codebook}-{mode}-{bits:g}-{options.num_samples}-{options.seed}"
+    folder = CACHE / f"{setting}-{codebook}-{options.rounding}-{mode}-{bits:g}-{options.num_samples}-{options.seed}"
     if not (folder / "seconds.json").is_file():
         config = QuipConfig(
             bits=bits,
             codebook=None if codebook == "default" else codebook,
+            rounding=options.rounding,
             dataset=ids[: options.num_samples],
             num_samples=options.num_samples,
             tune="blocks" if mode == "full" else "none",
@@ -102,6 +106,7 @@ def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bit
     dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
     row = {"setting": setting, "codebook": codebook, "mode": mode, "bits": bits, "epochs": epochs, "seed": options.seed}
     row |= {"num_samples": options.num_samples, "tuning_samples": options.tuning_samples if epochs else 0}
+    row |= {"rounding": options.rounding, "embeddings": options.embeddings, "reverse": options.reverse}
     if not options.quantized:
         row["quantizing"] = json.loads((folder / "seconds.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -109,9 +114,19 @@ def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bit
         wall, cpu = time.perf_counter(), time.process_time()
         teacher = record(dense, ids, CACHE / f"{setting}-{options.tuning_samples}-{options.seed}.bin")
         row["teacher_cpu_seconds"] = time.process_time() - cpu
-        report = tune_vectors(model, teacher, TuneOptions(epochs=epochs, held_out=HELD_OUT, seed=options.seed))
+        chosen = TuneOptions(
+            epochs=epochs,
+            held_out=HELD_OUT,
+            embeddings=options.embeddings,
+            reverse=options.reverse,
+            seed=options.seed,
+        )
+        report = tune_vectors(model, teacher, chosen)
         row |= {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         row |= {"threads": torch.get_num_threads(), **report.to_dict(), "history": report.history}
+    if options.save:
+        model.save_pretrained(options.save)
+        tokenizer.save_pretrained(options.save)
     return row | measure(options, model, dense, load_windows(tokenizer, evaluation=options.windows).evaluation)
 
 
@@ -126,6 +141,10 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=256)
     parser.add_argument("--tuning-samples", type=int, help="windows for tuning end to end; --num-samples by default")
     parser.add_argument("--quantized", type=Path, help="a folder of quality.py --save: one codebook, bits and seed")
+    parser.add_argument("--rounding", default="ldlq", help="the option rounding of QuipConfig")
+    parser.add_argument("--embeddings", action="store_true")
+    parser.add_argument("--reverse", type=float, default=0.0)
+    parser.add_argument("--save", type=Path, help="keep the tuned model here")
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true")
@@ -138,11 +157,13 @@ def main() -> None:
         parser.error("--quantized is one model: give one setting, codebook and number of bits")
     path = machine.RESULTS / "finetune.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    keys = ("setting", "codebook", "mode", "bits", "epochs", "seed", "num_samples", "tuning_samples")
+    keys = ["setting", "codebook", "mode", "bits", "epochs", "seed", "num_samples", "tuning_samples"]
+    keys += ["rounding", "embeddings", "reverse"]
     wanted = itertools.product(options.settings, options.codebooks, options.modes, options.bits, options.epochs)
     for combination in wanted:
-        key = (*combination, options.seed, options.num_samples, options.tuning_samples if combination[-1] else 0)
-        old = [row for row in rows if tuple(row[name] for name in keys) == key]
+        key = [*combination, options.seed, options.num_samples, options.tuning_samples if combination[-1] else 0]
+        key += [options.rounding, options.embeddings, options.reverse]
+        old = [row for row in rows if [row[name] for name in keys] == key]
         if old and not options.again:
             continue
         rows = [row for row in rows if row not in old] + [run(options, *combination)]

@@ -6,9 +6,9 @@
 FOLDER holds the dense model; it is quantized without calibration, which changes its text but not its speed. A second
 model is a Llama with random weights, hidden size 2048 and 8 layers. Batch 1, 64 greedy tokens after a prompt of 16; prefill
 is one forward pass over 512 tokens. Medians of whole calls are compared. With --shared, for a machine that others use too,
-CPU time of one thread is measured. --busy: that many other processes compute all the time; the name of the results then
-ends with "-busy". QUIP_KERNELS_CPU_LEVEL=avx2 measures a processor without AVX-512, except that PyTorch's dense model
-still uses all instructions that there are.
+CPU time of one thread is measured. --busy: that many other processes compute all the time. Rows of results/generate.json
+with other numbers of threads and of busy processes are kept. QUIP_KERNELS_CPU_LEVEL=avx2 measures a processor without
+AVX-512, except that PyTorch's dense model still uses all instructions that there are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 import machine
 import torch
+from markdown_tables import load
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import transformers_quip
@@ -136,8 +137,11 @@ def main() -> None:
                             "times_dense": ratio,
                         }
                     )
-    about = {"threads": options.threads, "repeats": options.repeats, "busy": options.busy, "cpu_time": options.shared}
-    machine.save("generate-busy" if options.busy else "generate", {**about, "rows": rows})
+    about = {"threads": options.threads, "busy": options.busy, "cpu_time": options.shared}
+    before = (load(machine.named("generate")) or {"rows": []})["rows"]
+    kept = [row for row in before if any(row[key] != value for key, value in about.items())]
+    about |= {"repeats": options.repeats, "processor": machine.describe()["processor"]}
+    machine.save("generate", {"rows": kept + [row | about for row in rows]})
 
 
 if __name__ == "__main__":

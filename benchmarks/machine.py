@@ -31,13 +31,18 @@ def describe() -> dict:
     }
 
 
+def named(name: str) -> str:
+    """The name of results: where QUIP_KERNELS_CPU_LEVEL chooses instructions, it ends with them ("generate-avx2")."""
+    level = os.environ.get("QUIP_KERNELS_CPU_LEVEL")
+    return f"{name}-{level}" if level else name
+
+
 def save(name: str, content: dict) -> Path:
     """Write `content` and the machine's description to results/NAME.json atomically, and return its path.
 
-    Where QUIP_KERNELS_CPU_LEVEL chooses instructions, the name ends with them ("generate-avx2").
+    The file has the name that [`named`] gives it.
     """
-    level = os.environ.get("QUIP_KERNELS_CPU_LEVEL")
-    name = f"{name}-{level}" if level else name
+    name = named(name)
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".tmp")

@@ -28,18 +28,29 @@ def narrow() -> str:
 def _models(content: dict | None) -> str:
     if content is None:
         return ""
-    found = {(row["model"], row["kind"], row["way"]): row for row in content["rows"]}
+    found = {(row["model"], row["kind"], _where(row), row["way"]): row for row in content["rows"]}
     lines = []
-    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in content["rows"]):
-        dense = found[model, kind, "dense bfloat16"]["tokens_per_second"]
-        cells = [f"{model}, {kind}", f"{dense:.1f}"]
+    for model, kind, where in dict.fromkeys(key[:3] for key in found):
+        dense = found[model, kind, where, "dense bfloat16"]["tokens_per_second"]
+        cells = [f"{model}, {kind}", where, f"{dense:.1f}"]
         for way in ("2-bit exact", "2-bit int8"):
-            row = found[model, kind, way]
+            row = found[model, kind, where, way]
             cells.append(f"{row['tokens_per_second']:.1f} ({row['times_dense']:.2f}x)")
         lines.append(cells)
-    seconds = "CPU second of one thread" if content.get("cpu_time") else "second"
-    titles = [f"tokens per {seconds}", "dense bfloat16", "2 bits, exact activations", "2 bits, int8 activations (default)"]
+    titles = [
+        "tokens per second",
+        "threads",
+        "dense bfloat16",
+        "2 bits, exact activations",
+        "2 bits, int8 activations (default)",
+    ]
     return table(titles, lines) + machine_line(content)
+
+
+def _where(row: dict) -> str:
+    """The threads of a row, what else the machine did, and whether its seconds are those of the CPU."""
+    beside = f", beside {row['busy']} busy process" if row["busy"] else ""
+    return f"{row['threads']}{beside}{' (CPU time)' if row['cpu_time'] else ''}"
 
 
 def _layers(content: dict | None) -> str:

@@ -49,8 +49,12 @@ def summary() -> str:
         if row["epochs"]:
             code = " with trellis codes" if row["codebook"] == "trellis" else ""
             blocks = "block by block and " if row["mode"] == "full" else ""
-            windows = f"{row['tuning_samples']} windows of Wikipedia"
-            name = f"QuIP#{code}, tuned {blocks}end to end on {windows}, {row['bits']:g} bits"
+            code += ", rounded for the model's output" if row["rounding"] == "yaqa" else ""
+            what = "embeddings too, " if row["embeddings"] else ""
+            windows = (
+                f"{row['tuning_samples']} windows {'of Wikipedia' if row['setting'] == 'text' else 'that the model wrote'}"
+            )
+            name = f"QuIP#{code}, tuned {blocks}end to end ({what}{windows}), {row['bits']:g} bits"
             lines.append([name, f"{row['true_bits']:.2f}", *_perplexities([row])])
     peers = load("peers")
     for row in (peers or {"rows": []})["rows"]:
@@ -121,6 +125,12 @@ def methods() -> str:
     return table(["method", "mean proxy loss", "wiki perplexity", "news perplexity", "true bits"], lines)
 
 
+def _codebook(row: dict) -> str:
+    """The codebook of a row of finetune.json, and a rounding method other than the default."""
+    name = "E8P" if row["codebook"] == "default" and row["bits"] == 2 else row["codebook"]
+    return name if row["rounding"] == "ldlq" else f"{name}, {row['rounding']}"
+
+
 def tuning() -> str:
     """Tuning after and while rounding, against its time."""
     content = load("finetune")
@@ -130,13 +140,15 @@ def tuning() -> str:
     lines = []
     for row in sorted(content["rows"], key=lambda row: (row["bits"], row["setting"], -row["perplexity"]["wiki"])):
         blocks = ["blocks"] if row["mode"] == "full" else []
-        read = f"vectors, {row['epochs']:g} x {row['tuning_samples']} windows"
+        trained = "vectors and embeddings" if row["embeddings"] else "vectors"
+        read = f"{trained}, {row['epochs']:g} x {row['tuning_samples']} windows"
+        read += f", {row['reverse']:.0%} KL(quantized ‖ dense)" if row["reverse"] else ""
         done = " and ".join(blocks + ([read] if row["epochs"] else [])) or "none"
         quantizing = f"{row['quantizing']['cpu'] / 60:.0f}" if "quantizing" in row else "not measured"
         lines.append(
             [
                 f"{row['bits']:g}",
-                "E8P" if row["codebook"] == "default" and row["bits"] == 2 else row["codebook"],
+                _codebook(row),
                 source[row["setting"]],
                 done,
                 f"{quantizing} + {row.get('cpu_seconds', 0) / 60:.0f}",
@@ -261,7 +273,7 @@ def two_sided() -> str:
         return ""
     lines = []
     for row in content["rows"]:
-        name = row["rounding"] + (f", sketch {row['sketch']}" if row["sketch"] else "")
+        name = row["rounding"] + (f", sketch {row['sketch']}, damping {row['damping']:g}" if row["sketch"] else "")
         kl = [f"{row['divergence'][text]:.3f}" for text in ("wiki", "news")]
         lines.append([name, *kl, f"{row['cpu_seconds'] / 60:.1f}"])
     titles = ["rounding", "KL wiki", "KL news", "CPU minutes"]

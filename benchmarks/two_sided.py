@@ -1,11 +1,12 @@
 """One-sided against two-sided rounding: the KL divergence to the dense model, and what it costs.
 
     python benchmarks/two_sided.py [FOLDER] [--blocks 10] [--windows 64] [--sketches outputs A B] [--codebook e8p]
-        [--sweeps 0]
+        [--sweeps 0] [--dampings 0.01 0.1 0.4 1.5]
 
 The first blocks of the model are quantized, the others stay dense; each way in turn, with the same Wikipedia windows for
 the Hessians and for the gradients. The divergence is the mean over 8 windows of each text that none of them has seen. CPU
-seconds count all threads, and the gradients.
+seconds count all threads, and the gradients. --dampings measures dampings of the output-side Hessian with the first sketch,
+whose gradients are then computed once.
 """
 
 from __future__ import annotations
@@ -23,12 +24,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_quip import QuipConfig
 from transformers_quip.calibration import find_blocks
 from transformers_quip.evaluation import divergence
+from transformers_quip.quantize import hessian, recipe
 from transformers_quip.quantize.recipe import quantize_model
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 from smollm2 import dense_folder
 
 HELD_OUT = 8
+
+
+class Once:
+    """The first result of a function, for every call."""
+
+    def __init__(self, function):
+        self._function, self._result = function, None
+
+    def __call__(self, *arguments):
+        if self._result is None:
+            self._result = self._function(*arguments)
+        return self._result
 
 
 def main() -> None:
@@ -39,13 +53,20 @@ def main() -> None:
     parser.add_argument("--sketches", nargs="+", default=["outputs", "A", "B"])
     parser.add_argument("--codebook", default="e8p")
     parser.add_argument("--sweeps", type=int, default=0)
+    parser.add_argument("--dampings", type=float, nargs="*", default=[])
     options = parser.parse_args()
     folder = options.folder or dense_folder()
     windows = load_windows(AutoTokenizer.from_pretrained(folder), calibration=options.windows, evaluation=HELD_OUT)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     name, blocks = find_blocks(dense)
     rows = []
-    for sketch in (None, *options.sketches):
+    if options.dampings:
+        recipe.curvature_of = Once(recipe.curvature_of)
+        ways = [(None, None), *((options.sketches[0], damping) for damping in options.dampings)]
+    else:
+        ways = [(sketch, hessian.OUTPUT_DAMPING if sketch else None) for sketch in (None, *options.sketches)]
+    for sketch, damping in ways:
+        hessian.OUTPUT_DAMPING = damping
         config = QuipConfig(
             codebook=options.codebook,
             rounding="yaqa" if sketch else "ldlq",
@@ -63,6 +84,7 @@ def main() -> None:
         row = {
             "rounding": config.rounding,
             "sketch": sketch,
+            "damping": damping,
             "divergence": {key: divergence(model, dense, ids).mean for key, ids in windows.evaluation.items()},
             "cpu_seconds": seconds,
         }

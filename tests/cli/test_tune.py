@@ -42,6 +42,21 @@ def test_tune(quantized, dense, text, tmp_path, capsys):
     assert all(torch.equal(again[name], value) for name, value in after.items())
 
 
+def test_embeddings_and_a_share_of_the_other_divergence(quantized, dense, text, tmp_path, capsys):
+    out = tmp_path / "tuned"
+    options = ["--dense", dense, "--dataset", text, "--num-samples", 16, "--sequence-length", 16, "--held-out", 8]
+    options += ["--epochs", 8, "--learning-rate", 0.02, "--dtype", "float32", "--embeddings", "--reverse", 0.5]
+    code, found, err = run(capsys, "tune", quantized, out, *options, "--json")
+    assert code == 0, err
+    assert found["held_out_after"] < found["held_out_before"]
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (quantized, out))
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+    # half a loss is another loss: the vectors that it finds differ
+    code, other, err = run(capsys, "tune", quantized, tmp_path / "other", *options[:-1], 0, "--json")
+    assert code == 0, err
+    assert other["held_out_after"] != found["held_out_after"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

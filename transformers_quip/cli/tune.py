@@ -30,6 +30,14 @@ from .quantize import dataset_of
 @click.option("--epochs", default=2.0, show_default=True, help="Number of times that each sequence is read.")
 @click.option("--batch-size", default=4, show_default=True, help="Sequences in one step.")
 @click.option("--learning-rate", default=5e-3, show_default=True, help="Learning rate of factors that begin at 1.")
+@click.option("--embeddings", is_flag=True, help="Train the embeddings and the output head as well; they stay dense.")
+@click.option(
+    "--reverse",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of KL(quantized || dense) in the loss: it punishes tokens that only the quantized model would write.",
+)
 @click.option("--seed", default=0, show_default=True, help="Random seed of the text and its order.")
 @click.option(
     "--state",
@@ -58,6 +66,8 @@ def command(
     epochs: float,
     batch_size: int,
     learning_rate: float,
+    embeddings: bool,
+    reverse: float,
     seed: int,
     state: Path | None,
     report_file: Path | None,
@@ -69,6 +79,8 @@ def command(
 ) -> None:
     """Train su, sv and the norms of MODEL, a quantized model, to match the dense model's predictions; save it in OUT.
 
+    With --embeddings, its embeddings and output head, which must be dense, are trained as well.
+
     The codes do not change, so OUT has the size and the speed of MODEL. If the result is not better on held-out text, OUT
     is a copy of MODEL, and a message says so.
     """
@@ -76,7 +88,15 @@ def command(
     from ..config import QuipConfig
     from ..finetune import TuneOptions, processes
 
-    options = TuneOptions(learning_rate=learning_rate, epochs=epochs, batch_size=batch_size, held_out=held_out, seed=seed)
+    options = TuneOptions(
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        held_out=held_out,
+        embeddings=embeddings,
+        reverse=reverse,
+        seed=seed,
+    )
     data = QuipConfig(dataset=dataset_of(dataset), num_samples=num_samples, sequence_length=sequence_length, seed=seed)
     if data.dataset is None:
         raise click.UsageError("--dataset none: tuning needs text")

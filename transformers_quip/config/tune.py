@@ -27,6 +27,7 @@ class TuneOptions:
         warmup: steps until the learning rate is highest.
         looks: the number of times that the held-out windows are read during training.
         clip: largest norm of the gradient of all multipliers together.
+        reverse: the share of KL(quantized ‖ dense) in the loss of training end to end; the rest is KL(dense ‖ quantized).
         norms: whether the weights of norms are trained as well.
         embeddings: whether the embeddings and the output embeddings are trained end to end as well. They must be dense; if
             they are tied, they stay tied.
@@ -49,6 +50,7 @@ class TuneOptions:
     warmup: int = 4
     looks: int = 8
     clip: float = 1.0
+    reverse: float = 0.0
     norms: bool = True
     embeddings: bool = False
     embedding_rate: float = 0.02
@@ -72,6 +74,8 @@ class TuneOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"tune: {name}={value!r} must be a number above 0")
+        if isinstance(self.reverse, bool) or not isinstance(self.reverse, (int, float)) or not 0 <= self.reverse <= 1:
+            raise ValueError(f"tune: reverse={self.reverse!r} must be a number from 0 to 1")
         for name in ("norms", "embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"tune: {name}={getattr(self, name)!r} must be True or False")

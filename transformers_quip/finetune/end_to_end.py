@@ -1,7 +1,9 @@
 """End-to-end tuning: su, sv and the norms of a quantized model follow the output distribution of the dense model.
 
 The loss is the mean of KL(dense ‖ quantized) over all tokens, as in QuIP# (arXiv 2402.04396, section 5) and in knowledge
-distillation. Only vectors are trained, so that Adam's state is small and the stored codes do not change.
+distillation. A share of KL(quantized ‖ dense) can be mixed in (generalized knowledge distillation, arXiv 2306.13649): it
+punishes tokens that the quantized model would write and the dense one would not. Only vectors are trained, on request the
+embeddings too, so that Adam's state is small and the stored codes do not change.
 """
 
 from __future__ import annotations
@@ -176,8 +178,25 @@ def _note(model: PreTrainedModel, report: TuneReport) -> None:
     config = getattr(model.config, "quantization_config", None)
     if isinstance(config, QuipConfig):
         calibration = config.calibration or {}
+        if report.verdict.accepted:
+            note_scales(model, config)
         if report.verdict.accepted or "tuning" not in calibration:
             config.calibration = {**calibration, "tuning": report.to_dict()}
+
+
+def note_scales(model: PreTrainedModel, config: QuipConfig) -> None:
+    """Record in a config which linears store su and sv in another dtype than the model's (see `student.SCALES`)."""
+    linears = quantized_linears(model)
+    found = {}
+    for name, linear in linears.items():
+        stored = str(linear.su.dtype).removeprefix("torch.")
+        if linear.su.dtype != linear.weight_dtype and config.storage_of(name).scales_dtype != stored:
+            found[name] = {**config.storage_of(name).to_dict(), "scales_dtype": stored}
+    records = list(found.values())
+    if config.storage is None and len(records) == len(linears) and all(record == records[0] for record in records):
+        config.storage = {"*": records[0]}
+    elif found:
+        config.storage = {**(config.storage or {}), **found}
 
 
 def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor, trained: bool = False) -> Head:
@@ -267,7 +286,8 @@ class _Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.highest, strict=True):
             group["lr"] = rate * self.options.factor(step, self.report.steps)
         tokens = len(chosen) * self.teacher.ids.shape[1]
-        loss = divergence_of(self.model, self.teacher, self.head, processes.mine(chosen)) / tokens
+        loss = divergence_of(self.model, self.teacher, self.head, processes.mine(chosen), self.options.reverse)
+        loss = loss / tokens
         loss.backward()
         loss = processes.add_up_gradients(self.student.trained().values(), loss)
         torch.nn.utils.clip_grad_norm_(list(self.student.trained().values()), self.options.clip)
@@ -308,11 +328,13 @@ class _Trainer:
         return run.step
 
 
-def divergence_of(model: PreTrainedModel, teacher: Teacher, head: Head, chosen: list[int]) -> torch.Tensor:
-    """Σ over the tokens of these windows of KL(teacher ‖ model), with a graph."""
+def divergence_of(
+    model: PreTrainedModel, teacher: Teacher, head: Head, chosen: list[int], reverse: float = 0.0
+) -> torch.Tensor:
+    """Σ over the tokens of these windows of the loss of [`divergence_sum`], with a graph."""
     hidden = hidden_states(model, teacher.ids[chosen].to(model.device)).flatten(0, 1)
     states = teacher.states[chosen].flatten(0, 1).to(hidden)
-    return divergence_sum(hidden, states, head, teacher.head())
+    return divergence_sum(hidden, states, head, teacher.head(), reverse)
 
 
 def _order(count: int, reads: int, seed: int) -> list[int]:

@@ -44,17 +44,22 @@ class Head:
         return self.logits(self.project(hidden).float())
 
 
-def divergence_sum(hidden: torch.Tensor, states: torch.Tensor, student: Head, teacher: Head) -> torch.Tensor:
-    """Σ over tokens of KL(teacher ‖ student), with a gradient for `hidden` and for the parameters of `student.project`.
+def divergence_sum(
+    hidden: torch.Tensor, states: torch.Tensor, student: Head, teacher: Head, reverse: float = 0.0
+) -> torch.Tensor:
+    """Σ over tokens of (1 − r) KL(teacher ‖ student) + r KL(student ‖ teacher), which has gradients.
+
+    They are those of `hidden` and of the parameters of `student.project`.
 
     Args:
         hidden: the student's last hidden states [T, n].
         states: the teacher's [T, n'].
+        reverse: the share r. Tokens that the teacher rules out do not count in its part.
 
     Returns:
         A float32 scalar.
     """
-    return _Divergence.apply(hidden, states, student, teacher, *_trained(student))
+    return _Divergence.apply(hidden, states, student, teacher, reverse, *_trained(student))
 
 
 @torch.no_grad()
@@ -71,15 +76,24 @@ def _divergence(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
 
-def _divergence_gradient(q: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of [`_divergence`], and its gradient with respect to q, which is softmax q - softmax p.
+def _divergence_gradient(q: torch.Tensor, p: torch.Tensor, reverse: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of [`divergence_sum`] for logits q and p, and its gradient with respect to q.
 
-    Autograd would read and write the logits three times as often, and they are the larger part of a small model's step.
+    The gradient of KL(p ‖ q) is softmax q - softmax p, that of KL(q ‖ p) is q ⊙ (log q - log p - KL(q ‖ p)) for chances q
+    and p. Autograd would read and write the logits three times as often, and they are the larger part of a small model's
+    step.
     """
     q, p = q.log_softmax(-1), p.log_softmax(-1)
     chances = p.exp()
-    total = p.sub_(q).mul_(chances).masked_fill_(chances == 0, 0.0).sum()
-    return total, q.exp_().sub_(chances)
+    ratios = torch.sub(q, p, out=p).masked_fill_(chances == 0, 0.0)
+    own = q.exp_()
+    total = -(1 - reverse) * torch.linalg.vecdot(chances, ratios).sum()
+    if reverse:
+        back = torch.linalg.vecdot(own, ratios)
+        total = total + reverse * back.sum()
+        factors = ratios.sub_(back[:, None]).mul_(reverse).add_(1 - reverse)
+        return total, own.mul_(factors).sub_(chances, alpha=1 - reverse)
+    return total, own.sub_(chances)
 
 
 def _trained(head: Head) -> list[nn.Parameter]:
@@ -94,7 +108,13 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, states: torch.Tensor, student: Head, teacher: Head, *trained: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        states: torch.Tensor,
+        student: Head,
+        teacher: Head,
+        reverse: float,
+        *trained: torch.Tensor,
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
@@ -104,7 +124,7 @@ class _Divergence(torch.autograd.Function):
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()
                 logits = student(h)
-            loss, slope = _divergence_gradient(logits.detach(), teacher(states[part]))
+            loss, slope = _divergence_gradient(logits.detach(), teacher(states[part]), reverse)
             found = torch.autograd.grad(logits, [h, *trained], slope)
             gradient[part] = found[0]
             for whole, more in zip(others, found[1:], strict=True):
@@ -116,4 +136,4 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, *others = ctx.saved_tensors
-        return (gradient * factor, None, None, None, *(other * factor for other in others))
+        return (gradient * factor, None, None, None, None, *(other * factor for other in others))

@@ -108,14 +108,21 @@ def prepare_hessian(hessian: torch.Tensor, weights: torch.Tensor, config: QuipCo
     return PreparedHessian(damped, damping, su, q_in, _rotate(damped, su, q_in), rounding.get(_FALLBACK))
 
 
-def prepare_output_hessian(hessian: torch.Tensor, signs: torch.Tensor, q_out: Transform, damping: float) -> torch.Tensor:
+# At 2 bits the second order of the loss at the dense model is only a part of the truth. So the error may not grow without
+# limit in directions of the outputs in which its gradient is small. `benchmarks/two_sided.py --dampings` measures it.
+OUTPUT_DAMPING = 0.4
+
+
+def prepare_output_hessian(
+    hessian: torch.Tensor, signs: torch.Tensor, q_out: Transform, damping: float | None = None
+) -> torch.Tensor:
     """The output-side Hessian after the transforms of the output side, damped: Q_outᵀ diag(signs) H diag(signs) Q_out + …
 
     Args:
         hessian: float32 [m, m], up to a factor.
         signs: float32 [m].
         q_out: the transform of the output side.
-        damping: of the mean of the diagonal, tenfold until there is a Cholesky factor.
+        damping: of the mean of the diagonal, tenfold until there is a Cholesky factor; None: `OUTPUT_DAMPING`.
 
     Returns:
         float32 [m, m] with a diagonal of mean 1 before the damping.
@@ -123,6 +130,7 @@ def prepare_output_hessian(hessian: torch.Tensor, signs: torch.Tensor, q_out: Tr
     Raises:
         ValueError: it has no positive diagonal, or no Cholesky factor even with much damping.
     """
+    damping = OUTPUT_DAMPING if damping is None else damping
     mean = hessian.diagonal().mean()
     if not mean > 0:
         raise ValueError("an output-side Hessian without a positive diagonal")

@@ -300,7 +300,7 @@ def _completed_output(part: _Part, hessian: torch.Tensor, config: QuipConfig) ->
     rows = len(part.weight)
     signs = incoherence.signs(rows, config.seed, "out").to(hessian.device)
     try:
-        found = prepare_output_hessian(hessian, signs, part.q_out, config.damping)
+        found = prepare_output_hessian(hessian, signs, part.q_out)
     except ValueError as error:
         raise ValueError(f"{part.name} has {error}: its gradients are zero or broken") from None
     missing = len(part.rotated) - rows
