@@ -6,13 +6,14 @@
 All variants compute in turns within one run, and medians are compared. "products" are the codes times a vector alone; a
 "layer" has the transforms, su and sv as well; "op" is `torch.ops.quip.linear`, Python included. Before anything is timed,
 each layer is checked against a float64 computation. --codebooks: E8P ("e8p") by itself or with a second stage ("e8p-rvq3",
-"e8p-rvq4"). With --trellis the codes are of those codebooks instead. With --shared, for a machine that
-others use too, one thread's CPU time is measured and minima are compared.
+"e8p-rvq4"). With --trellis the codes are of those codebooks instead, and errors are saved, too. With --shared, for a
+machine that others use too, one thread's CPU time is measured and minima are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
@@ -22,7 +23,7 @@ import machine
 import torch
 
 import transformers_quip  # noqa: F401 - registers the ops
-from quip_kernels import cpu, cpu_library, cpu_nibbles
+from quip_kernels import cpu, cpu_library, cpu_nibbles, cpu_records
 from quip_kernels import cpu_linear as kernels
 from quip_kernels import cpu_trellis as trellis_kernels
 from transformers_quip import codebooks, incoherence
@@ -89,8 +90,11 @@ def ways_of(codebook: str, m: int, n: int, vectors: int) -> dict[str, Callable[[
     return ways
 
 
-def trellis_ways(name: str, m: int, n: int, vectors: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """As [`ways_of`], for codes of a trellis codebook; and the time to decode the weight, and to re-pack it from EXL3."""
+def trellis_ways(name: str, m: int, n: int, vectors: int) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, float]]:
+    """As [`ways_of`], for codes of a trellis codebook; and the time to decode the weight, and to re-pack it from EXL3.
+
+    Also the relative errors of products and layers against float64.
+    """
     book = codebooks.get(name)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-(2**15), 2**15, book.tensors(m, n)["codes"].shape, generator=generator).to(torch.int16)
@@ -103,9 +107,20 @@ def trellis_ways(name: str, m: int, n: int, vectors: int) -> dict[str, Callable[
     arguments = (x, list(stored.values()), su, sv, None, name, "hadamard", "hadamard", 0)
     layout = trellis_kernels.Layout(book.code, book.k, book.order)
     foreign = torch.randint(-(2**15), 2**15, (n // 16, m // 16, int(16 * book.k)), generator=generator).to(torch.int16)
+    transforms = [incoherence.get("hadamard", size, 0) for size in (n, m)]
+    q_in, q_out = (kernels.Transform(q.dense_factors) for q in transforms)
 
-    weight = book.decode(stored, n)
-    expected = x.double() @ weight.double().T
+    weight = book.decode(stored, n).double()
+    of_products = x.double() @ weight.T
+    z = transforms[0].apply_transpose(x.double() * su.double()) @ weight.T
+    of_layer = transforms[1].apply(z) * sv.double()
+
+    def products(level: int, codes: torch.Tensor, exact: bool) -> torch.Tensor:
+        return trellis_kernels.products(x_single, codes, layout, table, level, exact)
+
+    def layer(level: int, codes: torch.Tensor, exact: bool) -> torch.Tensor:
+        return trellis_kernels.linear(x, codes, su, sv, None, q_in, q_out, layout, table, level, exact)
+
     ways = {
         "dense bfloat16": lambda: torch.nn.functional.linear(x, dense),
         "dense float32": lambda: torch.nn.functional.linear(x_single, dense_single),
@@ -113,14 +128,25 @@ def trellis_ways(name: str, m: int, n: int, vectors: int) -> dict[str, Callable[
         "re-packing": lambda: trellis_bits.from_exl3(foreign),
         "op": lambda: torch.ops.quip.linear(*arguments),
     }
+    checked: dict[str, tuple[torch.Tensor, float]] = {}
     for level in range(cpu_library.library().quip_cpu_level() + 1):
         kind = cpu_library.LEVELS[level]
-        ways[f"{kind} products"] = lambda level=level: trellis_kernels.products(x_single, codes, layout, table, level)
         ways[f"{kind} decode"] = lambda level=level: trellis_kernels.decode(codes, n, torch.bfloat16, layout, table, level)
-        error = ((ways[f"{kind} products"]().double() - expected).norm() / expected.norm()).item()
-        if error > 1e-6:
-            raise SystemExit(f"{kind} products of {name} at {m}x{n}: relative error {error:.2g}")
-    return ways
+        forms = [("", codes, True, 1e-6, 6e-3)]
+        if kind in cpu_library.LEVELS_FOR_RECORDS and cpu_records.can_expand(codes, layout.pair_bits, table):
+            forms.append((" bytes", trellis_kernels.expand(codes, layout, table), False, 1.2e-2, 1.4e-2))
+            ways[f"{kind} expand"] = lambda level=level: trellis_kernels.expand(codes, layout, table, level)
+        for form, tensor, exact, of_product, of_whole in forms:
+            ways[f"{kind}{form} products"] = functools.partial(products, level, tensor, exact)
+            ways[f"{kind}{form} layer"] = functools.partial(layer, level, tensor, exact)
+            checked[f"{kind}{form} products"] = of_products, of_product
+            checked[f"{kind}{form} layer"] = of_layer, of_whole
+    errors = {}
+    for way, (expected, most) in checked.items():
+        errors[way] = ((ways[way]().double() - expected).norm() / expected.norm()).item()
+        if errors[way] > most:
+            raise SystemExit(f"{way} of {name} at {m}x{n}: relative error {errors[way]:.2g}")
+    return ways, errors
 
 
 def times_of(ways: dict[str, Callable[[], torch.Tensor]], seconds: float, shared: bool) -> dict[str, float]:
@@ -163,7 +189,11 @@ def main() -> None:
         options.trellis or options.codebooks, options.shapes, options.vectors
     ):
         m, n = map(int, shape.split("x"))
-        ways = trellis_ways(codebook, m, n, vectors) if options.trellis else ways_of(codebook, m, n, vectors)
+        errors: dict[str, float] = {}
+        if options.trellis:
+            ways, errors = trellis_ways(codebook, m, n, vectors)
+        else:
+            ways = ways_of(codebook, m, n, vectors)
         for threads in options.threads:
             torch.set_num_threads(threads)
             found = times_of(ways, options.seconds, options.shared)
@@ -181,8 +211,8 @@ def main() -> None:
                     "times_dense_bfloat16": found["dense bfloat16"] / taken,
                     "times_dense_float32": found["dense float32"] / taken,
                 }
-                rows.append(row)
                 numbers = list(row.values())[5:]
+                rows.append({**row, "relative_error": errors[name]} if name in errors else row)
                 print(f"{name:26s} {numbers[0]:10.1f} {numbers[1]:11.2f} {numbers[2]:11.2f} {numbers[3]:10.2f}")
     machine.save("cpu_trellis" if options.trellis else "cpu_kernels", {"rows": rows})
 

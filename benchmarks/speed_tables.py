@@ -11,6 +11,7 @@ _LAYERS = {
     "avx2 exact layer": "codes, exact",
     "avx2 expanded exact layer": "expanded, exact",
 }
+_TRELLIS_LAYERS = {"avx2 layer": "codes", "avx2 bytes layer": "expanded to bytes (default)"}
 
 
 def speed() -> str:
@@ -20,8 +21,8 @@ def speed() -> str:
 
 def narrow() -> str:
     """The same with AVX2 alone, and single layers in both forms of their codes."""
-    models, layers = load("generate-avx2"), load("cpu_kernels-avx2")
-    return "\n".join(part for part in (_models(models), _layers(layers)) if part)
+    parts = (_models(load("generate-avx2")), _layers(load("cpu_kernels-avx2")), _trellis_layers(load("cpu_trellis-avx2")))
+    return "\n".join(part for part in parts if part)
 
 
 def _models(content: dict | None) -> str:
@@ -68,3 +69,19 @@ def _layers(content: dict | None) -> str:
             ]
         )
     return table(["microseconds of a layer", "dense bfloat16", *_LAYERS.values()], lines) + machine_line(content)
+
+
+def _trellis_layers(content: dict | None) -> str:
+    """The same for trellis codes, and how far the output of a layer is from that of float64."""
+    if content is None:
+        return ""
+    found = {(row["codebook"], row["shape"], row["vectors"], row["way"]): row for row in content["rows"]}
+    lines = []
+    for key in dict.fromkeys(key[:3] for key in found):
+        dense, rows = found[(*key, "dense bfloat16")], [found[(*key, way)] for way in _TRELLIS_LAYERS]
+        cells = [f"{row['microseconds']:.0f} ({row['times_dense_bfloat16']:.1f}x)" for row in rows]
+        errors = [f"{row['relative_error']:.2%}" for row in rows]
+        vectors = f"{key[2]} vector{'s' if key[2] > 1 else ''}"
+        lines.append([f"{key[0]}, {key[1]}, {vectors}", f"{dense['microseconds']:.0f}", *cells, " / ".join(errors)])
+    titles = ["microseconds of a layer", "dense bfloat16", *_TRELLIS_LAYERS.values(), "error of codes / of bytes"]
+    return table(titles, lines) + machine_line(content)

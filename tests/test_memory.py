@@ -6,33 +6,51 @@ import psutil
 import pytest
 import torch
 
-from transformers_quip import memory
+from quip_kernels import control_groups
 from transformers_quip.memory import free_memory
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("limit", "expected"), [("1000000\n", 1000000 - 300), ("max\n", None), ("200\n", 0)])
-def test_control_groups(tmp_path, monkeypatch, limit, expected):
-    (tmp_path / "memory.max").write_text(limit)
-    (tmp_path / "memory.stat").write_text("anon 300\nfile 900000\n")
-    monkeypatch.setattr(memory, "_control_groups", lambda: [(tmp_path, "memory.max", "anon")])
+STAT = "anon 300\nfile 900000\ntotal_rss 200"
+# The list of groups, the files that there are, and the memory that is left of their limits; None: no limit.
+GROUPS = {
+    "a limit": ("0::/own\n", {"own/memory.max": "1000000", "own/memory.stat": STAT}, 1000000 - 300),
+    "no limit": ("0::/own\n", {"own/memory.max": "max", "own/memory.stat": STAT}, None),
+    "more is used": ("0::/own\n", {"own/memory.max": "200", "own/memory.stat": STAT}, 0),
+    "a limit of the group above": (
+        "0::/all/own\n",
+        {
+            "all/own/memory.max": "max",
+            "all/own/memory.stat": STAT,
+            "all/memory.max": "5000",
+            "all/memory.stat": "anon 1000",
+        },
+        4000,
+    ),
+    "version 1": (
+        "9:name=systemd:/\n4:cpu,memory:/jobs/7\n0::/own\n",
+        {"memory/jobs/7/memory.limit_in_bytes": "70000", "memory/jobs/7/memory.stat": STAT},
+        70000 - 200,
+    ),
+    "nothing is visible": ("0::/own\n", {}, None),
+    "no groups": ("", {}, None),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_control_groups(case, tmp_path, monkeypatch):
+    listed, files, expected = GROUPS[case]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "listed").write_text(listed)
+    monkeypatch.setattr(control_groups, "_LIST", tmp_path / "listed")
+    monkeypatch.setattr(control_groups, "_ROOT", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5 * 10**9}))
     assert free_memory(CPU) == (5 * 10**9 if expected is None else expected)
 
 
-def test_without_control_groups(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_control_groups", lambda: [(tmp_path / "none", "memory.max", "anon")])
+def test_where_there_are_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(control_groups, "_LIST", tmp_path / "none")
     assert 0 < free_memory(CPU) <= psutil.virtual_memory().total
-
-
-def test_where_they_are(monkeypatch, tmp_path):
-    """Version 2 has one line with the number 0, version 1 a line for memory."""
-    listed = tmp_path / "cgroup"
-    listed.write_text("9:name=systemd:/\n4:cpu,memory:/jobs/7\n0::/own\n")
-    real = memory.Path
-    monkeypatch.setattr(memory, "Path", lambda text: listed if text == "/proc/self/cgroup" else real(text))
-    assert [(str(folder), *names) for folder, *names in memory._control_groups()] == [
-        ("/sys/fs/cgroup/memory/jobs/7", "memory.limit_in_bytes", "total_rss"),
-        ("/sys/fs/cgroup/own", "memory.max", "anon"),
-    ]

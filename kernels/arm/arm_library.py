@@ -18,7 +18,7 @@ from pathlib import Path
 
 import arm_program
 
-from quip_kernels import cpu_library
+from quip_kernels import cpu_library, cpu_records
 from quip_kernels.cpu_library import LayerArguments, TransformArguments, TransformCall, TrellisArguments
 
 PROCESSOR_VARIABLE = "QUIP_ARM_PROCESSOR"
@@ -48,6 +48,7 @@ NAMES = (
     "quip_cpu_level",
     "quip_to_nibbles",
     "quip_from_nibbles",
+    "quip_trellis_expand",
 )
 _WIDTHS = {0: 4, 1: 2, 2: 2}  # bytes of a number, by its type in the C source
 _STAGE_BYTES = {0: 0, 1: 1, 2: 2}  # of a code, by the codebook's number; nibbles of eight weights take four
@@ -148,7 +149,8 @@ def _trellis(call: Call, address: int) -> LayerArguments:
     weight = TrellisArguments.from_address(address)
     layer = weight.layer
     call.pointer(address, ctypes.sizeof(TrellisArguments))
-    _layer(call, 0, 0, layer, layer.m * layer.n * weight.pair_bits // 16, 0)
+    rows, size = cpu_records.shape_of_records(layer.m, layer.n, weight.pair_bits)
+    _layer(call, 0, 0, layer, rows * size if weight.form else layer.m * layer.n * weight.pair_bits // 16, 0)
     table = weight.step * _WIDTHS[weight.table_type] << weight.table_bits
     call.inside(0, TrellisArguments.table.offset, weight.table, table)
     return layer
@@ -164,6 +166,13 @@ def _trellis_decode(call: Call, address: int, out: int, kind: int, level: int, t
     layer = _trellis(call, address)
     call.pointer(out, layer.m * layer.n * _WIDTHS[kind], written=True)
     call.whole(kind, level, threads)
+
+
+def _trellis_expand(call: Call, address: int, records: int, level: int, threads: int) -> None:
+    layer = _trellis(call, address)
+    rows, size = cpu_records.shape_of_records(layer.m, layer.n, TrellisArguments.from_address(address).pair_bits)
+    call.pointer(records, rows * size, written=True)
+    call.whole(level, threads)
 
 
 def _decode(call, codes, residual, second, scale, rows, columns, out, kind, nibbles, level, threads):
@@ -268,6 +277,7 @@ _DESCRIBE: tuple[Callable[..., None], ...] = (
     _nothing,
     _to_nibbles,
     _from_nibbles,
+    _trellis_expand,
 )
 
 

@@ -20,6 +20,7 @@ EXPORT int quip_linear(const quip_layer *, const void *, void *, int64_t, int64_
 EXPORT void quip_decode(const void *, const void *, int, float, int64_t, int64_t, void *, int, int, int, int);
 EXPORT int quip_trellis_linear(const quip_trellis *, const void *, void *, int64_t, int64_t, int, int, int, int);
 EXPORT int quip_trellis_decode(const quip_trellis *, void *, int, int, int);
+EXPORT int quip_trellis_expand(const quip_trellis *, void *, int, int);
 EXPORT void quip_to_nibbles(int, const void *, int64_t, int64_t, uint8_t *, int);
 EXPORT int quip_from_nibbles(int, const uint8_t *, int64_t, int64_t, void *, int);
 EXPORT int quip_viterbi(const int16_t *, int64_t, const int16_t *, int, int, int, int, int, int, int16_t *, int, int);
@@ -43,7 +44,8 @@ enum {
     AMX,
     LEVEL,
     TO_NIBBLES,
-    FROM_NIBBLES
+    FROM_NIBBLES,
+    TRELLIS_EXPAND
 };
 
 typedef struct {
@@ -93,6 +95,7 @@ __attribute__((noinline)) static int64_t call(int64_t function, const int64_t *a
         case TRANSFORM: return quip_transform_vectors(p[0]);
         case TRELLIS_LINEAR: return quip_trellis_linear(p[0], p[1], p[2], a[3], a[4], i[5], i[6], i[7], i[8]);
         case TRELLIS_DECODE: return quip_trellis_decode(p[0], p[1], i[2], i[3], i[4]);
+        case TRELLIS_EXPAND: return quip_trellis_expand(p[0], p[1], i[2], i[3]);
         case VITERBI: return quip_viterbi(p[0], a[1], p[2], i[3], i[4], i[5], i[6], i[7], i[8], p[9], i[10], i[11]);
         case AMX: return quip_has_amx();
         case LEVEL: return quip_cpu_level();

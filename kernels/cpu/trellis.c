@@ -15,6 +15,8 @@ typedef struct {
     const float *views; /* [n / 16][count][32], the factors of 32 consecutive weights of the sequence */
     float *z;           /* [count][m] */
     void *out;
+    trellis_taker take;
+    void *context;
     int64_t count;
     int type, failed;
 } work;
@@ -100,11 +102,19 @@ static int64_t words_of_tile(const quip_trellis *w) {
     return (int64_t)TILE / 2 * w->pair_bits;
 }
 
-/* Tile number t; a copy if it is so near to the end of the codes that kernels would read beyond them. */
-static const int16_t *tile_with_margin(const quip_trellis *w, int64_t t, int16_t *copy) {
-    const int64_t words = words_of_tile(w), all = w->layer.m / TILE * (w->layer.n / TILE);
-    const int16_t *tile = (const int16_t *)w->layer.codes + t * words;
-    if ((all - t - 1) * words * 2 >= MARGIN) return tile;
+/* Codes of row number r of tiles. */
+static const int16_t *row_of_codes(const quip_trellis *w, int64_t r) {
+    const char *codes = w->layer.codes;
+    codes += w->form == TRELLIS_STORED ? r * quip_code_bytes_of_row(w) : r * quip_record_size(w) + RECORD_HEAD;
+    return (const int16_t *)codes;
+}
+
+/* Tile number t of row r; a copy if it is so near to the end of the codes that kernels would read beyond them. In a record
+ * the bytes follow. */
+static const int16_t *tile_with_margin(const quip_trellis *w, int64_t r, int64_t t, int16_t *copy) {
+    const int64_t words = words_of_tile(w), tiles = w->layer.n / TILE, last = w->layer.m / TILE * tiles - 1;
+    const int16_t *tile = row_of_codes(w, r) + t * words;
+    if (w->form != TRELLIS_STORED || (last - r * tiles - t) * words * 2 >= MARGIN) return tile;
     memcpy(copy, tile, (size_t)words * sizeof *tile);
     return copy;
 }
@@ -113,7 +123,7 @@ static const int16_t *tile_with_margin(const quip_trellis *w, int64_t t, int16_t
 static void multiply_rows(void *context, int64_t first, int64_t last) {
     work *j = context;
     const quip_trellis *w = j->w;
-    const int64_t tiles = w->layer.n / TILE, words = words_of_tile(w), stride = 2 * TILE * j->count;
+    const int64_t tiles = w->layer.n / TILE, stride = 2 * TILE * j->count;
     int16_t copy[TILE * MOST_BITS + MARGIN] = {0};
     float weights[TOGETHER][TILE_WEIGHTS] __attribute__((aligned(64)));
     const int64_t bytes = j->count * TILE_WEIGHTS * (int64_t)sizeof(float);
@@ -126,17 +136,16 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) {
         memset(sums, 0, (size_t)bytes);
         if (j->count == 1) {
-            const int16_t *row = (const int16_t *)w->layer.codes + r * tiles * words;
             int64_t whole = tiles;
-            while (whole && tile_with_margin(w, r * tiles + whole - 1, copy) == copy) whole--;
-            j->kernels.products(&j->plan, row, whole, j->views, sums);
+            while (whole && tile_with_margin(w, r, whole - 1, copy) == copy) whole--;
+            j->kernels.products(&j->plan, row_of_codes(w, r), whole, j->views, sums);
             for (int64_t t = whole; t < tiles; t++)
-                j->kernels.products(&j->plan, tile_with_margin(w, r * tiles + t, copy), 1, j->views + stride * t, sums);
+                j->kernels.products(&j->plan, tile_with_margin(w, r, t, copy), 1, j->views + stride * t, sums);
         } else {
             for (int64_t begin = 0; begin < tiles; begin += TOGETHER) {
                 const int64_t count = tiles - begin < TOGETHER ? tiles - begin : TOGETHER;
                 for (int64_t t = 0; t < count; t++)
-                    j->kernels.decode(&j->plan, tile_with_margin(w, r * tiles + begin + t, copy), weights[t]);
+                    j->kernels.decode(&j->plan, tile_with_margin(w, r, begin + t, copy), weights[t]);
                 for (int64_t v = 0; v < j->count; v++)
                     j->kernels.multiply(weights[0], count, j->views + stride * begin + 2 * TILE * v, stride,
                                         sums + v * TILE_WEIGHTS);
@@ -154,29 +163,58 @@ static void multiply_rows(void *context, int64_t first, int64_t last) {
     free(sums);
 }
 
+/* `count` tiles of row r from number `begin` on, decoded: rows[stride * i + j]. */
+static void decode_tiles(const work *j, int64_t r, int64_t begin, int64_t count, float *rows, int64_t stride) {
+    int16_t copy[TILE * MOST_BITS + MARGIN] = {0};
+    float weights[TILE_WEIGHTS] __attribute__((aligned(64)));
+    for (int64_t t = 0; t < count; t++) {
+        j->kernels.decode(&j->plan, tile_with_margin(j->w, r, begin + t, copy), weights);
+        if (j->w->code <= TRELLIS_2MAD)
+            for (int i = 0; i < TILE_WEIGHTS; i++) weights[i] /= TRELLIS_MAD;
+        j->kernels.arrange(weights, j->source, rows + t * TILE, stride);
+    }
+}
+
 /* Rows [first, last) of tiles, decoded. */
 static void decode_rows(void *context, int64_t first, int64_t last) {
     work *j = context;
-    const quip_trellis *w = j->w;
-    const int64_t n = w->layer.n, tiles = n / TILE;
-    int16_t copy[TILE * MOST_BITS + MARGIN] = {0};
-    float weights[TILE_WEIGHTS] __attribute__((aligned(64)));
+    const int64_t n = j->w->layer.n, tiles = n / TILE;
     float rows[TILE][TOGETHER * TILE] __attribute__((aligned(64)));
     for (int64_t r = first; r < last; r++)
         for (int64_t begin = 0; begin < tiles; begin += TOGETHER) {
             const int64_t count = tiles - begin < TOGETHER ? tiles - begin : TOGETHER;
-            for (int64_t t = 0; t < count; t++) {
-                j->kernels.decode(&j->plan, tile_with_margin(w, r * tiles + begin + t, copy), weights);
-                if (w->code <= TRELLIS_2MAD)
-                    for (int i = 0; i < TILE_WEIGHTS; i++) weights[i] /= TRELLIS_MAD;
-                j->kernels.arrange(weights, j->source, rows[0] + t * TILE, TOGETHER * TILE);
-            }
+            decode_tiles(j, r, begin, count, rows[0], TOGETHER * TILE);
             for (int i = 0; i < TILE; i++)
                 quip_store(rows[i], j->out, j->type, (r * TILE + i) * n + begin * TILE, count * TILE);
         }
 }
 
-static int is_sound(const quip_trellis *w) {
+/* Rows [first, last) of tiles, decoded and given away. */
+static void give_rows(void *context, int64_t first, int64_t last) {
+    work *j = context;
+    const int64_t n = j->w->layer.n;
+    float *rows = quip_get_memory(TILE * n * (int64_t)sizeof *rows);
+    if (!rows) {
+        __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    for (int64_t r = first; r < last; r++) {
+        decode_tiles(j, r, 0, n / TILE, rows, n);
+        j->take(j->context, r, rows);
+    }
+    free(rows);
+}
+
+HIDDEN int quip_trellis_each_row(const quip_trellis *w, trellis_taker take, void *context, int level, int threads) {
+    work j = {.w = w, .kernels = kernels_of(level, w->code), .take = take, .context = context};
+    if (make_plan(w, &j.kernels, &j.plan)) return -2;
+    find_places(w->order, j.source);
+    quip_parallel(give_rows, &j, w->layer.m / TILE, 1, threads);
+    free(j.plan.values);
+    return j.failed ? -2 : 0;
+}
+
+HIDDEN int quip_trellis_is_sound(const quip_trellis *w) {
     const int tabulated = w->code >= TRELLIS_HYB;
     const int64_t m = w->layer.m, n = w->layer.n;
     return w->code >= TRELLIS_1MAD && w->code <= TRELLIS_LUT && w->pair_bits >= 2 && w->pair_bits <= 2 * MOST_BITS &&
@@ -185,7 +223,8 @@ static int is_sound(const quip_trellis *w) {
            (w->step == 1 || (w->step == 2 && tabulated)) &&
            (!tabulated || (w->table_bits >= 1 && w->table_bits + (w->code == TRELLIS_HYB) <= 16)) &&
            (w->code != TRELLIS_LUT || w->table_bits == 16) && (!w->layer.in || w->layer.in->size == n) &&
-           (!w->layer.out || w->layer.out->size == m) && w->layer.second == QUIP_NO_STAGE;
+           (!w->layer.out || w->layer.out->size == m) && w->layer.second == QUIP_NO_STAGE && w->form >= TRELLIS_STORED &&
+           w->form <= TRELLIS_BYTES;
 }
 
 /* z[count][m] of x[count][n]. Returns as quip_trellis_linear. */
@@ -214,7 +253,7 @@ static int multiply(const quip_trellis *w, const float *x, float *z, int64_t cou
  * enough memory. level: at most quip_cpu_level(). */
 EXPORT int quip_trellis_linear(const quip_trellis *w, const void *x, void *y, int64_t count, int64_t x_stride, int x_type,
                                int y_type, int level, int threads) {
-    if (!is_sound(w) || count < 0) return -1;
+    if (!quip_trellis_is_sound(w) || count < 0) return -1;
     if (count == 0 || w->layer.m == 0) return 0;
     const quip_layer *layer = &w->layer;
     float *t = quip_get_memory(count * (layer->n + layer->m) * (int64_t)sizeof *t), *z = t + count * layer->n;
@@ -244,7 +283,8 @@ EXPORT int quip_trellis_linear(const quip_trellis *w, const void *x, void *y, in
                                .bias_type = layer->bias_type,
                                .threads = threads};
     int failed = quip_transform_vectors(&in);
-    if (!failed) failed = multiply(w, t, z, count, level, threads);
+    if (!failed)
+        failed = (w->form == TRELLIS_BYTES ? quip_trellis_multiply_bytes : multiply)(w, t, z, count, level, threads);
     if (!failed) failed = quip_transform_vectors(&out);
     free(t);
     return failed;
@@ -252,7 +292,7 @@ EXPORT int quip_trellis_linear(const quip_trellis *w, const void *x, void *y, in
 
 /* out[m][n] of `type`. Returns as quip_trellis_linear. */
 EXPORT int quip_trellis_decode(const quip_trellis *w, void *out, int type, int level, int threads) {
-    if (!is_sound(w)) return -1;
+    if (!quip_trellis_is_sound(w)) return -1;
     work j = {.w = w, .kernels = kernels_of(level, w->code), .out = out, .type = type};
     if (make_plan(w, &j.kernels, &j.plan)) return -2;
     find_places(w->order, j.source);

@@ -13,12 +13,14 @@ enum { TRELLIS_1MAD, TRELLIS_2MAD, TRELLIS_3INST, TRELLIS_MCG, TRELLIS_MUL1, TRE
 enum { TRELLIS_ROWS, TRELLIS_QTIP, TRELLIS_EXL3 };
 /* The form of a table: one float32 for each index; two float32; or two numbers of 16 bits in one word. */
 enum { TABLE_NONE, TABLE_SINGLE, TABLE_PAIRS, TABLE_HALVES };
+/* The form of a weight: codes as they are stored; records of trellis_bytes.c, whose codes are multiplied; or their bytes. */
+enum { TRELLIS_STORED, TRELLIS_RECORDS, TRELLIS_BYTES };
 
 typedef struct {
-    quip_layer layer;                     /* codes: [m / 16][n / 16][8 pair_bits]; it has no second stage */
+    quip_layer layer;                     /* codes: [m / 16][n / 16][8 pair_bits] or records; it has no second stage */
     const void *table;                    /* [2^table_bits][step], null for a code without one */
     int32_t code, pair_bits, order, step; /* pair_bits: of two weights; step: weights of a state, 1 or 2 */
-    int32_t table_bits, table_type;
+    int32_t table_bits, table_type, form;
 } quip_trellis;
 
 /* The constants that are computed once for all tiles. */
@@ -46,6 +48,28 @@ typedef struct {
     void (*arrange)(const float *weights, const int32_t *source, float *rows, int64_t stride);
 } trellis_kernels;
 extern HIDDEN const trellis_kernels quip_trellis_plain;
+
+/* trellis.c: 0 for a description that is not one of a weight. Rows [first, last) of tiles, decoded one after the other:
+ * take(context, row, weights) gets weights [16][n] of float32. Returns 0, or -2 without enough memory. */
+HIDDEN int quip_trellis_is_sound(const quip_trellis *w);
+typedef void (*trellis_taker)(void *context, int64_t row, const float *weights);
+HIDDEN int quip_trellis_each_row(const quip_trellis *w, trellis_taker take, void *context, int level, int threads);
+/* trellis_bytes.c: z[count][m] of x[count][n] by the bytes of records. Returns 0, or -2 without enough memory. */
+HIDDEN int quip_trellis_multiply_bytes(const quip_trellis *w, const float *x, float *z, int64_t count, int level,
+                                       int threads);
+
+#define RECORD_HEAD 64 /* bytes of a record before its codes */
+INLINE int64_t quip_code_bytes_of_row(const quip_trellis *w) {
+    return w->layer.n * w->pair_bits;
+}
+/* Of a record, where its bytes begin, and where it ends. */
+INLINE int64_t quip_record_bytes_begin(const quip_trellis *w) {
+    return RECORD_HEAD + (quip_code_bytes_of_row(w) + 63) / 64 * 64;
+}
+INLINE int64_t quip_record_size(const quip_trellis *w) {
+    return quip_record_bytes_begin(w) + TILE * w->layer.n;
+}
+
 #if defined(__x86_64__)
 extern HIDDEN const trellis_kernels quip_trellis_avx2, quip_trellis_avx512;
 #if (defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 12)

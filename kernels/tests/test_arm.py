@@ -19,7 +19,7 @@ from tests import truth
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = (
-    *(f"kernels/tests/test_cpu_{name}.py" for name in ("linear", "nibbles", "residual", "trellis", "viterbi")),
+    *(f"kernels/tests/test_cpu_{name}.py" for name in ("linear", "nibbles", "records", "residual", "trellis", "viterbi")),
     *(f"tests/codebooks/test_{name}.py" for name in ("e8p", "residual", "scalar")),
 )
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from quip_kernels import cpu, cpu_library
+from quip_kernels import control_groups, cpu, cpu_library
 from quip_kernels import cpu_linear as kernels
 from tests import truth
 
@@ -104,7 +104,6 @@ def test_processors_of_control_groups(case, tmp_path, monkeypatch):
         (tmp_path / name).write_text(text + "\n")
     list_file = tmp_path / "listed"
     list_file.write_text(listed)
-    real = cpu_library.Path
-    monkeypatch.setattr(cpu_library, "_GROUPS", tmp_path)
-    monkeypatch.setattr(cpu_library, "Path", lambda text: list_file if text == "/proc/self/cgroup" else real(text))
+    monkeypatch.setattr(control_groups, "_ROOT", tmp_path)
+    monkeypatch.setattr(control_groups, "_LIST", list_file)
     assert cpu_library.granted_processors() == expected

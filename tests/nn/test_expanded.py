@@ -182,3 +182,108 @@ def test_compiled_code_takes_the_form():
     module, x = expanded(), torch.randn(2, N)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), linear()(x))
+
+
+TRELLISES = ["trellis:mul1:k2:exl3", "trellis:hyb-q9v2:k2:qtip"]
+
+
+def trellis(codebook, dtype=torch.bfloat16, seed=0):
+    module = QuipLinear(96, 48, codebook=codebook).to(dtype)
+    module.load_state_dict(truth.random_linear(48, 96, seed=seed, codebook=codebook))
+    return module
+
+
+def has_records(module):
+    return packing.is_records(module.weight_tensors())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codebook", TRELLISES)
+@pytest.mark.parametrize("vectors", [1, 5, 100])
+def test_trellis_codes_as_bytes(codebook, vectors):
+    """Products differ by the rounding of weights to 8 bits. Exact activations, float32 and the reference do not see it."""
+    module, x = trellis(codebook), torch.randn(vectors, 96).bfloat16()
+    exact = reference.linear(x.double(), *trellis(codebook).layer())
+    y = module(x)
+    assert has_records(module)
+    assert torch.equal(module(x), y)  # prepared
+    assert torch.equal(torch.ops.quip.linear(x, *module.layer()), y)
+    assert truth.relative_error(y, exact) < 1.4e-2
+    assert torch.equal(reference.linear(x.double(), *module.layer()), exact)
+    assert torch.equal(module.dequantize(), trellis(codebook).dequantize())
+    with backend.overridden(activations="exact"):
+        assert truth.relative_error(module(x), exact) < 5e-3
+    assert truth.relative_error(module(x.float()), exact) < 1e-5
+    set_memory("compact")
+    assert truth.relative_error(module(x), exact) < 5e-3
+    assert same(dict(module.named_parameters()), dict(trellis(codebook).named_parameters()))
+
+
+@pytest.mark.parametrize("codebook", TRELLISES)
+def test_trellis_codes_leave_in_the_stored_form(codebook):
+    module, stored = trellis(codebook), trellis(codebook).state_dict()
+    module.pack_if_wanted()
+    assert has_records(module)
+    assert module.packed_bytes == trellis(codebook).packed_bytes
+    assert same(module.state_dict(), stored)
+    assert same(dict(copy.deepcopy(module).named_parameters()), stored)
+    assert has_records(module.to(torch.float16))
+    assert not has_records(module.to(torch.float32))
+    module = trellis(codebook)
+    module.pack_if_wanted()
+    module.load_state_dict(truth.random_linear(48, 96, seed=5, codebook=codebook))
+    assert same(module.state_dict(), trellis(codebook, seed=5).state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["codes", "table"])
+def test_a_part_of_trellis_codes_that_is_set_by_itself(name):
+    """Records belong to a table: another one, or other codes, make others."""
+    codebook, x = TRELLISES[1], torch.randn(2, 96).bfloat16()
+    module, parts = trellis(codebook), truth.random_linear(48, 96, seed=5, codebook=codebook)
+    module(x)
+    assert has_records(module)
+    expected = trellis(codebook)
+    for changed in (module, expected):
+        setattr(changed, name, nn.Parameter(parts[name], requires_grad=False))
+    exact = reference.linear(x.double(), *expected.layer())
+    assert truth.relative_error(torch.ops.quip.linear(x, *module.layer()), exact) < 3e-3
+    assert same(module.state_dict(), expected.state_dict())
+    assert truth.relative_error(module(x), exact) < 1.4e-2
+    assert has_records(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "free_memory", lambda device: 0)
+        setattr(module, name, nn.Parameter(parts[name].clone(), requires_grad=False))
+        assert truth.relative_error(module(x), exact) < 3e-3
+        assert packing.is_stored(module.weight_tensors(), codebook)
+
+
+def test_trellis_codes_that_stay_as_they_are():
+    for codebook, dtype in ((TRELLISES[0], torch.float32), ("trellis:mul1:k5:exl3", torch.bfloat16)):
+        module = trellis(codebook, dtype)
+        module.pack_if_wanted()
+        assert not packing.is_expanded(module.weight_tensors())
+    with backend.overridden(activations="exact"):
+        module = trellis(TRELLISES[0])
+        module.pack_if_wanted()
+        assert not packing.is_expanded(module.weight_tensors())
+    peaks = trellis(TRELLISES[1])
+    peaks.table[0, 0] = 100.0
+    peaks.pack_if_wanted()
+    assert not packing.is_expanded(peaks.weight_tensors())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codebook", ["e8p", TRELLISES[0]])
+def test_free_memory_is_asked_for_once(monkeypatch, codebook):
+    """A layer for which there was too little is looked up again for every prompt."""
+    asked = []
+    monkeypatch.setattr(packing, "free_memory", lambda device: asked.append(device) or 0)
+    module = linear() if codebook == "e8p" else trellis(codebook)
+    x = torch.randn(100, module.in_features).to(module.weight_dtype)
+    for _ in range(3):
+        module(x)
+    assert len(asked) == 1
+    set_memory("auto")  # other settings, though the same ones
+    module(x)
+    assert len(asked) == 2

@@ -185,7 +185,7 @@ class Divided:
         if len(current) == len(self._made_from) and all(a is b for a, b in zip(current, self._made_from, strict=True)):
             return
         weight = [self._local(name).contiguous() for name in self.module.tensor_names]
-        self._weight = list(packing.converted(weight, self.module.codebook))
+        self._weight = list(packing.converted(weight, self.module.codebook, self.module.weight_dtype))
         self._sv = sv = self._local("sv")
         if self.share.scheme is Scheme.ROWS:
             self._sv, self._rest = scales_of(self.share, sv)

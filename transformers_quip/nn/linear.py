@@ -154,9 +154,9 @@ class QuipLinear(PackedCodes, nn.Linear):
         return torch.ops.quip.decode(self.weight_tensors(), self.codebook, self.sv.shape[0], self.su.shape[0], dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> QuipLinear:
-        super()._apply(fn, recurse)
         # a change of dtype (`module.to`, `.bfloat16()`) is one of the stand-in for the weight too
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
+        super()._apply(fn, recurse)
         self._unpack_off_the_gpu()
         return self
 

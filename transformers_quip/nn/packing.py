@@ -16,7 +16,12 @@ class PackedCodes(StoredTensors):
     """Codes that [`pack_if_wanted`] converts into another form (see `ops.packing`), which replaces the stored form.
 
     Codes that leave the module (state_dict, copies, pickles) or the GPU are in the stored form again.
+
+    Attributes:
+        weight_dtype: of the dense weight, and most likely of activations.
     """
+
+    weight_dtype: torch.dtype
 
     def weight_tensors(self) -> list[torch.Tensor]:
         """The tensors of the weight in their order, as they are."""
@@ -56,7 +61,7 @@ class PackedCodes(StoredTensors):
         weight = self.weight_tensors()
         is_plain = all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in weight)
         if is_plain and not self._is_offloaded():
-            wanted = packing.converted(weight, self.codebook)
+            wanted = packing.converted(weight, self.codebook, self.weight_dtype)
             if wanted is not weight:
                 self._replace(wanted)
 

@@ -191,17 +191,21 @@ def get_activations() -> str:
 
 
 def set_memory(name: str) -> None:
-    """Choose whether E8P codes may take more memory where that makes them faster: on ARM, and with AVX2 but not AVX-512.
+    """Choose whether codes may take more memory where that makes them faster: on ARM, and with AVX2 but not AVX-512.
 
-    There the library multiplies weights of four bits several times as fast as codes of two bits. The results are the same
-    to the bit. Only memory is different: files, `state_dict`, copies and pickles hold the codes as ever. A layer changes
-    when it is loaded or next called. Layers whose rows are not a multiple of 16, experts and embeddings stay as they are.
+    There the library multiplies E8P's weights of four bits several times as fast as codes of two bits. The results are the
+    same to the bit. With AVX2 it multiplies bytes several times as fast as trellis codes of up to 4 bits: weights are then
+    rounded to 8 bits, which changes a layer's output by 0.7 to 1 %, and is only done for activations of 8 bits
+    ([`set_activations`]).
+    Only memory is different: files, `state_dict`, copies and pickles hold the codes as ever. A layer changes when it is
+    loaded or next called. Layers of E8P whose rows are not a multiple of 16, experts and embeddings stay as they are.
 
     The environment variable TRANSFORMERS_QUIP_MEMORY does the same when the package is imported.
 
     Args:
-        name: "auto" (the default): layer by layer as "fast" as long as 2 GB of memory stay free. "fast": 4 bits in memory
-            for a weight of 2 bits, 8 bits for one of 3 or 4. "compact": the size of the stored codes.
+        name: "auto" (the default): layer by layer as "fast" as long as 2 GB of memory stay free. "fast": of E8P 4 bits in
+            memory for a weight of 2 bits, 8 bits for one of 3 or 4; of a trellis 8 bits more than the codes. "compact": the
+            size of the stored codes.
 
     Raises:
         ValueError: the name is not one of these.

@@ -253,7 +253,8 @@ def _view(room: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[i
 def _packed(part: QuantizedPart, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors with codes in the form that their device computes fastest."""
     weight = [tensors[name] for name in part.tensors]
-    return tensors | dict(zip(part.tensors, packing.converted(weight, part.share.form.codebook), strict=True))
+    made = packing.converted(weight, part.share.form.codebook, torch.get_default_dtype())
+    return tensors | dict(zip(part.tensors, made, strict=True))
 
 
 def _runs(parts: Sequence[Part]) -> list[list[int]]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from . import control_groups
+
 logger = logging.getLogger(__name__)
 
 PATH = Path(__file__).with_name("_cpu.dll" if sys.platform == "win32" else "_cpu.so")
@@ -21,8 +23,9 @@ LEVELS_OF = {"x86": ("plain", "avx2", "avx512"), "arm": ("plain", "neon", "dotpr
 LEVELS = LEVELS_OF["arm" if platform.machine().lower() in ("aarch64", "arm64") else "x86"]
 # Those with which weights of four bits (`cpu_nibbles`) are multiplied faster than codes.
 LEVELS_FOR_NIBBLES = ("avx2", "neon", "dotprod")
+# Those with which trellis codes expanded to bytes (`cpu_records`) are.
+LEVELS_FOR_RECORDS = ("avx2",)
 LEVEL_VARIABLE = "QUIP_KERNELS_CPU_LEVEL"
-_GROUPS = Path("/sys/fs/cgroup")
 MOST_FACTORS = 8  # of a transform, fixed in the C source
 MOST_THREADS = 64  # the same
 
@@ -71,7 +74,7 @@ class TrellisArguments(ctypes.Structure):
     _fields_ = (
         ("layer", LayerArguments),
         ("table", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("code", "pair_bits", "order", "step", "table_bits", "table_type")),
+        *((name, ctypes.c_int32) for name in ("code", "pair_bits", "order", "step", "table_bits", "table_type", "form")),
     )
 
 
@@ -98,6 +101,7 @@ def library() -> ctypes.CDLL | None:
         ("quip_transform_vectors", number, [pointer]),
         ("quip_trellis_linear", number, [pointer] * 3 + [size] * 2 + [number] * 4),
         ("quip_trellis_decode", number, [pointer] * 2 + [number] * 3),
+        ("quip_trellis_expand", number, [pointer] * 2 + [number] * 2),
         ("quip_viterbi", number, [pointer, size, pointer] + [number] * 6 + [pointer, number, number]),
         ("quip_has_amx", number, []),
         (
@@ -138,19 +142,8 @@ def granted_processors() -> int | None:
 
     PyTorch does not know this limit, so in a container it may start more threads than can run.
     """
-    listed, shares = Path("/proc/self/cgroup"), []
-    for line in listed.read_text(encoding="ascii").splitlines() if listed.is_file() else ():
-        number, kinds, path = line.split(":", 2)
-        if number != "0" and "cpu" not in kinds.split(","):
-            continue
-        root = _GROUPS if number == "0" else _GROUPS / "cpu"
-        own = root / path.lstrip("/")
-        for folder in (own, *own.parents):  # the limit of any group above counts, too
-            share = _share_of(folder, version=2 if number == "0" else 1)
-            if share is not None:
-                shares.append(share)
-            if folder == root:
-                break
+    found = [_share_of(folder, version) for folder, version in control_groups.folders("cpu")]
+    shares = [share for share in found if share is not None]
     return max(1, math.ceil(min(shares))) if shares else None
 
 

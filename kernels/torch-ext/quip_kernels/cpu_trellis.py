@@ -1,7 +1,8 @@
 """Linear layers of trellis codes on the CPU: the fused layer, its products alone, and the decoded weight.
 
-The library (`cpu.is_available`) decodes the weights to float32 during the product and does not store them. Codes and tables
-are described in `transformers_quip.codebooks.trellis`.
+The library (`cpu.is_available`) decodes the weights to float32 during the product and does not store them; or it
+multiplies weights that were expanded to bytes (`cpu_records`). Codes and tables are described in
+`transformers_quip.codebooks.trellis`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from .cpu_layers import description
 from .cpu_library import LayerArguments, TrellisArguments, default_level, loaded
 from .cpu_linear import DTYPES, Transform, contiguous, rows_of, type_of, vector_type
+from .cpu_records import TILE, columns_of_records, is_records, shape_of_records
 
-TILE = 16
 CODES = ("1mad", "2mad", "3inst", "mcg", "mul1", "hyb", "quantlut", "lut")  # in the order of the C source's numbers
 ORDERS = ("rows", "qtip", "exl3")
 TABULATED = CODES[5:]
+_STORED, _RECORDS, _BYTES = range(3)  # forms of a weight, as the C source numbers them
 BITS, HALF_BITS = (1, 2, 3, 4, 5, 6, 7, 8), (1.5, 2.5, 3.5)
 # codes, su, sv, bias, table
 TrellisTensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -51,6 +53,7 @@ def linear(
     layout: Layout,
     table: torch.Tensor | None = None,
     level: int | None = None,
+    exact: bool = True,
 ) -> torch.Tensor:
     """y = sv ⊙ Q_out( Ŵ · Q_inᵀ( su ⊙ x ) ) + bias in float32 arithmetic; a part that is None is left out.
 
@@ -58,15 +61,16 @@ def linear(
 
     Args:
         x: float32, bfloat16 or float16 [..., n], n a multiple of 16.
-        codes: int16 [m, n/16·K], m a multiple of 16.
+        codes: int16 [m, n/16·K], m a multiple of 16; or the records that they are expanded to.
         su: [n]; sv, bias: [m]; each float32, bfloat16 or float16.
         transform_in, transform_out: of sizes n and m.
         layout: the format of the codes.
         table: float32, bfloat16 or float16 [2^Q, V] for a code of `TABULATED`.
         level: instruction set, an index of `cpu_library.LEVELS`; None: `default_level`.
+        exact: of records, multiply the codes, as ever; False: the bytes, by activations of 16 bits.
 
     Returns:
-        [..., m] in the dtype of x.
+        [..., m] in the dtype of x. A vector with an entry that is not finite does not give finite numbers.
 
     Raises:
         ValueError: a tensor is not as described.
@@ -74,8 +78,8 @@ def linear(
     n = x.shape[-1]
     vectors = x if x.is_contiguous() else rows_of(x, n)
     tensors = (contiguous(codes), contiguous(su), contiguous(sv), contiguous(bias), contiguous(table))
-    layer, address = layer_of(n, tensors, transform_in, transform_out, layout)
-    m = codes.shape[0]
+    layer, address = layer_of(n, tensors, transform_in, transform_out, layout, exact)
+    m = layer.layer.m
     kind = type_of(x, "x")
     y = x.new_empty(*x.shape[:-1], m)
     stride = n if vectors is x else vectors.stride(0)
@@ -91,10 +95,15 @@ def linear(
 
 
 def products(
-    x: torch.Tensor, codes: torch.Tensor, layout: Layout, table: torch.Tensor | None = None, level: int | None = None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    layout: Layout,
+    table: torch.Tensor | None = None,
+    level: int | None = None,
+    exact: bool = True,
 ) -> torch.Tensor:
     """Ŵ x for every vector: [`linear`] without transforms, su, sv and bias."""
-    return linear(x, codes, None, None, None, None, None, layout, table, level)
+    return linear(x, codes, None, None, None, None, None, layout, table, level, exact)
 
 
 def decode(
@@ -106,7 +115,7 @@ def decode(
     level: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weight Ŵ [m, columns] of trellis codes: the values of float32, rounded to float32, bfloat16 or float16.
+    """The weight Ŵ [m, columns] of trellis codes or records: values of float32, rounded to float32, bfloat16 or float16.
 
     Args:
         codes, layout, table, level: see [`linear`].
@@ -121,9 +130,10 @@ def decode(
         raise ValueError(f"weights are decoded to float32, bfloat16 or float16, not {dtype}")
     codes, table = contiguous(codes), contiguous(table)
     arguments = _arguments((codes, None, None, None, table), columns, None, None, layout)
-    weight = torch.empty(codes.shape[0], columns, dtype=dtype) if out is None else out
-    if weight.shape != (codes.shape[0], columns) or weight.dtype != dtype or not weight.is_contiguous():
-        raise ValueError(f"out must be a contiguous {dtype} {[codes.shape[0], columns]}, got {list(weight.shape)}")
+    rows = arguments.layer.m
+    weight = torch.empty(rows, columns, dtype=dtype) if out is None else out
+    if weight.shape != (rows, columns) or weight.dtype != dtype or not weight.is_contiguous():
+        raise ValueError(f"out must be a contiguous {dtype} {[rows, columns]}, got {list(weight.shape)}")
     _check(
         loaded().quip_trellis_decode(
             ctypes.byref(arguments),
@@ -137,19 +147,47 @@ def decode(
     return weight
 
 
+def expand(
+    codes: torch.Tensor, layout: Layout, table: torch.Tensor | None = None, level: int | None = None
+) -> torch.Tensor:
+    """The records (`cpu_records`) of codes int16 [m, n/16·K].
+
+    Args:
+        layout, table, level: see [`linear`].
+
+    Raises:
+        ValueError: a tensor is not as described there.
+    """
+    codes, table, n = contiguous(codes), contiguous(table), columns_of(codes, layout)
+    arguments = _arguments((codes, None, None, None, table), n, None, None, layout)
+    records = torch.empty(shape_of_records(codes.shape[0], n, layout.pair_bits), dtype=torch.int8)
+    level = default_level() if level is None else level
+    _check(
+        loaded().quip_trellis_expand(ctypes.byref(arguments), records.data_ptr(), level, torch.get_num_threads()), layout
+    )
+    return records
+
+
+def columns_of(codes: torch.Tensor, layout: Layout) -> int:
+    """Columns of the weight of stored codes."""
+    return 2 * TILE * codes.shape[-1] // layout.pair_bits
+
+
 def layer_of(
     n: int,
     tensors: TrellisTensors,
     transform_in: Transform | None,
     transform_out: Transform | None,
     layout: Layout,
+    exact: bool = True,
 ) -> tuple[TrellisArguments, int]:
     """The layer's description for the library and its address (`cpu_layers.description`).
 
     Args:
-        tensors: codes, su, sv, bias, table, all contiguous.
+        tensors: codes or records, su, sv, bias, table, all contiguous.
+        exact: see [`linear`].
     """
-    return description(_arguments, tensors, n, transform_in, transform_out, layout)
+    return description(_arguments, tensors, n, transform_in, transform_out, layout, exact)
 
 
 def _arguments(
@@ -158,6 +196,7 @@ def _arguments(
     transform_in: Transform | None,
     transform_out: Transform | None,
     layout: Layout,
+    exact: bool = True,
 ) -> TrellisArguments:
     """See [`layer_of`]. Raises `ValueError` for a tensor that is not as [`linear`] describes it."""
     codes, su, sv, bias, table = tensors
@@ -167,13 +206,7 @@ def _arguments(
             f"the library has no trellis {layout}: codes {', '.join(CODES)}, 1 to 8 bits (mul1 also 1.5, 2.5 and 3.5), "
             f"{', '.join(ORDERS)}"
         )
-    if codes.dtype != torch.int16 or codes.dim() != 2 or not codes.is_cpu or n % TILE or codes.shape[0] % TILE or n < TILE:
-        raise ValueError(
-            f"codes of {n} columns must be int16 on the CPU, rows and columns multiples of {TILE}, got {codes.dtype} "
-            f"{list(codes.shape)} on {codes.device}"
-        )
-    if 2 * codes.shape[1] != n // TILE * layout.pair_bits:
-        raise ValueError(f"codes of {n} columns with {k} bits must be [m, {n // TILE * k:g}], got {list(codes.shape)}")
+    form, m = _form(codes, n, layout, exact)
     if (table is not None) != (code in TABULATED):
         raise ValueError(f"code {code} {'needs a' if table is None else 'has no'} table")
     bits, step, kind = 0, 1, 0
@@ -192,7 +225,6 @@ def _arguments(
                 f"{table.dtype} {list(table.shape)} on {table.device}"
             )
         step, kind = table.shape[1], DTYPES[table.dtype]
-    m = codes.shape[0]
     for transform, size in ((transform_in, n), (transform_out, m)):
         if transform is not None and transform.size != size:
             raise ValueError(f"a transform of size {transform.size} was given for {size} features")
@@ -215,7 +247,25 @@ def _arguments(
         step,
         bits,
         kind,
+        form,
     )
+
+
+def _form(codes: torch.Tensor, n: int, layout: Layout, exact: bool) -> tuple[int, int]:
+    """The form of a weight of n columns, and its rows. Raises `ValueError` if it is neither codes nor records."""
+    if is_records(codes):
+        if columns_of_records(codes, layout.pair_bits) != n:
+            raise ValueError(f"the records are not of {n} columns with {layout.k} bits: {list(codes.shape)}")
+        return _RECORDS if exact else _BYTES, len(codes) * TILE
+    if codes.dtype != torch.int16 or codes.dim() != 2 or not codes.is_cpu or n % TILE or codes.shape[0] % TILE or n < TILE:
+        raise ValueError(
+            f"codes of {n} columns must be int16 on the CPU, rows and columns multiples of {TILE}, got {codes.dtype} "
+            f"{list(codes.shape)} on {codes.device}"
+        )
+    if 2 * codes.shape[1] != n // TILE * layout.pair_bits:
+        words = f"{n // TILE * layout.k:g}"
+        raise ValueError(f"codes of {n} columns with {layout.k} bits must be [m, {words}], got {list(codes.shape)}")
+    return _STORED, codes.shape[0]
 
 
 def _check(failed: int, layout: Layout) -> None:

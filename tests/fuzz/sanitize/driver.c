@@ -19,6 +19,7 @@ EXPORT void quip_to_nibbles(int, const void *, int64_t, int64_t, uint8_t *, int)
 EXPORT int quip_from_nibbles(int, const uint8_t *, int64_t, int64_t, void *, int);
 EXPORT int quip_trellis_linear(const quip_trellis *, const void *, void *, int64_t, int64_t, int, int, int, int);
 EXPORT int quip_trellis_decode(const quip_trellis *, void *, int, int, int);
+EXPORT int quip_trellis_expand(const quip_trellis *, void *, int, int);
 EXPORT void quip_encode(const float *, int64_t, int, float, void *, float *, int);
 EXPORT int quip_round_panel(const float *, const float *, const float *, int64_t, int64_t, int, float, void *, float *,
                             float *, int);
@@ -120,6 +121,22 @@ static quip_trellis trellis_of(arena *a, int64_t m, int64_t n) {
     return w;
 }
 
+/* The same as records, to multiply the bytes or the codes. */
+static quip_trellis records_of(arena *a, const quip_trellis *w, int form) {
+    quip_trellis made = *w;
+    const int64_t size = w->layer.m / TILE * quip_record_size(w);
+    void *first = 0;
+    for (int level = 0; level <= quip_cpu_level(); level++) {
+        void *records = exact(a, size);
+        expect(!quip_trellis_expand(w, records, level, THREADS[below(a, 2)]), "refusal", w->layer.m, w->layer.n, w->code);
+        expect(!first || !memcmp(first, records, (size_t)size), "quip_trellis_expand", w->layer.m, w->layer.n, w->code);
+        first = first ? first : records;
+    }
+    made.layer.codes = first, made.form = form;
+    expect(quip_trellis_expand(&made, first, 0, 1) == -1, "refusal of records", w->layer.m, w->layer.n, form);
+    return made;
+}
+
 static void call_trellis_linear(arena *a) {
     const int64_t n = TILE * some(a, 12), m = TILE * some(a, 8), count = one_in(a, 3) ? some(a, 18) : 1;
     const quip_trellis w = trellis_of(a, m, n);
@@ -135,6 +152,20 @@ static void call_trellis_linear(arena *a) {
             expect(!first || agree(first, y, count * m, y_type, tolerance_of(y_type)), "quip_trellis_linear", m, n,
                    100 * w.code + 10 * level + THREADS[t]);
             first = first ? first : y;
+        }
+    const quip_trellis records = records_of(a, &w, TRELLIS_RECORDS), bytes = records_of(a, &w, TRELLIS_BYTES);
+    void *of_bytes = 0;
+    for (int level = 0; level <= quip_cpu_level(); level++)
+        for (int t = 0; t < 2; t++) {
+            void *y = exact(a, count * m * width(y_type)), *z = exact(a, count * m * width(y_type));
+            expect(!quip_trellis_linear(&records, x, y, count, stride, x_type, y_type, level, THREADS[t]), "refusal", m, n,
+                   w.code);
+            expect(agree(first, y, count * m, y_type, tolerance_of(y_type)), "codes of records", m, n,
+                   100 * w.code + level);
+            expect(!quip_trellis_linear(&bytes, x, z, count, stride, x_type, y_type, level, THREADS[t]), "refusal", m, n,
+                   w.code);
+            expect(!of_bytes || agree(of_bytes, z, count * m, y_type, SAME), "bytes", m, n, 100 * w.code + level);
+            of_bytes = of_bytes ? of_bytes : z;
         }
 }
 

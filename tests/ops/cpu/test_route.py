@@ -16,7 +16,12 @@ def case(kernels="e8p", dtype=FLOAT, planes=3, m=64, n=96, stages=1, **others):
 
 def test_the_table():
     """Measured crossovers; a change of one is a decision to be measured again."""
-    assert MOST_VECTORS == {"e8p": {3: 64, 2: 40, 1: 64}, "bundled": {2: 20, 1: 24}, "trellis": {3: 16, 2: 16, 1: 16}}
+    assert MOST_VECTORS == {
+        "e8p": {3: 64, 2: 40, 1: 64},
+        "bundled": {2: 20, 1: 24},
+        "trellis": {3: 16, 2: 16, 1: 16},
+        "records": {3: 16, 2: 16, 1: 64},
+    }
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,8 @@ def test_the_table():
         (case(has_transforms=False), R.PRODUCTS, 64, R.DECODED),
         (case("trellis"), R.FUSED, 16, R.DECODED),
         (case("trellis", has_transforms=False), R.PRODUCTS, 16, R.DECODED),
+        (case("trellis", is_expanded=True), R.FUSED, 16, R.DECODED),
+        (case("trellis", planes=1, is_expanded=True), R.FUSED, 64, R.DECODED),
         # AMX: products of bfloat16, or of int8 for one stage
         (case(dtype=BF16, planes=2, has_amx=True), R.FUSED, 20, R.BUNDLED),
         (case(dtype=BF16, planes=1, has_amx=True), R.FUSED, 24, R.BUNDLED),

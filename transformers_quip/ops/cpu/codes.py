@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from quip_kernels import cpu_linear, cpu_nibbles, cpu_trellis
+from quip_kernels import cpu_linear, cpu_nibbles, cpu_records, cpu_trellis
 from quip_kernels.cpu_library import default_level, loaded
 
 from ... import codebooks
+from .. import packing
 from ..layer import Layer, integer_dtypes, named
 
 Vectors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # su, sv, bias
 Transforms = tuple[cpu_linear.Transform | None, cpu_linear.Transform | None]  # of inputs and outputs
+
+# The types of expanded codes by those of stored ones, by the family of kernels.
+_EXPANDED: Mapping[str, Mapping[torch.dtype, torch.dtype]] = {
+    "e8p": cpu_nibbles.DTYPES,
+    "trellis": {torch.int16: torch.int8},
+}
 
 
 class Call(NamedTuple):
@@ -65,47 +71,53 @@ class E8PCodes:
 
 
 def _rows_of(codes: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Rows of codes, or of nibbles: then they begin and end with a tile."""
-    if not cpu_nibbles.is_nibbles(codes):
-        return codes[rows]
-    return codes[rows.start // cpu_nibbles.TILE : rows.stop // cpu_nibbles.TILE]
+    """Rows of codes, or of nibbles or records: then they begin and end with a tile."""
+    if cpu_nibbles.is_nibbles(codes) or cpu_records.is_records(codes):
+        return codes[rows.start // cpu_nibbles.TILE : rows.stop // cpu_nibbles.TILE]
+    return codes[rows]
 
 
 class TrellisCodes:
-    """Trellis codes. Between the transforms activations are float32, whatever their dtype is outside."""
+    """Trellis codes or records. Between the transforms activations are float32, whatever their dtype is outside.
 
-    def __init__(self, layer: Layer):
-        tensors = named(layer.weight, layer.book, layer.m, layer.n)
+    Args:
+        planes: bytes of an activation that are wanted. With one, the bytes of records are multiplied, else the codes.
+    """
+
+    def __init__(self, layer: Layer, planes: int):
+        self.layout, self.exact = packing.trellis_layout(layer.codebook), planes != 1
+        self.made: Sequence[torch.Tensor] = ()
+        self.table: torch.Tensor | None
+        if packing.is_records(layer.weight):
+            self.codes, self.table = layer.weight[0], layer.weight[1][0] if len(layer.weight) > 1 else None
+            return
+        weight = layer.weight
+        if packing.is_expanded(weight):
+            weight = self.made = packing.stored(weight, layer.codebook, layer.n)
+        tensors = named(weight, layer.book, layer.m, layer.n)
         self.codes, self.table = tensors["codes"], tensors.get("table")
-        self.layout = trellis_layout(layer.codebook)
 
     def multiply(self, x: torch.Tensor, vectors: Vectors, transforms: Transforms) -> torch.Tensor:
         """See [`E8PCodes.multiply`]."""
-        return cpu_trellis.linear(x, self.codes, *vectors, *transforms, self.layout, self.table)
+        return cpu_trellis.linear(x, self.codes, *vectors, *transforms, self.layout, self.table, None, self.exact)
 
     def decode(self, rows: slice, out: torch.Tensor) -> torch.Tensor:
         """See [`E8PCodes.decode`]."""
-        return cpu_trellis.decode(self.codes[rows], out.shape[1], out.dtype, self.layout, self.table, out=out)
+        codes = _rows_of(self.codes, rows)
+        return cpu_trellis.decode(codes, out.shape[1], out.dtype, self.layout, self.table, out=out)
 
     def call(self, n: int, dtype: torch.dtype, vectors: Vectors, transforms: Transforms) -> Call:
         """See [`E8PCodes.call`]."""
         tensors = (self.codes, *vectors, self.table)
-        keep, address = cpu_trellis.layer_of(n, tensors, *transforms, self.layout)
+        keep, address = cpu_trellis.layer_of(n, tensors, *transforms, self.layout, self.exact)
         kind = cpu_linear.DTYPES[dtype]
         arguments = (n, kind, kind, default_level())
-        return Call(loaded().quip_trellis_linear, address, arguments, (keep, transforms))
+        return Call(loaded().quip_trellis_linear, address, arguments, (keep, transforms, self.made))
 
 
 def codes_of(layer: Layer, planes: int) -> E8PCodes | TrellisCodes:
     """The codes of a layer whose codebook has kernels in the library."""
-    return TrellisCodes(layer) if layer.book.kernels == "trellis" else E8PCodes(layer, planes)
-
-
-@functools.cache
-def trellis_layout(codebook: str) -> cpu_trellis.Layout:
-    """The codes of a trellis codebook as the library takes them."""
-    book: Any = codebooks.get(codebook)
-    return cpu_trellis.Layout(book.code, book.k, book.order)
+    return TrellisCodes(layer, planes) if layer.book.kernels == "trellis" else E8PCodes(layer, planes)
 
 
 def dtypes_are_known(tensors: Sequence[torch.Tensor]) -> bool:
@@ -120,7 +132,8 @@ def types_fit(codebook: str, weight: Sequence[torch.dtype | None], vectors: Sequ
         weight: of the stored tensors. vectors: of su, sv and the bias; None where there is none.
     """
     known, wanted = cpu_linear.DTYPES, integer_dtypes(codebook)
+    expanded = _EXPANDED.get(codebooks.get(codebook).kernels or "", {})
     if len(weight) != len(wanted) or not all(dtype is None or dtype in known for dtype in vectors):
         return False
     pairs = zip(weight, wanted, strict=True)
-    return all(a in known if b is None else a is b or a is cpu_nibbles.DTYPES.get(b) for a, b in pairs)
+    return all(a in known if b is None else a is b or a is expanded.get(b) for a, b in pairs)

@@ -28,6 +28,8 @@ MOST_VECTORS: dict[str, dict[int, int]] = {
     "e8p": {3: 64, 2: 40, 1: 64},
     "bundled": {2: 20, 1: 24},
     "trellis": {3: 16, 2: 16, 1: 16},
+    # the same with AVX2 and records of bytes, which more than one byte of an activation does not use
+    "records": {3: 16, 2: 16, 1: 64},
 }
 
 
@@ -44,6 +46,7 @@ class Case(NamedTuple):
         has_transforms: whether the library has both transforms.
         is_usable: whether the library is available and may be used.
         has_amx: whether the processor has AMX and the library has kernels for it.
+        is_expanded: whether its codes are in the expanded form (`packing`).
     """
 
     kernels: str | None
@@ -56,6 +59,7 @@ class Case(NamedTuple):
     has_transforms: bool = True
     is_usable: bool = True
     has_amx: bool = False
+    is_expanded: bool = False
 
 
 class Routes(NamedTuple):
@@ -78,7 +82,7 @@ def routes(case: Case) -> Routes:
         return Routes(Route.REFERENCE, 0, Route.REFERENCE)
     few = Route.FUSED if case.has_transforms else Route.PRODUCTS
     if case.kernels == "trellis":
-        return Routes(few, MOST_VECTORS["trellis"][case.planes], Route.DECODED)
+        return Routes(few, MOST_VECTORS["records" if case.is_expanded else "trellis"][case.planes], Route.DECODED)
     if case.n > MOST_FEATURES:
         return Routes(Route.REFERENCE, 0, Route.REFERENCE)
     most = MOST_VECTORS["e8p"][case.planes]

@@ -21,10 +21,10 @@ from .. import reference
 from ..backend import for_device, get_activations
 from ..grouped import linear_by_expert
 from ..layer import Layer, named, stages
-from ..packing import is_expanded, stored
+from ..packing import is_expanded, stored, trellis_layout
 from ..same_input import SameInput
 from . import scratch
-from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, trellis_layout, types_fit
+from .codes import E8PCodes, TrellisCodes, codes_of, dtypes_are_known, types_fit
 from .route import Case, Route, Routes, is_int8, planes, routes
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def decode(weight: Sequence[torch.Tensor], codebook: str, rows: int, columns: in
     book = codebooks.get(codebook)
     if book.kernels is None or dtype not in kernels.DTYPES or not _is_usable() or not dtypes_are_known(weight):
         return reference.decode(weight, codebook, rows, columns, dtype)
-    if is_expanded(weight):
+    if is_expanded(weight) and book.kernels == "e8p":
         codes, second = stages(weight)
         return kernels.decode(codes, columns, dtype, None, None, second, book.residual_scale or 1.0)
     tensors = named(stored(weight, codebook, columns), book, rows, columns)
@@ -109,8 +109,9 @@ def plan(dtype: torch.dtype, layer: Layer) -> Plan:
     weight, su, sv, bias, *names = layer
     types = (su.dtype, sv.dtype, None if bias is None else bias.dtype, *[v.dtype for v in weight])
     usable = _is_usable()
-    has_amx = usable and cpu_many.is_available() and not is_expanded(weight)
-    return _plan(dtype, sv.shape[0], su.shape[0], types, get_activations(), usable, has_amx, *names)
+    expanded = is_expanded(weight)
+    has_amx = usable and cpu_many.is_available() and not expanded
+    return _plan(dtype, sv.shape[0], su.shape[0], types, get_activations(), usable, has_amx, expanded, *names)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -122,6 +123,7 @@ def _plan(
     activations: str,
     usable: bool,
     has_amx: bool,
+    expanded: bool,
     codebook: str,
     incoherence_in: str,
     incoherence_out: str,
@@ -141,6 +143,7 @@ def _plan(
         has_transforms=q_in[1] is None and q_out[1] is None,
         is_usable=usable,
         has_amx=has_amx,
+        is_expanded=expanded,
     )
     return Plan(case, routes(case), q_in, q_out)
 
