@@ -99,8 +99,12 @@ def stand_in() -> None:
 
 def compute_by_kernels() -> None:
     """Let the ops run the Triton kernels on tensors of the CPU, as they do on a GPU."""
+    from quip_kernels.gpu import viterbi
+    from transformers_quip.codebooks import viterbi as encoder
     from transformers_quip.ops.triton import grouped, run
 
+    viterbi.MOST_TOGETHER = 1 << 15  # few large steps: the interpreter takes about as long for each
+    encoder.WINDOW, encoder.PASSES = 2, 1  # of all encoders
     with warnings.catch_warnings():  # that another implementation is replaced
         warnings.simplefilter("ignore")
         for function in (run.transform, run.decode, run.linear, run.bundle, grouped.grouped_linear):
@@ -130,7 +134,10 @@ def doctor(arguments: Sequence[str]) -> int:
     sys.argv = ["transformers_quip", *arguments]
     with contextlib.suppress(SystemExit):
         runpy.run_module("transformers_quip", run_name="__main__", alter_sys=True)
-    verdicts = self_check.examine("cpu", (sys.executable, __file__, "check"), patience=1800.0)
+    program = (sys.executable, __file__, "check")
+    verdicts: dict[str, str | None] = {}
+    for kind in (self_check.RUN, self_check.ENCODE):
+        verdicts |= self_check.examine("cpu", program, patience=1800.0, kind=kind)
     for name, reason in verdicts.items():
         print(f"{name}: {'right' if reason is None else reason}", flush=True)
     return int(any(verdicts.values()))

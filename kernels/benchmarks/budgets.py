@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from instructions import inspect
 from specimens_nearest import ROWS, WARPS
 
+from quip_kernels.nearest import TOGETHER, candidates
 from transformers_quip.codebooks.base import PANEL
 
 # Shares of the published speeds: of matrix products, of memory, and of instruction slots.
@@ -22,6 +24,8 @@ LAUNCH = 6e-6
 # Launches of a panel: slices, the difference, two products, the encoder, the comparison and the copies of its results.
 LAUNCHES = 24
 SWEEPS = 10
+# Sides of the lattice, and groups of candidates, in the loops of the encoder.
+ROUNDS = 2, candidates(torch.device("cpu")).ends[2] // TOGETHER
 BLOCK = 8
 TOKENS = 256 * 2048
 # Bytes for each entry of a Hessian and of a weight while a group is rounded, as the plan of a run counts them.
@@ -122,7 +126,7 @@ def show(title: str, parts: dict[str, float], unit: str, budget: float) -> None:
 def main() -> None:
     for card in CARDS:
         report = inspect("panel one stage", card.target)
-        instructions = report.rounds_of_inner_loops(7)
+        instructions = report.executed(*ROUNDS)
         print(f"\n== {card.name}: {instructions} instructions of a warp for {ROWS} rows of a block")
         show("a 4096x4096 layer with 10 sweeps", group_seconds(card, 4096, 4096, instructions), "s", 2)
         minutes = {name: seconds / 60 for name, seconds in model_seconds(card, instructions).items()}

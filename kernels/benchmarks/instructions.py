@@ -47,6 +47,7 @@ class Report:
         per_weight: instructions of a thread in the main loop per weight that it decodes; None if that has no meaning.
         loads: opcodes of the loads from global memory in the main loop with their widths.
         inner: instructions of each loop inside the main loop that has no loop inside.
+        around: instructions of each loop inside the main loop that has one inside.
     """
 
     registers: int
@@ -57,10 +58,11 @@ class Report:
     per_weight: float | None
     loads: dict[str, int]
     inner: tuple[int, ...] = ()
+    around: tuple[int, ...] = ()
 
-    def rounds_of_inner_loops(self, rounds: int) -> int:
-        """Instructions of a round of the main loop in which each inner loop has this many rounds."""
-        return sum(self.loop.values()) + (rounds - 1) * sum(self.inner)
+    def executed(self, around: int, inner: int) -> int:
+        """Instructions of a round of the main loop, with all inner loops in others: the rounds of those, and theirs."""
+        return sum(self.loop.values()) + (around - 1) * sum(self.around) + around * (inner - 1) * sum(self.inner)
 
 
 @functools.cache
@@ -100,7 +102,7 @@ def _read_nvidia(kernel, specimen: Specimen, warps: int) -> Report:
     if found is None:
         raise RuntimeError(f"cuobjdump names no resources:\n{usage}")
     registers, stack, local = map(int, found.groups())
-    loop, inner, spilling = _main_loop(code)
+    loop, inner, around, spilling = _main_loop(code)
     loads = collections.Counter(".".join(part for part in op.split(".") if part in ("LDG", "64", "128")) for op in loop)
     per_weight = None
     if specimen.weights_in_loop and loop:
@@ -114,11 +116,15 @@ def _read_nvidia(kernel, specimen: Specimen, warps: int) -> Report:
         per_weight,
         {op: count for op, count in loads.items() if op.startswith("LDG")},
         inner,
+        around,
     )
 
 
-def _main_loop(code: str) -> tuple[list[str], tuple[int, ...], bool]:
-    """The opcodes inside the largest backward branch, lengths of the loops in it, and whether any uses local memory."""
+def _main_loop(code: str) -> tuple[list[str], tuple[int, ...], tuple[int, ...], bool]:
+    """The opcodes inside the largest backward branch, lengths of the loops in it, and whether any uses local memory.
+
+    The lengths are of those without a loop inside, and of those with one.
+    """
     labels, lines = {}, []
     for line in code.splitlines():
         label = re.match(r"\s*(\.L_\w+):", line)
@@ -134,13 +140,18 @@ def _main_loop(code: str) -> tuple[list[str], tuple[int, ...], bool]:
         if branch and labels.get(branch[1], place) < place:
             loops.append((labels[branch[1]], place))
     first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
-    innermost = [
-        end - begin + 1
-        for begin, end in loops
-        if first < begin and end < last and not any(begin <= a and b <= end for a, b in loops if (a, b) != (begin, end))
-    ]
+    innermost, around = [], []
+    for begin, end in loops:
+        if first < begin and end < last:
+            has_one = any(begin <= a and b <= end for a, b in loops if (a, b) != (begin, end))
+            (around if has_one else innermost).append(end - begin + 1)
     opcodes = [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in lines]
-    return opcodes[first : last + 1], tuple(innermost), any(op.split(".")[0] in ("STL", "LDL") for op in opcodes)
+    return (
+        opcodes[first : last + 1],
+        tuple(innermost),
+        tuple(around),
+        any(op.split(".")[0] in ("STL", "LDL") for op in opcodes),
+    )
 
 
 def _read_amd(kernel) -> Report:

@@ -72,6 +72,7 @@ def _viterbi(bits: int, weights: int, doublings: int, closed: bool) -> Specimen:
         {
             "CLOSED": closed,
             "BITS": 16,
+            "LEAST": bits,
             "WEIGHTS": weights,
             "DOUBLINGS": doublings,
             "WIDTH": min(VITERBI_EDGES, 1 << (16 - bits)),
@@ -110,7 +111,7 @@ _TRELLIS = {
     "lut k2 rows": ("lut", 2, "rows", 16, 2, True),
 }
 
-# new bits of a state (at most), its weights, doublings
+# new bits of a state, its weights, doublings
 _VITERBI = [(2, 1, 0), (4, 1, 2), (4, 2, 0), (8, 1, 6), (16, 2, 5)]
 
 TRELLIS = {

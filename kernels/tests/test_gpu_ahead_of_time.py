@@ -4,7 +4,10 @@ The default run has the launches of a 4096-wide model on two architectures; `-m 
 """
 
 import importlib.util
+import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,8 +65,7 @@ SHARED_MEMORY = {
     "gfx1100": 64 << 10,
 }
 # Bytes of registers that do not fit, where there are any.
-SPILLS = {("panel e8p", target): size for target, size in (("sm_80", 8), ("sm_89", 16), ("sm_90", 8), ("sm_100", 16))}
-SPILLS["grouped e8p 64x2 gather 4", "sm_89"] = 8
+SPILLS = {("grouped e8p 64x2 gather 4", "sm_89"): 8}
 CASES = [
     (name, target)
     for name, specimen in instructions.SPECIMENS.items()
@@ -105,6 +107,15 @@ def test_no_spills_anywhere(name, target):
     check(name, target)
 
 
+def test_every_specimen_is_recorded_for_every_target():
+    """`kernels/benchmarks/instructions.py --save` has compiled them all, with no spills but these."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "instructions.json"
+    kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+    recorded = {(name, target): report["spills"] for name, reports in kernels.items() for target, report in reports.items()}
+    assert set(recorded) == set(CASES)
+    assert {case: spills for case, spills in recorded.items() if spills} == SPILLS
+
+
 @pytest.mark.parametrize("columns", ["gather 32", "uneven"])  # multiples of 1024, and others
 @pytest.mark.parametrize("digits", [1, 2])  # int8 and exact activations
 def test_matvec_takes_two_instructions_a_weight_and_loads_128_bits(digits, columns):
@@ -118,7 +129,7 @@ def test_budgets_of_quantizing_on_paper():
     """A 4096x4096 layer in 2 s, an 8B model in 30 minutes and 24 GB; and the arithmetic of two of the terms by hand."""
     budgets = load_benchmark("budgets")
     card = budgets.CARDS[0]
-    instructions_of_a_block = instructions.inspect("panel one stage", "sm_90").rounds_of_inner_loops(7)
+    instructions_of_a_block = instructions.inspect("panel one stage", "sm_90").executed(*budgets.ROUNDS)
     # 448 candidates on both sides of the shift: eight products each, for two rows by each warp's 32 lanes
     assert 2 * 448 * 8 * 2 / 32 < instructions_of_a_block < 12000
     layer = budgets.group_seconds(card, 4096, 4096, instructions_of_a_block)
@@ -127,6 +138,21 @@ def test_budgets_of_quantizing_on_paper():
     assert sum(budgets.model_seconds(card, instructions_of_a_block).values()) < 30 * 60
     assert budgets.model_bytes()["sums of the Hessians"] == 8 * (3 * 4096**2 + 14336**2)
     assert sum(budgets.model_bytes().values()) < 24e9
+
+
+def test_the_self_check_compiles_few_kernels():
+    """Each takes 0.2 to 3 seconds to compile, and whoever loads a model onto a new device waits for the slowest part."""
+    from transformers_quip.ops.triton import self_check
+
+    program = Path(__file__).resolve().parents[1] / "benchmarks" / "self_check.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, program, "--count"], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    counts = {name: int(count) for name, count in re.findall(r"^(\S.*?) +(\d+) kernels", done.stdout, re.MULTILINE)}
+    assert list(counts) == self_check.names() + self_check.names(self_check.ENCODE)
+    assert all(0 < count <= 18 for count in counts.values()), counts
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import truth
+from tests.rehearsal import sized
 from transformers_quip import codebooks
 from transformers_quip.rounding import Problem, get, proxy_loss
 
@@ -17,7 +18,7 @@ def vectors(rows, columns, seed=1):
 
 
 def test_the_nearest_of_all_points(device):
-    x, table = vectors(5000, 8), truth.e8p_table().to(device)
+    x, table = vectors(sized(5000, 64), 8), truth.e8p_table().to(device)
     codes, points = codebooks.get("e8p").encode(x.to(device))
     assert torch.equal(table[codes.long() & 0xFFFF].float(), points)
     x = x.to(device).double()
@@ -27,7 +28,7 @@ def test_the_nearest_of_all_points(device):
 
 @pytest.mark.parametrize("name", ["e8p-rvq3", "e8p-rvq4"])
 def test_second_stages(name, device):
-    book, x = codebooks.get(name), vectors(1000, 8)
+    book, x = codebooks.get(name), vectors(sized(1000, 64), 8)
     codes, points = book.encode(x.to(device))
     torch.testing.assert_close(book.decode(book.store(codes[:, None]), 8), points)
     wanted = book.encode(x)[1]
@@ -36,10 +37,11 @@ def test_second_stages(name, device):
 
 @pytest.mark.parametrize("name", ["e8p", "e8p-rvq3", "e8p-rvq4", "scalar2"])
 def test_rounding_is_as_good_as_on_the_cpu(name, device):
-    """1000 rows and 520 columns: several programs, and panels of two widths."""
-    x = vectors(2000, 520, 4).cumsum(1) / 8
-    hessian, book = x.T @ x / len(x) + torch.eye(520) / 10, codebooks.get(name)
-    weight = vectors(1000, 520) * book.gaussian_scale
+    """Several programs, and panels of two widths."""
+    rows, columns = sized((1000, 520), (16, 136))
+    x = vectors(2000, columns, 4).cumsum(1) / 8
+    hessian, book = x.T @ x / len(x) + torch.eye(columns) / 10, codebooks.get(name)
+    weight = vectors(rows, columns) * book.gaussian_scale
     losses = []
     for target in (torch.device("cpu"), device):
         problem = Problem(weight.to(target), hessian.to(target), book, sweeps=2)

@@ -51,14 +51,16 @@ def test_a_gpu(monkeypatch, capsys):
     from transformers_quip.ops.triton.route import Route
 
     verdicts = dict.fromkeys(self_check.names()) | {"matvec": "ArithmeticError: e8p: relative error 0.5"}
+    encoders = dict.fromkeys(self_check.names(self_check.ENCODE))
+    known = {("Test GPU", self_check.RUN): verdicts, ("Test GPU", self_check.ENCODE): encoders}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(cache, "device_name", lambda device: "Test GPU")
-    monkeypatch.setattr(self_check, "_known", {"Test GPU": verdicts})
+    monkeypatch.setattr(self_check, "_known", known)
     monkeypatch.setattr(self_check, "_trusted", {})
     _, found, _ = run(capsys, "doctor", "--json")
     gpu = found["devices"][1]
-    assert (gpu["name"], gpu["about"]["device"], gpu["kernels"]) == ("cuda:0", "Test GPU", verdicts)
+    assert (gpu["name"], gpu["about"]["device"], gpu["kernels"]) == ("cuda:0", "Test GPU", verdicts | encoders)
     assert gpu["routes"]["e8p"] == {"1": Route.REFERENCE.value, "5": Route.HALVES.value, "65": Route.DENSE_HALF.value}
     assert gpu["routes"]["trellis:mul1:k2:exl3"]["1"] == Route.TRELLIS.value
     _, shown, _ = run(capsys, "doctor")

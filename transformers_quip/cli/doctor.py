@@ -123,7 +123,9 @@ def _gpus() -> list[dict[str, Any]]:
         module = getattr(torch, kind)
         for index in range(module.device_count() if module.is_available() else 0):
             device = torch.device(kind, index)
-            verdicts = self_check.verdicts(device) if _version("triton") != "not installed" else {}
+            verdicts: dict[str, str | None] = {}
+            if _version("triton") != "not installed":
+                verdicts = self_check.verdicts(device) | self_check.verdicts(device, self_check.ENCODE)
             trusted = run.trusted(device)
             routes = {
                 name: {

@@ -100,7 +100,7 @@ def test_several_children_share_the_names(program, tmp_path):
     assert len(asked) <= 4  # and one that does the rest of the share with the error
 
 
-@pytest.mark.parametrize(("gigabytes", "expected"), [(0.2, 1), (2.5, 2), (80, 4)])
+@pytest.mark.parametrize(("gigabytes", "expected"), [(0.2, 1), (2.5, 2), (80, 8)])
 def test_children_fit_into_the_memory_of_the_device(gigabytes, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gigabytes * 2**30), 2**40))
     monkeypatch.setattr("os.cpu_count", lambda: 16)
@@ -124,9 +124,9 @@ def device(monkeypatch, tmp_path):
 
     found = SimpleNamespace(wrong={}, checks=[])
 
-    def examine(name, *_):
-        found.checks.append(name)
-        return dict.fromkeys(self_check.names()) | found.wrong
+    def examine(name, program, patience, children, kind):
+        found.checks.append((name, kind))
+        return {part: found.wrong.get(part) for part in self_check.names(kind)}
 
     monkeypatch.setattr(self_check, "examine", examine)
     monkeypatch.setattr(cache, "device_name", lambda device: "Test GPU")
@@ -142,6 +142,7 @@ def forget(monkeypatch):
     """As in a new process."""
     monkeypatch.setattr(self_check, "_known", {})
     monkeypatch.setattr(self_check, "_trusted", {})
+    monkeypatch.setattr(self_check, "_encodes", {})
 
 
 def test_a_device_is_checked_once_for_all_processes(device, monkeypatch, tmp_path):
@@ -149,24 +150,41 @@ def test_a_device_is_checked_once_for_all_processes(device, monkeypatch, tmp_pat
     assert self_check.trusted(torch.device("cuda", 1)) == ALL  # of the same kind
     forget(monkeypatch)
     assert self_check.trusted(DEVICE) == ALL
-    assert device.checks == ["cuda:0"]
+    assert device.checks == [("cuda:0", self_check.RUN)]
     (file,) = (tmp_path / "cache").iterdir()
     assert file.name == f"Test-GPU-{cache.version()}-check.json"
 
 
+def test_encoders_are_checked_when_a_weight_is_first_encoded(device, monkeypatch, tmp_path):
+    device.wrong = {"panels of e8p": "no"}
+    assert self_check.trusted(DEVICE) == ALL  # whoever runs a model does not wait for them
+    assert [kind for _, kind in device.checks] == [self_check.RUN]
+    for _ in range(2):
+        assert run.encoder(DEVICE) == "reference"
+        assert [kind for _, kind in device.checks] == [self_check.RUN, self_check.ENCODE]
+        forget(monkeypatch)
+    assert {file.name for file in (tmp_path / "cache").iterdir()} == {
+        f"Test-GPU-{cache.version()}-{end}.json" for end in ("check", "check-encoders")
+    }
+
+
+def test_all_encoders_are_examined(program, tmp_path):
+    found = self_check.examine("cuda:0", program("reason = name[:3]"), kind=self_check.ENCODE)
+    assert found == {name: name[:3] for name in self_check.names(self_check.ENCODE)}
+
+
 def test_what_is_wrong_is_not_used_and_said_once(device, caplog):
-    device.wrong = {"matvec": "ArithmeticError: e8p: relative error 0.5", "encode": "it did not end within 120 s"}
+    device.wrong = {"matvec": "ArithmeticError: e8p: relative error 0.5", "grouped": "it did not end within 120 s"}
     with caplog.at_level("WARNING", logger="transformers_quip"):
-        assert self_check.trusted(DEVICE) == ALL - {Family.MATVEC, Family.ENCODE}
+        assert self_check.trusted(DEVICE) == ALL - {Family.MATVEC, Family.GROUPED}
         self_check.trusted(DEVICE)
         self_check.trusted(torch.device("cuda", 1))
     (record,) = caplog.records
     text = record.getMessage()
-    for part in ("matvec (ArithmeticError: e8p: relative error 0.5)", "encode (it did not", "Test GPU", torch.__version__):
+    for part in ("matvec (ArithmeticError: e8p: relative error 0.5)", "grouped (it did not", "Test GPU", torch.__version__):
         assert part in text
-    assert run.trusted(DEVICE) == ALL - {Family.MATVEC, Family.ENCODE}
-    assert backend.for_device(DEVICE) == "triton"
-    assert run.encoder(DEVICE) == "reference"
+    assert run.trusted(DEVICE) == ALL - {Family.MATVEC, Family.GROUPED}
+    assert backend.for_device(DEVICE) == run.encoder(DEVICE) == "triton"
 
 
 def test_nothing_that_works_is_the_reference(device):
@@ -187,6 +205,7 @@ def test_the_users_choice_is_not_checked(device):
 def test_nothing_begins_while_a_graph_is_recorded(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert self_check.trusted(DEVICE) == frozenset()
+    assert not self_check.encodes(DEVICE)
     assert device.checks == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert self_check.trusted(DEVICE) == ALL

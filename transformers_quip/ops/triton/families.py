@@ -1,12 +1,14 @@
 """The families of Triton kernels, each with a test on small random inputs: what a device must prove before it is trusted.
 
 The truth is PyTorch on the CPU: the formulas of `reference`, in float64. Inputs have the sizes and dtypes that take every
-way through a kernel: rows and columns that are no multiples of a tile, one vector and several, one stage and two.
+way through a kernel: rows and columns that are no multiples of a tile, one vector and several, one stage and two. Most of
+the time goes into compiling, so no kernel is compiled in more forms than these ways need
+(`kernels/benchmarks/self_check.py` counts them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,16 +18,18 @@ from quip_kernels import layout
 from ... import codebooks, incoherence
 from ...codebooks import viterbi
 from ..layer import Layer
-from .route import Family
+from .route import Encoder, Family, digits
 
 if TYPE_CHECKING:
     from quip_kernels.gpu.quantize import Digits
 
 # Relative errors (of norms) that rounding of the inputs and outputs to these types explains.
 ERROR = {torch.float32: 3e-6, torch.float16: 8e-4, torch.bfloat16: 4e-3}
-_SIZES = (96, 576, 1024)
-_E8P = ((40, 136), (16, 1056))
-_TRELLIS = ((32, 96), (16, 288))
+# Transforms: with a Hadamard factor of order 12 or 36, or none.
+_TRANSFORMS = ((96, (torch.float32,)), (576, (torch.bfloat16,)), (1024, tuple(ERROR)))
+# Rows and columns: multiples of all tiles, in two parts, as models have them; and multiples of none.
+_EVEN, _UNEVEN = (16, 2048), (40, 136)
+_TRELLIS = (32, 800)
 # Experts without vectors, with one, with a few, and with more than a tile; two vectors have no expert.
 _ENDS = (0, 1, 1, 7, 47)
 _CODES = ("trellis:mul1:k2:exl3", "trellis:3inst:k3:rows", "trellis:mul1:k2.5:exl3", "trellis:hyb-q9v2:k2:qtip")
@@ -44,23 +48,23 @@ def check(family: Family, device: torch.device) -> None:
 def _transform(device: torch.device) -> None:
     from quip_kernels.gpu import transform as kernels
 
-    for size in _SIZES:
+    for size, dtypes in _TRANSFORMS:
         q = incoherence.get("hadamard", size, 0)
         factors = q.dense_factors
         if factors is None:
             raise ArithmeticError(f"the transform of {size} numbers is not a product of matrices")
         plan, x = kernels.make_plan(size, factors, device), _random(3, size)
         signs = torch.where(_random(1, size, seed=2)[0] < 0, -1.0, 1.0)
-        for dtype, most in ERROR.items():
-            rows = x.to(dtype)
+        for dtype in dtypes:
+            rows, count = x.to(dtype), digits(dtype, "exact")
             for transpose, apply in ((False, q.apply), (True, q.apply_transpose)):
                 found = kernels.transform(rows.to(device), plan, transpose, dtype)
-                _compare(found, apply(rows.double()), most, f"transform of {size} numbers in {dtype}")
-            digits = kernels.transform_quantize(rows.to(device), plan, signs.to(device), 3)
-            wanted = q.apply_transpose(rows.double() * signs)
-            _compare(_of_digits(digits, size), wanted, 3e-6, f"digits of a transform of {size} numbers in {dtype}")
-            sums = (digits.sums.double().cpu() * 256.0 ** torch.arange(3)).sum(1) * digits.scales.double().cpu()
-            _compare(sums, wanted.sum(1), 1e-4, f"sums of digits of {size} numbers in {dtype}")
+                _compare(found, apply(rows.double()), ERROR[dtype], f"transform of {size} numbers in {dtype}")
+            made = kernels.transform_quantize(rows.to(device), plan, signs.to(device), count)
+            wanted, most = q.apply_transpose(rows.double() * signs), 3e-6 if count == 3 else 2e-4
+            _compare(_of_digits(made, size), wanted, most, f"digits of a transform of {size} numbers in {dtype}")
+            sums = (made.sums.double().cpu() * 256.0 ** torch.arange(count)).sum(1) * made.scales.double().cpu()
+            _compare(sums, wanted.sum(1), 1e-4 * 256.0 ** (3 - count), f"sums of digits of {size} numbers in {dtype}")
 
 
 def _of_digits(digits: Digits, columns: int) -> torch.Tensor:
@@ -91,31 +95,32 @@ def _packed(stored: Sequence[torch.Tensor], device: torch.device) -> tuple[torch
     return first, others[0] if others else None
 
 
-def _each_e8p(device: torch.device) -> Iterator[tuple[str, torch.Tensor, tuple[Any, ...]]]:
-    """A codebook of each number of stages in each shape: its name, the weight, and its arguments of the kernels."""
-    for codebook in ("e8p", "e8p-rvq3", "e8p-rvq4"):
-        for rows, columns in _E8P:
-            stored, weight = _stages(codebook, rows, columns)
-            first, second = _packed(stored, device)
-            yield codebook, weight, (first, columns, second, codebooks.get(codebook).residual_scale or 0.0)
+def _e8p(codebook: str, shape: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """Random codes of a codebook with any number of stages: the weight, and its arguments of the kernels."""
+    stored, weight = _stages(codebook, *shape)
+    first, second = _packed(stored, device)
+    return weight, (first, shape[1], second, codebooks.get(codebook).residual_scale or 0.0)
 
 
 def _products(
-    device: torch.device, multiply: Callable[..., torch.Tensor], form: str, cases: Sequence[tuple[int, int, float]]
+    device: torch.device,
+    multiply: Callable[..., torch.Tensor],
+    form: str,
+    cases: Sequence[tuple[str, tuple[int, int], int, int, float]],
 ) -> None:
     """Compare the products of a kernel with vectors.
 
     Args:
         multiply: from x [M, n], its precision, and the arguments of the kernels to parts [P, M, m] of the product.
         form: of x, for messages.
-        cases: the number of vectors, their precision, and the largest error.
+        cases: a codebook, rows and columns, the number of vectors, their precision, and the largest error.
     """
-    for codebook, weight, stages in _each_e8p(device):
-        for vectors, precision, most in cases:
-            x = _random(vectors, weight.shape[1])
-            y = multiply(x.to(device), precision, *stages)
-            said = f"{codebook} times {vectors} vectors in {precision} {form}, {list(weight.shape)}"
-            _compare(y.float().sum(0), x.double() @ weight.T, most, said)
+    for codebook, shape, vectors, precision, most in cases:
+        weight, stages = _e8p(codebook, shape, device)
+        x = _random(vectors, shape[1])
+        y = multiply(x.to(device), precision, *stages)
+        said = f"{codebook} times {vectors} vectors in {precision} {form}, {list(shape)}"
+        _compare(y.float().sum(0), x.double() @ weight.T, most, said)
 
 
 def _matvec(device: torch.device) -> None:
@@ -124,7 +129,15 @@ def _matvec(device: torch.device) -> None:
     def multiply(x: torch.Tensor, digits: int, *stages: Any) -> torch.Tensor:
         return matvec.matvec(quantize.quantize(x, digits), *stages)
 
-    _products(device, multiply, "digits", ((1, 2, 2e-4), (4, 3, 3e-6), (1, 1, 2e-2)))
+    cases = (
+        ("e8p", _EVEN, 1, 2, 2e-4),
+        ("e8p", _EVEN, 1, 1, 2e-2),
+        ("e8p", _EVEN, 1, 3, 3e-6),
+        ("e8p", _UNEVEN, 2, 2, 2e-4),
+        ("e8p-rvq3", _EVEN, 1, 2, 2e-4),
+        ("e8p-rvq4", _EVEN, 1, 2, 2e-4),
+    )
+    _products(device, multiply, "digits", cases)
 
 
 def _small_batch(device: torch.device) -> None:
@@ -133,37 +146,47 @@ def _small_batch(device: torch.device) -> None:
     def multiply(x: torch.Tensor, terms: int, *stages: Any) -> torch.Tensor:
         return small_batch.small_batch(small_batch.halves(x, terms), *stages)
 
-    _products(device, multiply, "halves", ((5, 2, 3e-6), (33, 1, 1e-3)))
+    cases = (
+        ("e8p", _EVEN, 33, 1, 1e-3),
+        ("e8p", _UNEVEN, 5, 2, 3e-6),
+        ("e8p-rvq3", _EVEN, 5, 1, 1e-3),
+        ("e8p-rvq4", _EVEN, 5, 1, 1e-3),
+    )
+    _products(device, multiply, "halves", cases)
 
 
 def _dequantize(device: torch.device) -> None:
     from quip_kernels.gpu import dequantize
 
-    for codebook, weight, (first, columns, second, scale) in _each_e8p(device):
-        for dtype, most in ERROR.items():
-            found = dequantize.dequantize(first, columns, dtype, second, scale)
-            _compare(found, weight, most, f"{codebook} decoded to {dtype}, {list(weight.shape)}")
+    cases = [("e8p", _EVEN, dtype) for dtype in ERROR]
+    cases += [
+        ("e8p", _UNEVEN, torch.float16),
+        ("e8p-rvq3", _EVEN, torch.bfloat16),
+        ("e8p-rvq4", _EVEN, torch.float16),
+    ]
+    for codebook, shape, dtype in cases:
+        weight, (first, columns, second, scale) = _e8p(codebook, shape, device)
+        found = dequantize.dequantize(first, columns, dtype, second, scale)
+        _compare(found, weight, ERROR[dtype], f"{codebook} decoded to {dtype}, {list(shape)}")
 
 
 def _trellis(device: torch.device) -> None:
     from quip_kernels.gpu import trellis
 
-    for codebook in _CODES:
+    for index, codebook in enumerate(_CODES):
         book: Any = codebooks.get(codebook)
-        for rows, columns in _TRELLIS:
-            stored, weight = _stages(codebook, rows, columns)
-            codes, *tables = (tensor.to(device) for tensor in stored)
-            code = (book.code, book.k, book.order, tables[0] if tables else None)
-            for dtype, most in ERROR.items():
-                found = trellis.dequantize(codes, columns, dtype, *code)
-                _compare(found, weight, most, f"{codebook} decoded to {dtype}, {[rows, columns]}")
-            for vectors in (1, 5):
-                x = _random(vectors, columns)
-                y = trellis.matvec(x.to(device), codes, *code)
-                y = y.float().sum(0) if y.ndim == 3 else y.float()
-                # tables are read in float16
-                most = 1e-3 if tables else 3e-6
-                _compare(y, x.double() @ weight.T, most, f"{codebook} times {vectors} vectors, {[rows, columns]}")
+        stored, weight = _stages(codebook, *_TRELLIS)
+        codes, *tables = (tensor.to(device) for tensor in stored)
+        code = (book.code, book.k, book.order, tables[0] if tables else None)
+        for dtype in list(ERROR)[index % 3 : index % 3 + 1] if index else ERROR:
+            found = trellis.dequantize(codes, _TRELLIS[1], dtype, *code)
+            _compare(found, weight, ERROR[dtype], f"{codebook} decoded to {dtype}, {list(_TRELLIS)}")
+        for vectors in (1,) if index else (1, 5):
+            x = _random(vectors, _TRELLIS[1])
+            y = trellis.matvec(x.to(device), codes, *code)
+            # tables are read in float16
+            most = 1e-3 if tables else 3e-6
+            _compare(y.float().sum(0), x.double() @ weight.T, most, f"{codebook} times {vectors} vectors, {list(_TRELLIS)}")
 
 
 def _grouped(device: torch.device) -> None:
@@ -173,22 +196,26 @@ def _grouped(device: torch.device) -> None:
 
     experts, vectors = len(_ENDS), _ENDS[-1] + 2
     which = torch.searchsorted(torch.tensor(_ENDS), torch.arange(vectors), right=True)
-    for codebook in ("e8p", "e8p-rvq3", "e8p-rvq4"):
-        for rows, columns in _E8P:
-            # the codes of all experts are those of one tall weight
-            stored, weight = _stages(codebook, experts * rows, columns)
-            first, *others = (tensor.view(experts, rows, -1).to(device) for tensor in stored)
-            second, scale = others[0] if others else None, codebooks.get(codebook).residual_scale or 0.0
-            weights = torch.cat([weight.view(experts, rows, columns), torch.zeros(1, rows, columns, dtype=torch.float64)])
-            width = -(-columns // kernels.ALIGNMENT) * kernels.ALIGNMENT
-            x = _random(vectors, columns)
-            wanted = torch.einsum("trn,tn->tr", weights[which], x.double())
-            for terms, most in ((1, 1e-3), (2, 3e-6)):
-                halves = small_batch.halves(x.to(device), terms, width=width)
-                y = kernels.grouped(halves, torch.tensor(_ENDS, device=device), first, second, scale)
-                said = f"experts of codebook {codebook}, {terms} terms, {[experts, rows, columns]}"
-                _compare(y.float().sum(0), wanted, most, said)
-    q, size = incoherence.get("hadamard", _SIZES[0], 0), _SIZES[0]
+    cases = (
+        ("e8p", _EVEN, 1),
+        ("e8p", _UNEVEN, 2),
+        ("e8p-rvq3", _EVEN, 1),
+        ("e8p-rvq4", _EVEN, 1),
+    )
+    for codebook, (rows, columns), terms in cases:
+        # the codes of all experts are those of one tall weight
+        stored, weight = _stages(codebook, experts * rows, columns)
+        first, *others = (tensor.view(experts, rows, -1).to(device) for tensor in stored)
+        second, scale = others[0] if others else None, codebooks.get(codebook).residual_scale or 0.0
+        weights = torch.cat([weight.view(experts, rows, columns), torch.zeros(1, rows, columns, dtype=torch.float64)])
+        width = -(-columns // kernels.ALIGNMENT) * kernels.ALIGNMENT
+        x = _random(vectors, columns)
+        halves = small_batch.halves(x.to(device), terms, width=width)
+        y = kernels.grouped(halves, torch.tensor(_ENDS, device=device), first, second, scale)
+        said = f"experts of codebook {codebook}, {terms} terms, {[experts, rows, columns]}"
+        _compare(y.float().sum(0), torch.einsum("trn,tn->tr", weights[which], x.double()), (1e-3, 3e-6)[terms - 1], said)
+    size = _TRANSFORMS[0][0]
+    q = incoherence.get("hadamard", size, 0)
     plan = transforms.make_plan(size, q.dense_factors or (), device)
     x, vectors_of = _random(vectors, size), _random(experts + 1, size, seed=2)
     options = {"pre": vectors_of.to(device), "post": vectors_of.to(device), "which": which.to(device)}
@@ -197,47 +224,62 @@ def _grouped(device: torch.device) -> None:
     _compare(found, wanted, 3e-6, f"transforms of {size} numbers with a vector for each expert")
 
 
-def _encode(device: torch.device) -> None:
+def encode(encoder: Encoder, device: torch.device) -> None:
+    """As [`check`], for an encoder."""
+    if encoder is Encoder.TRELLIS:
+        _paths(device)
+    elif encoder is Encoder.POINTS:
+        _points(device)
+    else:
+        _panel(encoder.value.rpartition(" ")[2], device)
+
+
+def _paths(device: torch.device) -> None:
     from quip_kernels.gpu import launch
     from quip_kernels.gpu import viterbi as kernels
 
-    bits, steps = (6, 16) if launch.interpreted() else (16, 256)  # the interpreter is slow, and has no compiler to test
+    bits, steps = (6, 8) if launch.interpreted() else (16, 32)  # the interpreter is slow, and has no compiler to test
     for weights, fresh in ((1, (2, 2)), (1, (2, 3)), (2, (4, 4))):
         generator = torch.Generator().manual_seed(weights)
         levels = torch.randint(-3000, 3000, (weights, 1 << bits), generator=generator).to(torch.int16)
-        tiles = torch.randint(-3000, 3000, (3, steps, weights), generator=generator).to(torch.int16)
+        tiles = torch.randint(-3000, 3000, (2, steps, weights), generator=generator).to(torch.int16)
         arguments = (fresh, 4, steps, 2)
         wanted = viterbi.search(tiles, levels, *arguments)
         found = kernels.search(tiles.to(device), levels.to(device), *arguments).cpu()
         if not torch.equal(found, wanted):
             differing = (found != wanted).double().mean().item()
             raise ArithmeticError(f"paths with {fresh} new bits: {differing:.1%} of their states are others")
-    _nearest(device)
 
 
-def _nearest(device: torch.device) -> None:
-    """The nearest points of lattices and grids: with the least distances, and those that the codes name."""
+def _points(device: torch.device) -> None:
+    """The nearest points of E8P: with the least distances, and those that the codes name."""
     from quip_kernels.gpu import nearest as kernels
 
     x = _random(50, 8)
-    book: Any = codebooks.get("e8p")
     codes, points = (found.cpu() for found in kernels.encode(x.to(device)))
-    _compare_points(book, codes[:, None], points, x, "e8p")
+    _compare_points(codebooks.get("e8p"), codes[:, None], points, x, "e8p")
+
+
+def _panel(codebook: str, device: torch.device) -> None:
+    """As [`_points`], for two blocks of columns with feedback from the second to the first."""
+    from quip_kernels.gpu import nearest as kernels
+
+    book: Any = codebooks.get(codebook)
     target, base, feedback = _random(50, 16), _random(50, 16, seed=2), _random(16, 16, seed=3) / 8
     panel = (target.to(device), base.to(device), feedback.to(device))
-    for name in ("e8p-rvq3", "e8p-rvq4", "scalar3"):
-        book = codebooks.get(name)
-        if name == "scalar3":
-            results = kernels.round_scalar_panel(*panel, 7)
-        else:
-            results = kernels.round_panel(*panel, book.second.name, book.residual_scale)
-        codes, points, delta = (found.cpu() for found in results)
-        if not torch.equal(delta, base - points):
-            raise ArithmeticError(f"a panel of codebook {name}: its errors are not those of its points")
-        size = book.block_size
-        earlier = feedback.double() * (torch.arange(16)[:, None] // size > torch.arange(16) // size)
-        wanted = target + (delta.double() @ earlier).float()
-        _compare_points(book, codes, points, wanted, f"a panel of codebook {name}")
+    if codebook == "scalar3":
+        results = kernels.round_scalar_panel(*panel, 7)
+    elif book.residual_scale is None:
+        results = kernels.round_panel(*panel)
+    else:
+        results = kernels.round_panel(*panel, book.second.name, book.residual_scale)
+    codes, points, delta = (found.cpu() for found in results)
+    if not torch.equal(delta, base - points):
+        raise ArithmeticError(f"a panel of codebook {codebook}: its errors are not those of its points")
+    size = book.block_size
+    earlier = feedback.double() * (torch.arange(16)[:, None] // size > torch.arange(16) // size)
+    wanted = target + (delta.double() @ earlier).float()
+    _compare_points(book, codes, points, wanted, f"a panel of codebook {codebook}")
 
 
 def _compare_points(book: Any, codes: torch.Tensor, points: torch.Tensor, x: torch.Tensor, said: str) -> None:
@@ -260,7 +302,6 @@ _CHECKS: dict[Family, Callable[[torch.device], None]] = {
     Family.DEQUANTIZE: _dequantize,
     Family.TRELLIS: _trellis,
     Family.GROUPED: _grouped,
-    Family.ENCODE: _encode,
 }
 
 

@@ -17,7 +17,17 @@ class Family(Enum):
     DEQUANTIZE = "dequantize"
     TRELLIS = "trellis"
     GROUPED = "grouped"
-    ENCODE = "encode"
+
+
+class Encoder(Enum):
+    """Kernels that encode weights. They are trusted all together, and tried when the first weight is encoded."""
+
+    TRELLIS = "paths of trellis codes"
+    POINTS = "nearest points of e8p"
+    PANELS = "panels of e8p"
+    PANELS_3 = "panels of e8p-rvq3"
+    PANELS_4 = "panels of e8p-rvq4"
+    GRID = "panels of scalar3"
 
 
 class Route(Enum):

@@ -202,7 +202,7 @@ def trusted(device: torch.device) -> Collection[Family]:
 def encoder(device: torch.device) -> str:
     """As [`for_device`], for encoding weights."""
     chosen = for_device(device)
-    return "reference" if chosen == "triton" and Family.ENCODE not in trusted(device) else chosen
+    return chosen if chosen != "triton" or is_forced(device) or self_check.encodes(device) else "reference"
 
 
 def plan_on(device: torch.device, name: str, size: int, seed: int) -> Plan | None:

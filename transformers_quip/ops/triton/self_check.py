@@ -2,9 +2,10 @@
 
 A kernel can be wrong in ways that no test elsewhere shows: it does not compile for this device, gives other numbers, never
 ends, or leaves the driver in a state in which nothing works. So each family runs on small inputs (`families.py`) in a child
-process with a time limit, before anything depends on it. Families that are right compute from then on; the others are left
-to plain PyTorch, and one warning says which, why, and with which versions. The verdicts are kept in a file next to that of
-the tuned kernels, for this device, its driver and these versions.
+process with a time limit, before anything depends on it: those that run layers when a layer is loaded, and the encoders
+when a weight is first quantized. Families that are right compute from then on; the others are left to plain PyTorch, and
+one warning says which, why, and with which versions. The verdicts are kept in a file next to that of the tuned kernels, for
+this device, its driver and these versions.
 
 A check never begins while a CUDA graph is recorded: until there is a verdict, nothing is trusted.
 """
@@ -30,7 +31,7 @@ import torch
 
 from ...version import __version__
 from ..backend import overridden
-from .route import Family
+from .route import Encoder, Family
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +39,21 @@ logger = logging.getLogger(__name__)
 # Python and of the driver, and each the compilation of its kernels.
 PATIENCE = 120.0
 # Child processes at once, as most of their time goes into compiling, and the memory that each may need on the device.
-CHILDREN, CHILD_BYTES = 4, 1 << 30
+CHILDREN, CHILD_BYTES = 8, 1 << 30
 # The name of the check of all families together.
 LAYER = "whole layers"
+# What is checked together, by the end of the name of its file: what runs layers, and what encodes weights.
+RUN, ENCODE = "-check", "-check-encoders"
+_PURPOSES = {RUN: "run layers", ENCODE: "encode weights"}
 _PREFIX = "verdict: "
 # Where a driver says its version.
 _DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version", "/sys/module/xe/version")
 
 # The name of what was checked → None if it is right, else the reason why it is not used.
 Verdicts = dict[str, str | None]
-_known: dict[str, Verdicts] = {}
+_known: dict[tuple[str, str], Verdicts] = {}
 _trusted: dict[torch.device, frozenset[Family]] = {}
+_encodes: dict[torch.device, bool] = {}
 _lock = threading.Lock()
 
 
@@ -62,8 +67,18 @@ def trusted(device: torch.device) -> frozenset[Family]:
     return _trusted[device]
 
 
-def verdicts(device: torch.device) -> Verdicts:
-    """All verdicts about a device, from this process, the file, or a check.
+def encodes(device: torch.device) -> bool:
+    """Whether all encoders compute right on this device; they are checked if that is not known."""
+    if device not in _encodes:
+        found = verdicts(device, ENCODE)
+        if not found:
+            return False
+        _encodes[device] = not any(found.values())
+    return _encodes[device]
+
+
+def verdicts(device: torch.device, kind: str = RUN) -> Verdicts:
+    """All verdicts of a kind (RUN or ENCODE) about a device, from this process, the file, or a check.
 
     Empty where there is no such device, and while a check cannot begin.
     """
@@ -72,21 +87,22 @@ def verdicts(device: torch.device) -> Verdicts:
     if not getattr(torch, device.type).is_available():
         return {}
     name = cache.device_name(device)
-    if name in _known:
-        return _known[name]
+    key = (name, kind)
+    if key in _known:
+        return _known[key]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return {}
     with _lock:
-        if name not in _known:
-            path, about = cache.file_of(device, "-check"), versions(device)
-            found = _read(path, about)
+        if key not in _known:
+            path, about = cache.file_of(device, kind), versions(device)
+            found = _read(path, about, names(kind))
             if found is None:
-                logger.info("The Triton kernels are checked on %s, once.", name)
-                found = examine(str(device), None, PATIENCE, _children(device))
+                logger.info("The Triton kernels that %s are checked on %s, once.", _PURPOSES[kind], name)
+                found = examine(str(device), None, PATIENCE, _children(device), kind)
                 _write(path, about, found)
             _warn(found, about)
-            _known[name] = found
-    return _known[name]
+            _known[key] = found
+    return _known[key]
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -106,8 +122,10 @@ def versions(device: torch.device) -> dict[str, str]:
     }
 
 
-def names() -> list[str]:
-    """All that is checked, in this order."""
+def names(kind: str = RUN) -> list[str]:
+    """All that is checked together, in this order."""
+    if kind == ENCODE:
+        return [encoder.value for encoder in Encoder]
     return [*(family.value for family in Family), LAYER]
 
 
@@ -117,8 +135,10 @@ def _children(device: torch.device) -> int:
     return max(1, min(CHILDREN, os.cpu_count() or 1, free // CHILD_BYTES))
 
 
-def examine(device: str, program: Sequence[str] | None = None, patience: float = PATIENCE, children: int = 1) -> Verdicts:
-    """Check everything in child processes.
+def examine(
+    device: str, program: Sequence[str] | None = None, patience: float = PATIENCE, children: int = 1, kind: str = RUN
+) -> Verdicts:
+    """Check everything of a kind in child processes.
 
     A child that dies or is silent for too long is stopped; what it was at gets the blame, and another child does the rest.
 
@@ -127,13 +147,14 @@ def examine(device: str, program: Sequence[str] | None = None, patience: float =
         program: to start with the device and the names to check as its arguments (see [`main`]); None: this module.
         patience: seconds to wait for each answer.
         children: processes at once, each with a share of the names.
+        kind: RUN or ENCODE.
     """
     program = program or (sys.executable, "-m", __name__)
-    shares = [names()[index::children] for index in range(children)]
+    shares = [names(kind)[index::children] for index in range(children)]
     with ThreadPoolExecutor(children) as pool:
         parts = list(pool.map(lambda share: _examine(share, [*program, device], patience), shares))
-    result = {name: part[name] for name in names() for part in parts if name in part}
-    if result[LAYER] is not None and all(result[family.value] is None for family in Family):
+    result = {name: part[name] for name in names(kind) for part in parts if name in part}
+    if result.get(LAYER) is not None and all(result[family.value] is None for family in Family):
         # each part is right and the whole is not: no part can be trusted
         result |= {family.value: f"{LAYER}: {result[LAYER]}" for family in Family}
     return result
@@ -201,8 +222,8 @@ def _read_answers(lines: IO[str], answers: queue.Queue[str | None]) -> None:
     answers.put(None)
 
 
-def _read(path: Path, about: dict[str, str]) -> Verdicts | None:
-    """The verdicts of a file; None if it is not there, is damaged, or is about something else."""
+def _read(path: Path, about: dict[str, str], names: Sequence[str]) -> Verdicts | None:
+    """The verdicts of a file on these names; None if it is not there, is damaged, or is about something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -213,7 +234,7 @@ def _read(path: Path, about: dict[str, str]) -> Verdicts | None:
     if not isinstance(content, dict) or content.get("versions") != about:
         return None
     found = content.get("verdicts")
-    if not isinstance(found, dict) or not all(name in found and isinstance(found[name], str | None) for name in names()):
+    if not isinstance(found, dict) or not all(name in found and isinstance(found[name], str | None) for name in names):
         logger.info("%s does not have the expected content and will be made again", path)
         return None
     return found
@@ -242,21 +263,28 @@ def _warn(found: Verdicts, about: dict[str, str]) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Check the families of these names on a device, in order, and print a line for each.
 
-    An error other than a wrong number may leave the driver unusable, so the process ends after it, with code 0.
+    An error other than a wrong number may leave the driver unusable, so the process ends after it, with code 0. Launch
+    parameters are not measured: small inputs say nothing about them, and it takes seconds.
 
     Args:
         arguments: the device, and the names.
     """
+    from quip_kernels.gpu import tune
+
     from . import families
     from .run import linear
 
+    tune.SECONDS = 0.0
     device = torch.device(arguments[0])
+    encoders = {encoder.value: encoder for encoder in Encoder}
     with overridden(backend="triton", devices={"cpu": "triton"} if device.type == "cpu" else None):
         for name in arguments[1:]:
             error = None
             try:
                 if name == LAYER:
                     families.whole_layer(device, linear)
+                elif name in encoders:
+                    families.encode(encoders[name], device)
                 else:
                     families.check(Family(name), device)
             except Exception as found:  # whatever it is, it is the verdict

@@ -43,7 +43,7 @@ def _is_equal(a, B: tl.constexpr):
 @triton.jit
 def _nearest_on_side(
     x,
-    SHIFT: tl.constexpr,
+    side,
     vectors,
     biases,
     about,
@@ -53,13 +53,14 @@ def _nearest_on_side(
     ODD: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """Code, point and squared distance of the nearest point v + SHIFT."""
+    """Code, point and squared distance of the nearest point v + 1/4 on side 0, v − 1/4 on side 1."""
+    shift = 0.25 - 0.5 * side
     y = ()
     odd = tl.zeros(x[0].shape, tl.int32)
     smallest = tl.zeros(x[0].shape, tl.int32)
-    least = tl.abs(x[0] - SHIFT)
+    least = tl.abs(x[0] - shift)
     for j in tl.static_range(8):
-        z = x[j] - SHIFT
+        z = x[j] - shift
         odd ^= _sign(z).to(tl.int32, bitcast=True)
         smallest = tl.where(tl.abs(z) < least, j, smallest)
         least = tl.minimum(tl.abs(z), least)
@@ -85,18 +86,18 @@ def _nearest_on_side(
     changed = number >> 8  # 1 + the coordinate that the candidate negates
     coordinate = tl.where(changed > 0, changed - 1, smallest)
     changes = tl.where(changed > 0, 1, odd ^ (winner >= EVEN).to(tl.int32)).to(tl.uint32, bitcast=True)
-    code = ((pattern << 8) | (1 if SHIFT < 0 else 0)).to(tl.uint32, bitcast=True)
+    code = ((pattern << 8) | side).to(tl.uint32, bitcast=True)
     distance = tl.zeros(x[0].shape, tl.float32)
     points = ()
     for j in tl.static_range(8):
-        z = x[j] - SHIFT
+        z = x[j] - shift
         v = tl.load(signed + pattern * 8 + j)
         bits = v.to(tl.uint32, bitcast=True)
         negative = _sign(z) ^ (changes & _is_equal(coordinate, j))
         code ^= (negative ^ (bits >> 31)) << _SIGN_BITS[j]
         value = ((bits & 0x7FFFFFFF) | (negative << 31)).to(tl.float32, bitcast=True)
         distance += (z - value) * (z - value)
-        points = points + (value + SHIFT,)
+        points = points + (value + shift,)
     return code.to(tl.int32, bitcast=True), points, distance
 
 
@@ -105,13 +106,19 @@ def _nearest_e8p(
     x, vectors, biases, about, signed, COUNT: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr, TOGETHER: tl.constexpr
 ):
     """Code and point; of two points at the same distance, the one shifted by +1/4."""
-    high, above, to_above = _nearest_on_side(x, 0.25, vectors, biases, about, signed, COUNT, EVEN, ODD, TOGETHER)
-    low, below, to_below = _nearest_on_side(x, -0.25, vectors, biases, about, signed, COUNT, EVEN, ODD, TOGETHER)
-    is_below = to_below < to_above
-    points = ()
-    for j in tl.static_range(8):
-        points = points + (tl.where(is_below, below[j], above[j]),)
-    return tl.where(is_below, low, high), points
+    code = tl.zeros(x[0].shape, tl.int32)
+    nearest = tl.full(x[0].shape, 1e38, tl.float32)
+    points = x
+    for side in range(0, 2):  # not side by side: that takes four times as long to compile, and spills registers
+        found, point, distance = _nearest_on_side(x, side, vectors, biases, about, signed, COUNT, EVEN, ODD, TOGETHER)
+        is_nearer = (distance < nearest) | (side == 0)  # distances may not be numbers
+        code = tl.where(is_nearer, found, code)
+        nearest = tl.where(is_nearer, distance, nearest)
+        closest = ()
+        for j in tl.static_range(8):
+            closest = closest + (tl.where(is_nearer, point[j], points[j]),)
+        points = closest
+    return code, points
 
 
 @triton.jit

@@ -14,8 +14,8 @@ from .launch import device_of
 
 NO_PATH = 1 << 20
 MOST_TOGETHER = 1024  # edges
-# Tiles encoded at a time: the choices of a whole pass take up to 8 MB of memory for each.
-TILES = 512
+# Tiles encoded at a time, and bytes for the choices of a whole pass of all of them; two bits of a weight need 8 MB a tile.
+TILES, MOST_BYTES = 512, 4 << 30
 
 
 @triton.jit
@@ -99,6 +99,7 @@ def viterbi_kernel(
     odd,
     CLOSED: tl.constexpr,
     BITS: tl.constexpr,
+    LEAST: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -107,16 +108,16 @@ def viterbi_kernel(
 
     Args:
         x: int16 [N, steps, WEIGHTS]. levels: int16 [WEIGHTS, 2^BITS].
-        costs: int32 [N, 2, 2^BITS / 2], the first half set to the costs before the first state.
-        choices: int16 [N, count, 2^BITS / 2].
+        costs: int32 [N, 2, 2^(BITS − LEAST)], the first half set to the costs before the first state.
+        choices: int16 [N, count, 2^(BITS − LEAST)].
         seams: int32 [N]. CLOSED: the edge before and behind the pass, which is read; else that in its middle, which is
             written.
         states: int32 [N, steps], written if CLOSED.
         opened: the number of steps after which every edge is reached; 0: from the beginning.
-        even, odd: new bits of states with an even number and of the others.
+        even, odd: new bits of states with an even number and of the others; LEAST: the smaller number.
         WIDTH: edges whose costs are computed together; at most the number of edges.
     """
-    most_edges: tl.constexpr = 1 << (BITS - 1)
+    most_edges: tl.constexpr = 1 << (BITS - LEAST)
     tile = tl.program_id(0).to(tl.int64)
     x += tile * steps * WEIGHTS
     costs += tile * 2 * most_edges
@@ -174,7 +175,9 @@ def search(
     Returns:
         The states, int32 [N, T].
     """
-    parts = [_search(part, levels, fresh, doublings, window, passes) for part in x.split(TILES)]
+    bytes_of_tile = 2 * x.shape[1] * (levels.shape[1] >> min(fresh))
+    together = max(1, min(TILES, MOST_BYTES // bytes_of_tile))
+    parts = [_search(part, levels, fresh, doublings, window, passes) for part in x.split(together)]
     return torch.cat(parts) if parts else torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
 
 
@@ -183,7 +186,7 @@ def _search(
 ) -> torch.Tensor:
     count, steps, weights = x.shape
     bits = levels.shape[1].bit_length() - 1
-    device, edges = x.device, 1 << (bits - 1)
+    device, edges = x.device, 1 << (bits - min(fresh))
     x, levels = x.contiguous(), levels.contiguous()
     costs = torch.empty(count, 2, edges, dtype=torch.int32, device=device)
     choices = torch.empty(count, steps, edges, dtype=torch.int16, device=device)
@@ -206,6 +209,7 @@ def _search(
                 *fresh,
                 CLOSED=closed,
                 BITS=bits,
+                LEAST=min(fresh),
                 WEIGHTS=weights,
                 DOUBLINGS=doublings,
                 WIDTH=min(MOST_TOGETHER, 1 << (bits - max(fresh))),

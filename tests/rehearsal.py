@@ -1,0 +1,13 @@
+"""Sizes of tests that need a GPU, and small ones for benchmarks/rehearse.py, where Triton's interpreter stands for it."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+Size = TypeVar("Size")
+
+
+def sized(usual: Size, rehearsed: Size) -> Size:
+    """The size on a device, or that of a rehearsal."""
+    return rehearsed if os.environ.get("TRITON_INTERPRET") == "1" else usual
