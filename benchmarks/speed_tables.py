@@ -85,30 +85,3 @@ def _trellis_layers(content: dict | None) -> str:
         lines.append([f"{key[0]}, {key[1]}, {vectors}", f"{dense['microseconds']:.0f}", *cells, " / ".join(errors)])
     titles = ["microseconds of a layer", "dense bfloat16", *_TRELLIS_LAYERS.values(), "error of codes / of bytes"]
     return table(titles, lines) + machine_line(content)
-
-
-def llama_cpp() -> str:
-    """Tokens per second beside llama.cpp, and where the time of our tokens goes."""
-    content = load("llama_cpp-avx2")
-    if content is None:
-        return ""
-    found = {(row["threads"], row["kind"], row["engine"]): row for row in content["rows"]}
-    engines = list(dict.fromkeys(row["engine"] for row in content["rows"]))
-    lines = []
-    for threads, kind in dict.fromkeys(key[:2] for key in found):
-        rows = [found[threads, kind, engine] for engine in engines]
-        cells = [f"{row['tokens_per_second']:.1f} ({row['ours']:.2f}x)" for row in rows[1:]]
-        lines.append([f"{kind}, threads: {threads}", f"{rows[0]['tokens_per_second']:.1f}", *cells])
-    seconds = "CPU second of one thread" if content["cpu_time"] else "second"
-    shares = []
-    for threads, spent in content["breakdown"].items():
-        *some, whole = spent.values()
-        shares.append([threads, f"{whole:.1f}", *(f"{share:.0%}" for share in some)])
-    *parts, total = next(iter(content["breakdown"].values()))
-    titles = ["threads", total, *parts]
-    return "\n".join(
-        [
-            table([f"tokens per {seconds} (ours to theirs)", *engines], lines),
-            table(titles, shares) + machine_line(content),
-        ]
-    )
