@@ -140,6 +140,9 @@ bench-all: bench ## every table of docs/results.md that needs no GPU and no othe
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/cpu_kernels.py
 	-QUIP_KERNELS_CPU_LEVEL=avx2 $(BIN)/python benchmarks/cpu_kernels.py --shared --vectors 1
+	-QUIP_KERNELS_CPU_LEVEL=avx2 $(BIN)/python benchmarks/cpu_kernels.py --shared --shapes 4096x4096 \
+		--trellis trellis:mul1:k2:exl3 trellis:hyb-q9v2:k2:qtip
+	-QUIP_KERNELS_CPU_LEVEL=avx2 $(BIN)/python benchmarks/peers.py --shared # compiles llama.cpp
 	-QUIP_KERNELS_CPU_LEVEL=avx2 $(BIN)/python benchmarks/generate.py $(MODEL) --shared --kinds generate
 	$(BIN)/python benchmarks/generate.py $(MODEL) --busy 1
 	$(BIN)/python benchmarks/cpu_kernels.py --trellis $(TRELLIS:%=trellis:%)
