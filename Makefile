@@ -127,6 +127,9 @@ bench: $(VENV)/.smollm2 $(MODEL)/config.json ## README's tables: quality at 2 to
 	$(BIN)/python benchmarks/quality.py $(MODEL) --settings trellis --bits 2 --seeds 0 --save build/quantized
 	$(BIN)/python benchmarks/finetune.py $(MODEL) --settings text --codebooks trellis --epochs 1 --tuning-samples 512 \
 		--quantized build/quantized/trellis-2-0 --again
+	$(BIN)/python benchmarks/quality.py $(MODEL) --settings trellis-yaqa --bits 2 --seeds 0 --save build/quantized
+	$(BIN)/python benchmarks/finetune.py $(MODEL) --settings text --codebooks trellis --rounding yaqa --epochs 1 --embeddings \
+		--reverse 0.3 --quantized build/quantized/trellis-yaqa-2-0 --again
 	$(BIN)/python benchmarks/finetune.py $(MODEL) --settings text --modes full --epochs 2 --again
 	$(BIN)/python benchmarks/generate.py $(MODEL)
 	$(BIN)/python benchmarks/tables.py

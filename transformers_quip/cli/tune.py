@@ -34,7 +34,7 @@ from .quantize import dataset_of
 @click.option(
     "--reverse",
     type=click.FloatRange(0, 1),
-    default=0.0,
+    default=0.3,
     show_default=True,
     help="Share of KL(quantized || dense) in the loss: it punishes tokens that only the quantized model would write.",
 )

@@ -50,7 +50,7 @@ class TuneOptions:
     warmup: int = 4
     looks: int = 8
     clip: float = 1.0
-    reverse: float = 0.0
+    reverse: float = 0.3
     norms: bool = True
     embeddings: bool = False
     embedding_rate: float = 0.02

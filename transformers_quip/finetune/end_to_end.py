@@ -1,7 +1,7 @@
 """End-to-end tuning: su, sv and the norms of a quantized model follow the output distribution of the dense model.
 
 The loss is the mean of KL(dense ‖ quantized) over all tokens, as in QuIP# (arXiv 2402.04396, section 5) and in knowledge
-distillation. A share of KL(quantized ‖ dense) can be mixed in (generalized knowledge distillation, arXiv 2306.13649): it
+distillation, with a share of KL(quantized ‖ dense) mixed in (generalized knowledge distillation, arXiv 2306.13649): it
 punishes tokens that the quantized model would write and the dense one would not. Only vectors are trained, on request the
 embeddings too, so that Adam's state is small and the stored codes do not change.
 """
