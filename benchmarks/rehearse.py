@@ -26,6 +26,7 @@ from typing import Any
 import interpreter  # noqa: F401 - of kernels/tests; before anything imports a kernel
 import torch
 
+import transformers_quip
 from transformers_quip.ops import backend
 
 OPS = torch.library.Library("quip", "IMPL")
@@ -177,6 +178,7 @@ def gpu(arguments: Sequence[str]) -> int:
     }
     for name, value in sizes.items():
         setattr(benchmark, name, value)
+    vars(transformers_quip)["QuipConfig"] = functools.partial(transformers_quip.QuipConfig, refinement_sweeps=1)
     return benchmark.main([*arguments, "--layers", "1", "--tokens", "2", "--minutes", "30"])
 
 
