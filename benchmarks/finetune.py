@@ -34,7 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_quip import QuipConfig
 from transformers_quip.calibration.dataset import load_token_ids
 from transformers_quip.evaluation import divergence, generation_quality, perplexity, true_bits_per_weight
-from transformers_quip.finetune import TuneOptions, record, tune_vectors
+from transformers_quip.finetune import Teacher, TuneOptions, record, tune_vectors, window_divergences
+from transformers_quip.finetune.end_to_end import student_head
+from transformers_quip.nn.replace import quantized_linears
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 from smollm2 import dense_folder
@@ -98,6 +100,26 @@ def measure(options: argparse.Namespace, model, dense, evaluation: dict[str, tor
     }
 
 
+def stored_changes(model, teacher: Teacher) -> dict[str, dict[str, float]]:
+    """What rounding su and sv to smaller dtypes does to the divergence on HELD_OUT windows: mean change, standard error."""
+    windows = range(len(teacher.ids) - HELD_OUT, len(teacher.ids))
+    head = student_head(model, teacher, teacher.ids[:1, :8])
+    vectors = [vector for linear in quantized_linears(model).values() for vector in (linear.su, linear.sv)]
+    exact = [vector.data.clone() for vector in vectors]
+    before, result = window_divergences(model, teacher, head, windows), {}
+    for dtype in (torch.float16, torch.bfloat16):
+        for vector, value in zip(vectors, exact, strict=True):
+            vector.data.copy_(value.to(dtype))
+        change = window_divergences(model, teacher, head, windows) - before
+        result[str(dtype).removeprefix("torch.")] = {
+            "mean": change.mean().item(),
+            "error": (change.std() / len(change) ** 0.5).item(),
+        }
+    for vector, value in zip(vectors, exact, strict=True):
+        vector.data.copy_(value)
+    return result
+
+
 def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bits: float, epochs: float) -> dict:
     """One row of results/finetune.json."""
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
@@ -124,6 +146,7 @@ def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bit
         report = tune_vectors(model, teacher, chosen)
         row |= {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         row |= {"threads": torch.get_num_threads(), **report.to_dict(), "history": report.history}
+        row["stored_changes"] = stored_changes(model, teacher)
     if options.save:
         model.save_pretrained(options.save)
         tokenizer.save_pretrained(options.save)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,7 +10,6 @@ from tests.finetune.conftest import IDS
 from tests.models import save_tiny_model
 from transformers_quip import QuipConfig
 from transformers_quip.evaluation import write_report
-from transformers_quip.nn.replace import quantized_linears
 
 TUNE = {"epochs": 8, "batch_size": 4, "held_out": 8, "learning_rate": 2e-2}
 OPTIONS = {"dataset": IDS, "num_samples": 16, "sequence_length": 20, "batch_size": 4, "refinement_sweeps": 1}
@@ -55,27 +52,6 @@ def test_it_tunes_what_it_quantized(folder, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.quantization_config.tune == {**record_of(TUNE)}
     assert all(torch.equal(again.state_dict()[name], value) for name, value in tuned.state_dict().items())
-
-
-def test_a_bfloat16_model_keeps_what_was_tuned_in_float32(folder, tmp_path):
-    options = {**OPTIONS, "tune": TUNE}
-    tuned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=QuipConfig(**options))
-    linears = quantized_linears(tuned)
-    assert {linear.su.dtype for linear in linears.values()} == {torch.float32}
-    assert {linear.sv.dtype for linear in linears.values()} == {torch.float32}
-    tuned.save_pretrained(tmp_path)
-    layout = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layout"]
-    assert layout == {"*": {"scales_dtype": "float32"}}
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.dtype == torch.bfloat16
-    state = again.state_dict()
-    assert state.keys() == tuned.state_dict().keys()
-    for name, value in tuned.state_dict().items():
-        assert state[name].dtype == value.dtype, name
-        assert torch.equal(state[name], value), name
-    ids = torch.arange(3, 23)[None]
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, tuned(ids).logits)
 
 
 def record_of(options):

@@ -46,7 +46,7 @@ class QuipConfig(TypedOptions, QuantizationConfigMixin):
         quantized_modules: after any run, the names of the quantized modules, in the short form of
             `checkpoints.names.compress_names`; else None.
         origin: after any run, which model was quantized, and by which versions (`hub.origin.describe`); else None.
-        storage: for a model that was re-packed from a checkpoint of another package, or tuned, how its tensors are stored:
+        storage: for a model that was re-packed from a checkpoint of another package, how its tensors are stored:
             {pattern: {…}} with the attributes of [`Storage`]; else None. In config.json it is called "layout".
         foreign: the own description of such a checkpoint's quantization, while it is loaded; not saved.
 

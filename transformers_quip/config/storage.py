@@ -1,8 +1,8 @@
 """Unusual storage of the tensors of a quantized linear: a record in config.json.
 
-Models that were quantized by transformers-quip need no such record, unless a bfloat16 model was tuned, whose su and sv are
-then float32. Checkpoints of other packages are re-packed without loss; everything that the usual tensors cannot express is
-recorded here, for patterns of module names as in the option `modules`. In config.json the record is called "layout".
+Models that were quantized by transformers-quip need no such record. Checkpoints of other packages are re-packed without
+loss; everything that the usual tensors cannot express is recorded here, for patterns of module names as in the option
+`modules`. In config.json the record is called "layout".
 """
 
 from __future__ import annotations

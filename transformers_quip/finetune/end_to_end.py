@@ -178,25 +178,8 @@ def _note(model: PreTrainedModel, report: TuneReport) -> None:
     config = getattr(model.config, "quantization_config", None)
     if isinstance(config, QuipConfig):
         calibration = config.calibration or {}
-        if report.verdict.accepted:
-            note_scales(model, config)
         if report.verdict.accepted or "tuning" not in calibration:
             config.calibration = {**calibration, "tuning": report.to_dict()}
-
-
-def note_scales(model: PreTrainedModel, config: QuipConfig) -> None:
-    """Record in a config which linears store su and sv in another dtype than the model's (see `student.SCALES`)."""
-    linears = quantized_linears(model)
-    found = {}
-    for name, linear in linears.items():
-        stored = str(linear.su.dtype).removeprefix("torch.")
-        if linear.su.dtype != linear.weight_dtype and config.storage_of(name).scales_dtype != stored:
-            found[name] = {**config.storage_of(name).to_dict(), "scales_dtype": stored}
-    records = list(found.values())
-    if config.storage is None and len(records) == len(linears) and all(record == records[0] for record in records):
-        config.storage = {"*": records[0]}
-    elif found:
-        config.storage = {**(config.storage or {}), **found}
 
 
 def student_head(model: PreTrainedModel, teacher: Teacher, probe: torch.Tensor, trained: bool = False) -> Head:

@@ -15,7 +15,7 @@ from ..config.tune import TuneOptions
 from ..quantize.recipe import QuantizationReport, quantize_model
 from ..quantize.residence import IN_MEMORY, Residence
 from .blockwise import BlockTuner
-from .end_to_end import note_scales, tune_vectors
+from .end_to_end import tune_vectors
 from .teacher import record
 
 if TYPE_CHECKING:
@@ -73,5 +73,4 @@ def quantize_and_tune(
     report.seconds["tune"] += time.perf_counter() - started
     report.tuning = tuned.to_dict() | {"history": tuned.history}
     report.config.calibration = {**(report.config.calibration or {}), "tuning": tuned.to_dict()}
-    note_scales(model, report.config)
     return report

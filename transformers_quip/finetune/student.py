@@ -95,10 +95,6 @@ class TrainedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-# The dtype of tuned su and sv of a bfloat16 model: bfloat16 keeps 8 bits of a factor, and tuning changes factors by less.
-SCALES = torch.float32
-
-
 @dataclass
 class Student:
     """The parts of a model that are trained.
@@ -360,20 +356,11 @@ def _restore(module: nn.Module, student: Student, merge: bool) -> None:
     if not merge:
         return
     for linear in student.linears.values():
-        quantized = linear.base_layer
-        _widen(quantized)
-        _multiply(quantized.sv, linear.a)
+        _multiply(linear.base_layer.sv, linear.a)
         if linear.b is not None:
-            _multiply(quantized.su, linear.b)
+            _multiply(linear.base_layer.su, linear.b)
     for trained in student.dense.values():
         dense_weight(trained.base_layer).copy_(trained.weight)
-
-
-def _widen(linear: QuipLinear) -> None:
-    """Store su, sv and the codebook's own vectors as `SCALES` if they are bfloat16; the bias stays as it is."""
-    for name, parameter in linear.named_parameters(recurse=False):
-        if name != "bias" and parameter.dtype == torch.bfloat16:
-            parameter.data = parameter.data.to(SCALES)
 
 
 def _multiply(vector: nn.Parameter, factors: torch.Tensor) -> None:
