@@ -151,6 +151,7 @@ bench-all: bench ## every table of docs/results.md that needs no GPU and no othe
 	$(BIN)/python benchmarks/cpu_kernels.py --trellis $(TRELLIS:%=trellis:%)
 	$(BIN)/transformers-quip quantize $(MODEL) $(MODEL)-quip-2bit --overwrite
 	$(BIN)/python benchmarks/activations.py $(MODEL)-quip-2bit
+	$(BIN)/python benchmarks/code_moves.py $(MODEL)-quip-2bit --windows 12 --shares 1e-5 1e-4 1e-3
 	$(BIN)/python benchmarks/methods.py $(MODEL)
 	$(BIN)/python benchmarks/trellis.py
 	$(BIN)/python benchmarks/experts.py
