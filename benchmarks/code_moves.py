@@ -43,7 +43,7 @@ class Layer:
         self.quantized, self.book = quantized, codebooks.get(quantized.codebook)
         self.points = quantized._decode(torch.float32)
         self.dense = nn.Linear(quantized.in_features, quantized.out_features, bias=False)
-        self.before = quantized.dequantize(torch.float32)
+        self.before = quantized._weight_of(self.points).contiguous()
         self.dense.weight.data = self.before.clone()
         self.sums: list[torch.Tensor] = []
 
@@ -53,13 +53,6 @@ class Layer:
         scaled = gradient * one.sv.float()[:, None] * one.su.float()
         rows = torch.ops.quip.transform(scaled, one.incoherence_in, one.seed, True)
         return torch.ops.quip.transform(rows.T.contiguous(), one.incoherence_out, one.seed, True).T.contiguous()
-
-    def weight(self, points: torch.Tensor) -> torch.Tensor:
-        """The weight [m, n] of these points."""
-        one = self.quantized
-        rows = torch.ops.quip.transform(points, one.incoherence_in, one.seed, False) * one.su.float()
-        columns = torch.ops.quip.transform(rows.T.contiguous(), one.incoherence_out, one.seed, False).T
-        return (columns * one.sv.float()[:, None]).contiguous()
 
     def moves(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The neighbouring points in blocks [..., size], and the gain [...] that the gradient predicts for each block."""
@@ -71,7 +64,8 @@ class Layer:
     def moved(self, points: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The weight [m, n] after these blocks have moved to these points."""
         old = self.book.to_blocks(self.points)
-        return self.weight(self.book.from_blocks(torch.where(chosen[..., None], points, old)))
+        points = self.book.from_blocks(torch.where(chosen[..., None], points, old))
+        return self.quantized._weight_of(points).contiguous()
 
 
 def main() -> None:

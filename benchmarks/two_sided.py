@@ -33,16 +33,16 @@ from smollm2 import dense_folder
 HELD_OUT = 8
 
 
-class Once:
-    """The first result of a function, for every call."""
+def compute_gradients_once() -> None:
+    """Let every run of this process use the gradients of the first."""
+    gradients, kept = recipe.curvature_of, {}
 
-    def __init__(self, function):
-        self._function, self._result = function, None
+    def once(*arguments):
+        if not kept:
+            kept.update(gradients(*arguments))
+        return dict(kept)  # quantizing takes out what it has used
 
-    def __call__(self, *arguments):
-        if self._result is None:
-            self._result = self._function(*arguments)
-        return self._result
+    recipe.curvature_of = once
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     name, blocks = find_blocks(dense)
     rows = []
     if options.dampings:
-        recipe.curvature_of = Once(recipe.curvature_of)
+        compute_gradients_once()
         ways = [(None, None), *((options.sketches[0], damping) for damping in options.dampings)]
     else:
         ways = [(sketch, hessian.OUTPUT_DAMPING if sketch else None) for sketch in (None, *options.sketches)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TypeVar
+
+from quip_kernels.gpu import launch
 
 Size = TypeVar("Size")
 
 
 def sized(usual: Size, rehearsed: Size) -> Size:
     """The size on a device, or that of a rehearsal."""
-    return rehearsed if os.environ.get("TRITON_INTERPRET") == "1" else usual
+    return rehearsed if launch.interpreted() else usual

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quip_kernels import control_groups
+from tests.control_groups import pretend
 from transformers_quip.memory import free_memory
 
 CPU = torch.device("cpu")
@@ -41,12 +42,7 @@ GROUPS = {
 @pytest.mark.parametrize("case", GROUPS)
 def test_control_groups(case, tmp_path, monkeypatch):
     listed, files, expected = GROUPS[case]
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    (tmp_path / "listed").write_text(listed)
-    monkeypatch.setattr(control_groups, "_LIST", tmp_path / "listed")
-    monkeypatch.setattr(control_groups, "_ROOT", tmp_path)
+    pretend(monkeypatch, tmp_path, listed, files)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5 * 10**9}))
     assert free_memory(CPU) == (5 * 10**9 if expected is None else expected)
 

@@ -6,9 +6,10 @@ import time
 import pytest
 import torch
 
-from quip_kernels import control_groups, cpu, cpu_library
+from quip_kernels import cpu, cpu_library
 from quip_kernels import cpu_linear as kernels
 from tests import truth
+from tests.control_groups import pretend
 
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the CPU library was not compiled")
 
@@ -99,11 +100,5 @@ GROUPS = {
 @pytest.mark.parametrize("case", GROUPS)
 def test_processors_of_control_groups(case, tmp_path, monkeypatch):
     listed, files, expected = GROUPS[case]
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    list_file = tmp_path / "listed"
-    list_file.write_text(listed)
-    monkeypatch.setattr(control_groups, "_ROOT", tmp_path)
-    monkeypatch.setattr(control_groups, "_LIST", list_file)
+    pretend(monkeypatch, tmp_path, listed, files)
     assert cpu_library.granted_processors() == expected

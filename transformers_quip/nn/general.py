@@ -109,16 +109,13 @@ class GeneralLinear(QuipLinear):
         return ((factor.T if transpose else factor) @ x).flatten(-2)
 
     @torch.no_grad()
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """See [`QuipLinear.dequantize`]."""
-        dtype = dtype or self.weight_dtype
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        weight = self._decode(compute)
-        if self.row_scales is not None:
-            weight = weight * self.row_scales.to(compute)[:, None]
+    def _weight_of(self, points: torch.Tensor) -> torch.Tensor:
+        """See [`QuipLinear._weight_of`]; for the points of the larger matrix if this is a part of one."""
+        compute = points.dtype
+        weight = points if self.row_scales is None else points * self.row_scales.to(compute)[:, None]
         weight = self._rotate(weight, "in")[:, : self.in_features] * self.su.to(compute)[: self.in_features]
         weight = self._rotate(weight.T.contiguous(), "out").T[: self.out_features]
-        return (weight * self.sv.to(compute)[: self.out_features, None]).to(dtype).contiguous()
+        return weight * self.sv.to(compute)[: self.out_features, None]
 
     def _rotate(self, rows: torch.Tensor, side: str) -> torch.Tensor:
         """Q_in or Q_out times every row."""

@@ -143,11 +143,15 @@ class QuipLinear(PackedCodes, nn.Linear):
         """
         dtype = dtype or self.weight_dtype
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        weight = self._decode(compute)
+        return self._weight_of(self._decode(compute)).to(dtype).contiguous()
+
+    @torch.no_grad()
+    def _weight_of(self, points: torch.Tensor) -> torch.Tensor:
+        """diag(sv) Q_out Ŵ Q_inᵀ diag(su) for Ŵ = points."""
         # Rows first: (Ŵ Q_inᵀ) is Q_in applied to every row of Ŵ; then Q_out to every column.
-        weight = torch.ops.quip.transform(weight, self.incoherence_in, self.seed, False) * self.su.to(compute)
+        weight = torch.ops.quip.transform(points, self.incoherence_in, self.seed, False) * self.su.to(points.dtype)
         weight = torch.ops.quip.transform(weight.T.contiguous(), self.incoherence_out, self.seed, False).T
-        return (weight * self.sv.to(compute)[:, None]).to(dtype).contiguous()
+        return weight * self.sv.to(points.dtype)[:, None]
 
     def _decode(self, dtype: torch.dtype) -> torch.Tensor:
         """Ŵ."""

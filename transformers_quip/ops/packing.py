@@ -130,16 +130,14 @@ def _is_expansion_wanted(weight: Sequence[torch.Tensor], codebook: str, dtype: t
     wanted = get_memory()
     if wanted == "compact" or for_device(weight[0].device) != "cpu" or not cpu.is_available():
         return False
-    level = LEVELS[default_level()]
-    if has_packed_form(codebook):
-        size = _size_of_nibbles(weight) if level in LEVELS_FOR_NIBBLES else 0
-    else:
-        size = _size_of_records(weight, codebook, dtype) if level in LEVELS_FOR_RECORDS else 0
+    has_nibbles, current = has_packed_form(codebook), settings()
+    if LEVELS[default_level()] not in (LEVELS_FOR_NIBBLES if has_nibbles else LEVELS_FOR_RECORDS):
+        return False
+    if wanted != "fast" and _refused.get(weight[0]) is current:
+        return False
+    size = _size_of_nibbles(weight) if has_nibbles else _size_of_records(weight, codebook, dtype)
     if not size or wanted == "fast":
         return bool(size)
-    current = settings()
-    if _refused.get(weight[0]) is current:
-        return False
     fits = size + RESERVE <= free_memory(weight[0].device)
     if not fits:
         _refused[weight[0]] = current

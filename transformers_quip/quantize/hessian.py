@@ -113,16 +113,15 @@ def prepare_hessian(hessian: torch.Tensor, weights: torch.Tensor, config: QuipCo
 OUTPUT_DAMPING = 0.4
 
 
-def prepare_output_hessian(
-    hessian: torch.Tensor, signs: torch.Tensor, q_out: Transform, damping: float | None = None
-) -> torch.Tensor:
+def prepare_output_hessian(hessian: torch.Tensor, signs: torch.Tensor, q_out: Transform) -> torch.Tensor:
     """The output-side Hessian after the transforms of the output side, damped: Q_outᵀ diag(signs) H diag(signs) Q_out + …
+
+    `OUTPUT_DAMPING` of the mean of the diagonal is added to it, tenfold until there is a Cholesky factor.
 
     Args:
         hessian: float32 [m, m], up to a factor.
         signs: float32 [m].
         q_out: the transform of the output side.
-        damping: of the mean of the diagonal, tenfold until there is a Cholesky factor; None: `OUTPUT_DAMPING`.
 
     Returns:
         float32 [m, m] with a diagonal of mean 1 before the damping.
@@ -130,14 +129,13 @@ def prepare_output_hessian(
     Raises:
         ValueError: it has no positive diagonal, or no Cholesky factor even with much damping.
     """
-    damping = OUTPUT_DAMPING if damping is None else damping
     mean = hessian.diagonal().mean()
     if not mean > 0:
         raise ValueError("an output-side Hessian without a positive diagonal")
     rotated = _rotate(hessian / mean, signs, q_out)
     for attempt in range(_ATTEMPTS):
         damped = rotated.clone()
-        damped.diagonal().add_(damping * 10**attempt)
+        damped.diagonal().add_(OUTPUT_DAMPING * 10**attempt)
         if torch.linalg.cholesky_ex(damped.double()).info == 0:
             return damped
     raise ValueError("an output-side Hessian that is not positive definite")

@@ -30,8 +30,10 @@ def can_expand(codes: torch.Tensor, pair_bits: int, table: torch.Tensor | None =
     """Whether these are codes on the CPU, of so few bits and of such a table that rounding costs as little as that."""
     if codes.dtype is not torch.int16 or codes.ndim != 2 or not codes.is_cpu or codes.numel() == 0:
         return False
-    if table is None or pair_bits > MOST_PAIR_BITS:
-        return pair_bits <= MOST_PAIR_BITS
+    if pair_bits > MOST_PAIR_BITS:
+        return False
+    if table is None:
+        return True
     values = table.double()
     return bool(values.abs().max() < MOST_PEAK * values.square().mean().sqrt())
 
@@ -47,9 +49,8 @@ def _width(columns: int, pair_bits: int) -> int:
 
 def columns_of_records(records: torch.Tensor, pair_bits: int) -> int:
     """Columns of the weight. Raises `ValueError` for a tensor that is not records on the CPU."""
-    columns = (
-        (records.shape[-1] - _HEAD) // (TILE + pair_bits) // TILE * TILE
-    )  # what fills up the codes is less than a tile
+    # what fills up the codes is less than a tile
+    columns = (records.shape[-1] - _HEAD) // (TILE + pair_bits) // TILE * TILE
     if not is_records(records) or not records.is_cpu or records.shape[1] != _width(columns, pair_bits) or columns < TILE:
         raise ValueError(
             f"records must be int8 [m/{TILE}, {_HEAD} + bytes of codes + bytes of weights] on the CPU, got {records.dtype} "

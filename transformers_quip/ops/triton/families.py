@@ -1,7 +1,7 @@
 """The families of Triton kernels, each with a test on small random inputs: what a device must prove before it is trusted.
 
 The truth is PyTorch on the CPU: the formulas of `reference`, in float64. Inputs have the sizes and dtypes that take every
-way through a kernel: rows and columns that are no multiples of a tile, one vector and several, one stage and two. Most of
+way through a kernel: rows and columns that are not multiples of a tile, one vector and several, one stage and two. Most of
 the time goes into compiling, so no kernel is compiled in more forms than these ways need
 (`kernels/benchmarks/self_check.py` counts them).
 """
