@@ -85,3 +85,34 @@ def _trellis_layers(content: dict | None) -> str:
         lines.append([f"{key[0]}, {key[1]}, {vectors}", f"{dense['microseconds']:.0f}", *cells, " / ".join(errors)])
     titles = ["microseconds of a layer", "dense bfloat16", *_TRELLIS_LAYERS.values(), "error of codes / of bytes"]
     return table(titles, lines) + machine_line(content)
+
+
+def llama_cpp() -> str:
+    """Tokens per second beside llama.cpp, and where the time of our tokens goes."""
+    content = load("llama_cpp-avx2")
+    if content is None:
+        return ""
+    found = {(row["threads"], row["kind"], row["engine"]): row for row in content["rows"]}
+    engines = list(dict.fromkeys(row["engine"] for row in content["rows"]))
+    lines = []
+    for threads, kind in dict.fromkeys(key[:2] for key in found):
+        rows = [found[threads, kind, engine] for engine in engines]
+        cells = []
+        for row in rows:
+            ratios = ", ".join(f"{ratio:.2f}x" for ratio in row["ours"])
+            theirs = f" ({ratios})" if row["engine"].startswith("llama.cpp") else ""
+            cells.append(f"{row['tokens_per_second']:.1f}{theirs}")
+        lines.append([f"{kind}, threads: {threads}", *cells])
+    seconds = "CPU second of one thread" if content["cpu_time"] else "second"
+    shares = []
+    for threads, ours in content["breakdown"].items():
+        for name, spent in ours.items():
+            *some, whole = spent.values()
+            shares.append([name, threads, f"{whole:.1f}", *(f"{share:.0%}" for share in some)])
+    *parts, total = next(iter(next(iter(content["breakdown"].values())).values()))
+    return "\n".join(
+        [
+            table([f"tokens per {seconds} (ours to theirs)", *engines], lines),
+            table(["", "threads", total, *parts], shares) + machine_line(content),
+        ]
+    )

@@ -19,7 +19,7 @@ import fuzz_tables
 import serving
 from markdown_tables import figure, load, machine_line, number, table
 from quality import groups
-from speed_tables import narrow, speed
+from speed_tables import llama_cpp, narrow, speed
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/how_it_works.md", "docs/serving.md"))
@@ -326,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning": tuning,
     "speed": speed,
     "speed-narrow": narrow,
+    "llama-cpp": llama_cpp,
     "peers": peers,
     "memory": memory,
     "activations": activations,
