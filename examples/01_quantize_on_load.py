@@ -51,10 +51,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="where to save; next to FOLDER by default")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--dataset", default="self", help="calibration data: self, none, or a text file")
-    parser.add_argument("--num-samples", type=int, default=64, help="calibration sequences (more is better, slower)")
+    parser.add_argument("--num-samples", type=int, default=32, help="calibration sequences (more is better, slower)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each of them")
     parser.add_argument(
-        "--tune", type=float, default=2, metavar="EPOCHS", help="train su, sv and norms after rounding; 0: no"
+        "--sweeps", type=int, default=2, help="passes over the codes after rounding; the package's default is 10"
+    )
+    parser.add_argument(
+        "--tune", type=float, default=1, metavar="EPOCHS", help="train su, sv and norms after rounding; 0: no"
     )
     parser.add_argument("--text", type=Path, help="for the perplexity; gensim's news by default")
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens for the perplexity")
@@ -78,13 +81,18 @@ def main(options: argparse.Namespace) -> None:
         dataset = "self"
     else:
         dataset = None if options.dataset == "none" else [Path(options.dataset).read_text(encoding="utf-8")]
-    # su, sv and the norms learn the dense model's predictions on the same text; 8 more sequences decide about the result
-    tune = {"epochs": options.tune, "held_out": 8, "batch_size": 2} if options.tune and dataset is not None else "none"
+    # su, sv and the norms learn the dense model's predictions on the same text; 6 more sequences decide about the result
+    tune = (
+        {"epochs": options.tune, "held_out": 6, "batch_size": 2, "looks": 1}
+        if options.tune and dataset is not None
+        else "none"
+    )
     config = QuipConfig(
         bits=options.bits,
         dataset=dataset,
         num_samples=options.num_samples,
         sequence_length=options.sequence_length,
+        refinement_sweeps=options.sweeps,
         tune=tune,
         seed=options.seed,
     )

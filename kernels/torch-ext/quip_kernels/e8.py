@@ -16,7 +16,7 @@ import itertools
 
 import torch
 
-from .e8p import CODES_PER_WORD, WEIGHT_OF_NIBBLE, words
+from .e8p import CODES_PER_WORD, WEIGHT_OF_NIBBLE, row_parts, words
 
 
 @functools.cache
@@ -55,9 +55,10 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     width = words(count * 8)
     planes = torch.zeros(1, rows, width, dtype=torch.int32, device=codes.device)
     # byte by byte: the layout fixes the order of bytes in a word, whatever the machine's byte order is
-    for i in range(CODES_PER_WORD):
-        column = codes[:, i::CODES_PER_WORD].to(torch.int32)
-        planes[0, :, : column.shape[1]] |= column << (8 * i)
+    for part in row_parts(rows):
+        for i in range(CODES_PER_WORD):
+            column = codes[part, i::CODES_PER_WORD].to(torch.int32)
+            planes[0, part, : column.shape[1]] |= column.bitwise_left_shift_(8 * i)
     return planes
 
 
