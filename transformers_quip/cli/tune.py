@@ -38,6 +38,13 @@ from .quantize import dataset_of
     show_default=True,
     help="Share of KL(quantized || dense) in the loss: it punishes tokens that only the quantized model would write.",
 )
+@click.option(
+    "--code-rounds",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Afterwards, move codes in this many rounds; each is kept only if it helps on the held-out sequences.",
+)
 @click.option("--seed", default=0, show_default=True, help="Random seed of the text and its order.")
 @click.option(
     "--state",
@@ -68,6 +75,7 @@ def command(
     learning_rate: float,
     embeddings: bool,
     reverse: float,
+    code_rounds: int,
     seed: int,
     state: Path | None,
     report_file: Path | None,
@@ -81,8 +89,8 @@ def command(
 
     With --embeddings, its embeddings and output head, which must be dense, are trained as well.
 
-    The codes do not change, so OUT has the size and the speed of MODEL. If the result is not better on held-out text, OUT
-    is a copy of MODEL, and a message says so.
+    The codes stay, or with --code-rounds a few of them become others, so OUT has the size and the speed of MODEL. If the
+    result is not better on held-out text, OUT is a copy of MODEL, and a message says so.
     """
     from ..checkpoints.sizes import check_same_sizes
     from ..config import QuipConfig
@@ -95,6 +103,7 @@ def command(
         held_out=held_out,
         embeddings=embeddings,
         reverse=reverse,
+        code_rounds=code_rounds,
         seed=seed,
     )
     data = QuipConfig(dataset=dataset_of(dataset), num_samples=num_samples, sequence_length=sequence_length, seed=seed)
@@ -173,7 +182,10 @@ def _conclude(out: Path, report: Any, as_json: bool) -> None:
     if as_json:
         show_json({"folder": str(out), **report.to_dict(), "history": report.history})
         return
-    kept = "" if report.verdict.accepted else "; not better, so the model is unchanged"
+    codes = report.codes
+    kept = "" if report.verdict.accepted else "; not better, so su, sv and norms are unchanged"
+    if codes is not None:
+        kept += f"; {codes.moved} of {codes.blocks} blocks moved, {codes.verdict.after:.4f} after that"
     show(
         f"{out}: KL divergence to the dense model {report.verdict.before:.4f} before, {report.verdict.after:.4f} after, "
         f"on {report.tokens} tokens in {report.seconds:.0f} s{kept}"
