@@ -57,6 +57,20 @@ def test_embeddings_and_a_share_of_the_other_divergence(quantized, dense, text, 
     assert other["held_out_after"] != found["held_out_after"]
 
 
+def test_rounds_of_codes(quantized, dense, text, tmp_path, capsys):
+    options = ["--dense", dense, "--dataset", text, "--num-samples", 12, "--sequence-length", 16, "--held-out", 8]
+    options += ["--epochs", 1, "--dtype", "float32", "--code-rounds", 2, "--state", tmp_path / "state"]
+    code, found, err = run(capsys, "tune", quantized, tmp_path / "tuned", *options, "--json")
+    assert code == 0, err
+    assert found["codes"]["after"] <= found["codes"]["before"]
+    assert {path.name for path in (tmp_path / "state").iterdir()} >= {"tuning.safetensors", "codes.safetensors"}
+    code, shown, err = run(capsys, "tune", quantized, tmp_path / "again", *options)
+    assert code == 0, err
+    assert f"{found['codes']['moved']} of {found['codes']['blocks']} blocks moved" in shown
+    first, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("tuned", "again"))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
