@@ -2,14 +2,15 @@
 
     python benchmarks/finetune.py [FOLDER] [--settings text self] [--codebooks e8p trellis] [--modes vectors full]
                                   [--bits 2] [--epochs 0 1 2 4] [--tuning-samples N] [--quantized FOLDER] [--seed N]
-                                  [--embeddings] [--reverse SHARE] [--batch-size N] [--code-rounds N]
-                                  [--rounding yaqa] [--save FOLDER]
+                                  [--embeddings] [--reverse SHARE] [--batch-size N] [--own-windows N]
+                                  [--code-rounds N] [--rounding yaqa] [--save FOLDER]
 
 Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
 the dense model writes. Modes: `vectors` tunes end to end only, `full` also tunes each block while it is rounded. `epochs 0`
 is the model before tuning end to end: with `vectors` the quantized model, with `full` the one after blockwise tuning.
---embeddings trains the embeddings as well, --reverse is the share of KL(quantized || dense) in the loss, --code-rounds moves
-codes afterwards, and --rounding says how the model of --quantized was rounded, or how it is to be.
+--embeddings trains the embeddings as well, --reverse is the share of KL(quantized || dense) in the loss, --own-windows are
+further windows that the quantized model writes, --code-rounds moves codes afterwards, and --rounding says how the model of
+--quantized was rounded, or how it is to be.
 
 Tuning end to end reads the windows that quantizing read, or with --tuning-samples more of the same source. --quantized is a
 model that `quality.py --save` has made with the same windows, so that it need not be quantized again.
@@ -46,7 +47,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache/finetune"
 HELD_OUT = 16
 PROMPTS, PROMPT_LENGTH, WRITTEN = 8, 32, 128
 # Options that tell rows apart, besides the combinations; and their values in rows that were made before they were options.
-CHOSEN = {"rounding": "ldlq", "embeddings": False, "reverse": 0.0, "batch_size": 4, "code_rounds": 0}
+CHOSEN = {"rounding": "ldlq", "embeddings": False, "reverse": 0.0, "batch_size": 4, "own_windows": 0, "code_rounds": 0}
 
 
 def text(options: argparse.Namespace, setting: str, tokenizer) -> torch.Tensor:
@@ -137,7 +138,13 @@ def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bit
     model = AutoModelForCausalLM.from_pretrained(folder)
     if epochs:
         wall, cpu = time.perf_counter(), time.process_time()
-        teacher = record(dense, ids, CACHE / f"{setting}-{options.tuning_samples}-{options.seed}.bin")
+        name = f"{setting}-{options.tuning_samples}-{options.seed}"
+        if options.own_windows:
+            own, _ = load_token_ids(QuipConfig(num_samples=options.own_windows, seed=options.seed), model, tokenizer)
+            ids = torch.cat([ids[:-HELD_OUT], own, ids[-HELD_OUT:]])
+            name = f"own-{name}"
+            row["own_text_cpu_seconds"] = time.process_time() - cpu
+        teacher = record(dense, ids, CACHE / f"{name}.bin")
         row["teacher_cpu_seconds"] = time.process_time() - cpu
         chosen = TuneOptions(
             epochs=epochs,
@@ -175,6 +182,7 @@ def main() -> None:
     parser.add_argument("--embeddings", action="store_true")
     parser.add_argument("--reverse", type=float, default=0.0)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--own-windows", type=int, default=0)
     parser.add_argument("--code-rounds", type=int, default=0)
     parser.add_argument("--save", type=Path, help="keep the tuned model here")
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
