@@ -141,7 +141,7 @@ def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bit
         name = f"{setting}-{options.tuning_samples}-{options.seed}"
         if options.own_windows:
             own, _ = load_token_ids(QuipConfig(num_samples=options.own_windows, seed=options.seed), model, tokenizer)
-            ids = torch.cat([ids[:-HELD_OUT], own, ids[-HELD_OUT:]])
+            ids = torch.cat([own, ids])  # the last ones are held out
             name = f"own-{name}"
             row["own_text_cpu_seconds"] = time.process_time() - cpu
         teacher = record(dense, ids, CACHE / f"{name}.bin")

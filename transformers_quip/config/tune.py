@@ -43,7 +43,7 @@ class TuneOptions:
             they are tied, they stay tied.
         embedding_rate: their learning rate relative to the size of their entries, as a share of `learning_rate`.
         code_rounds: after the vectors, move codes in this many rounds. Each takes the gradient of some windows and moves
-            the codes that should gain most to neighbouring points; it is undone unless held-out windows are predicted better.
+            the codes that should gain most to neighbouring points; it is undone unless held-out windows get better.
         code_windows: windows for the gradient of a round.
         code_share: share of all blocks of weights that move in the first round.
         memory: "fast" keeps all decoded weights and activations, "low" computes them again in the backward pass,
