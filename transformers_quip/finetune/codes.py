@@ -139,6 +139,30 @@ class MovableLinear(nn.Module):
         return torch.ops.quip.transform(rows.T.contiguous(), linear.incoherence_out, linear.seed, True).T.contiguous()
 
 
+class Candidates(NamedTuple):
+    """Blocks of one linear that may move, at most one in each row of blocks.
+
+    Attributes:
+        rows, columns: int64 [k], where the blocks are.
+        points: float32 [k, weights of a block], where they are in the codebook's space.
+        slopes: of the same shape, the gradient with respect to them.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    points: torch.Tensor
+    slopes: torch.Tensor
+
+    def only(self, chosen: torch.Tensor) -> Candidates:
+        """Some of them."""
+        return Candidates(*(part[chosen] for part in self))
+
+    @property
+    def steepness(self) -> torch.Tensor:
+        """The norm of each slope: float32 [k]."""
+        return self.slopes.norm(dim=-1)
+
+
 class Moves(NamedTuple):
     """Moves of blocks of one linear, at most one in each row of blocks.
 
@@ -159,8 +183,8 @@ class Moves(NamedTuple):
 
 
 @torch.no_grad()
-def best_moves(book: codebooks.Codebook, points: torch.Tensor, slope: torch.Tensor, most: int) -> Moves:
-    """The move in each row of blocks that should gain most: those of the `most` rows with the steepest slopes.
+def steepest_blocks(book: codebooks.Codebook, points: torch.Tensor, slope: torch.Tensor) -> Candidates:
+    """The block with the steepest slope in each row of blocks.
 
     Args:
         book: the codebook of the points.
@@ -169,21 +193,29 @@ def best_moves(book: codebooks.Codebook, points: torch.Tensor, slope: torch.Tens
     """
     complete = (0, -points.shape[1] % book.block_size)
     old, slopes = (book.to_blocks(nn.functional.pad(matrix, complete)) for matrix in (points, slope))
-    steepness, columns = slopes.norm(dim=-1).max(dim=1)
-    rows = steepness.topk(min(most, len(steepness))).indices
-    columns = columns[rows]
-    old, slopes = old[rows, columns], slopes[rows, columns]
-    directions = slopes / slopes.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    columns = slopes.norm(dim=-1).argmax(dim=1)
+    rows = torch.arange(len(columns), device=columns.device)
+    return Candidates(rows, columns, old[rows, columns], slopes[rows, columns])
+
+
+@torch.no_grad()
+def best_moves(book: codebooks.Codebook, candidates: Candidates) -> Moves:
+    """Moves of these blocks against their slopes, to the first other point on the way that should gain."""
+    points, slopes = candidates.points, candidates.slopes
+    directions = slopes / candidates.steepness[:, None].clamp_min(1e-30)
     # the rms error of a block of Gaussian weights, a third above the bound of the rate-distortion function
-    radius = book.gaussian_scale * 2.0**-book.bits * math.sqrt(1.3 * old.shape[-1])
-    codes, found = book.encode(old)
+    radius = book.gaussian_scale * 2.0**-book.bits * math.sqrt(1.3 * points.shape[-1])
+    still = torch.arange(len(points), device=points.device)
+    parts: list[Moves] = []
     for distance in _DISTANCES:
-        still = (found == old).all(-1)
-        further, there = book.encode(old - distance * radius * directions)
-        found = torch.where(still[:, None], there, found)
-        codes = torch.where(still.view(-1, *[1] * (codes.ndim - 1)), further, codes)
-    gains = ((old - found) * slopes).sum(-1)
-    return Moves(rows, columns, codes, gains).only(gains > 0)
+        codes, found = book.encode(points[still] - distance * radius * directions[still])
+        gains = ((points[still] - found) * slopes[still]).sum(-1)
+        moves = Moves(candidates.rows[still], candidates.columns[still], codes, gains)
+        parts.append(moves.only(gains > 0))
+        still = still[gains <= 0]
+        if not len(still):
+            break
+    return Moves(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
@@ -288,7 +320,8 @@ class _Mover:
         found = self._candidates(names, chosen, count * _CANDIDATES)
         moved, predicted = 0, 0.0
         for _ in range(_TRIES):
-            moves = _largest(found, count)
+            largest = _largest({name: moves.gains for name, moves in found.items()}, count)
+            moves = {name: found[name].only(chosen) for name, chosen in largest.items()}
             predicted = sum(one.gains.sum().item() for one in moves.values())
             if self._helps(moves):
                 moved = sum(len(one.rows) for one in moves.values())
@@ -315,7 +348,7 @@ class _Mover:
         return False
 
     def _candidates(self, names: Sequence[str], chosen: Sequence[int], most: int) -> dict[str, Moves]:
-        """Moves of these linears, from the gradient of these windows; at least the `most` steepest of all."""
+        """Moves of these linears, from the gradient of these windows: of the `most` blocks with the steepest slopes."""
         tokens = len(chosen) * self.teacher.ids.shape[1]
         linears = {name: self.linears[name] for name in names}
         with (
@@ -326,10 +359,13 @@ class _Mover:
             for index in chosen:
                 loss = divergence_of(self.model, self.teacher, self.head, [index], self.options.reverse)
                 (loss / tokens).backward()
-        return {
-            name: best_moves(codebooks.get(linear.codebook), _points(linear), stand_ins[name].slope(), most)
+        books = {name: codebooks.get(linear.codebook) for name, linear in linears.items()}
+        found = {
+            name: steepest_blocks(books[name], _points(linear), stand_ins.pop(name).slope())
             for name, linear in linears.items()
         }
+        steep = _largest({name: one.steepness for name, one in found.items()}, most)
+        return {name: best_moves(books[name], found[name].only(chosen)) for name, chosen in steep.items()}
 
     def _keep(self, done: int) -> None:
         """Write the run down."""
@@ -391,14 +427,14 @@ def _copy(linear: QuipLinear) -> _Taken:
     return _Taken(stored, linear.su.detach(), linear.sv.detach())
 
 
-def _largest(found: Mapping[str, Moves], count: int) -> dict[str, Moves]:
-    """The moves with the largest predicted gains, of all linears together; without linears that have none."""
-    gains = torch.cat([moves.gains.cpu() for moves in found.values()])
-    if not len(gains):
+def _largest(values: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """Which of these numbers are among the `count` largest of all: booleans by name, without names that have none."""
+    every = torch.cat([v.cpu() for v in values.values()] or [torch.empty(0)])
+    if not len(every):
         return {}
-    least = gains.topk(min(count, len(gains))).values[-1]
-    chosen = {name: moves.only(moves.gains >= least.to(moves.gains)) for name, moves in found.items()}
-    return {name: moves for name, moves in chosen.items() if len(moves.rows)}
+    least = every.topk(min(count, len(every))).values[-1]
+    chosen = {name: v >= least.to(v) for name, v in values.items()}
+    return {name: which for name, which in chosen.items() if which.any()}
 
 
 def _groups(linears: Mapping[str, QuipLinear]) -> list[list[str]]:
