@@ -1,12 +1,13 @@
 """Perplexity of a quantized model, by the protocol in protocol.py, for several calibrations, bits and seeds.
 
-    python benchmarks/quality.py [FOLDER] [--settings text trellis trellis-refit trellis-yaqa eighths self none]
-        [--bits 2 2.5 3 4] [--seeds 0 1 2] [--num-samples N] [--save FOLDER]
+    python benchmarks/quality.py [FOLDER] [--settings text trellis trellis-refit trellis-yaqa trellis-yaqa-256 eighths
+        self none] [--bits 2 2.5 3 4] [--seeds 0 1 2] [--num-samples N] [--save FOLDER]
 
 Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `trellis-refit` fits
-su to the codes as well, `trellis-yaqa` rounds for the model's output with gradients of 64 sequences, `eighths` has
-tensor_parallel=8 (transforms in 8 blocks on the side that is divided), `self` is the bare default (text that the model
-writes itself), `none` is dataset=None. The divergence to the dense model is that of the first 8 windows of each text.
+su to the codes as well, `trellis-yaqa` rounds for the model's output with gradients of 64 sequences, `trellis-yaqa-256` of
+256, `eighths` has tensor_parallel=8 (transforms in 8 blocks on the side that is divided), `self` is the bare default (text
+that the model writes itself), `none` is dataset=None. The divergence to the dense model is that of the first 8 windows of
+each text.
 --save keeps the quantized models. Each run is a fresh process. results/quality.json is written after every run, and runs
 that it has already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
 For the first seed of each setting at 2 bits, a picture of the errors of every layer is written to the same folder. If
@@ -35,6 +36,7 @@ SETTINGS = {
     "trellis": "QuIP# with trellis codes, calibrated on Wikipedia text",
     "trellis-refit": "QuIP# with trellis codes and su refitted, calibrated on Wikipedia text",
     "trellis-yaqa": "QuIP# with trellis codes, rounded for the model's output, calibrated on Wikipedia text",
+    "trellis-yaqa-256": "QuIP# with trellis codes, rounded for the model's output with gradients of 256 sequences",
     "eighths": "QuIP#, calibrated on Wikipedia text, transforms in 8 blocks for tensor parallelism",
     "self": "QuIP#, calibrated on text the model wrote (default)",
     "none": "QuIP#, no calibration",
@@ -45,6 +47,7 @@ OPTIONS = {
     "trellis": {"codebook": "trellis"},
     "trellis-refit": {"codebook": "trellis", "refit": 2},
     "trellis-yaqa": {"codebook": "trellis", "rounding": "yaqa"},
+    "trellis-yaqa-256": {"codebook": "trellis", "rounding": "yaqa", "sketch_samples": 256},
     "eighths": {"tensor_parallel": 8},
     "self": {"dataset": "self"},
     "none": {"dataset": None},
