@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_quip import codebooks
 from transformers_quip.calibration.device import evaluating
 from transformers_quip.finetune import record
-from transformers_quip.finetune.end_to_end import divergence_of, student_head
+from transformers_quip.finetune.end_to_end import student_head
 from transformers_quip.finetune.guard import window_divergences
+from transformers_quip.finetune.loss import divergence_of
 from transformers_quip.nn.replace import quantized_linears
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))

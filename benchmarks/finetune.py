@@ -2,13 +2,15 @@
 
     python benchmarks/finetune.py [FOLDER] [--settings text self] [--codebooks e8p trellis] [--modes vectors full]
                                   [--bits 2] [--epochs 0 1 2 4] [--tuning-samples N] [--quantized FOLDER] [--seed N]
-                                  [--embeddings] [--reverse SHARE] [--rounding yaqa] [--save FOLDER]
+                                  [--embeddings] [--reverse SHARE] [--batch-size N] [--own-windows N]
+                                  [--code-rounds N] [--rounding yaqa] [--save FOLDER]
 
 Settings: `text` quantizes and tunes on Wikipedia (256 x 512 tokens, by the protocol in protocol.py), `self` on text that
 the dense model writes. Modes: `vectors` tunes end to end only, `full` also tunes each block while it is rounded. `epochs 0`
 is the model before tuning end to end: with `vectors` the quantized model, with `full` the one after blockwise tuning.
---embeddings trains the embeddings as well, --reverse is the share of KL(quantized || dense) in the loss, and --rounding
-says how the model of --quantized was rounded, or how it is to be.
+--embeddings trains the embeddings as well, --reverse is the share of KL(quantized || dense) in the loss, --own-windows are
+further windows that the quantized model writes, --code-rounds moves codes afterwards, and --rounding says how the model of
+--quantized was rounded, or how it is to be.
 
 Tuning end to end reads the windows that quantizing read, or with --tuning-samples more of the same source. --quantized is a
 model that `quality.py --save` has made with the same windows, so that it need not be quantized again.
@@ -44,6 +46,8 @@ from smollm2 import dense_folder
 CACHE = Path(__file__).resolve().parent.parent / ".cache/finetune"
 HELD_OUT = 16
 PROMPTS, PROMPT_LENGTH, WRITTEN = 8, 32, 128
+# Options that tell rows apart, besides the combinations; and their values in rows that were made before they were options.
+CHOSEN = {"rounding": "ldlq", "embeddings": False, "reverse": 0.0, "batch_size": 4, "own_windows": 0, "code_rounds": 0}
 
 
 def text(options: argparse.Namespace, setting: str, tokenizer) -> torch.Tensor:
@@ -128,24 +132,34 @@ def run(options: argparse.Namespace, setting: str, codebook: str, mode: str, bit
     dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
     row = {"setting": setting, "codebook": codebook, "mode": mode, "bits": bits, "epochs": epochs, "seed": options.seed}
     row |= {"num_samples": options.num_samples, "tuning_samples": options.tuning_samples if epochs else 0}
-    row |= {"rounding": options.rounding, "embeddings": options.embeddings, "reverse": options.reverse}
+    row |= {name: getattr(options, name) for name in CHOSEN}
     if not options.quantized:
         row["quantizing"] = json.loads((folder / "seconds.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
     if epochs:
         wall, cpu = time.perf_counter(), time.process_time()
-        teacher = record(dense, ids, CACHE / f"{setting}-{options.tuning_samples}-{options.seed}.bin")
+        name = f"{setting}-{options.tuning_samples}-{options.seed}"
+        if options.own_windows:
+            own, _ = load_token_ids(QuipConfig(num_samples=options.own_windows, seed=options.seed), model, tokenizer)
+            ids = torch.cat([own, ids])  # the last ones are held out
+            name = f"own-{name}"
+            row["own_text_cpu_seconds"] = time.process_time() - cpu
+        teacher = record(dense, ids, CACHE / f"{name}.bin")
         row["teacher_cpu_seconds"] = time.process_time() - cpu
         chosen = TuneOptions(
             epochs=epochs,
             held_out=HELD_OUT,
             embeddings=options.embeddings,
             reverse=options.reverse,
+            batch_size=options.batch_size,
+            code_rounds=options.code_rounds,
             seed=options.seed,
         )
         report = tune_vectors(model, teacher, chosen)
         row |= {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         row |= {"threads": torch.get_num_threads(), **report.to_dict(), "history": report.history}
+        if report.codes is not None:
+            row["code_history"] = report.codes.history
         row["stored_changes"] = stored_changes(model, teacher)
     if options.save:
         model.save_pretrained(options.save)
@@ -167,6 +181,9 @@ def main() -> None:
     parser.add_argument("--rounding", default="ldlq", help="the option rounding of QuipConfig")
     parser.add_argument("--embeddings", action="store_true")
     parser.add_argument("--reverse", type=float, default=0.0)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--own-windows", type=int, default=0)
+    parser.add_argument("--code-rounds", type=int, default=0)
     parser.add_argument("--save", type=Path, help="keep the tuned model here")
     parser.add_argument("--windows", type=int, default=40, help="evaluation windows of each text")
     parser.add_argument("--seed", type=int, default=0)
@@ -181,12 +198,15 @@ def main() -> None:
     path = machine.RESULTS / "finetune.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     keys = ["setting", "codebook", "mode", "bits", "epochs", "seed", "num_samples", "tuning_samples"]
-    keys += ["rounding", "embeddings", "reverse"]
     wanted = itertools.product(options.settings, options.codebooks, options.modes, options.bits, options.epochs)
     for combination in wanted:
         key = [*combination, options.seed, options.num_samples, options.tuning_samples if combination[-1] else 0]
-        key += [options.rounding, options.embeddings, options.reverse]
-        old = [row for row in rows if [row[name] for name in keys] == key]
+        key += [getattr(options, name) for name in CHOSEN]
+        old = [
+            row
+            for row in rows
+            if [row[name] for name in keys] + [row.get(name, default) for name, default in CHOSEN.items()] == key
+        ]
         if old and not options.again:
             continue
         rows = [row for row in rows if row not in old] + [run(options, *combination)]

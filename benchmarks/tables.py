@@ -143,6 +143,9 @@ def tuning() -> str:
         trained = "vectors and embeddings" if row["embeddings"] else "vectors"
         read = f"{trained}, {row['epochs']:g} x {row['tuning_samples']} windows"
         read += f", {row['reverse']:.0%} KL(quantized ‖ dense)" if row["reverse"] else ""
+        read += f", {row['own_windows']} written by the quantized model" if row.get("own_windows") else ""
+        read += f", batches of {row['batch_size']}" if row.get("batch_size", 4) != 4 else ""
+        read += f", {row['codes']['moved']} of {row['codes']['blocks']} blocks moved" if row.get("code_rounds") else ""
         done = " and ".join(blocks + ([read] if row["epochs"] else [])) or "none"
         quantizing = f"{row['quantizing']['cpu'] / 60:.0f}" if "quantizing" in row else "not measured"
         lines.append(

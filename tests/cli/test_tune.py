@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.test_cli import run
 from tests.models import HIDDEN, LAYERS, save_tiny_model
-from transformers_quip import cli
+from transformers_quip import QuipConfig, cli
+from transformers_quip.calibration.dataset import load_token_ids
+from transformers_quip.finetune import record
 
 
 def test_tune(quantized, dense, text, tmp_path, capsys):
@@ -55,6 +57,43 @@ def test_embeddings_and_a_share_of_the_other_divergence(quantized, dense, text, 
     code, other, err = run(capsys, "tune", quantized, tmp_path / "other", *options[:-1], 0, "--json")
     assert code == 0, err
     assert other["held_out_after"] != found["held_out_after"]
+
+
+def test_text_that_the_quantized_model_writes(quantized, dense, text, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def recorded(model, ids, *arguments, **named):
+        seen.append(ids)
+        return record(model, ids, *arguments, **named)
+
+    monkeypatch.setattr("transformers_quip.finetune.record", recorded)
+    options = ["--dense", dense, "--dataset", text, "--num-samples", 12, "--sequence-length", 16, "--held-out", 8]
+    options += ["--epochs", 1, "--dtype", "float32"]
+    code, found, err = run(capsys, "tune", quantized, tmp_path / "tuned", *options, "--own-windows", 5, "--json")
+    assert code == 0, err
+    assert "5 x 16 that the quantized model wrote" in err
+    assert found["tokens"] == (12 + 5) * 16
+    code, _, err = run(capsys, "tune", quantized, tmp_path / "other", *options, "--json")
+    assert code == 0, err
+    with_own, without = seen
+    assert torch.equal(with_own[5:], without)
+    model = AutoModelForCausalLM.from_pretrained(quantized)
+    own, _ = load_token_ids(QuipConfig(num_samples=5, sequence_length=16), model, AutoTokenizer.from_pretrained(quantized))
+    assert torch.equal(with_own[:5], own)
+
+
+def test_rounds_of_codes(quantized, dense, text, tmp_path, capsys):
+    options = ["--dense", dense, "--dataset", text, "--num-samples", 12, "--sequence-length", 16, "--held-out", 8]
+    options += ["--epochs", 1, "--dtype", "float32", "--code-rounds", 2, "--state", tmp_path / "state"]
+    code, found, err = run(capsys, "tune", quantized, tmp_path / "tuned", *options, "--json")
+    assert code == 0, err
+    assert found["codes"]["after"] <= found["codes"]["before"]
+    assert {path.name for path in (tmp_path / "state").iterdir()} >= {"tuning.safetensors", "codes.safetensors"}
+    code, shown, err = run(capsys, "tune", quantized, tmp_path / "again", *options)
+    assert code == 0, err
+    assert f"{found['codes']['moved']} of {found['codes']['blocks']} blocks moved" in shown
+    first, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("tuned", "again"))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
 
 
 @pytest.mark.parametrize(

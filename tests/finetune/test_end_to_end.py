@@ -13,7 +13,8 @@ from tests.finetune.conftest import IDS, pair
 from tests.models import tiny_model
 from transformers_quip import QuipConfig
 from transformers_quip.finetune import TuneOptions, Verdict, record, tune_vectors, window_divergences
-from transformers_quip.finetune.end_to_end import _order, student_head
+from transformers_quip.finetune.end_to_end import student_head
+from transformers_quip.finetune.loss import window_order
 from transformers_quip.quantize.recipe import quantize_model
 
 OPTIONS = TuneOptions(epochs=12, batch_size=4, held_out=8, learning_rate=2e-2)
@@ -105,10 +106,10 @@ def test_verdict():
 
 
 def test_order_reads_every_window_once_before_any_twice():
-    order = _order(5, 13, seed=3)
+    order = window_order(5, 13, seed=3)
     assert len(order) == 13
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
-    assert order == _order(5, 13, seed=3) != _order(5, 13, seed=4)
+    assert order == window_order(5, 13, seed=3) != window_order(5, 13, seed=4)
 
 
 @pytest.mark.parametrize("earlier", [None, {"kept": True}])

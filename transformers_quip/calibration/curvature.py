@@ -111,7 +111,7 @@ def collect_curvature(
     result: dict[str, Curvature] = {}
     with (
         evaluating(model),
-        _only_activations_need_gradients(model),
+        only_activations_need_gradients(model),
         tqdm(total=len(parts) * len(token_ids), desc="Gradients", unit="sequence", disable=not progress) as bar,
     ):
         for number, part in enumerate(parts):
@@ -216,7 +216,7 @@ def _observed(model: nn.Module, sums: dict[str, Curvature], sketch: str) -> Iter
 
 
 @contextmanager
-def _only_activations_need_gradients(model: PreTrainedModel) -> Iterator[None]:
+def only_activations_need_gradients(model: PreTrainedModel) -> Iterator[None]:
     """A context in which no parameter has a gradient, and the output of the embeddings needs one."""
     needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.detach().requires_grad_())

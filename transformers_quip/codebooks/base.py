@@ -153,6 +153,20 @@ class Codebook(abc.ABC):
         """
         return {"codes": codes}
 
+    def codes_of(self, tensors: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+        """The inverse of [`store`]: codes as [`encode`] returns them, in a grid.
+
+        Args:
+            tensors: as [`tensors`] describes them.
+            columns: the number of weights in a row.
+
+        Raises:
+            TypeError: the codebook packs its codes, and has no method of its own that takes them apart.
+        """
+        if type(self).store is not Codebook.store:
+            raise TypeError(f"codebook {self.name!r} has no method codes_of, so its codes cannot be changed")
+        return tensors["codes"]
+
     def select_rows(self, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored tensors of some rows of a weight with the rows that are coded together with them, for embeddings.
 

@@ -88,6 +88,11 @@ class ResidualE8P(Codebook):
         second = (codes & self._mask).to(self.second.code_dtype)
         return {"codes": (codes >> self._shift).to(self.first.code_dtype), SECOND: second}
 
+    def codes_of(self, tensors: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+        """See [`Codebook.codes_of`]."""
+        second = tensors[SECOND].to(torch.int32) & self._mask
+        return (tensors["codes"].to(torch.int32) << self._shift) | second
+
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See [`Codebook.encode`]; exact in each stage."""
         rows = self.check_vectors(x)

@@ -99,6 +99,11 @@ class Scalar(Codebook):
 
     def decode(self, tensors: Mapping[str, torch.Tensor], columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See [`Codebook.decode`]. The values are exact in float16, and to 7 bits in bfloat16."""
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        return (self.codes_of(tensors, columns).to(compute) - self._largest / 2).to(dtype)
+
+    def codes_of(self, tensors: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+        """See [`Codebook.codes_of`]: uint8 [m, n]."""
         codes = tensors["codes"]
         weights, count = self._group()
         rows = codes.shape[0]
@@ -107,9 +112,7 @@ class Scalar(Codebook):
         for i in range(count):
             word |= codes[..., i].to(torch.int32) << (8 * i)
         values = torch.stack([(word >> (self._bits * i)) & self._largest for i in range(weights)], dim=2)
-        values = values.reshape(rows, -1)[:, :columns]
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        return (values.to(compute) - self._largest / 2).to(dtype)
+        return values.to(torch.uint8).reshape(rows, -1)[:, :columns]
 
     def _row_bytes(self, columns: int) -> int:
         return math.ceil(columns * self._bits / 8)

@@ -207,6 +207,10 @@ class Trellis(Codebook):
         stored = {"codes": codes.reshape(len(codes) * TILE, -1)}
         return stored if self.table is None else stored | {"table": self.table.to(codes.device)}
 
+    def codes_of(self, tensors: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+        """See [`Codebook.codes_of`]: int16 [m/16, n/16, 16·K]."""
+        return tensors["codes"].reshape(*self.codes_shape(len(tensors["codes"]), columns))
+
     @property
     def table(self) -> torch.Tensor | None:
         """The table that weights are quantized with: float32 [2^Q, V] on the CPU; None for a code without one."""

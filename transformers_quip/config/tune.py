@@ -9,6 +9,16 @@ from typing import Any
 
 MODES = ("none", "vectors", "blocks", "full")
 MEMORY = ("auto", "fast", "low")
+# Integers, and the least value of each.
+_LEAST = {
+    "batch_size": 1,
+    "held_out": 2,
+    "warmup": 0,
+    "looks": 1,
+    "code_rounds": 0,
+    "code_windows": 1,
+    "block_windows": 1,
+}
 _BLOCK_RATES = ("block_epochs", "block_learning_rate", "block_weight_rate")
 
 
@@ -32,6 +42,10 @@ class TuneOptions:
         embeddings: whether the embeddings and the output embeddings are trained end to end as well. They must be dense; if
             they are tied, they stay tied.
         embedding_rate: their learning rate relative to the size of their entries, as a share of `learning_rate`.
+        code_rounds: after the vectors, move codes in this many rounds. Each takes the gradient of some windows and moves
+            the codes that should gain most to neighbouring points; it is undone unless held-out windows get better.
+        code_windows: windows for the gradient of a round.
+        code_share: share of all blocks of weights that move in the first round.
         memory: "fast" keeps all decoded weights and activations, "low" computes them again in the backward pass,
             "auto" decides by the free memory.
         seed: random seed of the order of the windows.
@@ -54,6 +68,9 @@ class TuneOptions:
     norms: bool = True
     embeddings: bool = False
     embedding_rate: float = 0.02
+    code_rounds: int = 0
+    code_windows: int = 12
+    code_share: float = 1e-5
     memory: str = "auto"
     seed: int = 0
     block_windows: int = 64
@@ -66,11 +83,11 @@ class TuneOptions:
             raise ValueError(f"tune={self.mode!r} is not known, choose one of {', '.join(map(repr, MODES))}")
         if self.memory not in MEMORY:
             raise ValueError(f"tune: memory={self.memory!r} is not known, choose one of {', '.join(map(repr, MEMORY))}")
-        for name, least in (("batch_size", 1), ("held_out", 2), ("warmup", 0), ("looks", 1), ("block_windows", 1)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"tune: {name}={value!r} must be an integer of at least {least}")
-        for name in ("learning_rate", "epochs", "clip", "embedding_rate", *_BLOCK_RATES):
+        for name in ("learning_rate", "epochs", "clip", "embedding_rate", "code_share", *_BLOCK_RATES):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"tune: {name}={value!r} must be a number above 0")

@@ -28,8 +28,10 @@ from ..evaluation.kept import logit_map
 from ..nn.replace import quantized_linears
 from ..text import duration, size
 from . import processes
+from .codes import CodesReport, check_movable, move_codes
 from .guard import Verdict, restored_unless_kept, window_divergences
-from .head import CHUNK, Head, divergence_sum, hidden_states
+from .head import CHUNK, Head, hidden_states
+from .loss import divergence_of, window_order
 from .memory import Estimate, blocks_of, decoded_bytes, estimate, fits, recomputed
 from .product import FrozenProduct, product_dtype
 from .state import Run, fingerprint, load, save
@@ -56,6 +58,7 @@ class TuneReport:
         steps: the number of steps.
         history: [{"step", "windows", "seconds", "train", "held_out"}], divergences in nats per token.
         seconds: total wall time.
+        codes: the result of moving codes afterwards; None if that was not asked for.
     """
 
     verdict: Verdict
@@ -65,9 +68,16 @@ class TuneReport:
     steps: int
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    codes: CodesReport | None = None
+
+    @property
+    def is_better(self) -> bool:
+        """Whether anything was kept."""
+        return self.verdict.accepted or (self.codes is not None and self.codes.moved > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json and reports: JSON-serializable."""
+        codes = {} if self.codes is None else {"codes": self.codes.to_dict()}
         return {
             "held_out_before": round(self.verdict.before, 5),
             "held_out_after": round(self.verdict.after, 5),
@@ -75,6 +85,7 @@ class TuneReport:
             "trained": self.trained,
             "tokens": self.tokens,
             "steps": self.steps,
+            **codes,
         }
 
 
@@ -92,6 +103,7 @@ def tune_vectors(
 
     The last `options.held_out` windows of the teacher are never trained on. The tuned model, merged and in its stored
     dtype, is compared with the model before on them. Unless it is better by more than the noise, the model stays as it was.
+    With `options.code_rounds`, codes move afterwards, see [`move_codes`].
 
     Args:
         model: quantized by this package.
@@ -104,8 +116,8 @@ def tune_vectors(
             weights over them (FSDP2). None: if accelerate was told to use FSDP.
 
     Raises:
-        ValueError: too few windows, no quantized linears, other vocabularies, a model whose logits are not understood, or a
-            batch that the processes cannot share out evenly.
+        ValueError: too few windows, no quantized linears, other vocabularies, a model whose logits are not understood, a
+            batch that the processes cannot share out evenly, or `code_rounds` that cannot be made ([`check_movable`]).
     """
     with torch.autocast(model.device.type, enabled=False):  # the products choose their dtype themselves
         return _tune_vectors(model, teacher, options, state, progress, shard)
@@ -122,6 +134,8 @@ def _tune_vectors(
     started = time.perf_counter()
     count = len(teacher.ids) - options.held_out
     options.check_windows(len(teacher.ids))
+    if options.code_rounds:
+        check_movable(model)
     if options.batch_size % processes.count():
         raise ValueError(
             f"batch_size={options.batch_size} must be a multiple of the {processes.count()} processes that share it out"
@@ -154,10 +168,7 @@ def _tune_vectors(
                 report.steps,
                 options.batch_size,
                 size(found.total(keep, recompute)),
-                # a backward pass costs as much as two forward passes
-                duration(
-                    (report.steps * options.batch_size * 3 + len(held_out) * (options.looks + 1)) * reading / len(held_out)
-                ),
+                duration(_windows_read(options, report.steps) * reading / len(held_out)),
             )
             with recomputed(blocks_of(model, student.linears)) if recompute else nullcontext():
                 _Trainer(model, student, teacher, head, options, report, folder, mark).run(progress)
@@ -168,9 +179,18 @@ def _tune_vectors(
         logger.warning("Tuning did not help, so the model is unchanged. %s.", report.verdict)
     else:
         logger.info("%s.", report.verdict)
+    if options.code_rounds:
+        report.codes = move_codes(model, teacher, head, options, folder, mark, progress)
+        logger.info("%d of %d blocks moved. %s.", report.codes.moved, report.codes.blocks, report.codes.verdict)
     report.seconds = time.perf_counter() - started
     _note(model, report)
     return report
+
+
+def _windows_read(options: TuneOptions, steps: int) -> int:
+    """The number of windows that all of it reads, where a backward pass counts as two, and one with weights as three."""
+    vectors = 3 * steps * options.batch_size + options.held_out * (options.looks + 1)
+    return vectors + options.code_rounds * (4 * options.code_windows + options.held_out)
 
 
 def _note(model: PreTrainedModel, report: TuneReport) -> None:
@@ -178,7 +198,7 @@ def _note(model: PreTrainedModel, report: TuneReport) -> None:
     config = getattr(model.config, "quantization_config", None)
     if isinstance(config, QuipConfig):
         calibration = config.calibration or {}
-        if report.verdict.accepted or "tuning" not in calibration:
+        if report.is_better or "tuning" not in calibration:
             config.calibration = {**calibration, "tuning": report.to_dict()}
 
 
@@ -250,7 +270,7 @@ class _Trainer:
     def run(self, progress: bool) -> None:
         """Train; the student is left in the state that was best on the held-out windows."""
         steps, size = self.report.steps, self.options.batch_size
-        order = _order(self.report.windows, steps * size, self.options.seed)
+        order = window_order(self.report.windows, steps * size, self.options.seed)
         looks = {round(steps * (look + 1) / self.options.looks) for look in range(self.options.looks)}
         first, hidden = self._resume(), not (progress and processes.is_first())
         with (
@@ -309,21 +329,3 @@ class _Trainer:
         self.report.history = run.history
         logger.info("Tuning resumes after step %d of %d.", run.step, self.report.steps)
         return run.step
-
-
-def divergence_of(
-    model: PreTrainedModel, teacher: Teacher, head: Head, chosen: list[int], reverse: float = 0.0
-) -> torch.Tensor:
-    """Σ over the tokens of these windows of the loss of [`divergence_sum`], with a graph."""
-    hidden = hidden_states(model, teacher.ids[chosen].to(model.device)).flatten(0, 1)
-    states = teacher.states[chosen].flatten(0, 1).to(hidden)
-    return divergence_sum(hidden, states, head, teacher.head(), reverse)
-
-
-def _order(count: int, reads: int, seed: int) -> list[int]:
-    """Numbers of windows in the order in which they are read: one permutation after the other."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < reads:
-        order += torch.randperm(count, generator=generator).tolist()
-    return order[:reads]
