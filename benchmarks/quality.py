@@ -1,14 +1,15 @@
 """Perplexity of a quantized model, by the protocol in protocol.py, for several calibrations, bits and seeds.
 
-    python benchmarks/quality.py [FOLDER] [--settings text trellis trellis-refit trellis-yaqa eighths self none]
-        [--bits 2 2.5 3 4] [--seeds 0 1 2] [--num-samples N] [--save FOLDER]
+    python benchmarks/quality.py [FOLDER] [--settings text trellis trellis-refit trellis-yaqa trellis-yaqa-256 eighths
+        self none] [--bits 2 2.5 3 4] [--seeds 0 1 2] [--num-samples N] [--save FOLDER]
 
 Settings: `text` calibrates on Wikipedia (256 x 512 tokens), `trellis` does so with codebook="trellis", `trellis-refit` fits
-su to the codes as well, `trellis-yaqa` rounds for the model's output with gradients of 64 sequences, `eighths` has
-tensor_parallel=8 (transforms in 8 blocks on the side that is divided), `self` is the bare default (text that the model
-writes itself), `none` is dataset=None. The divergence to the dense model is that of the first 8 windows of each text.
---save keeps the quantized models. Each run is a fresh process. results/quality.json is written after every run, and runs
-that it has already are replaced, so that a long series can be made in parts, also side by side: no seconds are kept.
+su to the codes as well, `trellis-yaqa` rounds for the model's output with gradients of 64 sequences, `trellis-yaqa-256` of
+256, `eighths` has tensor_parallel=8 (transforms in 8 blocks on the side that is divided), `self` is the bare default (text
+that the model writes itself), `none` is dataset=None. --save keeps the quantized models; those that are there already are
+evaluated again, and what only quantizing measures stays in their rows. Each run is a fresh process. results/quality.json is
+written after every run, and runs that it has already are replaced, so that a long series can be made in parts, also side by
+side: no seconds are kept.
 For the first seed of each setting at 2 bits, a picture of the errors of every layer is written to the same folder. If
 text was measured at 2, 2.5 and 3 bits, the last line compares 2.5 bits with the line between 2 and 3.
 """
@@ -35,6 +36,7 @@ SETTINGS = {
     "trellis": "QuIP# with trellis codes, calibrated on Wikipedia text",
     "trellis-refit": "QuIP# with trellis codes and su refitted, calibrated on Wikipedia text",
     "trellis-yaqa": "QuIP# with trellis codes, rounded for the model's output, calibrated on Wikipedia text",
+    "trellis-yaqa-256": "QuIP# with trellis codes, rounded for the model's output with gradients of 256 sequences",
     "eighths": "QuIP#, calibrated on Wikipedia text, transforms in 8 blocks for tensor parallelism",
     "self": "QuIP#, calibrated on text the model wrote (default)",
     "none": "QuIP#, no calibration",
@@ -45,11 +47,11 @@ OPTIONS = {
     "trellis": {"codebook": "trellis"},
     "trellis-refit": {"codebook": "trellis", "refit": 2},
     "trellis-yaqa": {"codebook": "trellis", "rounding": "yaqa"},
+    "trellis-yaqa-256": {"codebook": "trellis", "rounding": "yaqa", "sketch_samples": 256},
     "eighths": {"tensor_parallel": 8},
     "self": {"dataset": "self"},
     "none": {"dataset": None},
 }
-COMPARED = 8  # windows for the divergence
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -68,10 +70,12 @@ def run(options: argparse.Namespace) -> dict:
         AutoTokenizer.from_pretrained(options.folder), calibration=options.num_samples, evaluation=options.windows
     )
     arguments = {"dtype": torch.float32}
-    if setting != "dense":
+    saved = None if options.save is None else options.save / f"{setting}-{bits:g}-{seed}"
+    known = saved is not None and saved.is_dir()
+    if setting != "dense" and not known:
         chosen = {"dataset": windows.calibration, **OPTIONS.get(setting, {})}
         arguments["quantization_config"] = QuipConfig(bits=bits, num_samples=options.num_samples, seed=int(seed), **chosen)
-    model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(saved if known else options.folder, **arguments)
     row = {
         "setting": setting,
         "bits": bits if setting != "dense" else 32,
@@ -81,13 +85,12 @@ def run(options: argparse.Namespace) -> dict:
     }
     if setting == "dense":
         return row
-    if options.save:
-        folder = options.save / f"{setting}-{bits:g}-{seed}"
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(options.folder).save_pretrained(folder)
+    if saved is not None and not known:
+        model.save_pretrained(saved)
+        AutoTokenizer.from_pretrained(options.folder).save_pretrained(saved)
     dense = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
-    compared = {name: ids[:COMPARED] for name, ids in windows.evaluation.items()}
-    row["divergence"] = {name: divergence(model, dense, ids).mean for name, ids in compared.items()}
+    row["divergence"] = {name: divergence(model, dense, ids).mean for name, ids in windows.evaluation.items()}
+    row["compared"] = options.windows
     row["num_samples"] = options.num_samples
     row["true_bits"] = true_bits_per_weight(model)
     records = layer_records(model, dense)
@@ -96,7 +99,7 @@ def run(options: argparse.Namespace) -> dict:
             row[key] = losses
     if report := model.hf_quantizer.report:
         row["data"] = report.data
-    if options.picture:
+    if options.picture and not known:
         plot_relative_error(records, options.picture, title=f"{options.folder.name}, {bits:g} bits: {SETTINGS[setting]}")
     return row
 
@@ -197,7 +200,8 @@ def main() -> None:
         row = {**json.loads(output.splitlines()[-1]), "processor": machine.describe()["processor"]}
         rows = json.loads(results.read_text())["rows"] if results.is_file() else []  # others may write it meanwhile
         same = ("setting", "bits", "seed")
-        rows = [old for old in rows if [old[key] for key in same] != [row[key] for key in same]] + [row]
+        before = [old for old in rows if [old[key] for key in same] == [row[key] for key in same]]
+        rows = [old for old in rows if old not in before] + [{**(before[0] if before and options.save else {}), **row}]
         machine.save(options.name, {"settings": SETTINGS, "rows": list(itertools.chain(*groups(rows).values()))})
         print(json.dumps(row), flush=True)
     print_table(rows)

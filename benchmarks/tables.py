@@ -75,6 +75,8 @@ def quality() -> str:
         found = [row["divergence"] for row in rows if "divergence" in row]
         means = (statistics.mean(row[text] for row in found) for text in ("wiki", "news")) if found else ()
         divergence = " / ".join(f"{mean:.3f}" for mean in means)
+        if found and "compared" not in rows[0]:
+            divergence += " (8 windows)"
         lines.append([name, str(len(rows)), true, *_perplexities(rows), divergence])
     titles = ["SmolLM2-135M-Instruct", "seeds", "true bits", "wiki perplexity", "news perplexity", "KL wiki / news"]
     return table(titles, lines) + machine_line(content)
