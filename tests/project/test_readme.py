@@ -73,8 +73,21 @@ def results(tmp_path, monkeypatch):
 def test_quality(results):
     row = {"setting": "text", "bits": 2.0, "true_bits": 2.09, "proxy_loss": {"q": 0.01234}}
     rows = [
-        {**row, "seed": 0, "perplexity": {"wiki": 50.0, "news": 100.0}, "divergence": {"wiki": 0.5, "news": 1.25}},
-        {**row, "seed": 0, "bits": 2.5, "true_bits": 2.59, "perplexity": {"wiki": 40.0, "news": 123456.0}},
+        {
+            **row,
+            "seed": 0,
+            "perplexity": {"wiki": 50.0, "news": 100.0},
+            "divergence": {"wiki": 0.5, "news": 1.25},
+            "compared": 40,
+        },
+        {
+            **row,
+            "seed": 0,
+            "bits": 2.5,
+            "true_bits": 2.59,
+            "perplexity": {"wiki": 40.0, "news": 123456.0},
+            "divergence": {"wiki": 0.25, "news": 0.375},
+        },
         {**row, "seed": 1, "perplexity": {"wiki": 52.0, "news": 20000.0}},
         {"setting": "dense", "bits": 32, "seed": 0, "perplexity": {"wiki": 17.76, "news": 30.85}},
     ]
@@ -84,7 +97,7 @@ def test_quality(results):
     lines = tables.quality().splitlines()
     assert "| dense model | 1 | 32 | 17.8 | 30.9 |  |" in lines
     assert "| on text, 2 bits | 2 | 2.090 | 51.0 (50.0 to 52.0) | 10050 (100.0 to 20000) | 0.500 / 1.250 |" in lines
-    assert "| on text, 2.5 bits | 1 | 2.590 | 40.0 | >10^5 |  |" in lines
+    assert "| on text, 2.5 bits | 1 | 2.590 | 40.0 | >10^5 | 0.250 / 0.375 (8 windows) |" in lines
     assert lines[-1] == "Measured on: P, 2 cores; Python 3.11, torch 2.13.0."
     lines = tables.summary().splitlines()
     assert "| on text, 2 bits | 2.09 | 51.0 | 10050 |" in lines
