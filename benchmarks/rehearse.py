@@ -30,8 +30,8 @@ import transformers_quip
 from transformers_quip.ops import backend
 
 OPS = torch.library.Library("quip", "IMPL")
-# Tests of what only a device has: compiled code, CUDA graphs, a tuner's clock.
-NEEDS_A_DEVICE = ("compiled", "graph", "tiles_are_measured")
+# Tests of what only a device has: compiled code, CUDA graphs, a tuner's clock, a CPU beside it.
+NEEDS_A_DEVICE = ("compiled", "graph", "tiles_are_measured", "where_they_run")
 MODEL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -102,7 +102,12 @@ def compute_by_kernels() -> None:
     """Let the ops run the Triton kernels on tensors of the CPU, as they do on a GPU."""
     from quip_kernels.gpu import viterbi
     from transformers_quip.codebooks import viterbi as encoder
+    from transformers_quip.ops import prepared
     from transformers_quip.ops.triton import grouped, run
+
+    # layers whose tensors are on a CPU would go around the ops
+    prepared.linear = lambda x, layer: torch.ops.quip.linear(x, *layer)
+    prepared.prepare = lambda *_: None
 
     viterbi.MOST_TOGETHER = 1 << 15  # few large steps: the interpreter takes about as long for each
     encoder.WINDOW, encoder.PASSES = 2, 1  # of all encoders
