@@ -6,7 +6,7 @@ FOLDER is any causal language model in Transformers' format. Perplexity is measu
 in the package gensim, so nothing here needs the network. `make demo` runs this file on SmolLM2-135M-Instruct,
 which smollm2.py makes.
 
-Output, without progress bars, on 2 cores of an AMD EPYC restricted to AVX2 (6.7 minutes; a minute of them beside other work):
+Output, without progress bars, on 2 cores of an AMD EPYC restricted to AVX2 (6.7 minutes, one beside other work):
 
     perplexity before: 16.7 s
     LlamaForCausalLM: 210 of 211 linear layers, 78.9% of 134.5M parameters, are quantized to 2.092 bits per weight ...
@@ -18,11 +18,11 @@ Output, without progress bars, on 2 cores of an AMD EPYC restricted to AVX2 (6.7
       tuned: 254016 numbers in 16 steps; KL divergence to the dense model on held-out text: 0.993 -> 0.728
     load it in a fresh process: 9.3 s
       logits of the reloaded model: identical
-      it writes: 'The three most important inventions of the last century are:\n1. The invention of a new method for ...'
+      it writes: 'The three most important inventions of the last century are: 1. The invention of a new ...'
     size on disk: 538.1 MB -> 141.2 MB
     true bits per weight of the quantized linears: 2.092
 
-With --num-samples 64 --sweeps 10 --tune 2 it takes twice as long: 33.06 -> 79.98.
+An earlier run with 64 sequences, 10 sweeps and 2 epochs took twice as long: 33.06 -> 79.98.
 """
 
 from __future__ import annotations
