@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_quip import codebooks
 from transformers_quip.calibration.device import evaluating
 from transformers_quip.finetune import record
+from transformers_quip.finetune.codes import slope_of
 from transformers_quip.finetune.end_to_end import student_head
 from transformers_quip.finetune.guard import window_divergences
 from transformers_quip.finetune.loss import divergence_of
@@ -48,16 +49,9 @@ class Layer:
         self.dense.weight.data = self.before.clone()
         self.sums: list[torch.Tensor] = []
 
-    def rotated(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The derivative with respect to the points, from that with respect to the weight [m, n]."""
-        one = self.quantized
-        scaled = gradient * one.sv.float()[:, None] * one.su.float()
-        rows = torch.ops.quip.transform(scaled, one.incoherence_in, one.seed, True)
-        return torch.ops.quip.transform(rows.T.contiguous(), one.incoherence_out, one.seed, True).T.contiguous()
-
     def moves(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The neighbouring points in blocks [..., size], and the gain [...] that the gradient predicts for each block."""
-        slope, old = (self.book.to_blocks(matrix) for matrix in (self.rotated(gradient), self.points))
+        slope, old = (self.book.to_blocks(matrix) for matrix in (slope_of(self.quantized, gradient), self.points))
         wanted = old - STEP * slope / slope.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         _, found = self.book.encode(wanted)
         return found, ((old - found) * slope).sum(-1)

@@ -11,7 +11,6 @@ quarter of the moves is tried. Points are found by the codebook's own encoder, s
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -28,7 +26,7 @@ from tqdm.auto import tqdm
 from .. import codebooks
 from ..calibration.curvature import only_activations_need_gradients
 from ..calibration.device import evaluating
-from ..checkpoints.durable import differences, durable
+from ..checkpoints.durable import durable
 from ..config.tune import TuneOptions
 from ..memory import free_memory
 from ..nn import QuipLinear
@@ -38,12 +36,11 @@ from .guard import Verdict, window_divergences
 from .head import Head
 from .loss import divergence_of, window_order
 from .product import product_dtype
+from .state import read_run
 from .teacher import Teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 FILE = "codes.safetensors"
 # Blocks for which a neighbouring point is looked for, for each one that moves.
@@ -133,10 +130,14 @@ class MovableLinear(nn.Module):
 
     def slope(self) -> torch.Tensor:
         """The gradient with respect to the points Ŵ: float32 [m, n]."""
-        linear = self.base_layer
-        rows = linear.su.float() * self.total * linear.sv.float()[:, None]
-        rows = torch.ops.quip.transform(rows, linear.incoherence_in, linear.seed, True)
-        return torch.ops.quip.transform(rows.T.contiguous(), linear.incoherence_out, linear.seed, True).T.contiguous()
+        return slope_of(self.base_layer, self.total)
+
+
+def slope_of(linear: QuipLinear, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient with respect to the points Ŵ of a linear, from that with respect to its weight: float32 [m, n]."""
+    rows = linear.su.float() * gradient * linear.sv.float()[:, None]
+    rows = torch.ops.quip.transform(rows, linear.incoherence_in, linear.seed, True)
+    return torch.ops.quip.transform(rows.T.contiguous(), linear.incoherence_out, linear.seed, True).T.contiguous()
 
 
 class Candidates(NamedTuple):
@@ -384,20 +385,10 @@ class _Mover:
 
     def _resume(self) -> int:
         """The number of rounds that are done; their codes are in the model again."""
-        if self.path is None or not self.path.is_file():
+        found = None if self.path is None else read_run(self.path, self.mark)
+        if found is None:
             return 0
-        try:
-            with safe_open(self.path, "pt") as file:
-                about: dict[str, Any] = json.loads((file.metadata() or {})["run"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-        except Exception as error:  # the reader raises many kinds for a damaged file
-            raise ValueError(f"{self.path} is damaged ({error}): remove it to start from the beginning") from error
-        different = differences(about["fingerprint"], self.mark)
-        if different:
-            logger.warning(
-                "%s is of another run, so codes move from the beginning: %s", self.path, "; ".join(different[:4])
-            )
-            return 0
+        about, tensors = found
         self.before = tensors.pop("before")
         stored: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():

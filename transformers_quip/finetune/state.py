@@ -92,7 +92,24 @@ def load(folder: Path, mark: dict[str, Any]) -> Run | None:
     Raises:
         ValueError: the file cannot be read.
     """
-    path = folder / FILE
+    found = read_run(folder / FILE, mark)
+    if found is None:
+        return None
+    about, tensors = found
+    parts: dict[str, dict[str, torch.Tensor]] = {"value": {}, "best": {}, "first": {}, "second": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = tensor
+    moments = {name: (first, parts["second"][name]) for name, first in parts["first"].items()}
+    return Run(about["step"], parts["value"], parts["best"], moments, about["best_loss"], about["history"])
+
+
+def read_run(path: Path, mark: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """The description and the tensors of a run in a file if it is this one; else None, with a message if it is another.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     if not path.is_file():
         return None
     try:
@@ -101,17 +118,11 @@ def load(folder: Path, mark: dict[str, Any]) -> Run | None:
             different = differences(about["fingerprint"], mark)
             if different:
                 logger.warning(
-                    "%s is of another model, text or options, so tuning starts from the beginning: %s",
+                    "%s is of another run (it is of another model, text or options), so this one starts anew: %s",
                     path,
                     "; ".join(different[:4]),
                 )
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except Exception as error:  # the reader raises many kinds for a damaged file
         raise ValueError(f"{path} is damaged ({error}): remove it to start from the beginning") from error
-    parts: dict[str, dict[str, torch.Tensor]] = {"value": {}, "best": {}, "first": {}, "second": {}}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        parts[kind][rest] = tensor
-    moments = {name: (first, parts["second"][name]) for name, first in parts["first"].items()}
-    return Run(about["step"], parts["value"], parts["best"], moments, about["best_loss"], about["history"])
